@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, records, cost and charts."""

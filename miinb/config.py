@@ -1,0 +1,325 @@
+"""What a user can set: frozen pydantic models that refuse unknown names and wrong values before anything starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from miinb.errors import ConfigError, InvalidRequest, InvalidValue, MiinbError, UnknownOption, did_you_mean
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,64}")
+MAX_NEW_TOKENS = 1 << 20
+MAX_SEED = (1 << 63) - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+
+Engine = Literal["optimized", "baseline"]
+DType = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "fp8"]
+Device = Literal["auto", "cuda", "cpu"]
+LoadFormat = Literal["auto", "dummy"]
+
+_Model = TypeVar("_Model", bound="Frozen")
+
+
+class Frozen(BaseModel):
+    """Base of every configuration: immutable, no unknown fields, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, error: type[MiinbError] = InvalidValue) -> Self:
+        """The configuration of these values.
+
+        Raises:
+            UnknownOption: a name is not a field; the hint has the near name (`error` instead for requests).
+            InvalidValue: a value is wrong; the message names the field (`error` is raised).
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as failure:
+            raise _explain(failure, cls, error) from None
+
+    def to_json(self) -> str:
+        """JSON that `from_json` reads back."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The configuration that `to_json` wrote."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as failure:
+            raise _explain(failure, cls, InvalidValue) from None
+
+
+def _explain(failure: ValidationError, cls: type[BaseModel], error: type[MiinbError]) -> MiinbError:
+    first = failure.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        unknown = UnknownOption if issubclass(error, ConfigError) else error
+        owner: Any = cls
+        for part in first["loc"][:-1]:
+            owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else owner
+        known = list(getattr(owner, "model_fields", cls.model_fields))
+        return unknown(f"There is no option {field!r}.", hint=did_you_mean(str(first["loc"][-1]), known))
+    if isinstance(cause := first.get("ctx", {}).get("error"), MiinbError):
+        return error(cause.message, hint=cause.hint)
+    text = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "missing" else f", not {_short(first.get('input'))}"
+    return error(f"{field or cls.__name__}: {text}{given}.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _number(value: object) -> object:
+    """Numbers of numpy and friends become plain ones; text and bool stay and are refused by the field's type."""
+    if isinstance(value, (bool, str, bytes)) or value is None:
+        return value
+    if hasattr(value, "item") and callable(value.item) and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    return value
+
+
+def _as_float(value: object) -> object:
+    number = _number(value)
+    return float(number) if isinstance(number, int) and not isinstance(number, bool) else number
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_as_float)]
+
+
+class EngineOptions(Frozen):
+    """`options=`: how an engine works inside; the defaults are what the planner would choose.
+
+    Attributes:
+        compile: baseline only: the arm "baseline-best" (static cache or `torch.compile`, whichever is faster).
+        cuda_graphs: optimized, GPU: capture decode steps in CUDA graphs.
+        page_tokens: optimized, GPU: tokens in one page of the KV cache.
+        kv_cache_bytes: optimized: memory of the KV cache; None lets the planner choose.
+        prefix_cache: optimized: keep the pages of finished prompts and reuse equal prefixes.
+        max_step_tokens: optimized: most tokens in one step (prefill chunks share it with decode rows).
+        max_queue: most requests that wait; more are refused with `QueueFull`.
+        threads: CPU threads of one rank; None: the cores divided by the ranks.
+        parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off".
+    """
+
+    compile: bool = False
+    cuda_graphs: bool = True
+    page_tokens: Annotated[Int, Field(ge=8, le=256)] = 16
+    kv_cache_bytes: Annotated[Int, Field(ge=1 << 16)] | None = None
+    prefix_cache: bool = True
+    max_step_tokens: Annotated[Int, Field(ge=16, le=65536)] = 2048
+    max_queue: Annotated[Int, Field(ge=1, le=100_000)] = 1024
+    threads: Annotated[Int, Field(ge=1, le=1024)] | None = None
+    parity: Literal["fallback", "raise", "off"] = "fallback"
+
+
+def _gpus(value: object) -> object:
+    """[0, 1] is one replica's list; [[0, 1], [2, 3]] has one list a replica; tuples become lists."""
+    if isinstance(value, (list, tuple)):
+        return [list(part) if isinstance(part, (list, tuple)) else part for part in value]
+    return value
+
+
+class DeploymentConfig(Frozen):
+    """Everything that `Session` takes; see the contract for each field's meaning."""
+
+    model: str
+    task: str | None = None
+    name: str | None = None
+    engine: Engine = "optimized"
+    dtype: DType = "auto"
+    device: Device = "auto"
+    gpus: Annotated[list[Int] | list[list[Int]] | None, BeforeValidator(_gpus)] = None
+    tensor_parallel: Annotated[Int, Field(ge=1, le=64)] = 1
+    replicas: Annotated[Int, Field(ge=1, le=64)] = 1
+    max_length: Annotated[Int, Field(ge=8, le=1 << 22)] | None = None
+    max_batch: Annotated[Int, Field(ge=1, le=4096)] | None = None
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    load_format: LoadFormat = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    persist: bool = False
+    idle_timeout_s: Annotated[Float, Field(gt=0)] = 1800.0
+    start_timeout_s: Annotated[Float, Field(gt=0)] = 600.0
+    options: EngineOptions = EngineOptions()
+    port: Annotated[Int, Field(ge=0, le=65535)] | None = None  # loopback TCP besides the socket; 0: any free
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: object) -> object:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, str) and not value.strip():
+            raise InvalidValueError("model: give a folder or a hub name")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_name(value)
+        return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.options.compile and self.engine != "baseline":
+            raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
+        if self.gpus is not None and self.device == "cpu":
+            raise InvalidValueError("gpus: not together with device='cpu'")
+        if self.gpus is not None:
+            groups = [g if isinstance(g, list) else [g] for g in self.gpus] if self._grouped() else [self.gpus]
+            flat = [gpu for group in groups for gpu in group]
+            if len(flat) != len(set(flat)):
+                raise InvalidValueError(f"gpus: a GPU is named twice in {self.gpus}")
+            if len(flat) != self.tensor_parallel * self.replicas:
+                need = self.tensor_parallel * self.replicas
+                raise InvalidValueError(
+                    f"gpus: {len(flat)} named, but tensor_parallel={self.tensor_parallel} x replicas={self.replicas} "
+                    f"needs {need}"
+                )
+        return self
+
+    def _grouped(self) -> bool:
+        return bool(self.gpus) and isinstance(self.gpus[0], list)  # type: ignore[index]
+
+
+class InvalidValueError(ValueError):
+    """Raised inside validators only; `Frozen.parse` turns it into `InvalidValue`."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a deployment name that is not [A-Za-z0-9._/-]{1,64} or that would leave the state folder."""
+    if not NAME_PATTERN.fullmatch(name) or any(part in ("", ".", "..") for part in name.split("/")):
+        raise InvalidValueError(f"name: {name!r} may hold letters, digits and ._/- (1 to 64 of them)")
+
+
+def _stop_list(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _int_list(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+class GenerationParams(Frozen):
+    """Parameters of one text generation: transformers' names, meanings and (but for `do_sample`) defaults.
+
+    `temperature`, `top_k`, `top_p`, `min_p` act only with `do_sample=True`, as in transformers.
+    Without a seed the server draws one, and the record keeps it.
+    """
+
+    max_new_tokens: Annotated[Int, Field(ge=1, le=MAX_NEW_TOKENS)] = 128
+    min_new_tokens: Annotated[Int, Field(ge=0, le=MAX_NEW_TOKENS)] = 0
+    do_sample: bool = False
+    temperature: Annotated[Float, Field(gt=0, le=100)] = 1.0
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
+    seed: Annotated[Int, Field(ge=0, le=MAX_SEED)] | None = None
+    num_return_sequences: Annotated[Int, Field(ge=1, le=64)] = 1
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    ignore_eos: bool = False
+    eos_token_id: Annotated[list[int] | None, BeforeValidator(_int_list)] = None
+    logit_bias: dict[int, float] | None = None
+    return_full_text: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _stop(cls, value: list[str]) -> list[str]:
+        if len(value) > MAX_STOP_STRINGS:
+            raise InvalidValueError(f"stop: at most {MAX_STOP_STRINGS} strings")
+        if any(not text or len(text.encode("utf-8", "replace")) > MAX_STOP_BYTES for text in value):
+            raise InvalidValueError(f"stop: each string has 1 to {MAX_STOP_BYTES} bytes")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias(cls, value: dict[int, float] | None) -> dict[int, float] | None:
+        if value is not None and (len(value) > 1024 or any(not math.isfinite(bias) for bias in value.values())):
+            raise InvalidValueError("logit_bias: at most 1024 finite biases by token id")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidValueError(
+                f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise InvalidValueError("num_return_sequences: greedy decoding has one answer; set do_sample=True")
+        return self
+
+
+#: transformers' generation arguments that have no meaning here, and what to do instead.
+REFUSED_GENERATION = {
+    "num_beams": "Beam search is not served; use do_sample=True with num_return_sequences.",
+    "max_length": "Use max_new_tokens (the new tokens alone).",
+    "streamer": "Use stream(...), which yields chunks.",
+    "pad_token_id": "Batches are packed; nothing is padded.",
+    "use_cache": "The cache is always on.",
+}
+
+
+def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
+    """The generation parameters of keyword arguments.
+
+    Raises:
+        InvalidRequest: an unknown, refused or wrong parameter; the message names it.
+    """
+    for name in values:
+        if name in REFUSED_GENERATION:
+            if name == "num_beams" and values[name] == 1:
+                continue
+            raise InvalidRequest(f"{name} cannot be set.", hint=REFUSED_GENERATION[name])
+    kept = {name: value for name, value in values.items() if value is not None and name != "num_beams"}
+    return GenerationParams.parse(kept, error=InvalidRequest)
+
+
+class BenchConfig(Frozen):
+    """One benchmark: the workload's shape, its load, and the price. Lengths are in tokens.
+
+    Attributes:
+        prompts: the prompts themselves; None makes synthetic ones of `prompt_tokens`.
+        concurrency: closed loop: so many requests are always in flight (one point each).
+        rate: open loop: requests a second, Poisson arrivals (one point each); excludes concurrency.
+        check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none".
+        price: US dollars per GPU-hour (or per machine-hour without a GPU), the user's; None leaves cost empty.
+    """
+
+    prompts: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    prompt_tokens: Annotated[Int, Field(ge=1, le=1 << 20)] = 128
+    new_tokens: Annotated[Int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
+    requests: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
+    warmup: Annotated[Int, Field(ge=0, le=1000)] = 2
+    concurrency: Annotated[list[Annotated[Int, Field(ge=1, le=4096)]], BeforeValidator(_int_list)] = [1]
+    rate: Annotated[list[Annotated[Float, Field(gt=0)]] | None, BeforeValidator(_int_list)] = None
+    seed: Annotated[Int, Field(ge=0, le=MAX_SEED)] = 0
+    price: Annotated[Float, Field(ge=0)] | None = None
+    check: Literal["exact", "close", "none"] = "exact"
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    do_sample: bool = False
+    temperature: Annotated[Float, Field(gt=0, le=100)] = 1.0
+    timeout_s: Annotated[Float, Field(gt=0)] = 600.0

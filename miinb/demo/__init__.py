@@ -1,0 +1,1 @@
+"""The default models and the two-command demonstration."""

@@ -1,0 +1,1 @@
+"""Injection policies: one file a model family, data and name maps only."""

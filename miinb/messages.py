@@ -1,0 +1,292 @@
+"""What flows between the processes: plain dataclasses, no behavior beyond construction from JSON.
+
+Kernel and frontend exchange these through gRPC (`rpc/codec.py` alone knows protobuf); frontend and rank 0 through the
+frames of `server/ipc.py`. Times are seconds; an absolute time is `time.monotonic()`, one clock for all of a host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from miinb.config import GenerationParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_T = TypeVar("_T")
+
+
+def from_dict(cls: type[_T], values: Mapping[str, Any]) -> _T:
+    """A dataclass of these values; names that it does not have are dropped (an older peer may send more)."""
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: value for name, value in values.items() if name in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request, summed over its sequences (the prompt counts once)."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went, in seconds.
+
+    `ttft_s` is submit to first non-empty chunk, `tpot_s` = (e2e_s - ttft_s) / (output_tokens - 1), both on the client's
+    clock. `queue_s` is waiting for the scheduler, `model_s` from admission to the last token in rank 0.
+    """
+
+    queue_s: float = 0.0
+    tokenize_s: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    model_s: float = 0.0
+    detokenize_s: float = 0.0
+    e2e_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of a chosen token and of the `logprobs=` most likely ones (by token id)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of one sequence's new text. `index` is the sequence's place among the request's sequences."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEnd:
+    """One sequence of a request is complete."""
+
+    index: int
+    finish_reason: FinishReason
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    """A generate request is complete: counts and the server's part of the timing (ttft, tpot, e2e are the client's)."""
+
+    usage: Usage
+    timing: Timing
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What a client asks: one prompt, or a chat (messages with "role" and "content"), and its parameters."""
+
+    prompt: str | None
+    params: GenerationParams
+    messages: tuple[Mapping[str, str], ...] | None = None
+    request_id: str = ""  # chosen by the client, for logs and records
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One row for rank 0: a tokenized prompt. A request with n sequences is n of these with seeds seed, seed+1, ..."""
+
+    row_id: int  # unique in the frontend's life
+    token_ids: Sequence[int]
+    params: GenerationParams  # seed is set; stop strings are the frontend's business
+    t_submit: float  # time.monotonic() when the frontend accepted the request
+    deadline: float | None = None  # time.monotonic() after which it must not start
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of a row."""
+
+    row_id: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """A row is complete; its memory is free."""
+
+    row_id: int
+    finish_reason: FinishReason
+    queue_s: float
+    model_s: float
+    prefill_s: float
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """A row failed alone: class name of `miinb.errors` and text for the user (no paths, no tracebacks)."""
+
+    row_id: int
+    error: str
+    message: str
+    hint: str = ""
+
+
+Event = TokensEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRequest:
+    """Inputs of a task that answers at once (encoder tasks): one mapping an input, keys as `tasks.py` names them."""
+
+    row_id: int
+    inputs: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    t_submit: float
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedEvent:
+    """Answers of a predict request, in order: JSON-ready dicts, one list of them an input."""
+
+    row_id: int
+    outputs: Sequence[Any]
+    queue_s: float
+    preprocess_s: float
+    model_s: float
+    postprocess_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLine:
+    """One choice and its reason."""
+
+    what: str
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which optimizations were chosen for this model, size, batch and hardware, and why."""
+
+    engine: str  # "optimized" or "baseline": what really runs
+    device: str
+    dtype: str
+    tensor_parallel: int = 1
+    replicas: int = 1
+    max_length: int = 0
+    max_batch: int = 0
+    kv_cache_bytes: int = 0
+    weights_bytes: int = 0
+    lines: tuple[PlanLine, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def with_line(self, what: str, choice: str, reason: str, **changes: Any) -> Plan:
+        """The same plan with one more reason (and changed fields)."""
+        return dataclasses.replace(self, lines=(*self.lines, PlanLine(what, choice, reason)), **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan of `dataclasses.asdict`'s output."""
+        plain = dict(values)
+        plain["lines"] = tuple(from_dict(PlanLine, line) for line in plain.get("lines", ()))
+        plain["warnings"] = tuple(plain.get("warnings", ()))
+        return from_dict(cls, plain)
+
+    def __str__(self) -> str:
+        width = max((len(line.what) for line in self.lines), default=0)
+        rows = [f"{line.what:<{width}}  {line.choice}: {line.reason}" for line in self.lines]
+        return "\n".join(rows + [f"warning: {text}" for text in self.warnings])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What rank 0 tells the frontend once the model is ready; `Describe` passes it on to clients."""
+
+    replica: int
+    model: str
+    task: str
+    engine: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_length: int
+    max_batch: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_folder: str  # tokenizer.json and chat template that rank 0 wrote
+    plan: Plan
+    load_s: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device_name: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineInfo:
+        """The information of `dataclasses.asdict`'s output."""
+        plain = dict(values)
+        plain["plan"] = Plan.from_dict(plain["plan"])
+        plain["eos_token_ids"] = tuple(plain["eos_token_ids"])
+        return from_dict(cls, plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A step of start-up: start, load (i of n), inject, capture, verify, ready."""
+
+    name: str
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankStatus:
+    """One rank as the supervisor sees it. `gpu` is the physical index, None on a CPU."""
+
+    replica: int
+    rank: int
+    pid: int
+    state: str
+    gpu: int | None = None
+    memory_bytes: int = 0
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A deployment at this moment."""
+
+    name: str
+    state: str  # starting, ready, draining, stopped, failed, lost
+    model: str
+    task: str
+    engine: str
+    dtype: str
+    device: str
+    address: str
+    pid: int  # of the supervisor
+    persist: bool
+    uptime_s: float
+    in_flight: int = 0
+    queued: int = 0
+    requests: int = 0
+    ranks: tuple[RankStatus, ...] = ()
+    phase: Phase | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Status:
+        """The status of `dataclasses.asdict`'s output."""
+        plain = dict(values)
+        plain["ranks"] = tuple(from_dict(RankStatus, rank) for rank in plain.get("ranks", ()))
+        plain["phase"] = from_dict(Phase, plain["phase"]) if plain.get("phase") else None
+        return from_dict(cls, plain)

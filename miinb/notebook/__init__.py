@@ -1,0 +1,1 @@
+"""The notebook's face: magics, panels, cards and live text."""

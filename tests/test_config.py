@@ -1,0 +1,70 @@
+import pytest
+
+from miinb.config import DeploymentConfig, GenerationParams, parse_generation
+from miinb.errors import InvalidRequest, InvalidValue, UnknownOption
+
+
+def test_unknown_option_names_the_near_one() -> None:
+    with pytest.raises(UnknownOption, match="dtyp") as caught:
+        DeploymentConfig.parse({"model": "m", "dtyp": "fp16"})
+    assert "'dtype'" in caught.value.hint
+
+
+def test_unknown_engine_option_names_the_near_one() -> None:
+    with pytest.raises(UnknownOption) as caught:
+        DeploymentConfig.parse({"model": "m", "options": {"cuda_graph": True}})
+    assert "cuda_graphs" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"dtype": "float99"}, "dtype"),
+        ({"tensor_parallel": 0}, "tensor_parallel"),
+        ({"tensor_parallel": "2"}, "tensor_parallel"),
+        ({"name": "../x"}, "name"),
+        ({"gpus": [0, 0], "replicas": 2}, "gpus"),
+        ({"gpus": [0, 1]}, "gpus"),
+        ({"gpus": [0], "device": "cpu"}, "gpus"),
+        ({"start_timeout_s": float("nan")}, "start_timeout_s"),
+        ({"options": {"compile": True}}, "compile"),
+    ],
+)
+def test_wrong_values_name_their_field(values: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidValue, match=field):
+        DeploymentConfig.parse({"model": "m", **values})
+
+
+def test_config_survives_json() -> None:
+    config = DeploymentConfig.parse({"model": "m", "gpus": [[0, 1], [2, 3]], "tensor_parallel": 2, "replicas": 2})
+    assert DeploymentConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"max_new_tokens": 2**31}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"temperature": "0.7"}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": -1}, "top_p"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": ["x"] * 1000}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"temprature": 0.5}, "temprature"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+    ],
+)
+def test_wrong_generation_parameters_are_refused_by_name(values: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        parse_generation(values)
+
+
+def test_generation_accepts_usual_spellings() -> None:
+    import numpy as np
+
+    params = parse_generation(
+        {"stop": "\n", "temperature": 1, "max_new_tokens": np.int64(5), "top_k": None, "num_beams": 1}
+    )
+    assert params == GenerationParams(stop=["\n"], temperature=1.0, max_new_tokens=5)
