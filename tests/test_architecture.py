@@ -1,0 +1,201 @@
+"""Who may import whom, as a dict: the design's table, held by an `ast` walk over the package."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "miinb"
+
+CORE = ("errors", "config", "messages", "tasks", "models")
+KERNEL_SIDE = ("client", "results", "session", "registry", "planner", "hardware", "compat")
+
+#: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "": (),
+    "errors": (),
+    "config": ("errors",),
+    "messages": ("config", "errors"),
+    "tasks": ("errors", "messages", "config"),
+    "models": ("errors", "config", "messages", "tasks"),
+    "rpc": ("messages", "errors", "config"),
+    "kernels": (),
+    "engine": ("kernels", "config", "tasks", "models", "messages", "errors"),
+    "server": ("rpc", "config", "messages", "errors", "tasks", "registry"),
+    "server.worker": ("engine", "config", "messages", "errors", "tasks"),
+    "hardware": (),
+    "planner": (*CORE, "hardware"),
+    "registry": CORE,
+    "results": CORE,
+    "client": (*CORE, "rpc", "results"),
+    "session": (*CORE, "rpc", "results", "client", "registry", "planner", "hardware"),
+    "compat": (*CORE, "rpc", "results", "client", "session", "registry"),
+    "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware"),
+    "bench.headline": ("bench", "engine", "config", "messages", "errors", "models"),
+    "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),
+    "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),
+    "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
+    "demo": (*CORE, *KERNEL_SIDE, "bench"),
+    "targets": ("config", "errors"),
+}
+
+#: Third parties that a part must not touch even inside functions: the kernel process stays without torch.
+HEAVY = ("torch", "deepspeed", "transformers", "diffusers", "triton")
+#: Third parties that the engine's side may load.
+MAY_BE_HEAVY = ("engine", "kernels", "server.worker", "bench.headline", "demo.train", "demo.convert")
+#: Third parties that must not load with a part (inside functions they may).
+LAZY_EVERYWHERE = ("matplotlib", "pandas", "IPython", "ipywidgets")
+LAZY_EXEMPT = ("bench", "notebook")
+
+DRAWERS = {"utils", "util", "common", "helpers", "base", "misc"}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if "_pb2" in path.name:
+            continue
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST, module: str, *, inside_functions: bool) -> set[str]:
+    """Absolute names that a module imports (those of function bodies if asked). TYPE_CHECKING is skipped."""
+    found: set[str] = set()
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"miinb.{module}: relative import; write the full name"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            stack.extend(node.orelse)
+            continue
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not inside_functions:
+            continue
+        stack.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def part_of(module: str) -> str:
+    """The row of `ALLOWED` that holds for a module: its own if there is one, else its top part's."""
+    return module if module in ALLOWED else module.split(".")[0]
+
+
+def internal(names: set[str]) -> set[str]:
+    """Modules of the package among imported names ("miinb.x.y" may be a module or something in miinb.x)."""
+    found = set()
+    for name in names:
+        if name == "miinb" or not name.startswith("miinb."):
+            continue
+        inner = name.removeprefix("miinb.")
+        if inner in MODULES:
+            found.add(inner)
+        elif inner.rpartition(".")[0] in MODULES:
+            found.add(inner.rpartition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_follow_the_table(module: str) -> None:
+    part = part_of(module)
+    assert part in ALLOWED, f"miinb.{module}: give its part a row in ALLOWED"
+    allowed = {part, module.split(".")[0], *ALLOWED[part]}
+    if part in ("notebook", "bench", "bench.headline"):
+        allowed.discard("")
+    for target in internal(imports(MODULES[module], module, inside_functions=False)):
+        if target == "":
+            continue
+        top = target.split(".")[0]
+        assert top in allowed or target in allowed, f"miinb.{module} may not import miinb.{target}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_the_engine_is_imported_by_the_rank_alone(module: str) -> None:
+    if module.split(".")[0] in ("engine", "kernels") or module in MAY_BE_HEAVY:
+        return
+    targets = internal(imports(MODULES[module], module, inside_functions=True))
+    wrong = [t for t in targets if t.split(".")[0] in ("engine", "kernels")]
+    assert not wrong, f"miinb.{module} imports {wrong}"
+    if module.split(".")[0] != "server":
+        assert not [t for t in targets if t.startswith("server")], (
+            f"miinb.{module} imports the server; start it by module name"
+        )
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_torch_stays_in_the_ranks(module: str) -> None:
+    if part_of(module) in MAY_BE_HEAVY or module in MAY_BE_HEAVY or module.split(".")[0] in ("engine", "kernels"):
+        return
+    tops = {name.split(".")[0] for name in imports(MODULES[module], module, inside_functions=True)}
+    assert not tops & set(HEAVY), f"miinb.{module} imports {sorted(tops & set(HEAVY))}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_heavy_parts_load_late(module: str) -> None:
+    if module.split(".")[0] in LAZY_EXEMPT:
+        return
+    tops = {name.split(".")[0] for name in imports(MODULES[module], module, inside_functions=False)}
+    assert not tops & set(LAZY_EVERYWHERE), f"miinb.{module} loads {sorted(tops & set(LAZY_EVERYWHERE))} at import"
+
+
+def test_no_import_cycle() -> None:
+    graph = {m: internal(imports(t, m, inside_functions=False)) - {m} for m, t in MODULES.items()}
+    graph = {m: {t for t in targets if t != "" and not m.startswith(t + ".")} for m, targets in graph.items()}
+    done: set[str] = set()
+
+    def walk(node: str, path: tuple[str, ...]) -> None:
+        assert node not in path, f"import cycle: {' -> '.join([*path[path.index(node) :], node])}"
+        if node in done:
+            return
+        for target in graph[node]:
+            walk(target, (*path, node))
+        done.add(node)
+
+    for node in graph:
+        walk(node, ())
+
+
+def test_shape() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if "_pb2" in path.name:
+            continue
+        source = path.read_text()
+        assert path.stem not in DRAWERS, f"{path.name}: name the module after what it does"
+        assert source.count("\n") <= 400, f"{path.relative_to(PACKAGE)} has more than 400 lines"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_importing_the_package_is_light() -> None:
+    import subprocess
+
+    probe = f"import sys, miinb; print([m for m in {(*HEAVY, *LAZY_EVERYWHERE)!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
+    assert out.stdout.strip() == "[]"
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    forbidden = {"pickle", "marshal", "shelve", "cloudpickle"}
+    for module, tree in MODULES.items():
+        tops = {name.split(".")[0] for name in imports(tree, module, inside_functions=True)}
+        assert not tops & forbidden, f"miinb.{module} imports {sorted(tops & forbidden)}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), f"miinb.{module}:{node.lineno} calls {node.func.id}"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value is True), (
+                    f"miinb.{module}: trusts code"
+                )
