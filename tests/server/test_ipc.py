@@ -1,0 +1,179 @@
+"""Frames: every message survives the trip, sends never block, order holds, junk is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miinb.config import GenerationParams
+from miinb.messages import (
+    EngineInfo,
+    FailedEvent,
+    FinishedEvent,
+    Plan,
+    PlanLine,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+    TokenLogprob,
+    TokensEvent,
+)
+from miinb.server import ipc
+
+INFO = EngineInfo(
+    replica=1,
+    model="m",
+    task="text-generation",
+    engine="optimized",
+    dtype="fp32",
+    device="cpu",
+    vocab_size=100,
+    max_length=64,
+    max_batch=4,
+    eos_token_ids=(1, 2),
+    tokenizer_folder="tokenizer",
+    plan=Plan("optimized", "cpu", "fp32", lines=(PlanLine("dtype", "fp32", "checkpoint"),), warnings=("w",)),
+    versions={"torch": "2"},
+)
+PARAMS = GenerationParams(seed=2**63 - 1, stop=["\n", "é"], logit_bias={7: -1.5}, temperature=0.7, do_sample=True)
+MESSAGES: list[ipc.Message] = [
+    INFO,
+    SequenceRequest(3, [1, 2, 3], PARAMS, 12.5, 99.0),
+    SequenceRequest(4, [], GenerationParams(), 0.0),
+    ipc.CancelRow(3, "stop"),
+    TokensEvent(3, [5, 6]),
+    TokensEvent(4, [7], (TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0))),)),
+    FinishedEvent(3, "length", 0.1, 0.2, 0.05, 3, 2, 1),
+    FailedEvent(4, "NonFinite", "NaN in the logits — sorry", "Try fp32."),
+    PredictRequest(5, [{"query": "日本"}], {"top_k": 3}, 1.0),
+    PredictedEvent(5, [[{"score": 0.5}]], 0.0, 0.1, 0.2, 0.3),
+    ipc.EngineStatus(),
+    ipc.EngineStatus({"running": 2}),
+]
+
+
+@given(st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_every_message_survives_any_fragmentation(step: int) -> None:
+    data = b"".join(ipc.encode(message) for message in MESSAGES)
+    decoder = ipc.Decoder()
+    received = [m for at in range(0, len(data), step) for m in decoder.feed(data[at : at + step])]
+    assert received == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"GET / HTTP/1.1\r\n\r\n", ipc.HEADER.pack(2, 77) + b"{}", ipc.HEADER.pack(3, 6) + b"[1]", b"\xff" * 9],
+    ids=["http", "unknown kind", "wrong fields", "huge"],
+)
+def test_junk_is_a_connection_error(junk: bytes) -> None:
+    with pytest.raises(ConnectionError):
+        ipc.Decoder().feed(junk)
+
+
+def _pair() -> tuple[ipc.RankSocket, socket.socket]:
+    rank, frontend = socket.socketpair(socket.AF_UNIX)
+    return ipc.RankSocket(rank), frontend
+
+
+def test_a_full_socket_never_blocks_and_waiting_tokens_merge_in_order() -> None:
+    rank, frontend = _pair()
+    with frontend:
+        steps = 0
+        while rank.flush():  # until the kernel's buffer is full
+            rank.send(TokensEvent(1, [steps]), TokensEvent(2, [-1]))
+            steps += 1
+        for _ in range(1000):
+            rank.send(TokensEvent(1, [steps]), TokensEvent(2, [-1]))
+            assert not rank.flush()
+            steps += 1
+        rank.send(FinishedEvent(2, "stop", 0, 0, 0, 1, steps), TokensEvent(1, [steps]))
+        assert len(rank._outbox) <= 4, "tokens that wait next to each other are one frame"
+        decoder, received = ipc.Decoder(), []
+        frontend.setblocking(False)
+        while True:
+            done = rank.flush()
+            try:
+                received += decoder.feed(frontend.recv(1 << 20))
+            except BlockingIOError:
+                if done:
+                    break
+    ids = {
+        row: [i for m in received if isinstance(m, TokensEvent) and m.row_id == row for i in m.token_ids]
+        for row in (1, 2)
+    }
+    assert ids == {1: list(range(steps + 1)), 2: [-1] * steps}
+    assert [type(m) for m in received[-2:]] == [FinishedEvent, TokensEvent]
+
+
+def test_logprobs_come_with_their_own_tokens_when_steps_wait() -> None:
+    rank, frontend = _pair()
+    with frontend:
+        for step in range(3):
+            rank.send(TokensEvent(1, [step], (TokenLogprob(step, -float(step)),)), TokensEvent(2, [step]))
+        assert rank.flush()
+        received = ipc.Decoder().feed(frontend.recv(1 << 20))
+    row = [m for m in received if isinstance(m, TokensEvent) and m.row_id == 1]
+    assert [(m.token_ids, m.logprobs[0].token_id) for m in row] == [([0], 0), ([1], 1), ([2], 2)]
+
+
+def test_a_frontend_that_does_not_read_is_an_error_not_endless_memory() -> None:
+    rank, frontend = socket.socketpair(socket.AF_UNIX)
+    with frontend:
+        side = ipc.RankSocket(rank, max_outbox_bytes=1 << 20)
+        sent = 0
+        with pytest.raises(ConnectionError):  # noqa: PT012 (which call fills the outbox depends on the kernel's buffer)
+            while sent < 1000:
+                side.send(TokensEvent(1, [0] * 10_000))
+                side.flush()
+                sent += 1
+
+
+def test_a_frontend_that_is_gone_is_a_connection_error() -> None:
+    rank, frontend = _pair()
+    frontend.close()
+    with pytest.raises(ConnectionError):
+        rank.receive(1.0)
+
+
+def test_asyncio_side_and_synchronous_side_talk(tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    request = SequenceRequest(1, list(range(50_000)), PARAMS, 0.0)
+    seen: list[object] = []
+
+    def rank() -> None:
+        side = ipc.RankSocket.connect(path, timeout_s=10)
+        side.send(INFO)
+        (got,) = side.receive(10.0)
+        assert isinstance(got, SequenceRequest)
+        assert got == request
+        side.send(TokensEvent(1, got.token_ids))
+        while not side.flush():
+            pass
+        assert side.receive(0.0) == []
+        side.close()
+
+    async def frontend() -> None:
+        closed = asyncio.get_running_loop().create_future()
+
+        def on_message(channel: ipc.RankChannel, message: ipc.ToFrontend) -> None:
+            seen.append(message)
+            if message == INFO:
+                assert channel.send(request)
+
+        server = await ipc.listen(path, lambda: ipc.RankChannel(on_message, lambda _: closed.set_result(None)))
+        assert path.stat().st_mode & 0o777 == 0o600
+        thread = threading.Thread(target=rank)
+        thread.start()
+        await asyncio.wait_for(closed, 20)
+        await asyncio.to_thread(thread.join, 10)
+        server.close()
+
+    asyncio.run(frontend())
+    assert seen == [INFO, TokensEvent(1, request.token_ids)]
