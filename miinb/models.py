@@ -1,0 +1,363 @@
+"""What a model is, from its config.json and its files' headers alone: family, size, tasks, memory. Never imports torch.
+
+`miinb.models()` is the table of families; the module is callable for that (see the end).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
+from miinb.config import LoadFormat
+from miinb.errors import BrokenCheckpoint, InvalidValue, ModelNotFound, UnsupportedModel, did_you_mean
+from miinb.tasks import TASKS, find_task, tasks_of
+
+#: Bytes of one number by miinb's dtype names.
+DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+
+#: Families (config.json's model_type) that the optimized engine has a policy for; `engine/policies` holds them.
+OPTIMIZED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+_FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
+#: config.json's names of one fact, by family; the first that is there counts.
+_KEYS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "context_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as its files describe it.
+
+    Attributes:
+        source: what the user gave.
+        folder: where its files are.
+        format: "safetensors", "gguf", or "none" when only a configuration is there (`load_format="dummy"`).
+        family: config.json's model_type.
+        architecture: the class name that config.json names first, or "".
+        tasks: names of the tasks that its head serves.
+        config: config.json as it is (for GGUF: the same made from the file's metadata).
+        tensors: the checkpoint's tensors, by name.
+        parameters: number of parameters (tied ones once).
+        dtype: the checkpoint's main dtype, by miinb's names; "bf16" for quantized GGUF.
+        context_length: most tokens of one sequence; 0 when the family has no limit.
+        head_size: width of one attention head.
+        optimized: the optimized engine has a policy for the family.
+    """
+
+    source: str
+    folder: Path
+    format: str
+    family: str
+    architecture: str
+    tasks: tuple[str, ...]
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    parameters: int
+    dtype: str
+    context_length: int
+    vocab_size: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    optimized: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return sorted({entry.file for entry in self.tensors.values()})
+
+    @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """The checkpoint's bytes by the format's dtype names."""
+        sizes: dict[str, int] = {}
+        for entry in self.tensors.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+        return sizes
+
+    def weights_bytes(self, dtype: str | None = None) -> int:
+        """Bytes of the weights in a dtype (default: the checkpoint's)."""
+        return int(self.parameters * DTYPE_BYTES[dtype or self.dtype])
+
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """Bytes of keys and values that one token adds to the cache, over all layers."""
+        return int(2 * self.layers * self.kv_heads * self.head_size * DTYPE_BYTES[dtype or self.dtype])
+
+    def task(self, asked: str | None = None) -> str:
+        """The task to serve: the one asked for if the model can, else the only one that it names.
+
+        Raises:
+            InvalidValue: there is no such task, or there are several and none was chosen.
+            UnsupportedModel: the model's head does not serve the task.
+        """
+        if asked is None:
+            main = [name for name in self.tasks if name != "conversational"]
+            if len(main) == 1:
+                return main[0]
+            raise InvalidValue(
+                f"task: {self.source} does not tell its task.", hint=f"Give one of: {', '.join(main or TASKS)}."
+            )
+        name = find_task(asked).name
+        if self.tasks and name not in self.tasks and name != "feature-extraction":
+            raise UnsupportedModel(
+                f"{self.architecture} of {self.source} does not serve {name}.", hint=f"It serves {self.tasks[0]}."
+            )
+        return name
+
+
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    load_format: LoadFormat = "auto",
+) -> ModelInfo:
+    """What the model in a folder, in a GGUF file or of a hub name is.
+
+    Raises:
+        ModelNotFound: neither a folder nor a name in the local cache (and it could not be fetched).
+        UnsupportedModel: no configuration, code from the model's folder that was not allowed, or pickled weights.
+        BrokenCheckpoint: damaged or missing files, by name.
+    """
+    place = locate(model, revision=revision)
+    gguf = _gguf_file(place)
+    if gguf is not None:
+        metadata, entries = read_gguf(gguf)
+        config, folder, form = gguf_config(metadata, entries, gguf), gguf.parent, "gguf"
+    else:
+        config, folder, form = _read_config(place), place, "safetensors"
+        entries = [entry for file in safetensors_files(folder) for entry in read_safetensors(file)]
+    if config.get("auto_map") and not trust_remote_code:
+        raise UnsupportedModel(
+            f"{model} brings its own Python code.", hint="Read it; trust_remote_code=True then allows it to run."
+        )
+    if not config.get("model_type"):
+        raise UnsupportedModel(f"config.json of {model} has no model_type.", hint="Is it a transformers model?")
+    if not entries:
+        if load_format != "dummy":
+            raise _no_weights(folder)
+        form = "none"
+    return _describe(str(model), folder, form, config, entries)
+
+
+def _no_weights(folder: Path) -> UnsupportedModel | BrokenCheckpoint:
+    pickles = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt")]
+    if pickles:
+        return UnsupportedModel(
+            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when read.",
+            hint="Load it with transformers and save_pretrained() it: that writes safetensors.",
+        )
+    return BrokenCheckpoint(
+        f"{folder} holds no weights.", hint="load_format='dummy' makes random ones for a benchmark."
+    )
+
+
+def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], entries: list[TensorEntry]) -> ModelInfo:
+    facts = {name: _first(config, keys) for name, keys in _KEYS.items()}
+    heads = facts["heads"]
+    architecture = (config.get("architectures") or [""])[0]
+    parameters = sum(entry.elements for entry in entries)
+    return ModelInfo(
+        source=source,
+        folder=folder,
+        format=form,
+        family=config["model_type"],
+        architecture=architecture,
+        tasks=tasks_of(architecture) if architecture else (),
+        config=config,
+        tensors={entry.name: entry for entry in entries},
+        parameters=parameters or estimate_parameters(config),
+        dtype=_main_dtype(config, entries),
+        context_length=facts["context_length"],
+        vocab_size=facts["vocab_size"],
+        layers=facts["layers"],
+        hidden_size=facts["hidden_size"],
+        heads=heads,
+        kv_heads=facts["kv_heads"] or heads,
+        head_size=config.get("head_dim") or (facts["hidden_size"] // heads if heads else 0),
+        optimized=config["model_type"] in OPTIMIZED,
+    )
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    values = (config.get(key) for key in keys)
+    return next((value for value in values if isinstance(value, int)), 0)
+
+
+def _main_dtype(config: Mapping[str, Any], entries: list[TensorEntry]) -> str:
+    """The dtype of most of the checkpoint's bytes; without files, what config.json says."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        name = _FILE_DTYPES.get(entry.dtype, "bf16")  # quantized GGUF blocks are unpacked to bf16
+        sizes[name] = sizes.get(name, 0) + entry.size_bytes
+    if sizes:
+        return max(sizes, key=lambda name: sizes[name])
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return {"float16": "fp16", "bfloat16": "bf16"}.get(named, "fp32")
+
+
+def estimate_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a decoder of this configuration, to about a percent (biases and norms are left out)."""
+    layers, hidden, heads, kv_heads, positions, vocab = (_first(config, keys) for keys in _KEYS.values())
+    head_size = config.get("head_dim") or (hidden // heads if heads else 0)
+    attention = hidden * head_size * (2 * heads + 2 * (kv_heads or heads))
+    gated = "silu" in str(config.get("hidden_act")) or config.get("model_type") in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+    )
+    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden
+    learned = positions * hidden if config.get("model_type") in ("gpt2", "gpt_neo", "opt") else 0
+    tied = config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "gpt_neo", "opt", "bloom"))
+    return layers * (attention + (3 if gated else 2) * hidden * inner) + vocab * hidden * (1 if tied else 2) + learned
+
+
+def locate(model: str | Path, *, revision: str | None = None) -> Path:
+    """The folder (or GGUF file) of a model: a path as it is, a hub name from the local cache or, online, fetched.
+
+    Raises:
+        ModelNotFound: with the nearest names of the folder or of the cache.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.resolve()
+    name = str(model)
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")) or name.endswith(".gguf") or "\\" in name:
+        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "Give a folder, a .gguf file or a hub name."
+        raise ModelNotFound(f"There is no folder {name}.", hint=hint)
+    return _hub_folder(name, revision)
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _hub_folder(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    folder: Path | None = None
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if not (folder / "config.json").exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
+            return folder
+    except HFValidationError:
+        raise ModelNotFound(f"{name!r} is neither a folder nor a hub name.") from None
+    except OSError:
+        pass  # not cached
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if not offline:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=5))
+        except Exception as error:  # the client's errors have no common base; all mean "not to be had"
+            reason = type(error).__name__
+    if folder is not None:
+        return folder
+    why = "HF_HUB_OFFLINE is set" if offline else f"the hub could not give it ({reason})"
+    raise ModelNotFound(f"{name!r} is no folder and not in the local cache, and {why}.", hint=_cached_hint(name))
+
+
+def _cached_hint(name: str) -> str:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+    except CacheNotFound:
+        cached = []
+    return did_you_mean(name, cached) if cached else "The local cache is empty; give a folder."
+
+
+def _gguf_file(place: Path) -> Path | None:
+    """The GGUF file that was given or that a folder without other weights holds."""
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise ModelNotFound(f"{place} is a file.", hint="Give the model's folder, or a .gguf file.")
+        return place
+    files = sorted(place.glob("*.gguf"))
+    if not files or any(place.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise ModelNotFound(
+            f"{place} holds {len(files)} GGUF files.", hint=f"Give one of them: {', '.join(f.name for f in files[:5])}."
+        )
+    return files[0]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if (folder / "model_index.json").exists():
+        raise UnsupportedModel(f"{folder} is an image pipeline, and text-to-image is not served yet.")
+    if not file.exists():
+        near = [entry.name for entry in folder.iterdir() if (entry / "config.json").exists()] if folder.is_dir() else []
+        hint = f"Did you mean {folder / near[0]}?" if near else "A model folder has a config.json."
+        raise ModelNotFound(f"{folder} is no model: it has no config.json.", hint=hint)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{file} is damaged ({error}).", hint="Fetch the model again.") from None
+    if not isinstance(config, dict):
+        raise BrokenCheckpoint(f"{file} is damaged: it holds no object.", hint="Fetch the model again.")
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a policy for it."""
+
+    family: str
+    tasks: tuple[str, ...]
+    optimized: bool
+
+
+class FamilyTable(tuple[FamilyRow, ...]):
+    """The rows of `miinb.models()`, shown as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{row.family:<14} {'optimized' if row.optimized else 'baseline':<10} {', '.join(row.tasks)}"
+            for row in self
+        ]
+        return "\n".join([f"{'family':<14} {'engine':<10} tasks", *rows])
+
+
+_TEXT = ("text-generation", "conversational")
+_ENCODER = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
+
+
+def families() -> FamilyTable:
+    """The families that are tested; others that transformers knows run on the baseline engine."""
+    encoders = ("bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra")
+    decoders = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3")
+    rows = [FamilyRow(name, _TEXT, name in OPTIMIZED) for name in decoders]
+    return FamilyTable(rows + [FamilyRow(name, _ENCODER, False) for name in encoders])
+
+
+class _CallableModule(types.ModuleType):
+    """`miinb.models` is this module for imports and, by the contract, a function for users: both must work."""
+
+    def __call__(self) -> FamilyTable:
+        return families()
+
+
+sys.modules[__name__].__class__ = _CallableModule
