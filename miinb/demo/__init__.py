@@ -1,1 +1,38 @@
 """The default models and the two-command demonstration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+TINY = Path(__file__).with_name("tiny")
+
+
+def tiny_model() -> Path:
+    """The folder of the tiny model that ships inside the package (about 0.6 million parameters, bf16, own work)."""
+    return TINY
+
+
+def default_model(*, quiet: bool = False) -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched and converted once into the user's cache.
+
+    Where it cannot be fetched (no network), the tiny model takes its place, and a line on stdout says so.
+
+    Args:
+        quiet: no progress bars; the line about the tiny model stays.
+    """
+    from miinb.demo.fetch import smollm2
+    from miinb.errors import ModelError
+
+    try:
+        return smollm2(quiet=quiet)
+    except ModelError as error:
+        print(f"{error.line()}\nThe tiny model inside the package takes its place; its answers are those of a toy.")
+        return tiny_model()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `miinb demo`; returns the exit status."""
+    from miinb.demo.tour import main as tour
+
+    return tour(argv)

@@ -1,0 +1,7 @@
+"""`python -m miinb.demo`: the demonstration, as `miinb demo`."""
+
+import sys
+
+from miinb.demo import main
+
+sys.exit(main())
