@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miinb.config import GenerationParams
-from miinb.engine.scheduler import Row, Scheduler, StepPlan
+from miinb.engine.rows import Row, StepPlan
+from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest, PromptTooLong, QueueFull
 from miinb.messages import FailedEvent, FinishedEvent, SequenceRequest, TokensEvent
 

@@ -1,0 +1,221 @@
+"""From logits to tokens: every row with its own parameters, the same result in any batch.
+
+The order is transformers': logit bias, repetition penalty, presence and frequency penalty (which transformers lacks;
+they count new tokens only), the ban on ending before `min_new_tokens`, then for sampled rows temperature, top-k, top-p,
+min-p, and the draw. The noise of a draw is a function of (seed, position, token id): `kernels/sample.py` defines it.
+Log-probabilities are those of the model itself, before any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+from miinb.config import GenerationParams
+from miinb.engine.rows import Row
+from miinb.errors import InvalidRequest
+from miinb.kernels.sample import sample
+from miinb.messages import TokenLogprob
+
+
+class Needs(IntFlag):
+    """What a row wants besides the largest logit."""
+
+    NOTHING = 0
+    SAMPLE = 1
+    BIAS = 2
+    PENALTY = 4
+    MIN_NEW = 8
+    LOGPROBS = 16
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One step's choice, on the device: `token_ids` [L] int64, `finite` [L] bool, and log-probabilities if wanted.
+
+    Attributes:
+        logprobs: [L] fp32 of the chosen tokens.
+        top_logprobs: [L, n] fp32, largest first, and `top_ids` [L, n]; n is the most that a row asked for.
+    """
+
+    token_ids: Tensor
+    finite: Tensor
+    logprobs: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+
+
+def greedy(logits: Tensor) -> Sampled:
+    """The largest logit of each row [L, vocab]; `finite` is False where a logit is NaN or the largest is infinite."""
+    largest, token_ids = logits.max(-1)
+    return Sampled(token_ids, torch.isfinite(largest))
+
+
+class Sampler:
+    """Parameters of the rows in their slots, as tensors on the device.
+
+    Args:
+        max_batch: number of slots.
+        vocab_size: tokens in the vocabulary.
+        device: where the logits are.
+    """
+
+    def __init__(self, max_batch: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._max_batch = max_batch
+        self._needs = [Needs.NOTHING] * max_batch
+        self._seed = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self._top_k = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        # temperature, top_p, min_p, repetition, presence, frequency penalty
+        self._numbers = torch.zeros(max_batch, 6, device=device)
+        self._written: list[tuple[float, ...]] = [()] * max_batch  # what these hold now
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def check(self, params: GenerationParams) -> None:
+        """Refuse token ids outside the vocabulary. Raises InvalidRequest."""
+        for name, ids in (("logit_bias", params.logit_bias or {}), ("eos_token_id", params.eos_token_id or [])):
+            wrong = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
+            if wrong:
+                raise InvalidRequest(f"{name}: token {wrong[0]} is outside the vocabulary of {self.vocab_size}.")
+
+    def admit(self, row: Row) -> None:
+        """Take over the parameters of a row that came into its slot (also when it comes back after preemption)."""
+        params = row.request.params
+        needs = Needs.NOTHING
+        needs |= Needs.SAMPLE if params.do_sample else needs
+        needs |= Needs.BIAS if params.logit_bias else needs
+        needs |= Needs.MIN_NEW if params.min_new_tokens and row.eos else needs
+        needs |= Needs.LOGPROBS if params.logprobs is not None else needs
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        needs |= Needs.PENALTY if penalties != (1.0, 0.0, 0.0) else needs
+        slot = row.slot
+        self._needs[slot] = needs
+        # Temperature 0 is greedy, for rows beside sampled ones.
+        draw = (params.temperature, params.top_p, params.min_p) if params.do_sample else (0.0, 1.0, 0.0)
+        top_k = min(params.top_k, self.vocab_size) if params.do_sample else 0
+        values = (*draw, *penalties, top_k, params.seed or 0 if params.do_sample else 0)
+        if values != self._written[slot]:
+            self._written[slot] = values
+            self._numbers[slot] = torch.tensor(values[:6])
+            self._top_k[slot] = top_k
+            self._seed[slot] = values[7]
+        if needs & Needs.PENALTY:
+            self._count(row)
+
+    def _count(self, row: Row) -> None:
+        """Count the row's tokens from scratch."""
+        in_prompt, counts = self._counters()
+        ids = torch.tensor(row.token_ids, device=self.device)
+        in_prompt[row.slot].zero_()[ids[: row.prompt_tokens]] = True
+        counts[row.slot] = torch.bincount(ids[row.prompt_tokens :], minlength=self.vocab_size).float()
+
+    def _counters(self) -> tuple[Tensor, Tensor]:
+        """[max_batch, vocab]: is the token in the prompt (bool), how often among the new ones (fp32). Made when needed."""
+        if self._seen is None:
+            shape = (self._max_batch, self.vocab_size)
+            in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self._seen = in_prompt, torch.zeros(shape, device=self.device)
+        return self._seen
+
+    def needs(self, rows: Sequence[Row]) -> Needs:
+        """What any of these rows wants."""
+        needs = 0
+        table = self._needs
+        for row in rows:
+            needs |= table[row.slot]
+        return Needs(needs)
+
+    def choose(
+        self, logits: Tensor, rows: Sequence[Row], positions: Sequence[int], slots: Tensor, needs: Needs
+    ) -> Sampled:
+        """The next token of each row.
+
+        Args:
+            logits: [L, vocab].
+            rows: the L rows.
+            positions: the place in its sequence of each row's new token.
+            slots: [L] int64 on the device: the rows' slots.
+            needs: `self.needs(rows)`.
+        """
+        if needs == Needs.NOTHING:
+            return greedy(logits)
+        raw = logits.float()
+        scores = raw.clone()
+        if needs & Needs.BIAS:
+            self._add_biases(scores, rows)
+        if needs & Needs.PENALTY:
+            self._penalize(scores, slots)
+        if needs & Needs.MIN_NEW:
+            self._ban_end(scores, rows, positions)
+        if needs & Needs.SAMPLE:
+            temperature, top_p, min_p = self._numbers[slots, :3].unbind(1)
+            place = torch.tensor(positions, device=self.device)
+            top_k = self._top_k[slots]
+            token_ids, finite = sample(scores, self._seed[slots], place, temperature, top_k, top_p, min_p)
+            chosen = Sampled(token_ids, finite)
+        else:
+            chosen = greedy(scores)
+        if needs & Needs.PENALTY:
+            ones = torch.ones(len(rows), device=self.device)
+            self._counters()[1].index_put_((slots, chosen.token_ids), ones, accumulate=True)
+        if needs & Needs.LOGPROBS:
+            self._add_logprobs(chosen, raw, rows)
+        return chosen
+
+    def _add_biases(self, scores: Tensor, rows: Sequence[Row]) -> None:
+        places: list[int] = []
+        ids: list[int] = []
+        biases: list[float] = []
+        for i, row in enumerate(rows):
+            for token_id, bias in (row.request.params.logit_bias or {}).items():
+                places.append(i)
+                ids.append(token_id)
+                biases.append(bias)
+        at = torch.tensor([places, ids], device=self.device)
+        scores.index_put_((at[0], at[1]), torch.tensor(biases, device=self.device), accumulate=True)
+
+    def _penalize(self, scores: Tensor, slots: Tensor) -> None:
+        in_prompt, new_counts = self._counters()
+        repetition, presence, frequency = self._numbers[slots, 3:, None].unbind(1)
+        counts = new_counts[slots]
+        seen = in_prompt[slots] | (counts > 0)
+        penalized = torch.where(scores < 0, scores * repetition, scores / repetition)
+        torch.where(seen, penalized, scores, out=scores)
+        scores -= counts * frequency + (counts > 0) * presence
+
+    def _ban_end(self, scores: Tensor, rows: Sequence[Row], positions: Sequence[int]) -> None:
+        places: list[int] = []
+        ids: list[int] = []
+        for i, row in enumerate(rows):
+            if positions[i] - row.prompt_tokens < row.request.params.min_new_tokens:
+                places += [i] * len(row.eos)
+                ids += row.eos
+        if places:
+            at = torch.tensor([places, ids], device=self.device)
+            scores[at[0], at[1]] = -torch.inf
+
+    def _add_logprobs(self, chosen: Sampled, raw: Tensor, rows: Sequence[Row]) -> None:
+        logprobs = raw.log_softmax(-1)
+        most = max(row.request.params.logprobs or 0 for row in rows)
+        chosen.logprobs = logprobs.gather(1, chosen.token_ids[:, None])[:, 0]
+        chosen.top_logprobs, chosen.top_ids = logprobs.topk(min(most, self.vocab_size), -1)
+
+
+def read_logprobs(chosen: Sampled, rows: Sequence[Row]) -> dict[int, TokenLogprob]:
+    """The log-probabilities of the rows that asked for them, by place; reads from the device."""
+    if chosen.logprobs is None or chosen.top_logprobs is None or chosen.top_ids is None:
+        return {}
+    ids, own = chosen.token_ids.tolist(), chosen.logprobs.tolist()
+    top_ids, top = chosen.top_ids.tolist(), chosen.top_logprobs.tolist()
+    found = {}
+    for i, row in enumerate(rows):
+        wanted = row.request.params.logprobs
+        if wanted is not None:
+            pairs = zip(top_ids[i][:wanted], top[i][:wanted], strict=True)
+            found[i] = TokenLogprob(ids[i], own[i], tuple(pairs))
+    return found
