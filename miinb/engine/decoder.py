@@ -1,0 +1,267 @@
+"""The one fused decoder: every family is a `DecoderSpec`; its forward pass calls the operators of `miinb.kernels`.
+
+A step computes T packed tokens of R rows: prompts' chunks and single new tokens alike. The pass has no host
+synchronization and no shape that depends on data, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miinb.engine.kv_cache import KVCache
+from miinb.engine.parallel import Group
+from miinb.engine.spec import DecoderSpec, Rotary
+from miinb.kernels.activation import gated
+from miinb.kernels.attention import paged_attention
+from miinb.kernels.head import greedy_head
+from miinb.kernels.linear import PackedLinear, linear
+from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.rope import rope_append
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """The inputs of one step, on the device.
+
+    Attributes:
+        token_ids: [T] int64, the rows' tokens one after another.
+        positions: [T] int64, their places in their sequences.
+        query_start: [R + 1] int32, where each row's tokens begin.
+        lengths: [R] int32, each row's context after this step.
+        block_table: [R, B] int32, each row's pages in order.
+        slots: [T] int64, page * page_tokens + offset: where each token's key and value go.
+        logit_rows: [L] int64, the tokens (indexes into T) whose logits are wanted.
+        max_query: at least the most tokens of a row; 1 for pure decoding.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_start: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    slots: Tensor
+    logit_rows: Tensor
+    max_query: int
+
+
+@dataclass(slots=True)
+class Norm:
+    """Weights of a norm: [hidden] each; an RMS norm has no bias."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer; H is hidden_size, the rest one rank's share.
+
+    Attributes:
+        qkv: [(heads + 2 * kv_heads) * head_size, H].
+        out: [H, heads * head_size].
+        up: [inner_size, H], or [2 * inner_size, H] with the gate in its first half.
+        down: [H, inner_size].
+        mlp_norm: None where attention and MLP read one norm.
+        q_norm, k_norm: [head_size] or None.
+    """
+
+    qkv: PackedLinear
+    out: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    attn_norm: Norm
+    mlp_norm: Norm | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    """All weights: `embed` [vocab, embed or hidden size], `positions` [rows, hidden]; the rest as the spec says."""
+
+    embed: Tensor
+    layers: list[LayerWeights]
+    head: PackedLinear
+    norm: Norm | None = None
+    positions: Tensor | None = None
+    embed_norm: Norm | None = None
+    project_in: PackedLinear | None = None
+    project_out: PackedLinear | None = None
+
+
+class Operators(NamedTuple):
+    """The operators that the forward pass calls; `parity` puts the references in their place."""
+
+    rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
+    layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm
+    rope_append: Callable[..., Tensor] = rope_append
+    paged_attention: Callable[..., Tensor] = paged_attention
+    linear: Callable[..., Tensor] = linear
+    gated: Callable[..., Tensor] = gated
+    greedy_head: Callable[..., tuple[Tensor, Tensor]] = greedy_head
+
+
+class Decoder:
+    """A loaded model: its spec (one rank's share), its weights, and the forward pass.
+
+    Attributes:
+        spec: the rank's shape.
+        weights: the rank's weights.
+        group: the tensor-parallel group, None with one rank.
+        ops: the operators.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, weights: DecoderWeights, *, group: Group | None = None, ops: Operators | None = None
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.group = group
+        self.ops = ops or Operators()
+        device = weights.embed.device
+        self.cos, self.sin = rotary_tables(spec.rotary, spec.max_length, device) if spec.rotary else (None, None)
+        self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
+        self._windows = spec.windows or (None,) * spec.layers
+        self._rope = {
+            "heads": spec.heads,
+            "kv_heads": spec.kv_heads,
+            "head_size": spec.head_size,
+            "rotary_dim": spec.rotary.dim if spec.rotary else 0,
+            "interleaved": bool(spec.rotary and spec.rotary.interleaved),
+            "eps": spec.eps,
+        }
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Logits [L, vocab] of `batch.logit_rows`, in the weights' dtype; the cache gets the step's keys and values."""
+        logits = self.ops.linear(self._hidden(batch, cache), self.weights.head)
+        return logits if self.group is None else self.group.gather(logits)
+
+    @torch.inference_mode()
+    def greedy(self, batch: StepBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The most likely next token of each of `batch.logit_rows`, as `kernels.head.greedy_head`: ids and finite."""
+        if self.group is not None:
+            logits = self.forward(batch, cache)
+            return logits.argmax(-1), torch.isfinite(logits.amax(-1))
+        return self.ops.greedy_head(self._hidden(batch, cache), self.weights.head)
+
+    def embed(self, batch: StepBatch) -> Tensor:
+        """[T, hidden]: the tokens' embeddings with their positions'."""
+        w = self.weights
+        x = F.embedding(batch.token_ids, w.embed)
+        if w.project_in is not None:
+            x = self.ops.linear(x, w.project_in)
+        if w.positions is not None:
+            x = x + F.embedding(batch.positions + self.spec.position_offset, w.positions)
+        return self._norm(w.embed_norm, x)[0] if w.embed_norm is not None else x
+
+    def layer(
+        self, index: int, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: KVCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer. The stream of hidden states is `x + residual`, added in the next norm; [T, hidden] each."""
+        w = self.weights.layers[index]
+        if self.spec.block == "post":
+            y, _ = self._norm(w.attn_norm, self._attention(index, x, batch, cache), x)
+            return self._norm(w.mlp_norm, self._mlp(w, y), y)[0], None
+        y, stream = self._norm(w.attn_norm, x, residual)
+        a = self._attention(index, y, batch, cache)
+        if self.spec.block == "serial":
+            y, stream = self._norm(w.mlp_norm, self._reduce(a), stream)
+            return self._reduce(self._mlp(w, y)), stream
+        if w.mlp_norm is not None:
+            y, _ = self._norm(w.mlp_norm, stream)
+        return self._reduce(self._mlp(w, y, residual=a)), stream  # one reduction for both branches
+
+    def _hidden(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """[L, hidden]: what the head reads."""
+        x, residual = self.embed(batch), None
+        for index in range(self.spec.layers):
+            x, residual = self.layer(index, x, residual, batch, cache)
+        x = x[batch.logit_rows]
+        residual = residual[batch.logit_rows] if residual is not None else None
+        w = self.weights
+        if w.norm is not None:
+            x, _ = self._norm(w.norm, x, residual)
+        elif residual is not None:
+            x = x + residual
+        return x if w.project_out is None else self.ops.linear(x, w.project_out)
+
+    def _attention(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+        w = self.weights.layers[index]
+        k, v = cache.k[index], cache.v[index]
+        qkv = self.ops.linear(x, w.qkv)
+        q = self.ops.rope_append(
+            qkv, batch.positions, self.cos, self.sin, k, v, batch.slots, q_norm=w.q_norm, k_norm=w.k_norm, **self._rope
+        )
+        out = self.ops.paged_attention(
+            q,
+            k,
+            v,
+            batch.block_table,
+            batch.query_start,
+            batch.lengths,
+            scale=self.spec.scale,
+            window=self._windows[index],
+            alibi=self.alibi,
+            softcap=self.spec.softcap,
+            max_query=batch.max_query,
+        )
+        out = self.ops.linear(out.flatten(1), w.out)
+        return self._reduce(out) if self.spec.block == "post" else out
+
+    def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.spec.gated:
+            y = self.ops.gated(self.ops.linear(x, w.up), self.spec.activation)
+        else:
+            y = self.ops.linear(x, w.up, activation=self.spec.activation)
+        y = self.ops.linear(y, w.down, residual=residual)
+        return self._reduce(y) if self.spec.block == "post" else y
+
+    def _norm(self, norm: Norm | None, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if norm is None:
+            raise RuntimeError("the policy gives no weights for a norm that the spec has")
+        if self.spec.norm == "rms":
+            return self.ops.rms_norm(x, norm.weight, self.spec.eps, residual)
+        return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return x if self.group is None else self.group.all_reduce(x)
+
+
+def rotary_tables(rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, dim / 2] in fp32, one row a position."""
+    exponents = torch.arange(0, rotary.dim, 2, dtype=torch.int64).float() / rotary.dim
+    frequencies = 1.0 / (rotary.theta**exponents)
+    if rotary.scaling is not None:
+        frequencies = _scale_frequencies(frequencies, rotary)
+    angles = torch.arange(length).float()[:, None] * frequencies
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def _scale_frequencies(frequencies: Tensor, rotary: Rotary) -> Tensor:
+    """Longer contexts: "linear" divides all frequencies, "llama3" the low ones, with a ramp between."""
+    values = rotary.scaling or {}
+    factor = float(values["factor"])
+    if values["rope_type"] == "linear":
+        return frequencies / factor
+    low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
+    turns = float(values["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def alibi_slopes(spec: DecoderSpec, group: Group | None, device: torch.device) -> Tensor:
+    """The rank's ALiBi slopes [heads] in fp32: a geometric series; heads past a power of two take every other one."""
+    ranks, rank = (group.size, group.rank) if group is not None else (1, 0)
+    total = spec.heads * ranks
+    closest = 1 << int(math.log2(total))
+    slopes = [2 ** (-8 * (i + 1) / closest) for i in range(closest)]
+    slopes += [2 ** (-4 * (2 * i + 1) / closest) for i in range(total - closest)]
+    return torch.tensor(slopes[rank * spec.heads : (rank + 1) * spec.heads], dtype=torch.float32, device=device)

@@ -1,0 +1,199 @@
+"""What a decoder is, as data: `DecoderSpec` (the shape of the computation) and `Policy` (where its weights come from).
+
+A family of models is one `Policy`: a function from config.json to a `DecoderSpec`, and a map from the fused layers'
+parts to the modules of the Hugging Face checkpoint, with the way each is split over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from miinb.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary position embedding (Su et al., 2021).
+
+    Attributes:
+        dim: leading elements of each head that are rotated (all of them, or fewer in GPT-J and GPT-NeoX).
+        theta: base of the frequencies.
+        interleaved: pairs are neighbors (GPT-J) rather than halves (GPT-NeoX, LLaMA).
+        scaling: config.json's rope parameters when they are not the default kind; "linear" and "llama3" are known.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    scaling: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """The shape of a decoder's computation. Sizes are one rank's after `shard`.
+
+    Attributes:
+        inner_size: width between the two projections of the MLP.
+        max_length: most tokens of one sequence.
+        norm, eps: kind of norm and the number under its root.
+        activation: a key of `kernels.activation.KINDS`.
+        gated: the MLP is activation(gate) * up.
+        scale: of the attention scores.
+        rotary: None when positions are learned or come from ALiBi.
+        positions: rows of the table of learned positions, 0 for none; `position_offset` is added first (OPT: 2).
+        alibi: scores get the distance times a slope of each head (Press et al., 2022).
+        windows: for each layer, how many positions a token sees (itself included), or None for all.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        qk_norm: queries and keys of each head are normalized (Qwen3).
+        block: "serial" (attention, then MLP), "parallel" (both read one norm, GPT-J), "parallel_norms" (each has its
+            own norm, GPT-NeoX), "post" (norms follow the residual additions, OPT-350m).
+        qkv_bias, out_bias, mlp_bias, head_bias: which linear layers have one.
+        tied: the head is the embedding.
+        embed_norm: the embedding is normalized (BLOOM).
+        final_norm: there is a norm before the head.
+        embed_size: width of the embedding when projections lead to and from `hidden_size` (OPT-350m), else 0.
+    """
+
+    vocab_size: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner_size: int
+    max_length: int
+    norm: Literal["rms", "layer"]
+    eps: float
+    activation: str
+    scale: float
+    gated: bool = False
+    rotary: Rotary | None = None
+    positions: int = 0
+    position_offset: int = 0
+    alibi: bool = False
+    windows: tuple[int | None, ...] = ()
+    softcap: float | None = None
+    qk_norm: bool = False
+    block: Literal["serial", "parallel", "parallel_norms", "post"] = "serial"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    tied: bool = False
+    embed_norm: bool = False
+    final_norm: bool = True
+    embed_size: int = 0
+
+    def shard(self, ranks: int) -> DecoderSpec:
+        """The computation of one of so many tensor-parallel ranks: its share of heads, inner width and vocabulary.
+
+        Raises:
+            UnsupportedModel: a size does not divide.
+        """
+        if ranks == 1:
+            return self
+        for what, size in (("attention heads", self.heads), ("inner width", self.inner_size)):
+            if size % ranks:
+                raise UnsupportedModel(f"{size} {what} do not divide by {ranks} ranks.")
+        if self.vocab_size % ranks or (self.kv_heads % ranks and ranks % self.kv_heads):
+            raise UnsupportedModel(f"Vocabulary or key/value heads do not divide by {ranks} ranks.")
+        return dataclasses.replace(
+            self,
+            heads=self.heads // ranks,
+            kv_heads=max(1, self.kv_heads // ranks),
+            inner_size=self.inner_size // ranks,
+            vocab_size=self.vocab_size // ranks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weight (and bias) of one part comes from.
+
+    Attributes:
+        modules: the checkpoint's modules, "{i}" standing for the layer; their rows are put one below the other.
+        split: how ranks share it: "column" (output rows), "row" (input columns, summed afterwards), None (all of it).
+        sections: how many matrices one module holds, one below the other (GPT-2's c_attn: 3).
+        transposed: the checkpoint has [in, out] (GPT-2's Conv1D).
+    """
+
+    modules: tuple[str, ...]
+    split: Literal["column", "row"] | None = None
+    sections: int = 1
+    transposed: bool = False
+
+
+def whole(*modules: str) -> Source:
+    """Every rank has all of it."""
+    return Source(modules)
+
+
+def column(*modules: str, sections: int = 1, transposed: bool = False) -> Source:
+    """Each rank computes its share of the outputs."""
+    return Source(modules, "column", sections, transposed)
+
+
+def row(*modules: str, transposed: bool = False) -> Source:
+    """Each rank reads its share of the inputs; the results are summed over ranks."""
+    return Source(modules, "row", 1, transposed)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The injection policy of a family.
+
+    Attributes:
+        family: config.json's model_type.
+        spec: config.json's content to the decoder's shape.
+        prefix: of the base model's names; checkpoints of the base model alone lack it.
+        weights: part (see `decoder.LayerWeights` and `decoder.Decoder`) to its source. A part without a source, or
+            whose bias the spec lacks, does not exist in the family.
+        ignored: patterns of checkpoint names that hold no parameters (buffers of old versions).
+    """
+
+    family: str
+    spec: Callable[[Mapping[str, Any]], DecoderSpec]
+    prefix: str
+    weights: Mapping[str, Source]
+    ignored: tuple[str, ...] = ()
+
+
+def rotary_of(config: Mapping[str, Any], dim: int, *, theta: float = 10000.0) -> Rotary:
+    """The rotary embedding that config.json tells, in transformers' old (`rope_theta`, `rope_scaling`) or new words.
+
+    Raises:
+        UnsupportedModel: a kind of scaling that is not known here.
+    """
+    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UnsupportedModel(f"Rotary scaling of kind {kind!r} has no fused form.")
+    base = values.get("rope_theta", config.get("rope_theta", theta))
+    values.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return Rotary(dim, float(base), scaling=None if kind == "default" else values | {"rope_type": kind})
+
+
+#: transformers' names of activations: ours.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_of(name: str) -> str:
+    """The kernels' name of transformers' activation.
+
+    Raises:
+        UnsupportedModel: there is no kernel for it.
+    """
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(f"Activation {name!r} has no fused form.")
+    return ACTIVATIONS[name]
