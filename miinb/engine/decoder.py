@@ -126,7 +126,10 @@ class Decoder:
         self.group = group
         self.ops = ops or Operators()
         device = weights.embed.device
-        self.cos, self.sin = rotary_tables(spec.rotary, spec.max_length, device) if spec.rotary else (None, None)
+        self.cos: Tensor | None = None
+        self.sin: Tensor | None = None
+        if spec.rotary:
+            self.cos, self.sin = rotary_tables(spec.rotary, spec.max_length, device)
         self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
         self._windows = spec.windows or (None,) * spec.layers
         self._rope = {

@@ -88,7 +88,7 @@ def size_cache(
     if short:
         need = token_bytes * length * (batch if device == "cpu" and config.max_batch else 1)
         raise OutOfMemory(
-            f"The KV cache of {batch} x {length} tokens needs {need / 2**30:.2f} GiB, {budget / 2**30:.2f} GiB are free.",
+            f"A KV cache of {batch} x {length} tokens needs {need / 2**30:.2f} GiB; {budget / 2**30:.2f} GiB are free.",
             hint="Give a smaller max_length or max_batch.",
         )
     batch = min(batch, pages)

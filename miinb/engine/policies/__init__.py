@@ -5,6 +5,4 @@ from __future__ import annotations
 from miinb.engine.policies import gpt2, llama, mistral, qwen2, qwen3
 from miinb.engine.spec import Policy
 
-POLICIES: dict[str, Policy] = {
-    module.POLICY.family: module.POLICY for module in (gpt2, llama, mistral, qwen2, qwen3)
-}
+POLICIES: dict[str, Policy] = {module.POLICY.family: module.POLICY for module in (gpt2, llama, mistral, qwen2, qwen3)}

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019): layer norm, learned positions, [in, out] weights (Conv1D), a head tied to the embedding."""
+"""GPT-2 (Radford et al., 2019): layer norm, learned positions, [in, out] weights (Conv1D), a tied head."""
 
 from __future__ import annotations
 
