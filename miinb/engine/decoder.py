@@ -7,8 +7,9 @@ synchronization and no shape that depends on data, so that it can be captured in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ from miinb.kernels.head import greedy_head
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
 from miinb.kernels.rope import rope_append
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One sequence's part in a step: its new tokens, how many came before them, and its pages in order."""
+
+    token_ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -49,6 +59,30 @@ class StepBatch:
     slots: Tensor
     logit_rows: Tensor
     max_query: int
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[StepRow], page_tokens: int, device: torch.device | str = "cpu") -> StepBatch:
+        """The batch of these rows; logits are wanted for the last token of each."""
+        counts = [len(row.token_ids) for row in rows]
+        ends = list(accumulate(counts))
+        width = max(len(row.pages) for row in rows)
+        positions = [p for row in rows for p in range(row.start, row.start + len(row.token_ids))]
+        pages = [row.pages[p // page_tokens] for row in rows for p in range(row.start, row.start + len(row.token_ids))]
+        slots = [page * page_tokens + p % page_tokens for page, p in zip(pages, positions, strict=True)]
+
+        def tensor(values: object, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return cls(
+            token_ids=tensor([token for row in rows for token in row.token_ids], torch.int64),
+            positions=tensor(positions, torch.int64),
+            query_start=tensor([0, *ends], torch.int32),
+            lengths=tensor([row.start + len(row.token_ids) for row in rows], torch.int32),
+            block_table=tensor([[*row.pages, *[0] * (width - len(row.pages))] for row in rows], torch.int32),
+            slots=tensor(slots, torch.int64),
+            logit_rows=tensor([end - 1 for end in ends], torch.int64),
+            max_query=max(counts),
+        )
 
 
 @dataclass(slots=True)

@@ -1,0 +1,233 @@
+"""From a checkpoint by name straight into the fused layout, dtype and shard of one rank, without a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
+from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
+from miinb.engine.spec import DecoderSpec, Policy, Source
+from miinb.errors import UnsupportedModel
+from miinb.kernels.linear import PackedLinear
+from miinb.messages import Phase
+from miinb.models import ModelInfo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Fills one rank's weights; `consumed` holds the checkpoint names that were read."""
+
+    policy: Policy
+    spec: DecoderSpec  # of the whole model
+    reader: Reader
+    dtype: torch.dtype
+    device: torch.device
+    ranks: int
+    rank: int
+    consumed: set[str]
+
+    def has(self, part: str) -> bool:
+        return part in self.policy.weights
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fill(self, target: Tensor, name: str, region: Region) -> None:
+        self.reader.fill(target, name, region)
+        self.consumed.add(name)
+
+    def vector(self, part: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
+        """A norm's weight or bias, whole on every rank."""
+        (module,) = self.policy.weights[part].modules
+        target = self.empty(size)
+        self.fill(target, f"{module.format(i=layer)}.{kind}", Region((size,), slice(0, size)))
+        return target
+
+    def norm(self, part: str, layer: int = 0, *, size: int | None = None) -> Norm | None:
+        if not self.has(part):
+            return None
+        size = size or self.spec.hidden_size
+        bias = self.vector(part, size, layer, "bias") if self.spec.norm == "layer" else None
+        return Norm(self.vector(part, size, layer), bias)
+
+    def table(self, part: str, rows: int, width: int) -> Tensor:
+        """An embedding, whole on every rank."""
+        (module,) = self.policy.weights[part].modules
+        target = self.empty(rows, width)
+        self.fill(target, f"{module}.weight", Region((rows, width), slice(0, rows), slice(0, width)))
+        return target
+
+    def share(self, total: int, unit: int = 1) -> slice:
+        """This rank's part of `total` rows or columns that go in whole `unit`s (heads); few units are repeated."""
+        units = total // unit
+        start, count = self.rank * units // self.ranks, max(1, units // self.ranks)
+        return slice(start * unit, (start + count) * unit)
+
+    def linear(self, part: str, layer: int = 0) -> PackedLinear:
+        """A fused linear layer of `part`: the rank's rows of every matrix in it, one below the other."""
+        source = self.policy.weights[part]
+        sizes, width, has_bias, unit = linear_shape(self.spec, part)
+        columns = self.share(width, unit) if source.split == "row" else slice(0, width)
+        shares = [self.share(size, unit) if source.split == "column" else slice(0, size) for size in sizes]
+        weight = self.empty(sum(s.stop - s.start for s in shares), columns.stop - columns.start)
+        bias = self.empty(weight.shape[0]) if has_bias and (source.split != "row" or self.rank == 0) else None
+        at = 0
+        for module, total, offset, share in _matrices(source, sizes, shares, layer):
+            rows = slice(offset + share.start, offset + share.stop)
+            end = at + share.stop - share.start
+            region = Region((total, width), rows, columns, source.transposed)
+            self.fill(weight[at:end], f"{module}.weight", region)
+            if has_bias:
+                self.consumed.add(f"{module}.bias")
+            if bias is not None:
+                self.fill(bias[at:end], f"{module}.bias", Region((total,), rows))
+            at = end
+        return PackedLinear(weight, bias)
+
+    def layer(self, i: int) -> LayerWeights:
+        attn_norm = self.norm("attn_norm", i)
+        if attn_norm is None:
+            raise RuntimeError(f"the policy of {self.policy.family} has no attn_norm")
+        head_size = self.spec.head_size
+        return LayerWeights(
+            qkv=self.linear("qkv", i),
+            out=self.linear("out", i),
+            up=self.linear("up", i),
+            down=self.linear("down", i),
+            attn_norm=attn_norm,
+            mlp_norm=self.norm("mlp_norm", i),
+            q_norm=self.vector("q_norm", head_size, i) if self.spec.qk_norm else None,
+            k_norm=self.vector("k_norm", head_size, i) if self.spec.qk_norm else None,
+        )
+
+    def head(self, embed: Tensor) -> PackedLinear:
+        if self.spec.tied:
+            return PackedLinear(embed[self.share(self.spec.vocab_size)])
+        return self.linear("head")
+
+
+def linear_shape(spec: DecoderSpec, part: str) -> tuple[list[int], int, bool, int]:
+    """Of a fused linear layer: rows of each matrix in it, columns, whether it has a bias, and the unit of shares."""
+    q, kv = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    hidden, inner = spec.hidden_size, spec.inner_size
+    embed = spec.embed_size or hidden
+    return {
+        "qkv": ([q, kv, kv], hidden, spec.qkv_bias, spec.head_size),
+        "out": ([hidden], q, spec.out_bias, spec.head_size),
+        "up": ([inner, inner] if spec.gated else [inner], hidden, spec.mlp_bias, 1),
+        "down": ([hidden], inner, spec.mlp_bias, 1),
+        "head": ([spec.vocab_size], embed, spec.head_bias, 1),
+        "project_in": ([hidden], embed, False, 1),
+        "project_out": ([embed], hidden, False, 1),
+    }[part]
+
+
+def _matrices(
+    source: Source, sizes: list[int], shares: list[slice], layer: int
+) -> Iterator[tuple[str, int, int, slice]]:
+    """For each matrix of a fused layer: its module, the module's rows, where it begins in them, the rank's share."""
+    modules = [module.format(i=layer) for module in source.modules]
+    if source.sections == 1:
+        for module, size, share in zip(modules, sizes, shares, strict=True):
+            yield module, size, 0, share
+        return
+    offset = 0
+    for size, share in zip(sizes, shares, strict=True):
+        yield modules[0], sum(sizes), offset, share
+        offset += size
+
+
+def load_weights(
+    info: ModelInfo,
+    policy: Policy,
+    spec: DecoderSpec,
+    *,
+    dtype: str,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    dummy: bool = False,
+    report: Callable[[Phase], None] = lambda phase: None,
+) -> DecoderWeights:
+    """One rank's weights.
+
+    Args:
+        info: the model's files.
+        policy: of its family.
+        spec: of the whole model, not of the rank.
+        dtype: "fp32", "bf16" or "fp16".
+        device: where the weights go.
+        rank: which share.
+        ranks: how many there are.
+        dummy: random weights instead of the checkpoint's.
+        report: told "load", layer by layer.
+
+    Raises:
+        BrokenCheckpoint: a tensor is missing or has another shape.
+        MissingHead: the head is not in the checkpoint.
+        UnsupportedModel: the checkpoint holds tensors that the policy does not know.
+    """
+    with ExitStack() as stack:
+        reader: Reader
+        if dummy:
+            reader = DummyWeights(device)
+        elif info.format == "gguf":
+            reader = GGUFWeights(info)
+        else:
+            reader = SafetensorsReader(info, policy.prefix, stack)
+        build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, set())
+        width = spec.embed_size or spec.hidden_size
+        embed = build.table("embed", spec.vocab_size, width)
+        layers = []
+        for i in range(spec.layers):
+            report(Phase("load", i, spec.layers))
+            layers.append(build.layer(i))
+        weights = DecoderWeights(
+            embed=embed,
+            layers=layers,
+            head=build.head(embed),
+            norm=build.norm("norm") if spec.final_norm else None,
+            positions=build.table("positions", spec.positions, spec.hidden_size) if spec.positions else None,
+            embed_norm=build.norm("embed_norm", size=width) if spec.embed_norm else None,
+            project_in=build.linear("project_in") if spec.embed_size else None,
+            project_out=build.linear("project_out") if spec.embed_size else None,
+        )
+        _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
+    report(Phase("load", spec.layers, spec.layers))
+    return weights
+
+
+def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: str) -> None:
+    """Every tensor of a checkpoint is used or known to hold no parameters; an unknown one would change the answer."""
+    ignored = [*policy.ignored, *(f"{name}.weight" for name in policy.weights["head"].modules if spec.tied)]
+    unknown = sorted(name for name in left if not any(fnmatch(name, pattern) for pattern in ignored))
+    if unknown:
+        raise UnsupportedModel(
+            f"{source} has {len(unknown)} tensors unknown to {policy.family}: {', '.join(unknown[:3])}."
+        )
+
+
+def weights_bytes(weights: DecoderWeights) -> int:
+    """Bytes of a rank's weights; a tied head counts once."""
+    seen: Mapping[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(weights)}
+    return sum(seen.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _tensors(getattr(value, name))

@@ -1,0 +1,78 @@
+"""Tiny random-weight models of every optimized family, saved as transformers saves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+
+BASE = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+GPT2 = {"vocab_size": 101, "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 128}
+
+#: Name: transformers' configuration class and what it is given. Odd head sizes, GQA, MQA, tied and untied heads.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", BASE),
+    "llama-tied-mqa": ("LlamaConfig", BASE | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama-odd": ("LlamaConfig", BASE | {"head_dim": 10, "attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (
+        "LlamaConfig",
+        BASE
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", BASE | {"sliding_window": 7}),
+    "qwen2": ("Qwen2Config", BASE | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", BASE | {"head_dim": 20, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-untied": ("GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"}),
+}
+
+
+def build(name: str, folder: Path, **changes: Any) -> Any:
+    """The model of a row of `CONFIGS`, saved to `folder`; its weights are large enough to tell tokens apart."""
+    kind, values = CONFIGS[name]
+    torch.manual_seed(len(name))
+    config = getattr(transformers, kind)(**values, bos_token_id=1, eos_token_id=2, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """name -> (Hugging Face model, its folder), built once."""
+    built: dict[str, tuple[Any, Path]] = {}
+
+    def get(name: str) -> tuple[Any, Path]:
+        if name not in built:
+            folder = tmp_path_factory.mktemp(name)
+            built[name] = (build(name, folder), folder)
+        return built[name]
+
+    return get
