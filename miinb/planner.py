@@ -1,0 +1,216 @@
+"""What is chosen for a model on this hardware, and why; what cannot work is refused before anything starts.
+
+Pure: the model's and the machine's facts are passed in. The rank may still change a choice for a reason that only it can
+see (a parity failure, a missing compiler); its lines then follow these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from miinb.config import DeploymentConfig
+from miinb.errors import InvalidValue, OutOfMemory
+from miinb.hardware import Gpu, Hardware
+from miinb.messages import Plan
+from miinb.models import DTYPE_BYTES, ModelInfo
+from miinb.tasks import TASKS
+
+#: Dtypes that are planned but not built: what to do instead.
+_NOT_BUILT = {"int8": "bf16", "int4": "bf16", "fp8": "bf16"}
+#: Most tokens of one sequence and most rows on a CPU unless asked for: a page is a whole slot there.
+CPU_MAX_LENGTH = 4096
+CPU_MAX_BATCH = 16
+GPU_MAX_BATCH = 256
+#: Share of the free memory that weights and cache may take.
+_USABLE = 0.9
+#: Of what the weights leave, the cache takes at most this share on a CPU (the notebook lives there too).
+_CPU_CACHE_SHARE = 0.5
+#: Memory of a rank besides weights and cache: the interpreter, torch, workspaces; measured on a CPU.
+RUNTIME_BYTES = 600 << 20
+
+
+def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
+    """The plan for a deployment.
+
+    Raises:
+        InvalidValue: the device cannot do what was asked, or that is not built yet.
+        OutOfMemory: the model cannot fit; the message has the estimate, the hint what would.
+        ModelError: the model does not serve the task.
+    """
+    _refuse_unbuilt(config)
+    task = model.task(config.task)
+    groups = _device_groups(config, hardware)
+    device = "cuda" if groups else "cpu"
+    choice = Plan(config.engine, device, "", config.tensor_parallel, config.replicas)
+    choice = _engine(choice, config, model, task)
+    choice = _device(choice, config, hardware, groups)
+    choice = _dtype(choice, config, model, hardware)
+    return _memory(choice, config, model, hardware, groups)
+
+
+def resolve(config: DeploymentConfig, choice: Plan, hardware: Hardware) -> DeploymentConfig:
+    """The configuration with the plan's choices in place of "auto": what the ranks get."""
+    groups = _device_groups(config, hardware)
+    changes = {
+        "device": choice.device,
+        "dtype": choice.dtype,
+        "max_length": choice.max_length,
+        "max_batch": choice.max_batch,
+        "gpus": [[gpu.index for gpu in group] for group in groups] or None,
+    }
+    return config.model_copy(update=changes)
+
+
+def _refuse_unbuilt(config: DeploymentConfig) -> None:
+    if config.dtype in _NOT_BUILT:
+        raise InvalidValue(
+            f"dtype: {config.dtype} is not built yet.", hint=f"Use dtype={_NOT_BUILT[config.dtype]!r} or 'auto'."
+        )
+    if config.kv_dtype != "auto":
+        raise InvalidValue(f"kv_dtype: {config.kv_dtype} is not built yet.", hint="Use kv_dtype='auto'.")
+    if config.tensor_parallel > 1:
+        raise InvalidValue(
+            f"tensor_parallel: {config.tensor_parallel} is not built yet.",
+            hint="Use tensor_parallel=1; replicas=N serves from several GPUs.",
+        )
+
+
+def _device_groups(config: DeploymentConfig, hardware: Hardware) -> list[list[Gpu]]:
+    """The GPUs of each replica; [] for a CPU."""
+    if config.device == "cpu" or (config.device == "auto" and not hardware.gpus and config.gpus is None):
+        return []
+    if not hardware.gpus:
+        raise InvalidValue("device: no GPU can be seen on this machine.", hint="Use device='auto' or device='cpu'.")
+    need = config.replicas * config.tensor_parallel
+    if config.gpus is None:
+        numbers = list(range(need))
+    else:
+        numbers = [n for part in config.gpus for n in (part if isinstance(part, list) else [part])]
+    known = {gpu.index: gpu for gpu in hardware.gpus}
+    missing = [number for number in numbers if number not in known]
+    if missing:
+        what = f"gpus: there is no GPU {missing[0]}" if config.gpus else f"replicas: {need} need {need} GPUs"
+        raise InvalidValue(
+            f"{what}; {len(known)} can be seen.", hint=f"They are numbered 0 to {len(known) - 1}; use fewer replicas."
+        )
+    size = config.tensor_parallel
+    return [[known[n] for n in numbers[i : i + size]] for i in range(0, need, size)]
+
+
+def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str) -> Plan:
+    if config.engine == "baseline":
+        arm = "static cache or compiled, whichever is faster" if config.options.compile else "plain transformers"
+        return choice.with_line("engine", "baseline", f"asked for: {arm}")
+    if not TASKS[task].streams:
+        reason = f"{task} has no fused engine yet: transformers runs it"
+        return choice.with_line("engine", "baseline", reason, engine="baseline")
+    if not model.optimized:
+        reason = f"no policy for {model.family} yet: transformers runs it"
+        return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
+    return choice.with_line("engine", "optimized", f"fused decoder with the policy of {model.family}")
+
+
+def _device(
+    choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]
+) -> Plan:
+    if groups:
+        named = ", ".join(f"{gpu.index} ({gpu.name})" for group in groups for gpu in group)
+        return choice.with_line("device", f"cuda {named}", "a GPU a replica")
+    reason = "asked for" if config.device == "cpu" else "no GPU can be seen"
+    ranks = config.replicas
+    threads = config.options.threads or max(1, hardware.cores // ranks)
+    choice = choice.with_line("device", "cpu", f"{hardware.cpu}, {reason}")
+    if config.options.threads:
+        return choice.with_line("threads", str(threads), "asked for")
+    return choice.with_line("threads", str(threads), f"{hardware.cores} cores for {ranks} rank{'s' * (ranks > 1)}")
+
+
+def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
+    asked = config.dtype if config.dtype != "auto" else model.dtype
+    origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
+    if choice.device == "cpu" and asked == "fp16":
+        fast = hardware.cpu_flags & {"avx2", "avx512_bf16", "amx_bf16", "bf16"}
+        used = "bf16" if fast else "fp32"
+        reason = f"fp16 ({origin}) is slow or wrong on a CPU: {used} has " + ("its speed" if fast else "full precision")
+        return choice.with_line("dtype", used, reason, dtype=used)
+    if choice.device == "cuda" and asked == "bf16" and any(gpu.capability < (8, 0) for gpu in hardware.gpus):
+        if config.dtype == "auto":
+            return choice.with_line("dtype", "fp16", "this GPU has no bf16", dtype="fp16")
+        raise InvalidValue("dtype: this GPU has no bf16.", hint="Use dtype='fp16' or 'fp32'.")
+    return choice.with_line("dtype", asked, origin, dtype=asked)
+
+
+def _memory(
+    choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
+) -> Plan:
+    """Length, rows and cache: what the free memory of one replica's device holds after the weights."""
+    weights = model.weights_bytes(choice.dtype)
+    free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
+    if not groups:
+        free //= config.replicas
+    room = int(free * _USABLE) - RUNTIME_BYTES - weights
+    token = model.kv_bytes_per_token(choice.dtype)
+    length = _length(config, model, on_gpu=bool(groups))
+    least = token * (config.max_length or min(length, 64))
+    if room < least:
+        raise _does_not_fit(config, choice, model, free, weights + RUNTIME_BYTES + least)
+    choice = dataclasses.replace(choice, weights_bytes=weights)
+    if not token:  # no cache to size: encoders
+        return dataclasses.replace(choice, max_length=length, max_batch=config.max_batch or 32)
+    return _cache(choice, config, length, token, room, on_gpu=bool(groups))
+
+
+def _length(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> int:
+    limit = model.context_length or 1 << 22
+    if config.max_length is not None:
+        if config.max_length > limit:
+            raise InvalidValue(
+                f"max_length: {config.max_length} is above the model's context of {limit} tokens.",
+                hint=f"Use at most {limit}.",
+            )
+        return config.max_length
+    return limit if on_gpu and model.context_length else min(limit, CPU_MAX_LENGTH)
+
+
+def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, *, on_gpu: bool) -> Plan:
+    asked = config.options.kv_cache_bytes
+    budget = asked or (room if on_gpu else int(room * _CPU_CACHE_SHARE))
+    fits = budget // token
+    if config.max_length is None and fits < length:
+        length = max(8, fits)
+    if fits < length:
+        raise OutOfMemory(
+            f"The cache has room for {fits:,} tokens, max_length is {length:,}.",
+            hint=f"Use max_length={max(8, fits)}, or more options.kv_cache_bytes.",
+        )
+    rows = config.max_batch or (GPU_MAX_BATCH if on_gpu else max(1, min(CPU_MAX_BATCH, fits // length)))
+    size = budget if on_gpu else rows * length * token
+    if not on_gpu and size > budget:
+        raise OutOfMemory(
+            f"{rows} rows of {length:,} tokens need {_gb(size)} of cache, {_gb(budget)} are there.",
+            hint=f"Use max_batch={max(1, fits // length)} or a smaller max_length.",
+        )
+    why = "asked for" if config.max_length else ("the model's context" if on_gpu else "what a CPU serves in good time")
+    choice = choice.with_line("max_length", f"{length} tokens", why, max_length=length)
+    kind = "pages" if on_gpu else f"slots of {length} tokens, touched when used"
+    why = "asked for" if config.max_batch else "rows at once"
+    choice = choice.with_line("max_batch", str(rows), why, max_batch=rows)
+    return choice.with_line("kv_cache", _gb(size), kind, kv_cache_bytes=size)
+
+
+def _does_not_fit(
+    config: DeploymentConfig, choice: Plan, model: ModelInfo, free: int, need: int
+) -> OutOfMemory:
+    room = free * _USABLE - RUNTIME_BYTES
+    largest = max(0.0, room / DTYPE_BYTES[choice.dtype] / 1e9)
+    smaller = "dtype='bf16' halves it; " if choice.dtype == "fp32" and model.weights_bytes("bf16") < room else ""
+    where = "The GPU has" if choice.device == "cuda" else "This machine has"
+    return OutOfMemory(
+        f"{config.model} needs about {_gb(need)} in {choice.dtype}, {_gb(free)} are free.",
+        hint=f"{where} room for about {largest:.1f} billion parameters; {smaller}"
+        f"it has {model.parameters / 1e9:.1f} billion.",
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

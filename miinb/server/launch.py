@@ -1,0 +1,120 @@
+"""How the children of a deployment are started: their JSON lines, environments, ports and devices."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from miinb.config import DeploymentConfig
+from miinb.registry import INSTANCE_VARIABLE
+from miinb.server.process import Process
+
+FRONTEND = "miinb.server.frontend"
+WORKER = "miinb.server.worker"
+
+
+class Launch:
+    """Makes the processes of one deployment.
+
+    Attributes:
+        instance_id: a fresh one for every start; tells this deployment from an earlier one of its name.
+        ports: one a replica, free at this moment: the name of its group's rendezvous and shared memory.
+    """
+
+    def __init__(self, name: str, config: DeploymentConfig, folder: Path, modules: Mapping[str, str]) -> None:
+        self.name = name
+        self.config = config
+        self.folder = folder
+        self.instance_id = uuid.uuid4().hex
+        self.ports = free_ports(config.replicas)
+        self._modules = {"frontend": FRONTEND, "worker": WORKER, **modules}
+        self._line = {"config": config.model_dump(mode="json"), "folder": str(folder), "name": name}
+        if config.port is not None:
+            _write_token(folder / "token")
+
+    def frontend(self) -> Process:
+        """Start the frontend."""
+        return Process(
+            "The frontend",
+            self._modules["frontend"],
+            self._line,
+            log=self.folder / "logs" / "frontend.log",
+            env={**self._environment(), "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def rank(self, replica: int, rank: int) -> Process:
+        """Start one rank of a replica."""
+        line = {**self._line, "replica": replica, "rank": rank, "gpus": self._gpus(replica)}
+        return Process(
+            f"Rank {rank} of replica {replica}",
+            self._modules["worker"],
+            {**line, "port": self.ports[replica]},
+            log=self.folder / "logs" / f"rank-{replica}-{rank}.log",
+            env={**self._environment(), **self._rank_environment(replica)},
+            replica=replica,
+            rank=rank,
+        )
+
+    def fresh_rendezvous(self, replica: int) -> None:
+        """A rendezvous file of an earlier start would let the new ranks meet dead ones."""
+        (self.folder / f"rdzv-{replica}").unlink(missing_ok=True)
+
+    def gpu(self, replica: int, rank: int) -> int | None:
+        """The GPU of a rank as the user numbers them, None on a CPU."""
+        gpus = self._gpus(replica)
+        return gpus[rank] if gpus else None
+
+    def _gpus(self, replica: int) -> list[int]:
+        """The replica's GPUs, numbered within CUDA_VISIBLE_DEVICES; [] on a CPU."""
+        named = self.config.gpus
+        if self.config.device == "cpu" or not named:
+            return []
+        ranks = self.config.tensor_parallel
+        flat = [gpu for part in named for gpu in (part if isinstance(part, list) else [part])]
+        return flat[replica * ranks : (replica + 1) * ranks]
+
+    def _environment(self) -> dict[str, str]:
+        """What all children get. The interpreter's folder comes first in PATH: DeepSpeed looks for ninja there."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", INSTANCE_VARIABLE: self.instance_id}
+
+    def _rank_environment(self, replica: int) -> dict[str, str]:
+        cores = len(os.sched_getaffinity(0))
+        ranks = self.config.replicas * self.config.tensor_parallel
+        threads = self.config.options.threads or max(1, cores // ranks)
+        # Threads that spin at barriers are fastest while every one has a core of its own, and collapse otherwise.
+        policy = "passive" if ranks * threads > cores else os.environ.get("OMP_WAIT_POLICY", "")
+        found = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": visible_devices(self._gpus(replica))}
+        return {**found, **({"OMP_WAIT_POLICY": policy} if policy else {}), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def visible_devices(gpus: list[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a rank: the GPUs meant by these numbers within this process's own list."""
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in inherited.split(",")] if inherited else None
+    return ",".join(names[gpu] if names else str(gpu) for gpu in gpus)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback interface that are free now, all different."""
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            probe = socket.socket()
+            sockets.append(probe)
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+def _write_token(path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w", encoding="ascii") as stream:
+        stream.write(secrets.token_urlsafe(32))

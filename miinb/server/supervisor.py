@@ -1,0 +1,372 @@
+"""The process that a kernel starts: it starts, watches and ends all others of a deployment.
+
+`python -m miinb.server.supervisor`, one JSON line on stdin (`Order`), then stdin is a lifeline: when it ends, or the
+kernel's process does, everything ends. One thread, one loop over all descriptors; children are started from it, because
+their death signal is tied to the thread that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import selectors
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from miinb import __version__, registry
+from miinb.config import DeploymentConfig
+from miinb.errors import MiinbError
+from miinb.messages import RankStatus, Status, from_dict
+from miinb.server.control import ControlSocket
+from miinb.server.launch import Launch
+from miinb.server.process import Process, machine_oom_kills
+
+MAX_RESTARTS = 3
+DRAIN_S = 10.0  # for SIGTERM
+GRACE_S = 1.5  # between SIGTERM and SIGKILL of a child
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The JSON line on stdin. `modules` names the programs of the children: tests put others in their place."""
+
+    config: Mapping[str, Any]
+    name: str
+    folder: str
+    kernel_pid: int
+    task: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+
+class Supervisor:
+    """A deployment's life: starting, ready, draining, then stopped or failed."""
+
+    def __init__(self, order: Order, lock: int) -> None:
+        self.order = order
+        self.config = DeploymentConfig.from_json(json.dumps(order.config))
+        self.folder = Path(order.folder)
+        self.lock = lock
+        self.launch = Launch(order.name, self.config, self.folder, order.modules)
+        self.state = "starting"
+        self.persist = self.config.persist
+        self.started = self.last_active = time.monotonic()
+        self.start_deadline: float | None = self.started + self.config.start_timeout_s
+        self.end_at: float | None = None  # draining ends then
+        self.restarts = 0
+        self.activity: dict[str, int] = {}
+        self.children: list[Process] = []
+        self.selector = selectors.DefaultSelector()
+        self.oom_kills = machine_oom_kills()
+        self.control = ControlSocket(self.folder / "control.sock", self.selector, self._answer)
+        self.entry = registry.Entry(
+            name=order.name,
+            instance_id=self.launch.instance_id,
+            pid=os.getpid(),
+            start_ticks=registry.start_ticks(os.getpid()) or 0,
+            boot_id=registry.boot_id(),
+            version=__version__,
+            config=order.config,
+            persist=self.persist,
+            started_at=time.time(),
+            ports=tuple(self.launch.ports),
+        )
+
+    # The loop
+
+    def run(self) -> None:
+        """Until the deployment has ended; everything that it had is gone then."""
+        try:
+            self.entry.save(self.folder)
+            self._watch_owner()
+            self._start(self.launch.frontend())
+            for replica in range(self.config.replicas):
+                self._start_replica(replica)
+            while self.end_at is None or (self.end_at > time.monotonic() and self._frontend() is not None):
+                for key, _ in self.selector.select(self._patience()):
+                    key.data()
+                self._watch_time()
+        except Exception:
+            details = traceback.format_exc()
+            log(details)
+            self._fail({"error": "StartError", "message": "The supervisor failed.", "hint": "", "details": details})
+            raise
+        finally:
+            self._end_children(self.children)
+            self.control.close()
+            registry.release(self.folder, self.lock)
+
+    def _watch_owner(self) -> None:
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.selector.register(wake_read, selectors.EVENT_READ, lambda: self._terminated(wake_read))
+        if self.persist:
+            return
+        try:
+            pidfd = os.pidfd_open(self.order.kernel_pid)
+        except ProcessLookupError:
+            self.end(0.0)
+            return
+        self.selector.register(pidfd, selectors.EVENT_READ, self._kernel_gone)
+        self.selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._lifeline)
+        self.owner_fds = (pidfd, sys.stdin.fileno())
+
+    def _terminated(self, wake_fd: int) -> None:
+        if signal.SIGTERM in os.read(wake_fd, 64):
+            self.end(DRAIN_S if self.state == "ready" else 0.0)
+
+    def _kernel_gone(self) -> None:
+        self.end(0.0)
+
+    def _lifeline(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            self.end(0.0)
+
+    def _patience(self) -> float | None:
+        """Seconds until the next thing that depends on time."""
+        moments = [self.start_deadline, self.end_at]
+        if self.persist:
+            moments.append(self.last_active + self.config.idle_timeout_s)
+        due = [moment for moment in moments if moment is not None and math.isfinite(moment)]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _watch_time(self) -> None:
+        now = time.monotonic()
+        if self.start_deadline is not None and now >= self.start_deadline and self.end_at is None:
+            late = next((child for child in self.children if child.ready is None), self.children[0])
+            where = f"in phase {late.phase.name}" if late.phase else "before its first report"
+            cause = late.cause(starting=True)
+            message = f"{late.label} was not ready after {self.config.start_timeout_s:g} s ({where})."
+            hint = "Give start_timeout_s more, or look at the log below."
+            self._fail({**cause, "error": "StartTimeout", "message": message, "hint": hint})
+        elif self.persist and self.state == "ready" and now >= self.last_active + self.config.idle_timeout_s:
+            self.end(0.0)
+
+    # Children
+
+    def _start(self, child: Process) -> None:
+        self.children.append(child)
+        self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
+        self.selector.register(child.status_fd, selectors.EVENT_READ, lambda: self._reported(child))
+
+    def _start_replica(self, replica: int) -> None:
+        self.launch.fresh_rendezvous(replica)
+        for rank in range(self.config.tensor_parallel):
+            self._start(self.launch.rank(replica, rank))
+
+    def _frontend(self) -> Process | None:
+        return next((child for child in self.children if child.replica is None), None)
+
+    def _reported(self, child: Process) -> None:
+        for report in child.reports():
+            if "activity" in report:
+                self._active(report["activity"])
+            elif "phase" in report and child.replica == 0 and child.rank == 0 and self.state == "starting":
+                tell({"phase": report["phase"]})
+        if child.failure is not None and self.state == "starting" and self.restarts == 0:
+            self._fail(child.cause(starting=True))
+        elif self.state == "starting" and all(other.ready is not None for other in self.children):
+            self._ready()
+        if child.silent:
+            self._forget_descriptor(child.status_fd)
+
+    def _ready(self) -> None:
+        self.state = "ready"
+        self.start_deadline = None
+        self.last_active = time.monotonic()
+        frontend = self._frontend()
+        address = str((frontend.ready or {}).get("address", "")) if frontend else ""
+        self.entry = dataclasses.replace(self.entry, state="ready", address=address, persist=self.persist)
+        self.entry.save(self.folder)
+        tell({"phase": {"name": "ready"}})
+        tell({"ready": {"address": address, "pid": os.getpid(), "instance_id": self.entry.instance_id}})
+
+    def _active(self, activity: dict[str, int]) -> None:
+        busy = bool(activity.get("in_flight") or activity.get("queued"))
+        was_busy = bool(self.activity.get("in_flight") or self.activity.get("queued"))
+        if busy or was_busy or activity.get("requests") != self.activity.get("requests"):
+            # while busy the next report moves this on; the limit counts from the end of the last request
+            self.last_active = math.inf if busy else time.monotonic()
+        self.activity = activity
+
+    def _ended(self, child: Process) -> None:
+        child.reports()
+        self._forget(child)
+        if self.end_at is not None:
+            return
+        if self.restarts == 0 and self.state == "starting":
+            self._fail(child.cause(starting=True, oom_kills=machine_oom_kills() - self.oom_kills))
+        elif self.restarts >= MAX_RESTARTS:
+            cause = child.cause(starting=False, oom_kills=machine_oom_kills() - self.oom_kills)
+            self._fail({**cause, "hint": f"{cause['hint']} It was restarted {MAX_RESTARTS} times.".strip()})
+        else:
+            self._restart(child)
+
+    def _restart(self, dead: Process) -> None:
+        """Start the dead one's replica again; the frontend's death takes all with it."""
+        self.restarts += 1
+        log(f"{dead.label} ended (exit code {dead.exit_code}); restart {self.restarts} of {MAX_RESTARTS}")
+        alone = dead.replica is not None
+        self._end_children([c for c in self.children if not alone or c.replica == dead.replica])
+        replicas = [dead.replica] if dead.replica is not None else list(range(self.config.replicas))
+        if not alone:
+            self._start(self.launch.frontend())
+        for replica in replicas:
+            self._start_replica(replica)
+        self.state = "starting"
+        self.activity = {} if not alone else self.activity
+        self.last_active = time.monotonic()
+        self.start_deadline = time.monotonic() + self.config.start_timeout_s
+
+    def _forget(self, child: Process) -> None:
+        self.children.remove(child)
+        self._forget_descriptor(child.pidfd)
+        self._forget_descriptor(child.status_fd)
+        child.close()
+
+    def _forget_descriptor(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(descriptor)
+
+    def _end_children(self, children: list[Process]) -> None:
+        """SIGTERM, a moment, SIGKILL of the groups; blocks for at most `GRACE_S`."""
+        children = list(children)
+        for child in children:
+            child.signal_group(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(child.exit_code is None for child in children):
+            time.sleep(0.01)
+        for child in children:
+            self._forget(child)
+
+    # Ends
+
+    def end(self, drain_s: float) -> None:
+        """Leave the loop when the requests in flight are done, after `drain_s` at the latest."""
+        self.end_at = min(self.end_at or math.inf, time.monotonic() + drain_s)
+        self.state = "draining" if self.state != "failed" else self.state
+        frontend = self._frontend()
+        if drain_s > 0 and frontend is not None:
+            frontend.signal_group(signal.SIGTERM)  # it refuses new requests, finishes the others and leaves
+
+    def _fail(self, cause: Mapping[str, str]) -> None:
+        self.state = "failed"
+        log(f"failed: {cause['message']}")
+        tell({"failed": dict(cause)})
+        self.end(0.0)
+
+    # Questions
+
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        command = question.get("command")
+        answer: dict[str, Any] = {"instance_id": self.entry.instance_id}
+        if command == "status":
+            answer["status"] = dataclasses.asdict(self.status())
+        elif command == "stop":
+            answer["pids"] = [os.getpid(), *(child.pid for child in self.children)]
+            self.end(float(question.get("drain_s", 0.0)))
+        elif command == "keep":
+            self._keep()
+        else:
+            raise ValueError(f"there is no command {command!r}")
+        return answer
+
+    def _keep(self) -> None:
+        if self.persist:
+            return
+        self.persist = True
+        self.last_active = max(self.last_active, time.monotonic())
+        for descriptor in self.owner_fds:
+            self._forget_descriptor(descriptor)
+        self.entry = dataclasses.replace(self.entry, persist=True)
+        self.entry.save(self.folder)
+
+    def status(self) -> Status:
+        """The deployment at this moment."""
+        config, known = self.config, next((c.ready for c in self.children if c.replica == 0 and c.ready), {})
+        phase = next((child.phase for child in self.children if child.phase and child.ready is None), None)
+        return Status(
+            name=self.order.name,
+            state=self.state,
+            model=config.model,
+            task=self.order.task or config.task or "",
+            engine=str(known.get("engine", config.engine)),
+            dtype=str(known.get("dtype", config.dtype)),
+            device=str(known.get("device", config.device)),
+            address=self.entry.address,
+            pid=os.getpid(),
+            persist=self.persist,
+            uptime_s=time.monotonic() - self.started,
+            in_flight=self.activity.get("in_flight", 0),
+            queued=self.activity.get("queued", 0),
+            requests=self.activity.get("requests", 0),
+            ranks=tuple(self._rank_status(child) for child in self.children if child.replica is not None),
+            phase=phase,
+        )
+
+    def _rank_status(self, child: Process) -> RankStatus:
+        state = "ready" if child.ready is not None else (child.phase.name if child.phase else "start")
+        memory = 0
+        with contextlib.suppress(psutil.Error):
+            memory = psutil.Process(child.pid).memory_info().rss
+        facts = {**(child.ready or {}), "state": state, "pid": child.pid, "memory_bytes": memory}
+        gpu = self.launch.gpu(child.replica or 0, child.rank)
+        return from_dict(RankStatus, {**facts, "replica": child.replica, "rank": child.rank, "gpu": gpu})
+
+
+def tell(line: Mapping[str, Any]) -> None:
+    """One JSON line to the kernel, which may be gone."""
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(line).encode() + b"\n")
+
+
+def log(text: str) -> None:
+    """One line into supervisor.log."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def read_order() -> Order:
+    """The JSON line on stdin, read byte by byte so that nothing of the lifeline is buffered away."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 1)
+        if not piece:
+            raise SystemExit("supervisor: stdin ended before its JSON line")
+        line += piece
+    return from_dict(Order, json.loads(line))
+
+
+def main() -> int:
+    """Run one deployment from start to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button must not reach it
+    order = read_order()
+    folder = Path(order.folder)
+    try:
+        lock = registry.claim(folder)
+        (folder / "logs").mkdir(mode=0o700)
+        errors = os.open(folder / "logs" / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(errors, 2)
+        supervisor = Supervisor(order, lock)
+    except (MiinbError, OSError) as error:
+        hint = getattr(error, "hint", "")
+        name = type(error).__name__ if isinstance(error, MiinbError) else "StartError"
+        tell({"failed": {"error": name, "message": getattr(error, "message", str(error)), "hint": hint}})
+        return 1
+    supervisor.run()
+    return 1 if supervisor.state == "failed" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
