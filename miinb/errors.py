@@ -180,10 +180,12 @@ def all_errors() -> dict[str, type[MiinbError]]:
     return found
 
 
-def from_name(name: str, message: str, details: str = "") -> MiinbError:
+def from_name(name: str, message: str, details: str = "", *, hint: str = "") -> MiinbError:
     """The error of that class name; a plain `MiinbError` with the name in its text if there is none."""
     cls = all_errors().get(name)
-    return cls(message, details=details) if cls else MiinbError(f"{name}: {message}", details=details)
+    if cls is None:
+        return MiinbError(f"{name}: {message}", hint=hint, details=details)
+    return cls(message, hint=hint, details=details)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

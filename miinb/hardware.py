@@ -98,6 +98,23 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         pynvml.nvmlShutdown()
 
 
+def gpu_processes() -> set[int]:
+    """The processes that hold memory of a GPU of this machine, as far as the driver tells."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, or its errors for "no driver": either way there is nothing to see
+        return set()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return {found.pid for handle in handles for found in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except pynvml.NVMLError:
+        return set()
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 

@@ -1,7 +1,7 @@
 """What is chosen for a model on this hardware, and why; what cannot work is refused before anything starts.
 
-Pure: the model's and the machine's facts are passed in. The rank may still change a choice for a reason that only it can
-see (a parity failure, a missing compiler); its lines then follow these.
+Pure: the model's and the machine's facts are passed in. The rank may still change a choice for a reason that only it
+can see (a parity failure, a missing compiler); its lines then follow these.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     return choice.with_line("engine", "optimized", f"fused decoder with the policy of {model.family}")
 
 
-def _device(
-    choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]
-) -> Plan:
+def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]) -> Plan:
     if groups:
         named = ", ".join(f"{gpu.index} ({gpu.name})" for group in groups for gpu in group)
         return choice.with_line("device", f"cuda {named}", "a GPU a replica")
@@ -198,9 +196,7 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
     return choice.with_line("kv_cache", _gb(size), kind, kv_cache_bytes=size)
 
 
-def _does_not_fit(
-    config: DeploymentConfig, choice: Plan, model: ModelInfo, free: int, need: int
-) -> OutOfMemory:
+def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, free: int, need: int) -> OutOfMemory:
     room = free * _USABLE - RUNTIME_BYTES
     largest = max(0.0, room / DTYPE_BYTES[choice.dtype] / 1e9)
     smaller = "dtype='bf16' halves it; " if choice.dtype == "fp32" and model.weights_bytes("bf16") < room else ""

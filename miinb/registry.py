@@ -302,6 +302,8 @@ def find(name: str) -> Entry:
 def ask(entry: Entry, command: str, *, timeout_s: float = 5.0, **fields: Any) -> dict[str, Any]:
     """One question to a deployment's supervisor: status, stop (drain_s), keep.
 
+    The question names the instance: a later deployment of that name must not be ended in its place.
+
     Raises:
         Unavailable: it does not answer, or another deployment answers in its place.
     """
@@ -310,13 +312,12 @@ def ask(entry: Entry, command: str, *, timeout_s: float = 5.0, **fields: Any) ->
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
             connection.connect(os.path.join(entry.folder, "control.sock"))
-            connection.sendall(json.dumps({"command": command, **fields}).encode() + b"\n")
+            question = {"command": command, "instance_id": entry.instance_id, **fields}
+            connection.sendall(json.dumps(question).encode() + b"\n")
             with connection.makefile("rb") as stream:
                 answer: dict[str, Any] = json.loads(stream.readline())
     except (OSError, ValueError) as error:
         raise Unavailable(f"{gone} ({error}).", hint="It has ended; start it again.") from None
-    if answer.get("instance_id") != entry.instance_id:
-        raise Unavailable(f"{gone}: another one has its name now.", hint="Use miinb.attach(name).")
     if "error" in answer:
-        raise Unavailable(f"{gone}: {answer['error']}")
+        raise Unavailable(f"{gone}: {answer['error']}.", hint="Use miinb.attach(name).")
     return answer

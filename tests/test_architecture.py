@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = ("errors", "config", "messages", "tasks", "models")
-KERNEL_SIDE = ("client", "results", "session", "registry", "planner", "hardware", "compat")
+KERNEL_SIDE = ("client", "results", "session", "deployment", "registry", "planner", "hardware", "compat")
 
 #: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -28,11 +28,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server": ("rpc", "config", "messages", "errors", "tasks", "registry"),
     "server.worker": ("engine", "config", "messages", "errors", "tasks"),
     "hardware": (),
+    "diagnosis": ("registry", "hardware"),
     "planner": (*CORE, "hardware"),
     "registry": CORE,
+    "deployment": (*CORE, "registry", "hardware"),
     "results": CORE,
     "client": (*CORE, "rpc", "results"),
-    "session": (*CORE, "rpc", "results", "client", "registry", "planner", "hardware"),
+    "session": (*CORE, "rpc", "results", "client", "registry", "deployment", "planner", "hardware"),
     "compat": (*CORE, "rpc", "results", "client", "session", "registry"),
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware"),
     "bench.headline": ("bench", "engine", "config", "messages", "errors", "models"),

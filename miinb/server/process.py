@@ -53,7 +53,7 @@ class Process:
         try:
             with log.open("ab") as output:
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-m", module],
+                    [sys.executable, "-P", "-m", module],
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,

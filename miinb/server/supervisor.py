@@ -271,7 +271,9 @@ class Supervisor:
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         command = question.get("command")
-        answer: dict[str, Any] = {"instance_id": self.entry.instance_id}
+        if question.get("instance_id") != self.entry.instance_id:
+            raise ValueError("another deployment has its name now")
+        answer: dict[str, Any] = {}
         if command == "status":
             answer["status"] = dataclasses.asdict(self.status())
         elif command == "stop":

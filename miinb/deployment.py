@@ -1,0 +1,335 @@
+"""The kernel's end of one deployment: starting its supervisor, holding the lifeline, asking, and ending it provably.
+
+A deployment that this process started lives as long as the process (not as any object), unless it is stopped or kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from miinb import registry
+from miinb.config import DeploymentConfig
+from miinb.errors import (
+    DeploymentNotFound,
+    Interrupted,
+    MiinbError,
+    StartError,
+    StartTimeout,
+    Unavailable,
+    from_name,
+)
+from miinb.hardware import gpu_processes
+from miinb.messages import Phase, Status, from_dict
+
+_SUPERVISOR = "miinb.server.supervisor"
+#: What the supervisor has for ending everything after its own time limit, before this side gives up on it.
+_SLACK_S = 15.0
+#: Programs that tests put in the place of the frontend and the worker.
+_modules: dict[str, str] = {}
+
+_owned: list[Deployment] = []
+
+
+class Deployment:
+    """One deployment that runs: owned (this process holds its lifeline) or joined.
+
+    Attributes:
+        entry: what the registry knows of it.
+        failure: why it ended by itself, once that is known.
+    """
+
+    def __init__(self, entry: registry.Entry, process: subprocess.Popen[bytes] | None = None, lifeline: int = -1):
+        self.entry = entry
+        self.failure: MiinbError | None = None
+        self._process = process
+        self._lifeline = lifeline
+        self._output = b""
+        self._last: Status | None = None
+
+    # Starting and joining
+
+    @classmethod
+    def start(cls, config: DeploymentConfig, *, name: str, task: str, on_phase: Callable[[Phase], None]) -> Deployment:
+        """Start a deployment and wait until it is ready; on any failure nothing is left.
+
+        Raises:
+            StartError: it did not start; `details` has the log's tail. Other classes by the cause.
+            DeploymentExists: another one has the name.
+            Interrupted: the user stopped the wait.
+        """
+        folder = registry.folder_of(name)
+        order = {
+            "config": {**config.model_dump(mode="json"), "name": name},
+            "name": name,
+            "folder": str(folder),
+            "kernel_pid": os.getpid(),
+            "task": task,
+            "modules": _modules,
+        }
+        with tempfile.TemporaryFile() as errors:
+            process, lifeline = _spawn(order, errors.fileno(), persist=config.persist)
+            self = cls(_entry_before_it_is_written(name, folder, process.pid), process, lifeline)
+            _owned.append(self)
+            try:
+                self._wait_ready(config.start_timeout_s + _SLACK_S, on_phase)
+            except BaseException as error:
+                self._abort()
+                self.stop()
+                if isinstance(error, StartError) and not error.details:
+                    errors.seek(0)
+                    error.details = errors.read()[-4000:].decode("utf-8", errors="replace")
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(f"The start of {name!r} was stopped; nothing is left of it.") from None
+                raise
+        return self
+
+    @classmethod
+    def join(cls, name: str) -> Deployment:
+        """The running deployment of that name.
+
+        Raises:
+            DeploymentNotFound: there is none, or it is not ready yet.
+            VersionMismatch: another version of miinb started it.
+        """
+        entry = registry.find(name)
+        if entry.state != "ready":
+            raise DeploymentNotFound(f"Deployment {name!r} is still starting.", hint="Try again when it is ready.")
+        owned = next((one for one in _owned if one.entry.instance_id == entry.instance_id), None)
+        return owned or cls(entry)
+
+    def _wait_ready(self, limit_s: float, on_phase: Callable[[Phase], None]) -> None:
+        deadline = time.monotonic() + limit_s
+        for line in self._lines(deadline):
+            if "phase" in line:
+                on_phase(from_dict(Phase, line["phase"]))
+            elif "failed" in line:
+                raise _error(line["failed"])
+            elif "ready" in line:
+                entry = registry.load_entry(Path(self.entry.folder))
+                if entry is None:
+                    raise StartError(f"Deployment {self.entry.name!r} lost its folder while it started.")
+                self.entry = entry
+                return
+        if time.monotonic() >= deadline:
+            raise StartTimeout(f"The supervisor of {self.entry.name!r} did not answer within {limit_s:g} s.")
+        code = self._process.wait() if self._process else None
+        raise StartError(f"The supervisor of {self.entry.name!r} ended during start-up (exit code {code}).")
+
+    def _lines(self, deadline: float) -> Iterator[dict[str, Any]]:
+        """JSON lines of the supervisor until it ends or the deadline passes."""
+        if self._process is None or self._process.stdout is None:
+            return
+        output = self._process.stdout.fileno()
+        while True:
+            while b"\n" in self._output:
+                line, _, self._output = self._output.partition(b"\n")
+                yield json.loads(line)
+            left = deadline - time.monotonic()
+            if not select.select([output], [], [], max(0.0, left))[0]:
+                return
+            piece = os.read(output, 1 << 16)
+            if not piece:
+                return
+            self._output += piece
+
+    # Asking
+
+    @property
+    def owned(self) -> bool:
+        """Whether it ends with this process."""
+        return self._lifeline >= 0
+
+    def status(self) -> Status:
+        """Its status now; state "failed" or "lost" if it ended by itself.
+
+        Raises:
+            Unavailable: it has ended and was never asked before.
+        """
+        try:
+            answer = registry.ask(self.entry, "status")
+        except Unavailable:
+            self._look_for_failure()
+            if self._last is None:
+                raise
+            state = "failed" if self.failure else "lost"
+            return dataclasses.replace(self._last, state=state, ranks=(), in_flight=0, queued=0)
+        self._last = Status.from_dict(answer["status"])
+        return self._last
+
+    def _look_for_failure(self) -> None:
+        for line in self._lines(time.monotonic()):
+            if "failed" in line:
+                self.failure = _error(line["failed"])
+
+    def keep(self) -> None:
+        """Let it live on when this process ends, until it has been idle for its limit."""
+        registry.ask(self.entry, "keep")
+        self._drop_lifeline()
+        self.entry = dataclasses.replace(self.entry, persist=True)
+
+    def logs(self, lines: int, rank: int | None) -> str:
+        """The last lines of every log, or of one rank's (counted over all replicas)."""
+        files = sorted(Path(self.entry.folder, "logs").glob("*.log"))
+        if rank is not None:
+            files = [file for file in files if file.name.startswith("rank-")][rank : rank + 1]
+        parts = [f"==> {file.name} <==\n{_tail(file, lines)}" for file in files]
+        if not parts:
+            self._look_for_failure()
+            return str(self.failure) if self.failure else ""
+        return "\n".join(parts)
+
+    # Ending
+
+    def stop(self, *, drain_s: float = 0.0, timeout_s: float = 30.0) -> Status | None:
+        """End it and return when every process is gone and the GPUs are free: its last status, "stopped".
+
+        Raises:
+            MiinbError: something is left after `timeout_s`; the message names it.
+        """
+        with contextlib.suppress(MiinbError):
+            self.status()
+        pids = {self.entry.pid}
+        try:
+            pids.update(registry.ask(self.entry, "stop", drain_s=drain_s)["pids"])
+        except Unavailable:
+            self._end_without_answer()
+        self._drop_lifeline()
+        deadline = time.monotonic() + drain_s + timeout_s
+        self._reap(deadline)
+        while left := _left(pids):
+            if time.monotonic() > deadline:
+                raise MiinbError(f"Deployment {self.entry.name!r} is not gone: {left}.", hint="Try stop() again.")
+            time.sleep(0.02)
+        registry.entries()  # sweeps what a supervisor that died could not
+        return dataclasses.replace(self._last, state="stopped", ranks=(), in_flight=0) if self._last else None
+
+    def _abort(self) -> None:
+        """Order the end without waiting, so that a second interrupt cannot lose it."""
+        self._drop_lifeline()
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def _end_without_answer(self) -> None:
+        """The supervisor did not take the order: it is starting, gone, or hangs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SLACK_S)
+                return
+            self._process.kill()
+        elif self._process is None and self.entry.alive:
+            os.kill(self.entry.pid, signal.SIGKILL)
+
+    def _reap(self, deadline: float) -> None:
+        if self in _owned:
+            _owned.remove(self)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(max(0.1, deadline - time.monotonic()))
+            if self._process.stdout is not None and self._process.poll() is not None:
+                self._look_for_failure()
+                self._process.stdout.close()
+                self._process = None
+
+    def _drop_lifeline(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def forget(self) -> None:
+        """In a forked child: this copy owns nothing."""
+        self._drop_lifeline()
+        self._process = None
+
+
+def _spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """The supervisor's process and the writing end of its lifeline (-1 when it has none)."""
+    reader, lifeline = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _SUPERVISOR],
+            stdin=reader,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=_environment(),
+            start_new_session=True,  # the Stop button signals the kernel's process group
+        )
+    except OSError as error:
+        os.close(lifeline)
+        raise StartError(f"The supervisor could not be started: {error}.") from None
+    finally:
+        os.close(reader)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(lifeline, json.dumps(order).encode() + b"\n")
+    if persist:
+        os.close(lifeline)
+        lifeline = -1
+    return process, lifeline
+
+
+def _environment() -> dict[str, str]:
+    """This environment, with the package's folder where a plain checkout needs it (behind all else)."""
+    root = str(Path(__file__).parent.parent)
+    named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    if root in (*named, *sysconfig.get_paths().values()):
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*named, root])}
+
+
+def _entry_before_it_is_written(name: str, folder: Path, pid: int) -> registry.Entry:
+    ticks = registry.start_ticks(pid) or 0
+    return registry.Entry(name, "", pid, ticks, registry.boot_id(), "", {}, folder=str(folder))
+
+
+def _error(failed: Mapping[str, str]) -> MiinbError:
+    return from_name(
+        failed.get("error", "StartError"),
+        failed.get("message", "It did not start."),
+        failed.get("details", ""),
+        hint=failed.get("hint", ""),
+    )
+
+
+def _left(pids: set[int]) -> str:
+    """What is left of these processes, in words; "" when they are gone and hold no GPU memory."""
+    alive = [pid for pid in pids if registry.start_ticks(pid) is not None]
+    if alive:
+        return f"processes {alive}"
+    holding = pids & gpu_processes()
+    return f"GPU memory of processes {sorted(holding)}" if holding else ""
+
+
+def _tail(file: Path, lines: int) -> str:
+    with file.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 500 * lines))
+        return "\n".join(stream.read().decode("utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _at_exit() -> None:
+    for deployment in [one for one in _owned if one.owned]:
+        with contextlib.suppress(MiinbError):
+            deployment.stop(timeout_s=5.0)
+
+
+def _in_child() -> None:
+    for deployment in _owned:
+        deployment.forget()
+    _owned.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_child)
