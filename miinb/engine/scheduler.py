@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from miinb.engine.pages import ROOT, PagePool
 from miinb.engine.rows import Row, RowState, StepPlan
-from miinb.errors import DeadlineExceeded, InvalidRequest, NonFinite, PromptTooLong, QueueFull, RequestError
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, PromptTooLong, QueueFull
 from miinb.messages import Event, FailedEvent, FinishedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
 
@@ -101,7 +101,7 @@ class Scheduler:
         if row is not None:
             self._finish(row, reason, now)
 
-    def fail(self, row: Row, error: RequestError) -> None:
+    def fail(self, row: Row, error: MiinbError) -> None:
         """End a row with an error of its own."""
         if row.state is not RowState.ENDED:
             self._events.append(FailedEvent(row.row_id, type(error).__name__, error.message, error.hint))
@@ -194,7 +194,7 @@ class Scheduler:
             if row in self._leaving:
                 self._release(row)
 
-    def abandon(self, plan: StepPlan, failed: Collection[Row], error: RequestError) -> None:
+    def abandon(self, plan: StepPlan, failed: Collection[Row], error: MiinbError) -> None:
         """Undo a step that raised: these rows fail with the error, the others are as before it."""
         for i, row in enumerate(plan.rows):
             row.in_flight -= 1

@@ -1,0 +1,304 @@
+"""The step executor: scheduler, fused decoder and sampling, one step at a time.
+
+On a GPU a step is launched before the tokens of the step before it are read ("launch-ahead"): tokens stay on the GPU
+for the next step, the host reads them from pinned memory one step later, and the GPU does not wait for Python. On a CPU
+a step is computed and read at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from miinb.config import EngineOptions
+from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.inputs import StepInputs
+from miinb.engine.kv_cache import KVCache
+from miinb.engine.rows import Row, StepPlan
+from miinb.engine.sampling import Needs, Sampled, Sampler, read_logprobs
+from miinb.engine.scheduler import Scheduler
+from miinb.errors import InvalidRequest, MiinbError, OutOfMemory
+from miinb.messages import EngineInfo, Event, FinishReason, PredictedEvent, PredictRequest, SequenceRequest
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[Event | PredictedEvent], None]
+Poll = Callable[[], None]
+
+
+class Executor(Protocol):
+    """What rank 0's loop drives: this module's `StepExecutor`, or `baseline.BatchExecutor`."""
+
+    info: EngineInfo
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Queue a row. Raises MiinbError when it cannot be served."""
+
+    def predict(self, request: PredictRequest) -> None:
+        """Queue inputs of an encoder task. Raises MiinbError when they cannot be served."""
+
+    def cancel(self, row_id: int, reason: FinishReason) -> None:
+        """End a row early; one that has ended is left alone."""
+
+    def step(self, emit: Emit, poll: Poll) -> None:
+        """Compute one step (or batch) and emit what came out; `poll` is called within long ones."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+
+    def status(self) -> dict[str, Any]:
+        """Numbers of this moment: running, waiting, KV cache use, memory."""
+
+    def close(self) -> None:
+        """Let go of the device's memory."""
+
+
+class Runner(Protocol):
+    """Runs the decoder on a step's batch: `EagerRunner`, or a runner of captured CUDA graphs."""
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Logits [L, vocab]."""
+
+    def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Most likely tokens [L] int64, and [L] bool: whether the row's logits are finite."""
+
+
+class EagerRunner:
+    """Calls the decoder."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._decoder = decoder
+        self._cache = cache
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """See `Runner`."""
+        return self._decoder.forward(batch, self._cache)
+
+    def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """See `Runner`."""
+        return self._decoder.greedy(batch, self._cache)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A launched step whose results have not been read."""
+
+    plan: StepPlan
+    rows: list[Row]  # those that get a token
+    chosen: Sampled  # on the device
+    token_ids: Tensor  # on the host once `landed`
+    finite: Tensor
+    landed: torch.cuda.Event | None
+
+
+class StepExecutor:
+    """Continuous batching over the fused decoder.
+
+    Args:
+        info: what the frontend is told; `max_batch`, `max_length`, `vocab_size` and `eos_token_ids` count here.
+        decoder: the model.
+        cache: its KV cache.
+        options: `max_step_tokens`, `max_queue` and `prefix_cache` count here.
+        runner: how the decoder is run; None calls it eagerly.
+        launch_ahead: None: on a GPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: EngineInfo,
+        decoder: Decoder,
+        cache: KVCache,
+        options: EngineOptions,
+        runner: Runner | None = None,
+        launch_ahead: bool | None = None,
+    ) -> None:
+        self.info = info
+        self.device = cache.k[0].device
+        self._cache = cache
+        self.runner: Runner = runner or EagerRunner(decoder, cache)
+        self._ahead = self.device.type == "cuda" if launch_ahead is None else launch_ahead
+        self.scheduler = Scheduler(
+            pages=cache.pages,
+            page_tokens=cache.page_tokens,
+            max_batch=info.max_batch,
+            max_length=info.max_length,
+            max_step_tokens=options.max_step_tokens,
+            max_queue=options.max_queue,
+            eos_token_ids=info.eos_token_ids,
+            # On a CPU a page is a whole slot: no prompt fills it, so no page could ever be shared.
+            prefix_cache=options.prefix_cache and self.device.type == "cuda",
+        )
+        self._inputs = StepInputs(
+            max_batch=self.scheduler.max_batch,
+            max_step_tokens=options.max_step_tokens,
+            max_length=info.max_length,
+            page_tokens=cache.page_tokens,
+            device=self.device,
+        )
+        self._sampler = Sampler(self.scheduler.max_batch, info.vocab_size, self.device)
+        self._flight: Flight | None = None
+        self._steps = 0
+        self._landing = [self._landing_place() for _ in range(2)]
+
+    def _landing_place(self) -> tuple[Tensor, Tensor]:
+        pinned = self.device.type == "cuda"
+        size = self.scheduler.max_batch
+        return (
+            torch.zeros(size, dtype=torch.int64, pin_memory=pinned),
+            torch.zeros(size, dtype=torch.bool, pin_memory=pinned),
+        )
+
+    def submit(self, request: SequenceRequest) -> None:
+        """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
+        self._sampler.check(request.params)
+        ids = request.token_ids
+        if ids and not (min(ids) >= 0 and max(ids) < self.info.vocab_size):
+            raise InvalidRequest(f"The prompt has a token outside the vocabulary of {self.info.vocab_size}.")
+        self.scheduler.submit(request)
+
+    def predict(self, request: PredictRequest) -> None:
+        """Refuse: this engine generates. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
+
+    def cancel(self, row_id: int, reason: FinishReason) -> None:
+        """See `Executor`; the row's slot is free at the next step."""
+        self.scheduler.cancel(row_id, reason, time.monotonic())
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows wait or run, or a step's results are to be read."""
+        return self._flight is not None or self.scheduler.busy
+
+    def status(self) -> dict[str, Any]:
+        """See `Executor`."""
+        pool = self.scheduler.pool
+        return {
+            "running": self.scheduler.running,
+            "waiting": self.scheduler.waiting,
+            "kv_pages": pool.pages,
+            "kv_pages_used": pool.used,
+            "kv_cache_bytes": self._cache.size_bytes,
+            "preemptions": self.scheduler.preemptions,
+            "steps": self._steps,
+        }
+
+    def close(self) -> None:
+        """See `Executor`."""
+        self._flight = None
+        self._cache.k.clear()
+        self._cache.v.clear()
+
+    @torch.inference_mode()
+    def step(self, emit: Emit, poll: Poll) -> None:
+        """Launch the next step, then read the one before it (on a CPU: compute and read one step)."""
+        plan = self.scheduler.schedule(time.monotonic())
+        launched = self._launch(plan) if plan else None
+        before, self._flight = self._flight, launched if self._ahead else None
+        for flight in (before, launched if not self._ahead else None):
+            if flight is not None:
+                self._land(flight)
+        for event in self.scheduler.take_events():
+            emit(event)
+
+    def _launch(self, plan: StepPlan) -> Flight | None:
+        """Start a step; None if it raised, and then the rows concerned have failed."""
+        try:
+            for page in self.scheduler.take_blank():
+                for layer in (*self._cache.k, *self._cache.v):
+                    layer[page].zero_()
+            for row in plan.admitted:
+                self._sampler.admit(row)
+            return self._compute(plan)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if self.device.type == "cuda" and is_device_lost(error):
+                raise  # nothing on this GPU works any more in this process; the supervisor starts another
+            log.exception("a step of %d rows and %d tokens raised", len(plan.rows), plan.tokens)
+            self._blame(plan, error)
+            return None
+
+    def _compute(self, plan: StepPlan) -> Flight:
+        batch = self._inputs.write(plan)
+        slots = self._inputs.sample_slots
+        rows = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
+        needs = self._sampler.needs(rows)
+        if not rows:
+            self.runner.greedy(batch)
+            chosen = Sampled(slots, slots.bool())
+        elif needs == Needs.NOTHING:
+            chosen = Sampled(*self.runner.greedy(batch))
+        else:
+            places = [row.length - 1 for row in rows]  # the scheduler has counted the new token already
+            chosen = self._sampler.choose(self.runner.forward(batch), rows, places, slots, needs)
+        if self._ahead:
+            self._inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
+        return self._take_off(plan, rows, chosen)
+
+    def _take_off(self, plan: StepPlan, rows: list[Row], chosen: Sampled) -> Flight:
+        self._steps += 1
+        if self.device.type != "cuda":
+            return Flight(plan, rows, chosen, chosen.token_ids, chosen.finite, None)
+        token_ids, finite = (place[: len(rows)] for place in self._landing[self._steps % 2])
+        token_ids.copy_(chosen.token_ids, non_blocking=True)
+        finite.copy_(chosen.finite, non_blocking=True)
+        landed = torch.cuda.Event()
+        landed.record()
+        return Flight(plan, rows, chosen, token_ids, finite, landed)
+
+    def _land(self, flight: Flight) -> None:
+        """Read a step's results."""
+        if flight.landed is not None:
+            flight.landed.synchronize()
+        plan = flight.plan
+        token_ids, finite = flight.token_ids.tolist(), flight.finite.tolist()
+        found = read_logprobs(flight.chosen, flight.rows)
+        if len(flight.rows) == len(plan.rows):
+            self.scheduler.complete(plan, token_ids, finite, time.monotonic(), found)
+            return
+        place = iter(range(len(token_ids)))
+        at = [next(place) if samples else -1 for samples in plan.samples]
+        logprobs = {i: found[k] for i, k in enumerate(at) if k in found}
+        self.scheduler.complete(
+            plan,
+            [token_ids[k] if k >= 0 else -1 for k in at],
+            [k < 0 or finite[k] for k in at],
+            time.monotonic(),
+            logprobs,
+        )
+
+    def _blame(self, plan: StepPlan, error: Exception) -> None:
+        """Fail the rows whose prompts were in the step, as the others have been computing without fault; else all."""
+        admitted = set(plan.admitted)
+        fresh = [row for row, count in zip(plan.rows, plan.counts, strict=True) if count > 1 or row in admitted]
+        self.scheduler.abandon(plan, set(fresh or plan.rows), request_error(error))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether a CUDA error makes every later call in this process fail too."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def request_error(error: Exception) -> MiinbError:
+    """What the user of a failed request is told: no paths, no traceback (the rank's log has it)."""
+    if isinstance(error, MiinbError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "The device ran out of memory in this request's step.",
+            hint="Send fewer or shorter prompts at once, or start with a smaller options.max_step_tokens.",
+        )
+    return MiinbError(
+        f"The engine failed on this request ({type(error).__name__}).", hint="The deployment's logs say where."
+    )
