@@ -133,8 +133,8 @@ class StepExecutor:
             max_step_tokens=options.max_step_tokens,
             max_queue=options.max_queue,
             eos_token_ids=info.eos_token_ids,
-            # On a CPU a page is a whole slot: no prompt fills it, so no page could ever be shared.
-            prefix_cache=options.prefix_cache and self.device.type == "cuda",
+            # Where a page is a whole slot (on a CPU) no prompt fills it, so none could be shared.
+            prefix_cache=options.prefix_cache and cache.page_tokens < info.max_length,
         )
         self._inputs = StepInputs(
             max_batch=self.scheduler.max_batch,
@@ -248,7 +248,7 @@ class StepExecutor:
         token_ids, finite = (place[: len(rows)] for place in self._landing[self._steps % 2])
         token_ids.copy_(chosen.token_ids, non_blocking=True)
         finite.copy_(chosen.finite, non_blocking=True)
-        landed = torch.cuda.Event()
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         landed.record()
         return Flight(plan, rows, chosen, token_ids, finite, landed)
 

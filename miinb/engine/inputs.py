@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from miinb.engine.decoder import StepBatch
 from miinb.engine.rows import Row, StepPlan
@@ -141,9 +140,7 @@ class StepInputs:
         out[: len(singles)] = singles
         return unknown
 
-    def _to_device(
-        self, rows: int, tokens: int, logits: int, width: int, unknown: int, max_query: int
-    ) -> StepBatch:
+    def _to_device(self, rows: int, tokens: int, logits: int, width: int, unknown: int, max_query: int) -> StepBatch:
         used = dict.fromkeys(("token_ids", "positions", "cache_slots"), tokens)
         used |= {"query_start": rows + 1, "lengths": rows, "row_slots": rows, "block_table": rows * width}
         used |= {"logit_rows": max(logits, 1), "sample_slots": logits}

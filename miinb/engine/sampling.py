@@ -115,7 +115,7 @@ class Sampler:
         counts[row.slot] = torch.bincount(ids[row.prompt_tokens :], minlength=self.vocab_size).float()
 
     def _counters(self) -> tuple[Tensor, Tensor]:
-        """[max_batch, vocab]: is the token in the prompt (bool), how often among the new ones (fp32). Made when needed."""
+        """[max_batch, vocab]: whether in the prompt (bool), how often among the new tokens (fp32); made when needed."""
         if self._seen is None:
             shape = (self._max_batch, self.vocab_size)
             in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)

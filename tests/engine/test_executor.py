@@ -1,0 +1,247 @@
+"""The step executor over a stand-in decoder whose answers show what every step read from the cache."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from miinb.config import EngineOptions, GenerationParams
+from miinb.engine.executor import StepExecutor
+from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.spec import DecoderSpec
+from miinb.errors import InvalidRequest, PromptTooLong
+from miinb.messages import EngineInfo, FailedEvent, FinishedEvent, Plan, SequenceRequest, TokensEvent
+
+VOCAB = 61
+EOS = 0
+
+
+class ContextDecoder:
+    """A stand-in with the decoder's interface: its cache holds token ids, its logits are a function of all of them.
+
+    Attributes:
+        broken: called with each batch; may raise, or change the logits.
+    """
+
+    def __init__(self, vocab: int = VOCAB) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(vocab, vocab, generator=generator)
+        self.broken = lambda batch, logits: logits
+        self.batches: list[int] = []
+
+    def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
+        weights = torch.cos(torch.arange(len(ids)) * 1.7)
+        return (self.table[ids.long()] * weights[:, None]).sum(0)
+
+    def forward(self, batch, cache) -> torch.Tensor:
+        self.batches.append(len(batch.lengths))
+        memory = cache.k[0].view(-1)
+        memory[batch.slots] = batch.token_ids.to(memory.dtype)
+        wanted = set(batch.logit_rows.tolist())
+        out = []
+        for row, length in enumerate(batch.lengths.tolist()):
+            last = int(batch.query_start[row + 1]) - 1
+            assert int(batch.positions[last]) == length - 1
+            if last in wanted:
+                pages = batch.block_table[row, : -(-length // cache.page_tokens)].long()
+                out.append(self.logits_of(cache.k[0][pages].flatten()[:length]))
+        return self.broken(batch, torch.stack(out))
+
+    def greedy(self, batch, cache):
+        logits = self.forward(batch, cache)
+        return logits.argmax(-1), torch.isfinite(logits.amax(-1))
+
+    def answer(self, prompt: list[int], new: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(new):
+            ids.append(int(self.logits_of(torch.tensor(ids)).argmax()))
+            if ids[-1] == EOS:
+                break
+        return ids[len(prompt) :]
+
+
+def make(
+    decoder: ContextDecoder | None = None,
+    *,
+    pages=24,
+    page_tokens=4,
+    max_batch=4,
+    max_length=48,
+    ahead=False,
+    **options,
+) -> StepExecutor:
+    spec = DecoderSpec(
+        vocab_size=VOCAB, hidden_size=1, layers=1, heads=1, kv_heads=1, head_size=1, inner_size=1, scale=1.0,
+        max_length=max_length, norm="rms", eps=1e-5, activation="silu",
+    )  # fmt: skip
+    size = CacheSize(pages, page_tokens, max_length, max_batch, pages * page_tokens * 8)
+    info = EngineInfo(
+        replica=0, model="m", task="text-generation", engine="optimized", dtype="fp32", device="cpu",
+        vocab_size=VOCAB, max_length=max_length, max_batch=max_batch, eos_token_ids=(EOS,), tokenizer_folder="",
+        plan=Plan("optimized", "cpu", "fp32"),
+    )  # fmt: skip
+    return StepExecutor(
+        info=info,
+        decoder=decoder or ContextDecoder(),
+        cache=KVCache(spec, size, torch.float32, torch.device("cpu")),
+        options=EngineOptions(**({"max_step_tokens": 16} | options)),
+        launch_ahead=ahead,
+    )
+
+
+def request(row_id: int, prompt: list[int], new: int = 6, **params) -> SequenceRequest:
+    return SequenceRequest(
+        row_id, prompt, GenerationParams(**({"seed": 1, "max_new_tokens": new} | params)), time.monotonic()
+    )
+
+
+def run(executor: StepExecutor, steps: int = 400, between=None) -> dict[int, list]:
+    events: dict[int, list] = {}
+    for step in range(steps):
+        if not executor.busy:
+            return events
+        executor.step(lambda event: events.setdefault(event.row_id, []).append(event), lambda: None)
+        executor.scheduler.check()
+        if between:
+            between(step)
+    pytest.fail("the executor does not come to an end")
+
+
+def tokens(events: list) -> list[int]:
+    return [token for event in events if isinstance(event, TokensEvent) for token in event.token_ids]
+
+
+PROMPTS = [[1, 2, 3], [4] * 21, [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 9]]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("pages", "page_tokens"), [(24, 4), (12, 4), (4, 48)])
+def test_rows_answer_together_as_alone(ahead, pages, page_tokens):
+    executor = make(pages=pages, page_tokens=page_tokens, ahead=ahead)
+    decoder = ContextDecoder()
+    for row_id, prompt in enumerate(PROMPTS):
+        executor.submit(request(row_id, prompt, 4 + 5 * row_id % 17))
+    events = run(executor)
+    for row_id, prompt in enumerate(PROMPTS):
+        wanted = decoder.answer(prompt, 4 + 5 * row_id % 17)
+        assert tokens(events[row_id]) == wanted
+        end = events[row_id][-1]
+        assert isinstance(end, FinishedEvent)
+        assert (end.prompt_tokens, end.output_tokens) == (len(prompt), len(wanted))
+        assert end.queue_s >= 0
+        assert end.model_s >= end.prefill_s >= 0
+    assert executor.status()["kv_pages_used"] == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sampled_rows_draw_alike_in_any_batch_and_with_or_without_launch_ahead(ahead):
+    params = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.3, "min_new_tokens": 3, "logprobs": 2}
+    wanted = {}
+    for row_id, prompt in enumerate(PROMPTS):
+        executor = make(pages=48)
+        executor.submit(request(row_id, prompt, 9, **params, seed=row_id))
+        wanted[row_id] = run(executor)[row_id]
+    executor = make(pages=14, ahead=ahead)
+    for row_id, prompt in enumerate(PROMPTS):
+        executor.submit(request(row_id, prompt, 9, **params, seed=row_id))
+    events = run(executor)
+    for row_id, alone in wanted.items():
+        assert tokens(events[row_id]) == tokens(alone)
+        first = events[row_id][0].logprobs[0]
+        assert first.token_id == tokens(alone)[0]
+        assert len(first.top) == 2
+    assert len({tuple(tokens(alone)) for alone in wanted.values()}) > 3
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_cancelled_row_ends_between_steps_and_the_next_takes_its_slot(ahead):
+    executor = make(max_batch=1, ahead=ahead)
+    executor.submit(request(0, [1, 2], 40, ignore_eos=True))
+    executor.submit(request(1, [3], 2, ignore_eos=True))
+    events = run(executor, between=lambda step: executor.cancel(0, "cancelled") if step == 5 else None)
+    assert events[0][-1].finish_reason == "cancelled"
+    assert len(tokens(events[0])) == events[0][-1].output_tokens <= 6
+    assert tokens(events[1]) == ContextDecoder().answer([3], 2)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_nan_fails_its_row_alone_and_leaves_no_nan_in_the_cache(ahead):
+    decoder = ContextDecoder()
+
+    def poison(batch, logits):
+        for i, place in enumerate(batch.logit_rows.tolist()):
+            if int(batch.token_ids[place]) == 13:
+                logits[i] = torch.nan
+        return logits
+
+    decoder.broken = poison
+    executor = make(decoder, ahead=ahead)
+    executor.submit(request(0, [1, 2, 3], 8))
+    executor.submit(request(1, [5, 13], 8))
+    events = run(executor)
+    assert [type(event) for event in events[1]] == [FailedEvent]
+    assert events[1][0].error == "NonFinite"
+    assert tokens(events[0]) == ContextDecoder().answer([1, 2, 3], 8)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("secret /path")])
+def test_a_step_that_raises_fails_the_new_prompts_and_the_others_go_on(ahead, error):
+    decoder = ContextDecoder()
+    executor = make(decoder, ahead=ahead)
+    executor.submit(request(0, [1, 2, 3], 12, ignore_eos=True))
+
+    def fall(batch, logits):
+        if batch.max_query > 4:
+            raise error
+        return logits
+
+    decoder.broken = fall
+    events = run(executor, between=lambda step: executor.submit(request(1, [6] * 7, 3)) if step == 3 else None)
+    assert [type(event) for event in events[1]] == [FailedEvent]
+    assert "/path" not in events[1][0].message
+    assert events[1][0].error == ("OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else "MiinbError")
+    ids = [1, 2, 3]
+    for _ in range(12):
+        ids.append(int(decoder.logits_of(torch.tensor(ids)).argmax()))
+    assert tokens(events[0]) == ids[3:]
+
+
+def test_a_decode_step_that_raises_fails_its_rows_and_the_next_prompt_is_served():
+    decoder = ContextDecoder()
+    executor = make(decoder)
+    calls = []
+
+    def fall(batch, logits):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("once")
+        return logits
+
+    decoder.broken = fall
+    executor.submit(request(0, [1, 2], 9, ignore_eos=True))
+    assert isinstance(run(executor)[0][-1], FailedEvent)
+    executor.submit(request(1, [1, 2], 3, ignore_eos=True))
+    assert isinstance(run(executor)[1][-1], FinishedEvent)
+
+
+def test_what_cannot_be_served_is_refused_at_once():
+    executor = make()
+    with pytest.raises(PromptTooLong):
+        executor.submit(request(0, [1] * 40, 20))
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        executor.submit(request(0, [1, VOCAB], 2))
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        executor.submit(request(0, [1], 2, logit_bias={VOCAB: 1.0}))
+    assert not executor.busy
+
+
+def test_equal_prefixes_are_computed_once():
+    executor = make(page_tokens=4)
+    for row_id in range(2):
+        executor.submit(request(row_id, [1, 2, 3, 4, 5, 6, 7, 8, 9], 2, ignore_eos=True))
+        events = run(executor)
+    assert events[1][-1].cached_tokens == 8
+    assert tokens(events[1]) == ContextDecoder().answer([1, 2, 3, 4, 5, 6, 7, 8, 9], 2)
