@@ -130,6 +130,7 @@ class StepExecutor:
             page_tokens=cache.page_tokens,
             max_batch=info.max_batch,
             max_length=info.max_length,
+            vocab_size=info.vocab_size,
             max_step_tokens=options.max_step_tokens,
             max_queue=options.max_queue,
             eos_token_ids=info.eos_token_ids,
@@ -158,10 +159,6 @@ class StepExecutor:
 
     def submit(self, request: SequenceRequest) -> None:
         """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
-        self._sampler.check(request.params)
-        ids = request.token_ids
-        if ids and not (min(ids) >= 0 and max(ids) < self.info.vocab_size):
-            raise InvalidRequest(f"The prompt has a token outside the vocabulary of {self.info.vocab_size}.")
         self.scheduler.submit(request)
 
     def predict(self, request: PredictRequest) -> None:

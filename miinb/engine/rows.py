@@ -6,7 +6,31 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from miinb.engine.pages import ROOT
+from miinb.errors import InvalidRequest, PromptTooLong
 from miinb.messages import SequenceRequest
+
+
+def check_request(request: SequenceRequest, max_length: int, vocab_size: int) -> None:
+    """Refuse a row that can never be computed.
+
+    Raises:
+        InvalidRequest: no tokens, or token ids outside the vocabulary.
+        PromptTooLong: prompt and new tokens do not fit the context.
+    """
+    ids, params = request.token_ids, request.params
+    if not ids:
+        raise InvalidRequest("The prompt has no tokens.")
+    for name, given in (
+        ("prompt", ids), ("logit_bias", params.logit_bias or ()), ("eos_token_id", params.eos_token_id or ())
+    ):  # fmt: skip
+        if given and not (min(given) >= 0 and max(given) < vocab_size):
+            raise InvalidRequest(f"{name}: a token is outside the vocabulary of {vocab_size}.")
+    if len(ids) + params.max_new_tokens > max_length:
+        raise PromptTooLong(
+            f"{len(ids)} prompt tokens and max_new_tokens={params.max_new_tokens} do not fit the context of "
+            f"{max_length} tokens.",
+            hint="Shorten the prompt, lower max_new_tokens, or start with a larger max_length.",
+        )
 
 
 class RowState(Enum):

@@ -15,9 +15,7 @@ from enum import IntFlag
 import torch
 from torch import Tensor
 
-from miinb.config import GenerationParams
 from miinb.engine.rows import Row
-from miinb.errors import InvalidRequest
 from miinb.kernels.sample import sample
 from miinb.messages import TokenLogprob
 
@@ -75,13 +73,6 @@ class Sampler:
         self._numbers = torch.zeros(max_batch, 6, device=device)
         self._written: list[tuple[float, ...]] = [()] * max_batch  # what these hold now
         self._seen: tuple[Tensor, Tensor] | None = None
-
-    def check(self, params: GenerationParams) -> None:
-        """Refuse token ids outside the vocabulary. Raises InvalidRequest."""
-        for name, ids in (("logit_bias", params.logit_bias or {}), ("eos_token_id", params.eos_token_id or [])):
-            wrong = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
-            if wrong:
-                raise InvalidRequest(f"{name}: token {wrong[0]} is outside the vocabulary of {self.vocab_size}.")
 
     def admit(self, row: Row) -> None:
         """Take over the parameters of a row that came into its slot (also when it comes back after preemption)."""

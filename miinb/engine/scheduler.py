@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
 from miinb.engine.pages import ROOT, PagePool
-from miinb.engine.rows import Row, RowState, StepPlan
-from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, PromptTooLong, QueueFull
+from miinb.engine.rows import Row, RowState, StepPlan, check_request
+from miinb.errors import DeadlineExceeded, MiinbError, NonFinite, QueueFull
 from miinb.messages import Event, FailedEvent, FinishedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
 
@@ -31,6 +31,7 @@ class Scheduler:
         page_tokens: tokens in a page.
         max_batch: most rows at once (also the number of slots); at most `max_step_tokens` of them are used.
         max_length: longest prompt and answer together.
+        vocab_size: tokens in the vocabulary.
         max_step_tokens: most tokens in a step.
         max_queue: most rows that wait.
         eos_token_ids: tokens that end a row unless its parameters say otherwise.
@@ -44,6 +45,7 @@ class Scheduler:
         page_tokens: int,
         max_batch: int,
         max_length: int,
+        vocab_size: int,
         max_step_tokens: int = 2048,
         max_queue: int = 1024,
         eos_token_ids: Collection[int] = (),
@@ -52,6 +54,7 @@ class Scheduler:
         self.pool = PagePool(pages, page_tokens, prefix_cache=prefix_cache)
         self.max_batch = min(max_batch, max_step_tokens)
         self.max_length = min(max_length, pages * page_tokens)
+        self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
         self.max_queue = max_queue
         self.preemptions = 0
@@ -72,21 +75,13 @@ class Scheduler:
         """Queue a row.
 
         Raises:
-            PromptTooLong: prompt and new tokens do not fit.
+            InvalidRequest, PromptTooLong: it can never be computed.
             QueueFull: `max_queue` rows wait.
         """
-        params = request.params
-        total = len(request.token_ids) + params.max_new_tokens
-        if not request.token_ids:
-            raise InvalidRequest("The prompt has no tokens.")
-        if total > self.max_length:
-            raise PromptTooLong(
-                f"{len(request.token_ids)} prompt tokens and max_new_tokens={params.max_new_tokens} do not fit the "
-                f"context of {self.max_length} tokens.",
-                hint="Shorten the prompt, lower max_new_tokens, or start with a larger max_length.",
-            )
+        check_request(request, self.max_length, self.vocab_size)
         if len(self._waiting) >= self.max_queue:
             raise QueueFull(f"{len(self._waiting)} rows wait already.", hint="Try again later.")
+        params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos
         row = Row(request, self._arrivals, frozenset() if params.ignore_eos else eos)
         self._arrivals += 1

@@ -89,7 +89,7 @@ class Device:
 
 
 def make(ahead: int = 0, **changes) -> Device:
-    values = {"pages": 12, "page_tokens": 4, "max_batch": 4, "max_length": 32, "max_step_tokens": 8}
+    values = {"pages": 12, "page_tokens": 4, "max_batch": 4, "max_length": 32, "vocab_size": 9, "max_step_tokens": 8}
     return Device(Scheduler(**(values | {"eos_token_ids": [EOS]} | changes)), ahead)
 
 
