@@ -1,22 +1,20 @@
-"""Turns a llama GGUF file into a Hugging Face folder (safetensors bf16): `python -m miinb.demo.convert GGUF FOLDER`.
+"""Turns a llama GGUF file into a Hugging Face folder: safetensors in bf16, tokenizer and configuration.
 
-A process of its own, because a notebook's kernel never imports torch. It prints `done total` after each tensor, for the
-progress bar of whoever started it.
+With numpy alone, one tensor at a time: the notebook's kernel can do it without torch and with little memory.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+import math
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 Array = npt.NDArray[Any]
@@ -28,7 +26,12 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._file = gguf.GGUFReader(path)
-        self.count = len(self._file.tensors)
+        kind = (self["general.architecture"], self["tokenizer.ggml.model"])
+        if kind != ("llama", "gpt2"):
+            raise ValueError(f"{path.name} holds {kind}; only llama with a gpt2 vocabulary is converted here")
+        names = hugging_face_names(self["llama.block_count"])
+        self._tensors = {names[tensor.name]: tensor for tensor in self._file.tensors if tensor.name in names}
+        self._heads = {"q_proj": self["llama.attention.head_count"], "k_proj": self["llama.attention.head_count_kv"]}
 
     def __getitem__(self, key: str) -> Any:
         return self._file.fields[key].contents()
@@ -37,16 +40,16 @@ class Reader:
         """The value of a metadata key, or a default."""
         return self[key] if key in self._file.fields else default
 
-    def tensors(self) -> Iterator[tuple[str, Array]]:
-        """Names and fp32 values, one at a time."""
-        layers = self["llama.block_count"]
-        heads = {"q_proj": self["llama.attention.head_count"], "k_proj": self["llama.attention.head_count_kv"]}
-        names = hugging_face_names(layers)
-        for tensor in self._file.tensors:
-            name = names[tensor.name]
-            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            part = name.split(".")[-2]
-            yield name, halves(values, heads[part]) if part in heads else values
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor (GGUF writes the last dimension first)."""
+        return {name: [int(size) for size in reversed(tensor.shape)] for name, tensor in self._tensors.items()}
+
+    def tensor(self, name: str) -> Array:
+        """One tensor in fp32."""
+        found = self._tensors[name]
+        values = gguf.dequantize(found.data, found.tensor_type).astype(np.float32)
+        part = name.split(".")[-2]
+        return halves(values, self._heads[part]) if part in self._heads else values
 
 
 def hugging_face_names(layers: int) -> dict[str, str]:
@@ -63,6 +66,29 @@ def halves(weight: Array, heads: int) -> Array:
     """Rotary rows of [heads * size, in] from GGUF's interleaved order back to Hugging Face's two halves."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def to_bf16(values: Array) -> bytes:
+    """The bits of bf16, rounded to the nearest even (numpy has no bf16)."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+
+
+def write_safetensors(path: Path, reader: Reader, progress: Callable[[int, int], None]) -> None:
+    """The tensors in bf16, written one by one: safetensors is a length, a JSON header and the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    shapes = reader.shapes()
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for done, name in enumerate(shapes, start=1):
+            file.write(to_bf16(reader.tensor(name)))
+            progress(done, len(shapes))
 
 
 def config_of(reader: Reader) -> dict[str, Any]:
@@ -83,7 +109,7 @@ def config_of(reader: Reader) -> dict[str, Any]:
         "max_position_embeddings": reader["llama.context_length"],
         "rms_norm_eps": float(f"{reader['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_parameters": {"rope_type": "default", "rope_theta": reader["llama.rope.freq_base"]},
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": "lm_head.weight" not in reader.shapes(),
         "bos_token_id": reader["tokenizer.ggml.bos_token_id"],
         "eos_token_id": reader["tokenizer.ggml.eos_token_id"],
         "pad_token_id": reader["tokenizer.ggml.padding_token_id"],
@@ -117,24 +143,20 @@ def tokenizer_of(reader: Reader) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, settings
 
 
-def convert(source: Path, folder: Path) -> None:
+def convert(source: Path, folder: Path, progress: Callable[[int, int], None]) -> None:
     """Write the folder of a llama GGUF file with a gpt2-style vocabulary.
 
+    Args:
+        source: the GGUF file.
+        folder: where to write; made if it is not there.
+        progress: called with tensors done and in all, after each.
+
     Raises:
-        ValueError: the file is of another architecture or vocabulary, or its head is not tied.
+        ValueError: not a GGUF file, or one of another architecture or vocabulary.
     """
     reader = Reader(source)
-    kind = (reader["general.architecture"], reader["tokenizer.ggml.model"])
-    if kind != ("llama", "gpt2"):
-        raise ValueError(f"{source.name} holds {kind}; only llama with a gpt2 vocabulary is converted here")
-    weights: dict[str, torch.Tensor] = {}
-    for done, (name, values) in enumerate(reader.tensors(), start=1):
-        weights[name] = torch.from_numpy(values).to(torch.bfloat16)
-        print(done, reader.count, flush=True)
-    if "lm_head.weight" in weights:
-        raise ValueError(f"{source.name} has a head of its own; only tied heads are converted here")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", reader, progress)
     config = config_of(reader)
     tokenizer, settings = tokenizer_of(reader)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -142,12 +164,3 @@ def convert(source: Path, folder: Path) -> None:
     for name, content in (("config", config), ("tokenizer_config", settings), ("generation_config", generation)):
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """Convert what the command line names."""
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
-
-
-if __name__ == "__main__":
-    main()

