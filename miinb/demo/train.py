@@ -141,7 +141,7 @@ def main() -> None:
     """Parse the command line, train, save, and show what the model says."""
     parser = argparse.ArgumentParser(prog="python -m miinb.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=TINY, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--length", type=int, default=192, help="tokens of a row")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
