@@ -1,0 +1,250 @@
+"""The baseline: plain transformers as a careful user runs it, behind the same interface as the optimized engine.
+
+Right dtype, the attention that transformers chooses (sdpa where it can), eval, inference_mode, left padding with an
+attention mask; rows with equal parameters go through `model.generate` together, up to `max_batch`. Nothing of the
+optimized engine is used here: this is the truth that it is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from miinb.config import DeploymentConfig
+from miinb.engine.executor import Emit, Executor, Poll, request_error
+from miinb.engine.generation import BaselineRow, generate, measure_caches
+from miinb.engine.pipelines import PredictExecutor
+from miinb.engine.rows import check_request
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull
+from miinb.messages import (
+    EngineInfo,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Phase,
+    PredictRequest,
+    SequenceRequest,
+    TokenLogprob,
+    TokensEvent,
+)
+from miinb.models import ModelInfo
+from miinb.tasks import TASKS
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> Any:
+    """The transformers model of a task, on its device, in its dtype, ready to run.
+
+    Raises:
+        MissingHead: the checkpoint lacks weights that the task needs.
+    """
+    cls = getattr(transformers, TASKS[info.task].auto_class)
+    dtype = DTYPES[info.dtype]
+    if config.load_format == "dummy":
+        settings = transformers.AutoConfig.from_pretrained(
+            model.folder, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+        with torch.device(info.device):
+            loaded = cls.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        return loaded.eval()
+    extra = {"gguf_file": model.files[0].name} if model.format == "gguf" else {"use_safetensors": True}
+    loaded, report = cls.from_pretrained(
+        model.folder,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **extra,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing and info.task != "feature-extraction":
+        raise MissingHead(
+            f"The checkpoint has no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+            hint=f"It cannot serve {info.task}.",
+        )
+    return loaded.to(info.device).eval()
+
+
+def load_baseline(
+    model: ModelInfo, config: DeploymentConfig, info: EngineInfo, report: Callable[[Phase], None]
+) -> Executor:
+    """The executor of plain transformers for a model's task.
+
+    Args:
+        model: the model's files.
+        config: `options.compile` measures the KV caches of transformers and takes the fastest.
+        info: what the frontend is told; its plan gets a line about how transformers is run.
+        report: told of each phase.
+
+    Raises:
+        MissingHead: the checkpoint lacks weights that the task needs.
+        UnsupportedModel: the task is not served.
+    """
+    report(Phase("load", 0, 1, f"{model.family} with transformers"))
+    loaded = load_model(model, config, info)
+    report(Phase("load", 1, 1))
+    attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
+    plan = info.plan.with_line("engine", "transformers", f"eager, attention {attention}")
+    if not TASKS[info.task].streams:
+        return PredictExecutor(loaded, model, config, dataclasses.replace(info, plan=plan))
+    cache = "dynamic cache"
+    if config.options.compile:
+        report(Phase("capture", text="comparing transformers' caches"))
+        times = measure_caches(loaded, info.vocab_size)
+        cache = min(times, key=lambda name: times[name].seconds)
+        told = ", ".join(f"{name} {time.text}" for name, time in times.items())
+        plan = plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1")
+    return BatchExecutor(loaded, dataclasses.replace(info, plan=plan), max_queue=config.options.max_queue, cache=cache)
+
+
+class BatchExecutor:
+    """Batches of rows through `model.generate`; tokens come out, and cancels are heard, between its steps.
+
+    Args:
+        model: a transformers model for text generation.
+        info: what the frontend is told; `max_batch`, `max_length` and `eos_token_ids` count here.
+        max_queue: most rows that wait.
+        cache: which of `generation.CACHES`.
+    """
+
+    def __init__(self, model: Any, info: EngineInfo, *, max_queue: int, cache: str = "dynamic cache") -> None:
+        self.info = info
+        self.model = model
+        # Requests say everything; nothing comes unasked from the checkpoint's generation_config.json.
+        self.model.generation_config = transformers.GenerationConfig()
+        self.cache = cache
+        self._max_queue = max_queue
+        self._waiting: deque[BaselineRow] = deque()
+        self._running: list[BaselineRow] = []
+        self._rows: dict[int, BaselineRow] = {}
+        self._events: list[Event] = []
+        self._batches = 0
+
+    def submit(self, request: SequenceRequest) -> None:
+        """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
+        check_request(request, self.info.max_length, self.info.vocab_size)
+        if len(self._waiting) >= self._max_queue:
+            raise QueueFull(f"{len(self._waiting)} rows wait already.", hint="Try again later.")
+        params = request.params
+        eos = params.eos_token_id if params.eos_token_id is not None else self.info.eos_token_ids
+        row = BaselineRow(request, frozenset() if params.ignore_eos else frozenset(eos))
+        self._rows[request.row_id] = row
+        self._waiting.append(row)
+
+    def predict(self, request: PredictRequest) -> None:
+        """Refuse: this executor generates. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
+
+    def cancel(self, row_id: int, reason: FinishReason) -> None:
+        """See `Executor`; a running row's place in the batch is computed on until the batch ends."""
+        row = self._rows.get(row_id)
+        if row is not None:
+            if not row.t_start:
+                self._waiting.remove(row)
+            self.finish(row, reason)
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows wait."""
+        return bool(self._rows or self._events)
+
+    def status(self) -> dict[str, Any]:
+        """See `Executor`."""
+        running = sum(not row.ended for row in self._running)
+        return {"running": running, "waiting": len(self._waiting), "batches": self._batches}
+
+    def close(self) -> None:
+        """See `Executor`."""
+        self.model = None
+
+    def step(self, emit: Emit, poll: Poll) -> None:
+        """Generate one batch from the longest-waiting row and those like it."""
+        self._expire()
+        self._running = self._next_batch()
+
+        def between() -> None:
+            self._flush(emit)
+            poll()
+            self._flush(emit)
+
+        if self._running:
+            self._batches += 1
+            try:
+                generate(self.model, self._running, self, between, self.cache)
+            except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+                log.exception("a batch of %d rows raised", len(self._running))
+                for row in self._running:
+                    self.fail(row, request_error(error))
+        self._running = []
+        self._flush(emit)
+
+    def _flush(self, emit: Emit) -> None:
+        events, self._events = self._events, []
+        for event in events:
+            emit(event)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for row in [row for row in self._waiting if row.request.deadline is not None and row.request.deadline <= now]:
+            self._waiting.remove(row)
+            self.fail(row, DeadlineExceeded("The request's time limit passed while it waited."))
+
+    def _next_batch(self) -> list[BaselineRow]:
+        if not self._waiting:
+            return []
+        key = self._waiting[0].key()
+        batch = [row for row in self._waiting if row.key() == key][: self.info.max_batch]
+        now = time.monotonic()
+        for row in batch:
+            self._waiting.remove(row)
+            row.t_start = now
+        return batch
+
+    def take(self, row: BaselineRow, token_id: int, logprobs: tuple[TokenLogprob, ...]) -> None:
+        """A row's next token."""
+        row.output.append(token_id)
+        row.t_first = row.t_first or time.monotonic()
+        self._events.append(TokensEvent(row.request.row_id, (token_id,), logprobs))
+        if token_id in row.eos:
+            self.finish(row, "stop")
+        elif len(row.output) == row.params.max_new_tokens:
+            self.finish(row, "length")
+
+    def finish(self, row: BaselineRow, reason: FinishReason) -> None:
+        """End a row."""
+        now = time.monotonic()
+        start = row.t_start or now
+        self._events.append(
+            FinishedEvent(
+                row_id=row.request.row_id,
+                finish_reason=reason,
+                queue_s=max(0.0, start - row.request.t_submit),
+                model_s=now - start,
+                prefill_s=(row.t_first or now) - start,
+                prompt_tokens=len(row.request.token_ids),
+                output_tokens=len(row.output),
+            )
+        )
+        self._end(row)
+
+    def fail(self, row: BaselineRow, error: MiinbError) -> None:
+        """End a row with an error of its own."""
+        if not row.ended:
+            self._events.append(FailedEvent(row.request.row_id, type(error).__name__, error.message, error.hint))
+            self._end(row)
+
+    def _end(self, row: BaselineRow) -> None:
+        row.ended = True
+        del self._rows[row.request.row_id]

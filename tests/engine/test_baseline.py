@@ -1,0 +1,362 @@
+"""The baseline executors against transformers called by hand."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from miinb.config import DeploymentConfig, GenerationParams
+from miinb.engine import generation
+from miinb.engine.baseline import BatchExecutor, load_baseline
+from miinb.engine.generation import measure_caches
+from miinb.engine.pipelines import PredictExecutor
+from miinb.errors import InvalidRequest, MissingHead, PromptTooLong, QueueFull, UnsupportedModel
+from miinb.messages import (
+    EngineInfo,
+    FailedEvent,
+    FinishedEvent,
+    Plan,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+    TokensEvent,
+)
+from miinb.models import inspect
+
+VOCAB = 120
+EOS = 2
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "deep",
+    "speed",
+    "is",
+    "the",
+    "great",
+    "##est",
+    "a",
+    "model",
+    ".",
+]
+
+
+def save_bert(cls, folder: Path, **config) -> Path:
+    torch.manual_seed(0)
+    cls(
+        transformers.BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+            **config,
+        )
+    ).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def info_of(task: str = "text-generation", **changes) -> EngineInfo:
+    values = {
+        "replica": 0, "model": "m", "task": task, "engine": "baseline", "dtype": "fp32", "device": "cpu",
+        "vocab_size": VOCAB, "max_length": 64, "max_batch": 4, "eos_token_ids": (EOS,), "tokenizer_folder": "",
+        "plan": Plan("baseline", "cpu", "fp32"),
+    }  # fmt: skip
+    return EngineInfo(**(values | changes))
+
+
+def load(folder: Path, task: str = "text-generation", config: dict | None = None, **changes):
+    settings = DeploymentConfig.parse({"model": str(folder), "task": task, "engine": "baseline", **(config or {})})
+    phases: list = []
+    executor = load_baseline(inspect(folder), settings, info_of(task, **changes), phases.append)
+    assert [phase.name for phase in phases][:2] == ["load", "load"]
+    return executor
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            eos_token_id=EOS,
+        )
+    )
+    with torch.no_grad():
+        model.lm_head.weight *= 40  # far from ties, so that padding cannot turn a choice
+    model.generation_config.temperature = 0.3  # what a checkpoint brings must not act unasked
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def executor(llama) -> BatchExecutor:
+    return load(llama)
+
+
+def request(row_id: int, prompt: list[int], new: int = 6, **params) -> SequenceRequest:
+    return SequenceRequest(
+        row_id, prompt, GenerationParams(**({"seed": 1, "max_new_tokens": new} | params)), time.monotonic()
+    )
+
+
+def run(executor, poll=lambda: None) -> dict[int, list]:
+    events: dict[int, list] = {}
+    for _ in range(100):
+        if not executor.busy:
+            return events
+        executor.step(lambda event: events.setdefault(event.row_id, []).append(event), poll)
+    pytest.fail("the executor does not come to an end")
+
+
+def tokens(events: list) -> list[int]:
+    return [token for event in events if isinstance(event, TokensEvent) for token in event.token_ids]
+
+
+PROMPTS = [[5, 6, 7, 8], [9] * 11, [3]]
+
+
+def test_greedy_rows_equal_transformers_in_one_batch(llama, executor):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    for row_id, prompt in enumerate(PROMPTS):
+        executor.submit(request(row_id, prompt, 8 + row_id))
+    events = run(executor)
+    assert executor.status()["batches"] == 1
+    for row_id, prompt in enumerate(PROMPTS):
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8 + row_id, do_sample=False, eos_token_id=EOS, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        assert tokens(events[row_id]) == wanted
+        end = events[row_id][-1]
+        assert isinstance(end, FinishedEvent)
+        assert end.finish_reason == ("stop" if wanted[-1] == EOS else "length")
+        assert (end.prompt_tokens, end.output_tokens) == (len(prompt), len(wanted))
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(executor):
+    params = {"do_sample": True, "temperature": 40.0, "top_k": 50, "ignore_eos": True}
+    alone = []
+    for row_id, prompt in enumerate(PROMPTS):
+        executor.submit(request(row_id, prompt, 9, **params, seed=row_id))
+        alone.append(tokens(run(executor)[row_id]))
+    for row_id, prompt in enumerate(PROMPTS):
+        executor.submit(request(row_id, prompt, 9, **params, seed=row_id))
+    events = run(executor)
+    assert executor.status()["batches"] == 4
+    assert [tokens(events[row_id]) for row_id in range(3)] == alone
+    executor.submit(request(0, PROMPTS[0], 9, **params, seed=77))
+    assert tokens(run(executor)[0]) != alone[0]
+
+
+def test_parameters_act_as_in_transformers(llama, executor):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    params = {"repetition_penalty": 1.8, "min_new_tokens": 4}
+    executor.submit(request(0, PROMPTS[0], 9, **params, logprobs=3))
+    executor.submit(request(1, PROMPTS[0], 9, presence_penalty=2.0, frequency_penalty=1.0, logit_bias={7: 1e4}))
+    executor.submit(request(2, PROMPTS[0], 2, eos_token_id=list(range(VOCAB))))
+    events = run(executor)
+    wanted = model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=9, do_sample=False, eos_token_id=EOS, pad_token_id=0, **params
+    )
+    assert tokens(events[0]) == wanted[0, len(PROMPTS[0]) :].tolist()
+    first = events[0][0].logprobs[0]
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1].log_softmax(-1)
+    assert [token for token, _ in first.top] == logits.topk(3).indices.tolist()
+    assert first.logprob == pytest.approx(float(logits[first.token_id]), abs=1e-4)
+    assert set(tokens(events[1])) == {7}
+    assert len(tokens(events[2])) == 1
+    assert events[2][-1].finish_reason == "stop"
+
+
+def test_cancels_are_heard_between_steps_and_the_others_go_on(executor):
+    executor.submit(request(0, PROMPTS[0], 40, ignore_eos=True))
+    executor.submit(request(1, PROMPTS[1], 12, ignore_eos=True))
+    executor.submit(request(2, PROMPTS[1], 12, do_sample=True))
+    polls = []
+
+    def poll():
+        polls.append(1)
+        if len(polls) == 3:
+            executor.cancel(0, "cancelled")
+            executor.cancel(2, "cancelled")
+
+    events = run(executor, poll)
+    assert events[0][-1].finish_reason == "cancelled"
+    assert len(tokens(events[0])) == 3
+    assert len(tokens(events[1])) == 12
+    assert len(polls) == 12  # the batch ended with its last living row
+    assert [type(event) for event in events[2]] == [FinishedEvent]
+
+
+def test_rows_that_cannot_be_served_fail_alone(executor):
+    with pytest.raises(PromptTooLong):
+        executor.submit(request(0, [5] * 60, 20))
+    with pytest.raises(InvalidRequest):
+        executor.submit(request(0, [VOCAB], 2))
+    with pytest.raises(InvalidRequest, match="serves text-generation"):
+        executor.predict(PredictRequest(0, [{"query": "a"}], {}, 0.0))
+    late = SequenceRequest(1, [5], GenerationParams(max_new_tokens=1), 0.0, deadline=time.monotonic() - 1)
+    executor.submit(late)
+    executor.submit(request(2, [5], 1))
+    events = run(executor)
+    assert isinstance(events[1][0], FailedEvent)
+    assert events[1][0].error == "DeadlineExceeded"
+    assert isinstance(events[2][-1], FinishedEvent)
+
+
+def test_nan_and_exceptions_end_their_rows_only(llama, executor):
+    with torch.no_grad():
+        executor.model.model.embed_tokens.weight[13] = torch.nan
+    executor.submit(request(0, [5, 13], 4))
+    executor.submit(request(1, [5, 6], 4, ignore_eos=True))
+    events = run(executor)
+    assert [event.error for event in events[0]] == ["NonFinite"]
+    assert len(tokens(events[1])) == 4
+    handle = executor.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("at /root/x")))
+    executor.submit(request(2, [5], 4))
+    failed = run(executor)[2][0]
+    assert isinstance(failed, FailedEvent)
+    assert "/root" not in failed.message
+    handle.remove()
+    executor.submit(request(3, [5], 4))
+    assert isinstance(run(executor)[3][-1], FinishedEvent)
+
+
+def test_a_full_queue_refuses(llama):
+    executor = load(llama, config={"options": {"max_queue": 1}})
+    executor.submit(request(0, [5], 1))
+    with pytest.raises(QueueFull):
+        executor.submit(request(1, [5], 1))
+    executor.cancel(0, "cancelled")
+    executor.submit(request(1, [5], 1))
+    assert set(run(executor)) == {0, 1}
+
+
+def test_a_static_cache_gives_the_same_tokens(llama, executor):
+    static = BatchExecutor(executor.model, executor.info, max_queue=8, cache="static cache")
+    answers = []
+    for one in (executor, static):
+        for row_id, prompt in enumerate(PROMPTS):
+            one.submit(request(row_id, prompt, 10, ignore_eos=True))
+        events = run(one)
+        answers.append([tokens(events[row_id]) for row_id in range(3)])
+    assert answers[0] == answers[1]
+
+
+def test_the_best_cache_is_measured_and_a_failing_one_left_out(llama, monkeypatch):
+    monkeypatch.delitem(generation.CACHES, "static cache, compiled")
+    monkeypatch.setitem(generation.CACHES, "static cache", {"cache_implementation": "no such cache"})
+    executor = load(llama, config={"options": {"compile": True}})
+    assert executor.cache == "dynamic cache"
+    (line,) = [line for line in executor.info.plan.lines if line.what == "cache"]
+    assert "static cache failed (ValueError)" in line.reason
+
+
+@pytest.mark.slow
+def test_the_compiled_cache_runs(llama, executor):
+    times = measure_caches(executor.model, VOCAB)
+    assert all(not time.reason for time in times.values()), times
+
+
+def test_dummy_weights_need_no_checkpoint(llama, tmp_path):
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    config = DeploymentConfig.parse({"model": str(tmp_path), "engine": "baseline", "load_format": "dummy"})
+    executor = load_baseline(inspect(tmp_path, load_format="dummy"), config, info_of(), lambda phase: None)
+    executor.submit(request(0, [5, 6], 3, ignore_eos=True))
+    assert len(tokens(run(executor)[0])) == 3
+
+
+# ---------------------------------------------------------------------- encoder tasks
+
+
+def predict(executor: PredictExecutor, texts: list[str], **options) -> PredictedEvent | FailedEvent:
+    executor.predict(PredictRequest(1, [{"query": text} for text in texts], options, time.monotonic()))
+    (event,) = run(executor)[1]
+    return event
+
+
+TEXTS = ["deep speed is the greatest", "a model ."]
+
+
+def test_text_classification_equals_the_pipeline(tmp_path):
+    folder = save_bert(transformers.BertForSequenceClassification, tmp_path, num_labels=3)
+    executor = load(folder, "text-classification")
+    pipe = transformers.pipeline("text-classification", model=str(folder), top_k=3)
+    event = predict(executor, TEXTS, top_k=3)
+    assert isinstance(event, PredictedEvent)
+    for got, wanted in zip(event.outputs, pipe(TEXTS), strict=True):
+        assert [one["label"] for one in got] == [one["label"] for one in wanted]
+        assert [one["score"] for one in got] == pytest.approx([one["score"] for one in wanted], abs=1e-5)
+    assert event.model_s > 0
+    assert len(predict(executor, TEXTS[:1]).outputs[0]) == 1
+    for options, text in (({"top": 3}, "'top'"), ({"top_k": 0}, "below 1"), ({"function_to_apply": "x"}, "sigmoid")):
+        with pytest.raises(InvalidRequest, match=text):
+            executor.predict(PredictRequest(1, [{"query": "a"}], options, 0.0))
+    with pytest.raises(InvalidRequest, match="query"):
+        executor.predict(PredictRequest(1, [{"text": "a"}], {}, 0.0))
+    with pytest.raises(InvalidRequest, match="serves text-classification"):
+        executor.submit(request(0, [1]))
+
+
+def test_fill_mask_and_token_classification(tmp_path):
+    masked = load(save_bert(transformers.BertForMaskedLM, tmp_path / "mlm"), "fill-mask")
+    event = predict(masked, ["deep [MASK] is great"], top_k=2)
+    assert isinstance(event, PredictedEvent)
+    assert len(event.outputs[0]) == 2
+    assert len(predict(masked, ["deep [MASK]", "[MASK] is"], top_k=2).outputs) == 2
+    assert {"score", "token", "token_str", "sequence"} == set(event.outputs[0][0])
+    failed = predict(masked, ["no mask here"])
+    assert isinstance(failed, FailedEvent)
+    assert failed.error == "InvalidRequest"
+    tagged = load(save_bert(transformers.BertForTokenClassification, tmp_path / "ner"), "token-classification")
+    event = predict(tagged, TEXTS)
+    assert isinstance(event, PredictedEvent)
+    assert all(isinstance(one["score"], float) for answer in event.outputs for one in answer)
+
+
+def test_embeddings_are_pooled_over_the_text_alone(tmp_path):
+    executor = load(save_bert(transformers.BertModel, tmp_path), "feature-extraction")
+    together = predict(executor, TEXTS).outputs
+    for text, (row,) in zip(TEXTS, together, strict=True):
+        ((alone,),) = predict(executor, [text]).outputs
+        assert row["embedding"] == pytest.approx(alone["embedding"], abs=1e-5)
+    ((unit,),) = predict(executor, TEXTS[:1], pooling="first", normalize=True).outputs
+    assert sum(x * x for x in unit["embedding"]) == pytest.approx(1.0, abs=1e-5)
+    ((rows,),) = predict(executor, TEXTS[1:], pooling="none").outputs
+    assert len(rows["embedding"]) == 5  # [CLS] a model . [SEP]
+
+
+def test_a_missing_head_or_task_is_named(tmp_path):
+    folder = save_bert(transformers.BertModel, tmp_path)
+    with pytest.raises(MissingHead, match="classifier"):
+        load_baseline(
+            inspect(folder),
+            DeploymentConfig(model=str(folder), engine="baseline"),
+            info_of("text-classification"),
+            lambda phase: None,
+        )
+    with pytest.raises((UnsupportedModel, MissingHead)):
+        load_baseline(
+            inspect(folder),
+            DeploymentConfig(model=str(folder), engine="baseline"),
+            info_of("question-answering"),
+            lambda phase: None,
+        )
