@@ -214,8 +214,9 @@ def _stop_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _int_list(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
+def _number_list(value: object) -> object:
+    value = _number(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [value]
     return list(value) if isinstance(value, tuple) else value
 
@@ -242,7 +243,7 @@ class GenerationParams(Frozen):
     num_return_sequences: Annotated[Int, Field(ge=1, le=64)] = 1
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
-    eos_token_id: Annotated[list[int] | None, BeforeValidator(_int_list)] = None
+    eos_token_id: Annotated[list[int] | None, BeforeValidator(_number_list)] = None
     logit_bias: dict[int, float] | None = None
     return_full_text: bool = False
 
@@ -303,6 +304,8 @@ class BenchConfig(Frozen):
 
     Attributes:
         prompts: the prompts themselves; None makes synthetic ones of `prompt_tokens`.
+        requests: requests of each point and arm; by default at least two for each one in flight, and every prompt once.
+        warmup: requests before each point that do not count; unless 0, at least one for each one in flight.
         concurrency: closed loop: so many requests are always in flight (one point each).
         rate: open loop: requests a second, Poisson arrivals (one point each); excludes concurrency.
         check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none".
@@ -314,8 +317,8 @@ class BenchConfig(Frozen):
     new_tokens: Annotated[Int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
     requests: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
     warmup: Annotated[Int, Field(ge=0, le=1000)] = 2
-    concurrency: Annotated[list[Annotated[Int, Field(ge=1, le=4096)]], BeforeValidator(_int_list)] = [1]
-    rate: Annotated[list[Annotated[Float, Field(gt=0)]] | None, BeforeValidator(_int_list)] = None
+    concurrency: Annotated[list[Annotated[Int, Field(ge=1, le=4096)]], BeforeValidator(_number_list)] = [1]
+    rate: Annotated[list[Annotated[Float, Field(gt=0)]] | None, BeforeValidator(_number_list)] = None
     seed: Annotated[Int, Field(ge=0, le=MAX_SEED)] = 0
     price: Annotated[Float, Field(ge=0)] | None = None
     check: Literal["exact", "close", "none"] = "exact"

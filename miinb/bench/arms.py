@@ -1,0 +1,130 @@
+"""The sides of a comparison: each a running session with a label and the facts that its rows carry."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miinb.bench.records import NAN
+from miinb.errors import InvalidValue, MiinbError
+
+TASKS = ("text-generation", "conversational")
+
+
+@dataclass
+class Arm:
+    """One side of a benchmark.
+
+    Attributes:
+        label: "baseline", "baseline-best", "optimized", or the session's name where two would be alike.
+        session: the running session.
+        plan: what really runs (`Session.plan()`).
+        warnings: what a reader of the figures must know about this arm.
+    """
+
+    label: str
+    session: Any
+    plan: Any
+    warnings: list[str] = field(default_factory=list)
+    peak_mem_bytes: float = NAN
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns of `Record` that are the same for all requests of this arm."""
+        session, config = self.session, getattr(self.session, "config", None)
+        return {
+            "session": session.name,
+            "instance_id": str(getattr(session, "instance_id", "") or ""),
+            "task": session.task or "text-generation",
+            "model": _model_name(session.model),
+            "revision": getattr(config, "revision", None),
+            "engine": self.plan.engine,
+            "dtype": self.plan.dtype,
+            "tp": self.plan.tensor_parallel,
+            "replicas": self.plan.replicas,
+        }
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The deployment's tokenizer files, which synthetic prompts are sized with; None if they are elsewhere."""
+        address = str(getattr(self.session, "address", "") or "")
+        folder = Path(address.removeprefix("unix:")).parent / "tokenizer" if address.startswith("unix:") else None
+        return folder if folder is not None and folder.is_dir() else None
+
+    def note_memory(self) -> None:
+        """Look at the ranks' memory now; the largest sum seen is `peak_mem_bytes`."""
+        try:
+            seen = sum(rank.memory_bytes for rank in self.session.status().ranks)
+        except MiinbError:
+            return
+        if seen > 0:
+            self.peak_mem_bytes = max(seen, self.peak_mem_bytes) if self.peak_mem_bytes == self.peak_mem_bytes else seen
+
+    def facts(self) -> dict[str, Any]:
+        """What the environment of a run keeps of this arm, JSON-ready."""
+        plan = self.plan
+        return {
+            **self.columns,
+            "device": plan.device,
+            "n_gpus": plan.tensor_parallel * plan.replicas if plan.device == "cuda" else 0,
+            "max_batch": plan.max_batch,
+            "weights_bytes": plan.weights_bytes or NAN,
+            "kv_cache_bytes": plan.kv_cache_bytes or NAN,
+            "peak_mem_bytes": self.peak_mem_bytes,
+            "load_s": float(getattr(self.session, "load_s", None) or NAN),
+            "plan": [[line.what, line.choice, line.reason] for line in plan.lines],
+        }
+
+
+def label(sessions: Sequence[Any]) -> list[Arm]:
+    """Arms of running sessions (or names of deployments), labeled.
+
+    Raises:
+        InvalidValue: no session, one named twice, or one whose task is not benchmarked.
+        DeploymentNotFound: a name that no deployment has.
+    """
+    if isinstance(sessions, str) or not isinstance(sessions, Sequence):
+        sessions = [sessions]
+    if not sessions:
+        raise InvalidValue("sessions: give at least one running session.")
+    found = [_attach(session) if isinstance(session, str) else session for session in sessions]
+    names = [session.name for session in found]
+    if len(set(names)) < len(names):
+        raise InvalidValue(f"sessions: one is named twice in {', '.join(names)}.")
+    for session in found:
+        if session.task and session.task not in TASKS:
+            raise InvalidValue(
+                f"sessions: {session.name} serves {session.task}, which is not benchmarked yet.",
+                hint="Text generation is.",
+            )
+    arms = [Arm(_kind(session), session, session.plan()) for session in found]
+    often = Counter(arm.label for arm in arms)
+    for arm in arms:
+        if often[arm.label] > 1:
+            arm.label = arm.session.name
+        if arm.session.engine == "optimized" and arm.plan.engine != "optimized":
+            arm.warnings.append(f"{arm.label} fell back to the {arm.plan.engine} engine")
+    return arms
+
+
+def _kind(session: Any) -> str:
+    options = getattr(getattr(session, "config", None), "options", None)
+    return "baseline-best" if session.engine == "baseline" and getattr(options, "compile", False) else session.engine
+
+
+def _model_name(model: str | Path) -> str:
+    """A hub name as it is; of a folder its last part, or "org/name" of a folder in the hub's cache."""
+    text = str(model)
+    for part in reversed(Path(text).parts):
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return Path(text).name if Path(text).is_absolute() or text.startswith((".", "~")) else text
+
+
+def _attach(name: str) -> Any:
+    from miinb.session import attach  # type: ignore[import-not-found, unused-ignore]
+
+    return attach(name)

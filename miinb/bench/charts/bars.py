@@ -1,0 +1,359 @@
+"""Charts of bars: latency, throughput, cost, time split, memory, waterfall, images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.patches import Patch
+
+from miinb.bench.charts import frames
+from miinb.bench.charts.style import (
+    INK,
+    PARTS,
+    SOFT,
+    ChartAxes,
+    arm_style,
+    finish,
+    new_axes,
+    number,
+    plain_log_ticks,
+    plain_numbers,
+    time_unit,
+    unit_word,
+)
+from miinb.bench.records import NAN
+from miinb.bench.summary import measured, ratio_text
+from miinb.errors import InvalidValue, did_you_mean
+
+BAR = 0.8  # height of a bar; 1 is the distance of neighbors
+GAP = 0.7  # between groups
+LOG_FROM = 40.0  # spread of costs from which dots on a log axis tell more than bars
+
+
+def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
+    """Median latency of each arm with p5 to p95 whiskers and its ratio to the baseline.
+
+    Args:
+        frame: runs, requests or a summary.
+        ax: axes to draw on; None makes a figure.
+        metric: "e2e_s", "ttft_s" or "tpot_s".
+
+    Raises:
+        InvalidValue: there is no such metric, or the frame lacks it.
+    """
+    if metric not in frames.METRICS:
+        raise InvalidValue(f"metric: there is no latency {metric!r}.", hint=did_you_mean(metric, frames.METRICS))
+    short = metric.removesuffix("_s")
+    rows = frames.summary_of(frame, "latency")
+    others = [name for name in frames.METRICS if name != metric]
+    rows = frames.require(rows, [f"{short}_p50_s"], "latency", f"Try metric={' or '.join(map(repr, others))}.")
+    bars = _Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
+    bars.low = rows[f"{short}_p5_s"].fillna(rows[f"{short}_min_s"])
+    bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
+    scale, unit = time_unit(float(np.nanmax([bars.values.max(), bars.high.max()])))
+    ax = bars.draw(ax, scale, unit)
+    ax.set_xlabel(unit_word(unit), fontsize=9, color=INK)
+    few = rows[f"{short}_p95_s"].isna() & bars.high.notna()
+    spread = "p5 to p95" if not few.any() else "smallest to largest (below 20 requests)" if few.all() else "p5 to p95"
+    what = f"Median; whiskers {spread}" if bars.high.notna().any() else "Median"
+    return bars.finish(ax, frames.METRICS[metric], what)
+
+
+def throughput(frame: Any, *, ax: Any = None) -> Any:
+    """Output tokens a second per GPU (per machine where there is none) of each arm and load."""
+    rows = frames.require(frames.summary_of(frame, "throughput"), ["tok_s_per_gpu"], "throughput", "No tokens came.")
+    bars = _Bars(rows, rows["tok_s_per_gpu"], lower_is_better=False)
+    ax = bars.draw(ax, 1.0, "tokens/s")
+    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
+    ax.set_xlabel(f"Output tokens per second{per}", fontsize=9, color=INK)
+    return bars.finish(ax, f"Throughput{per}", "Output tokens over the time of all requests")
+
+
+def cost(frame: Any, *, ax: Any = None) -> Any:
+    """US dollars per million output tokens at the user's price; dots on a log axis where costs lie far apart."""
+    hint = "Give your price per GPU-hour (or machine-hour): bench(..., price=2.5)."
+    rows = frames.require(frames.summary_of(frame, "cost"), ["usd_per_mtok"], "cost", hint)
+    bars = _Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
+    bars.dots = float(bars.values.max() / bars.values.min()) > LOG_FROM
+    ax = bars.draw(ax, 1.0, "$")
+    ax.set_xlabel("US dollars per million output tokens", fontsize=9, color=INK)
+    prices = sorted(set(rows["price_usd_per_gpu_hour"].dropna()))
+    of = "GPU-hour" if (rows["n_gpus"] > 0).all() else "machine-hour"
+    at = f" at ${' and $'.join(f'{price:g}' for price in prices)} a {of} (given by the user)" if prices else ""
+    return bars.finish(ax, "Cost of a million tokens", f"Cost{at}")
+
+
+def time_split(frame: Any, *, ax: Any = None) -> Any:
+    """Where the mean request's time goes in each arm: queue, tokenize, model, detokenize, transport and client."""
+    requests = frames.requests_of(frame, "time_split")
+    rows = frames.summary_of(requests, "time_split").reset_index(drop=True)
+    ok = measured(requests)
+    means = ok.groupby(["run_id", "arm", "point"])[[f"{part}_s" for part in (*PARTS, "e2e") if part != "rest"]].mean()
+    means = means.loc[list(rows[["run_id", "arm", "point"]].itertuples(index=False, name=None))]
+    means.columns = pd.Index([name.removesuffix("_s") for name in means.columns])
+    known = means[[part for part in PARTS if part != "rest"]].fillna(0.0)
+    means["rest"] = (means["e2e"] - known.sum(axis=1)).clip(lower=0.0)
+    scale, unit = time_unit(float(means["e2e"].max()))
+    labels = frames.arm_labels(rows)
+    groups = frames.categories(rows)
+    names = [f"{labels[a]}\n{g}".replace("\n", ", ").rstrip(", ") for a, g in zip(rows["arm"], groups, strict=True)]
+    ax = new_axes(ax, 2.3 + 0.42 * len(rows))
+    left = np.zeros(len(rows))
+    for part, (text, color) in PARTS.items():
+        widths = means[part].fillna(0.0).to_numpy() * scale
+        drawn = ax.barh(range(len(rows)), widths, left=left, height=0.66, color=color, label=text)
+        for bar, arm in zip(drawn, rows["arm"], strict=True):
+            if arm.startswith("baseline"):
+                bar.set(hatch="////", edgecolor="white", linewidth=0.0)
+        left += widths
+    for y, (total, model) in enumerate(zip(means["e2e"], means["model"], strict=True)):
+        share = f" ({model / total:.0%} in the model)" if total > 0 and not math.isnan(model) else ""
+        _value(ax, total * scale, y, f"{number(total * scale)} {unit}{share}", f"{names[y]}: ")
+    ax.set_yticks(range(len(rows)), names)
+    ax.invert_yaxis()
+    _room(ax)
+    ax.set_xlabel(f"Mean {unit_word(unit)} per request", fontsize=9, color=INK)
+    ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
+    _legend(ax, len(PARTS))
+    what = "Mean; baselines are hatched"
+    return finish(
+        ax,
+        title="Where the time goes",
+        subtitle=frames.subtitle(rows),
+        caption=frames.caption(rows, what),
+        footer=frames.footer(rows),
+        legend_above=True,
+    )
+
+
+def memory(frame: Any, *, ax: Any = None) -> Any:
+    """Memory of each arm: weights, KV cache, and what else the ranks held."""
+    columns = ["peak_mem_bytes", "weights_bytes", "kv_cache_bytes"]
+    hint = "The deployments did not report their memory."
+    rows = frames.require(frames.summary_of(frame, "memory"), columns, "memory", hint)
+    rows = rows.drop_duplicates(["run_id", "arm"]).reset_index(drop=True)
+    parts = rows[["weights_bytes", "kv_cache_bytes"]].astype(float).fillna(0.0)
+    rest = (rows["peak_mem_bytes"].astype(float) - parts.sum(axis=1)).clip(lower=0.0).fillna(0.0)
+    total = parts.sum(axis=1) + rest
+    scale, unit = (1 / 2**30, "GiB") if total.max() >= 2**30 else (1 / 2**20, "MiB")
+    labels = frames.arm_labels(rows)
+    names = [labels[arm] for arm in rows["arm"]]
+    ax = new_axes(ax, 2.3 + 0.42 * len(rows))
+    left = np.zeros(len(rows))
+    series = (
+        ("weights", parts["weights_bytes"], "#0072B2"),
+        ("KV cache", parts["kv_cache_bytes"], "#E69F00"),
+        ("activations, libraries and the rest", rest, "#CC79A7"),
+    )
+    for text, values, color in series:
+        ax.barh(range(len(rows)), values * scale, left=left, height=0.66, color=color, label=text)
+        left += values.to_numpy() * scale
+    for y, value in enumerate(total):
+        _value(ax, value * scale, y, f"{number(value * scale)} {unit}", f"{names[y]}: ")
+    ax.set_yticks(range(len(rows)), names)
+    ax.invert_yaxis()
+    _room(ax)
+    ax.set_xlabel(f"Memory of the ranks ({unit})", fontsize=9, color=INK)
+    ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
+    _legend(ax, 3)
+    return finish(
+        ax,
+        title="Memory",
+        subtitle=frames.subtitle(rows),
+        caption=["Largest sum over the ranks, read after each load point."],
+        footer=frames.footer(rows),
+        legend_above=True,
+    )
+
+
+def images(frame: Any, *, ax: Any = None) -> Any:
+    """Images a second per GPU of each arm."""
+    hint = "Only text-to-image runs have images."
+    rows = frames.require(frames.summary_of(frame, "images"), ["img_s_per_gpu"], "images", hint)
+    bars = _Bars(rows, rows["img_s_per_gpu"], lower_is_better=False)
+    ax = bars.draw(ax, 1.0, "images/s")
+    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
+    ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
+    return bars.finish(ax, f"Images per second{per}", "Images over the time of all requests")
+
+
+def waterfall(frame: Any, *, ax: Any = None) -> Any:
+    """What each step saves: arms in the order they ran, each with one change more than the one before.
+
+    Raises:
+        InvalidValue: fewer than three arms, or more than one load or model.
+    """
+    rows = frames.require(frames.summary_of(frame, "waterfall"), ["e2e_p50_s"], "waterfall", "")
+    if len(rows) < 3 or rows["arm"].duplicated().any():
+        raise InvalidValue(
+            "charts.waterfall: draws three or more arms at one load, each a step after the one before.",
+            hint="Compare sessions that differ by one option each, or use charts.latency.",
+        )
+    values = rows["e2e_p50_s"].to_numpy(dtype=float)
+    scale, unit = time_unit(float(values.max()))
+    values = values * scale
+    labels = frames.arm_labels(rows)
+    names = [labels[arm] for arm in rows["arm"]]
+    ax = new_axes(ax, 2.2 + 0.45 * len(rows))
+    for y, value in enumerate(values):
+        ends = y in (0, len(values) - 1)
+        before = values[y - 1] if y else 0.0
+        style = arm_style(rows["arm"].iloc[y], [rows["arm"].iloc[y]]) if ends else {}
+        if ends:
+            ax.barh(y, value, height=0.66, **style)
+        else:
+            ax.barh(y, value - before, left=before, height=0.66, color="#009E73" if value <= before else "#D55E00")
+        change = f" ({value - before:+.3g} {unit})" if y else ""
+        _value(ax, max(value, before), y, f"{number(value)} {unit}{change}", f"{names[y]}: ")
+    ax.set_yticks(range(len(rows)), names)
+    ax.invert_yaxis()
+    _room(ax)
+    ax.set_xlabel(f"Median {unit_word(unit)} per request", fontsize=9, color=INK)
+    ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
+    return finish(
+        ax,
+        title="What each step saves",
+        subtitle=frames.subtitle(rows),
+        caption=frames.caption(rows, "Median; a step in green saves time, in orange it costs"),
+        footer=frames.footer(rows),
+    )
+
+
+class _Bars:
+    """Horizontal bars, one a row of a summary, grouped by what varies (model, load, run)."""
+
+    def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool) -> None:
+        self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
+        self.low = self.high = pd.Series(NAN, index=rows.index)
+        self.dots = False
+        self.arms = frames.arms_in(rows)
+        self.groups = frames.categories(rows)
+
+    def draw(self, ax: Any, scale: float, unit: str) -> Any:
+        """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`."""
+        order = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
+        ax = new_axes(ax, 1.95 + 0.38 * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
+        labels = frames.arm_labels(self.rows)
+        ticks, texts, y = [], [], 0.0
+        for group in order:
+            members = self.rows[self.groups == group]
+            ranked = sorted(members.index, key=lambda index: self.arms.index(str(self.rows.loc[index, "arm"])))
+            for index in ranked:
+                self._bar(ax, y, index, scale, unit, labels)
+                ticks.append(y)
+                texts.append(labels[self.rows.loc[index, "arm"]])
+                y += 1.0
+            if group:
+                ax.annotate(
+                    *(group.replace("\n", ", "), (0, y - len(ranked) - 0.62)),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    fontsize=8.5,
+                    fontweight="bold",
+                    color=SOFT,
+                    va="center",
+                )
+            y += GAP
+        ax.set_yticks(ticks, texts)
+        ax.set_ylim(y - GAP - 1 + 0.6, -0.6 - (0.35 if list(order) != [""] else 0.0))
+        if self.dots:
+            plain_log_ticks(ax, float(self.values.min()) * scale / 3, float(self.values.max()) * scale * 12)
+        else:
+            _room(ax)
+        ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
+        return ax
+
+    def _bar(self, ax: Any, y: float, index: Any, scale: float, unit: str, labels: dict[str, str]) -> None:
+        value, arm = self.values[index] * scale, self.rows.loc[index, "arm"]
+        style = arm_style(arm, self.arms)
+        if self.dots:
+            ax.plot([value], [y], "o", color=style["facecolor"], markeredgecolor=style["edgecolor"], markersize=9)
+        else:
+            ax.barh(y, value, height=BAR, **style)
+        end = value
+        if math.isfinite(self.low[index]) and math.isfinite(self.high[index]):
+            low, high = self.low[index] * scale, self.high[index] * scale
+            ax.errorbar(
+                *(value, y),
+                xerr=[[max(value - low, 0)], [max(high - value, 0)]],
+                fmt="none",
+                ecolor=INK,
+                elinewidth=1,
+                capsize=3,
+            )
+            end = max(high, value)
+        ratio = self._ratio(index)
+        shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
+        _value(ax, end, y, f"{shown}  ·  {ratio}" if ratio else shown, f"{labels[arm]}: ", bold=bool(ratio))
+
+    def _ratio(self, index: Any) -> str:
+        """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""
+        row = self.rows.loc[index]
+        same = (
+            (self.rows["arm"] == "baseline")
+            & (self.groups == self.groups[index])
+            & (self.rows["model"] == row["model"])
+        )
+        if row["arm"] == "baseline" or not same.any():
+            return ""
+        base = float(self.values[same].iloc[-1])
+        value = float(self.values[index])
+        ratio = base / value if self.lower_is_better else value / base
+        if not math.isfinite(ratio) or not ratio > 0:
+            return ""
+        worse = "dearer" if self.values.name == "usd_per_mtok" else "slower"
+        return f"{ratio_text(ratio)}: {worse}" if ratio < 0.995 else ratio_text(ratio)
+
+    def finish(self, ax: Any, title: str, what: str) -> Any:
+        """Title, caption and footer."""
+        return finish(
+            ax,
+            title=title,
+            subtitle=frames.subtitle(self.rows),
+            caption=frames.caption(self.rows, what),
+            footer=frames.footer(self.rows),
+        )
+
+
+def _value(ax: Any, x: float, y: float, text: str, whose: str, *, bold: bool = False) -> None:
+    """A label at the end of a bar; `whose` goes into the alternative text alone."""
+    label = ax.annotate(
+        *(text, (x, y)),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        color=INK,
+        fontweight="bold" if bold else "normal",
+    )
+    label.set_gid("miinb-value")
+    label.miinb_whose = whose
+
+
+def _room(ax: Any) -> None:
+    """A linear x axis from 0 that leaves room for the longest label behind its bar."""
+    figure_in = ax.figure.get_figwidth()
+    plot_in = figure_in - 1.7 if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
+    labels = [text for text in ax.texts if text.get_gid() == "miinb-value"]
+    ends = [label.xy[0] / (1 - min((0.085 * len(label.get_text()) + 0.1) / plot_in, 0.6)) for label in labels]
+    ax.set_xlim(0, max(ends, default=1.0) or 1.0)
+    plain_numbers(ax.xaxis)
+
+
+def _legend(ax: Any, columns: int) -> None:
+    parts, labels = ax.get_legend_handles_labels()
+    ax.legend(
+        *([Patch(facecolor=part[0].get_facecolor()) for part in parts], labels),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        borderaxespad=0.2,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )

@@ -1,0 +1,234 @@
+"""Charts of lines: distribution, throughput against latency, scaling with batch and with GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from miinb.bench.charts import frames
+from miinb.bench.charts.style import (
+    GRID,
+    INK,
+    SOFT,
+    finish,
+    line_style,
+    new_axes,
+    number,
+    plain_log_ticks,
+    plain_numbers,
+    time_unit,
+)
+from miinb.bench.summary import FEWEST, measured
+from miinb.errors import InvalidValue, did_you_mean
+
+STYLES = ("-", "--", "-.", ":")
+
+
+def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
+    """Share of requests that took at most so long, one line per arm and load, with p50, p95 and p99 marked.
+
+    Args:
+        frame: runs or requests.
+        ax: axes to draw on; None makes a figure.
+        metric: "e2e_s", "ttft_s" or "tpot_s".
+
+    Raises:
+        InvalidValue: there is no such metric, or the frame has no single requests.
+    """
+    _check_metric(metric)
+    requests = frames.requests_of(frame, "ecdf")
+    rows = frames.summary_of(requests, "ecdf")
+    ok = frames.require(measured(requests), [metric], "ecdf", "Try another metric.")
+    scale, unit = time_unit(float(ok[metric].max()))
+    arms, labels, groups = frames.arms_in(rows), frames.arm_labels(rows), frames.categories(rows)
+    styles = {group: STYLES[i % len(STYLES)] for i, group in enumerate(dict.fromkeys(groups))}
+    ax = new_axes(ax)
+    for (_, row), group_key in zip(rows.iterrows(), groups, strict=True):
+        mine = ok[(ok["run_id"] == row["run_id"]) & (ok["arm"] == row["arm"]) & (ok["point"] == row["point"])]
+        values = np.sort(mine[metric].dropna().to_numpy(dtype=float)) * scale
+        style = {**line_style(row["arm"], arms), "marker": None}
+        if len(styles) > 1:
+            style["linestyle"] = styles[group_key]
+        group = group_key.replace("\n", ", ")
+        name = f"{labels[row['arm']]}, {group}" if group else labels[row["arm"]]
+        ax.step([values[0], *values], np.arange(len(values) + 1) / len(values), where="post", label=name, **style)
+        for q in (50, 95, 99):
+            if len(values) >= FEWEST[q]:
+                at = float(np.percentile(values, q))
+                ax.plot([at], [q / 100], "o", color=style["color"], markersize=5)
+                _hidden_value(ax, f"{name} p{q}: {number(at)} {unit}")
+    for q, va in ((50, "center"), (95, "top"), (99, "bottom")):
+        if rows["n"].max() < FEWEST[q]:
+            continue
+        ax.axhline(q / 100, color=GRID, linewidth=0.8, zorder=0)
+        ax.annotate(
+            *(f"p{q}", (1, q / 100)),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=SOFT,
+            va=va,
+        )
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.set_ylabel("Share of requests", fontsize=9, color=INK)
+    ax.set_xlabel(f"{frames.METRICS[metric]} ({unit})", fontsize=9, color=INK)
+    ax.xaxis.grid(True, color="#eeeeee", linewidth=0.7)
+    if len(rows) <= 4:
+        ax.legend(fontsize=8.5, frameon=False, loc="lower right")
+    else:
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1.0))
+    return _finish(
+        ax, rows, f"Distribution: {frames.METRICS[metric].lower()}", "Dots mark percentiles with enough requests"
+    )
+
+
+def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float | None = None) -> Any:
+    """Throughput against median latency (log axis), one line per arm, points labeled by load; up and left is better.
+
+    Args:
+        frame: runs, requests or a summary.
+        ax: axes to draw on; None makes a figure.
+        metric: "e2e_s", "ttft_s" or "tpot_s".
+        slo_s: a latency objective in seconds to draw as a line.
+    """
+    _check_metric(metric)
+    column = f"{metric.removesuffix('_s')}_p50_s"
+    rows = frames.require(frames.summary_of(frame, "frontier"), [column], "frontier", "Try another metric.")
+    scale, unit = time_unit(float(rows[column].max()))
+    ax = new_axes(ax, 4.6)
+    for name, style, line in _lines(rows):
+        x, y = line[column].to_numpy(dtype=float) * scale, line["tok_s_per_gpu"].to_numpy(dtype=float)
+        ax.plot(x, y, label=name, **style)
+        for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
+            load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else f"{row['concurrency']:.0f}"
+            ax.annotate(
+                *(load, (at_x, at_y)),
+                xytext=(-5, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+                color=style["color"],
+            )
+            where = frames.load_label(row)
+            _hidden_value(ax, f"{name}, {where}: {number(at_y)} tokens/s at {number(at_x)} {unit}")
+    plain_log_ticks(ax, float(rows[column].min()) * scale / 1.4, float(rows[column].max()) * scale * 1.4)
+    if slo_s is not None:
+        ax.axvline(slo_s * scale, color="#D55E00", linewidth=1.2, linestyle="--")
+        ax.annotate(
+            *(f"objective {number(slo_s * scale)} {unit}", (slo_s * scale, 1)),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -10),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#D55E00",
+        )
+    ax.set_ylim(0, float(rows["tok_s_per_gpu"].max()) * 1.15)
+    plain_numbers(ax.yaxis)
+    ax.grid(True, color="#eeeeee", linewidth=0.7)
+    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
+    ax.set_xlabel(f"{frames.METRICS[metric]}, median ({unit}, log axis)", fontsize=9, color=INK)
+    ax.set_ylabel(f"Output tokens per second{per}", fontsize=9, color=INK)
+    ax.legend(fontsize=8.5, frameon=False, loc="best")
+    loads = "requests per second" if rows["rate_rps"].notna().any() else "requests in flight"
+    return _finish(
+        ax, rows, "Throughput against latency", f"Up and left is better; points are labeled with the {loads}"
+    )
+
+
+def batch_scaling(frame: Any, *, ax: Any = None) -> Any:
+    """Output tokens a second over the number of requests in flight (or the batch size), with the ideal line."""
+    rows = frames.summary_of(frame, "batch_scaling")
+    by = "batch_size" if rows["batch_size"].nunique() > 1 else "concurrency"
+    if rows[by].nunique() < 2:
+        raise InvalidValue("charts.batch_scaling: there is one load only.", hint="bench(..., concurrency=[1, 4, 16])")
+    words = "Batch size" if by == "batch_size" else "Requests in flight"
+    return _scaling(rows[rows[by].notna()], by, words, "output_tok_s", "Scaling with concurrent requests", ax)
+
+
+def parallel_scaling(frame: Any, *, ax: Any = None) -> Any:
+    """Output tokens a second over the number of devices (tensor_parallel x replicas), with the ideal line."""
+    rows = frames.summary_of(frame, "parallel_scaling").copy()
+    rows["devices"] = rows["tp"].astype(float) * rows["replicas"].astype(float)
+    if rows["devices"].nunique() < 2:
+        raise InvalidValue(
+            "charts.parallel_scaling: all runs have the same tensor_parallel and replicas.",
+            hint="Add the runs of sessions with other numbers: runs_1 + runs_2.",
+        )
+    by = "Devices (tensor_parallel x replicas)"
+    return _scaling(rows, "devices", by, "output_tok_s", "Scaling with devices", ax)
+
+
+def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, ax: Any) -> Any:
+    """Lines of `column` over `by` on two logarithmic axes; from each line's first point its ideal one, dotted."""
+    ax = new_axes(ax, 4.6)
+    for name, style, line in _lines(rows, skip=by):
+        x, y = line[by].to_numpy(dtype=float), line[column].to_numpy(dtype=float)
+        ax.plot(x, y, label=name, **style)
+        ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        gain = y[-1] / y[0]
+        ax.annotate(
+            *(f"{number(y[-1])} ({gain:.1f}x of {x[-1] / x[0]:.0f}x)", (x[-1], y[-1])),
+            xytext=(7, 0),
+            textcoords="offset points",
+            fontsize=8.5,
+            va="center",
+            color=style["color"],
+        )
+        _hidden_value(ax, f"{name}: {number(y[0])} to {number(y[-1])} tokens/s, {gain:.1f}x of {x[-1] / x[0]:.0f}x")
+    ticks = sorted(set(rows[by]))
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.33)
+    ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    ax.minorticks_off()
+    plain_numbers(ax.yaxis)
+    ax.grid(True, color="#eeeeee", linewidth=0.7)
+    ax.set_xlabel(f"{words} (log axis)", fontsize=9, color=INK)
+    ax.set_ylabel("Output tokens per second (log axis)", fontsize=9, color=INK)
+    ax.legend(fontsize=8.5, frameon=False, loc="upper left")
+    return _finish(ax, rows, title, "Dotted: ideal scaling from each line's first point")
+
+
+def _lines(rows: pd.DataFrame, skip: str = "") -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
+    """(name, style, rows by load): one line per arm, and per model or run where several are drawn."""
+    arms, labels = frames.arms_in(rows), frames.arm_labels(rows)
+    keys = ["arm"] + (["model"] if rows["model"].nunique() > 1 else [])
+    per_arm = [skip] if skip == "devices" else ["concurrency", "rate_rps"]
+    if rows.duplicated([*keys, *per_arm]).any():
+        keys.append("run_id")
+    order = sorted(rows.groupby(keys, sort=False), key=lambda item: arms.index(str(item[0][0])))
+    seen: dict[str, int] = {}
+    for key_parts, line in order:
+        key = [str(part) for part in key_parts]
+        style = line_style(key[0], arms)
+        style["marker"] = "os^Dv"[seen.get(key[0], 0) % 5] if len(order) > len(arms) else style["marker"]
+        seen[key[0]] = seen.get(key[0], 0) + 1
+        name = ", ".join([labels[key[0]], *(frames.short_model(part) for part in key[1:])])
+        yield name, style, line.sort_values(skip or ["concurrency", "rate_rps"])
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in frames.METRICS:
+        raise InvalidValue(f"metric: there is no latency {metric!r}.", hint=did_you_mean(metric, frames.METRICS))
+
+
+def _hidden_value(ax: Any, text: str) -> None:
+    """A value for the alternative text alone."""
+    label = ax.annotate(text, (0, 0), visible=False)
+    label.set_gid("miinb-value")
+
+
+def _finish(ax: Any, rows: pd.DataFrame, title: str, what: str) -> Any:
+    return finish(
+        ax,
+        title=title,
+        subtitle=frames.subtitle(rows),
+        caption=frames.caption(rows, what),
+        footer=frames.footer(rows),
+    )

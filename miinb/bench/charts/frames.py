@@ -1,0 +1,179 @@
+"""What the charts read: a summary or requests from whatever frame they are given, and the words around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from miinb.bench.environment import hardware_words
+from miinb.bench.records import Runs
+from miinb.bench.summary import summarize
+from miinb.errors import InvalidValue
+
+METRICS = {
+    "e2e_s": "Time per request, end to end",
+    "ttft_s": "Time to first token",
+    "tpot_s": "Time per output token",
+}
+
+
+def requests_of(frame: Any, chart: str) -> pd.DataFrame:
+    """The requests behind `frame`.
+
+    Raises:
+        InvalidValue: it is a summary (or something else) that has no single requests.
+    """
+    if isinstance(frame, Runs):
+        return frame.requests
+    if isinstance(frame, pd.DataFrame) and {"e2e_s", "status", "warmup"} <= set(frame.columns):
+        return frame
+    raise InvalidValue(
+        f"charts.{chart}: this frame has no single requests.", hint="Give runs, or runs.requests (not runs.summary)."
+    )
+
+
+def summary_of(frame: Any, chart: str) -> pd.DataFrame:
+    """The summary behind `frame`, with at least one measured row.
+
+    Raises:
+        InvalidValue: it is neither runs, requests nor a summary, or nothing was measured.
+    """
+    if isinstance(frame, Runs):
+        summary = frame.summary
+    elif isinstance(frame, pd.DataFrame) and {"arm", "e2e_p50_s"} <= set(frame.columns):
+        summary = frame
+    elif isinstance(frame, pd.DataFrame) and "e2e_s" in frame.columns:
+        summary = summarize(frame)
+    else:
+        kind = type(frame).__name__
+        raise InvalidValue(f"charts.{chart}: cannot draw a {kind}.", hint="Give runs, runs.requests or runs.summary.")
+    summary = summary[summary["n"] > 0]
+    if summary.empty:
+        raise InvalidValue(f"charts.{chart}: no successful request to draw.", hint="Look at runs.requests['error'].")
+    return summary
+
+
+def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) -> pd.DataFrame:
+    """The rows where one of `columns` is known.
+
+    Raises:
+        InvalidValue: none is.
+    """
+    known = [name for name in columns if name in frame.columns]
+    rows = frame[frame[known].notna().any(axis=1)] if known else frame.iloc[:0]
+    if rows.empty:
+        raise InvalidValue(f"charts.{chart}: the frame has no {' or '.join(columns)}.", hint=hint)
+    return rows
+
+
+def arms_in(frame: pd.DataFrame) -> list[str]:
+    """The arms in drawing order: baseline, baseline-best, then as they ran."""
+    arms = list(dict.fromkeys(frame["arm"]))
+    first = [name for name in ("baseline", "baseline-best") if name in arms]
+    return first + [name for name in arms if name not in first]
+
+
+def arm_labels(frame: pd.DataFrame) -> dict[str, str]:
+    """Arms as the chart names them; with the dtype where the arms' dtypes differ."""
+    dtypes = {str(arm): "/".join(sorted(set(rows["dtype"].dropna()) - {""})) for arm, rows in frame.groupby("arm")}
+    differ = len({dtype for dtype in dtypes.values() if dtype}) > 1
+    return {arm: f"{arm} ({dtype})" if differ and dtype else arm for arm, dtype in dtypes.items()}
+
+
+def load_label(row: Mapping[str, Any] | pd.Series) -> str:
+    """A point's load in words: "concurrency 8", "2.5 requests/s"."""
+    if pd.notna(row["rate_rps"]):
+        return f"{row['rate_rps']:g} requests/s"
+    return f"concurrency {row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else ""
+
+
+def categories(frame: pd.DataFrame) -> pd.Series:
+    """A label a row that tells its group of bars: what varies of model, load and run."""
+    parts = []
+    if frame["model"].nunique() > 1:
+        parts.append(frame["model"].map(short_model))
+    loads = frame.apply(load_label, axis=1)
+    if loads.nunique() > 1:
+        parts.append(loads)
+    same = pd.DataFrame({"arm": frame["arm"], "model": frame["model"], "load": loads})
+    if same.duplicated().any():
+        parts.append(frame["name"].fillna(frame["run_id"]).astype(str))
+    if not parts:
+        return pd.Series("", index=frame.index)
+    labels = parts[0].astype(str)
+    for part in parts[1:]:
+        labels = labels + "\n" + part.astype(str)
+    return labels
+
+
+def short_model(model: object) -> str:
+    """A hub name without its owner."""
+    return str(model).rsplit("/", 1)[-1]
+
+
+def subtitle(frame: pd.DataFrame) -> str:
+    """What all rows share: model, dtype, lengths, load."""
+    parts = []
+    for name, text in (("model", short_model), ("dtype", str)):
+        values = [value for value in frame[name].dropna().unique() if value]
+        parts += [text(values[0])] if len(values) == 1 else []
+    prompts, new = frame["prompt_tokens"].dropna(), frame["new_tokens"].dropna()
+    if prompts.nunique() == 1 and new.nunique() == 1:
+        parts.append(f"{prompts.iloc[0]:.0f} prompt + {new.iloc[0]:.0f} new tokens")
+    elif new.nunique() == 1:
+        parts.append(f"{new.iloc[0]:.0f} new tokens")
+    loads = {load_label(row) for _, row in frame.iterrows()} - {""}
+    return " · ".join([*parts, *(loads if len(loads) == 1 else ())])
+
+
+def caption(frame: pd.DataFrame, what: str) -> list[str]:
+    """Lines below a chart: what is drawn, n and failures, whether the outputs are equal, warnings."""
+    counts = sorted({int(n) for n in frame["n"]})
+    failed = int(frame["n_failed"].sum())
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    lines = [f"{what}; {n} requests a bar or point, {failed} failed." if what else f"{n} requests, {failed} failed."]
+    lines += outputs_words(frame)
+    cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
+    for arm, rows in cached.groupby(cached["arm"].astype(str)):
+        lines.append(f"{arm}: {rows['cached_share'].max():.0%} of the prompt tokens came from the prefix cache.")
+    for run_id in dict.fromkeys(frame["run_id"].dropna()):
+        for text in frame.attrs.get("env", {}).get(run_id, {}).get("warnings", ()):
+            lines.append(f"Note: {text}.")
+    return lines
+
+
+def outputs_words(frame: pd.DataFrame) -> list[str]:
+    """Whether the arms' answers are the reference's, one line for all arms of which the same is true."""
+    if frame["arm"].nunique() < 2:
+        return []
+    compared = frame[frame["n_compared"].fillna(0) > 0] if "n_compared" in frame.columns else frame.iloc[:0]
+    if compared.empty:
+        return ["Answers of the arms were not compared."]
+    arms = list(frame["arm"])
+    reference = "baseline" if "baseline" in arms else next(arm for arm in arms if arm not in set(compared["arm"]))
+    texts: dict[str, list[str]] = {}
+    for arm, rows in compared.groupby("arm", sort=False):
+        total = int(rows["n_compared"].sum())
+        share = float((rows["equal_share"] * rows["n_compared"]).sum()) / total
+        same = bool(rows["outputs_equal"].astype(bool).all())
+        words = f"all {total} answers are the same text as {reference}'s"
+        if not same:
+            words = (
+                f"not all answers are {reference}'s; {share:.0%} of the tokens are equal before the first difference"
+            )
+        texts.setdefault(words, []).append(str(arm))
+    return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
+
+
+def footer(frame: pd.DataFrame) -> str:
+    """Hardware, versions, run ids: who wants to repeat the figures needs them."""
+    env = frame.attrs.get("env", {})
+    run_ids = [str(run_id) for run_id in dict.fromkeys(frame["run_id"].dropna())]
+    hosts = [env.get(run_id, {}).get("host", {}) for run_id in run_ids]
+    words = list(dict.fromkeys(text for text in (hardware_words(host) for host in hosts if host) if text))
+    names = ("miinb", "torch", "transformers")
+    versions = [f"{n} {hosts[-1]['versions'][n]}" for n in names if hosts and n in hosts[-1].get("versions", {})]
+    runs = f"run {run_ids[0]}" if len(run_ids) == 1 else f"{len(run_ids)} runs" if run_ids else ""
+    return " · ".join([*words, *versions, *([runs] if runs else [])])

@@ -1,0 +1,191 @@
+"""How every chart looks: colors, sizes, title, caption, footer, alternative text, PNG and SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+#: Okabe and Ito's colors, told apart by nearly all eyes (jfly.uni-koeln.de/color).
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+BASELINES = {
+    "baseline": {"facecolor": "#b9b9b9", "edgecolor": "#5f5f5f", "hatch": "////"},
+    "baseline-best": {"facecolor": "#dcdcdc", "edgecolor": "#7a7a7a", "hatch": "...."},
+}
+PUBLISHED = {"hatch": "xx"}
+#: Parts of a request's time, in the order they happen.
+PARTS = {
+    "queue": ("queue", "#E69F00"),
+    "preprocess": ("tokenize", "#56B4E9"),
+    "model": ("model", "#0072B2"),
+    "postprocess": ("detokenize", "#009E73"),
+    "rest": ("transport and client", "#CC79A7"),
+}
+INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
+WIDTH_IN = 7.4
+WRAP = 136
+DPI = 144
+
+
+class ChartAxes(Axes):
+    """Axes that show their figure in a notebook, with an alternative text."""
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        text = alt_text(self)
+        image = base64.b64encode(png(self)).decode()
+        width = round(WIDTH_IN * DPI / 1.5)
+        return {"image/png": image, "text/plain": text}, {"image/png": {"alt": text, "width": width}}
+
+
+def new_axes(ax: Any, height_in: float = 4.2) -> Any:
+    """`ax` itself, or the axes of a new figure of the charts' width."""
+    if ax is None:
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white", layout=layout)
+        FigureCanvasAgg(figure)
+        ax = figure.add_subplot(axes_class=ChartAxes)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#999999")
+    ax.tick_params(labelsize=9, color="#999999", labelcolor=INK)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def finish(
+    ax: Any, *, title: str, subtitle: str, caption: Iterable[str], footer: str, legend_above: bool = False
+) -> Any:
+    """Title, subtitle, and below the axes the caption and the footer; they also make the alternative text."""
+    lines = [text for text in caption if text]
+    own = isinstance(ax, ChartAxes)  # the figure is this chart's alone: the caption may use its whole width
+    width = WRAP if own else max(int(WRAP * ax.get_position().width * ax.figure.get_figwidth() / WIDTH_IN), 30)
+    below_title = textwrap.wrap(subtitle, int(width * 0.8))
+    lift, size = (24 if legend_above else 8), (12.5 if own else 11)
+    heading = "\n".join(textwrap.wrap(title, int(width * 0.55)))
+    ax.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=INK, pad=lift + 14 * len(below_title) + 2)
+    if subtitle:
+        ax.annotate(
+            *("\n".join(below_title), (0, 1)),
+            xycoords="axes fraction",
+            xytext=(0, lift),
+            textcoords="offset points",
+            fontsize=9,
+            color=SOFT,
+        )
+    wrapped = [part for line in [*lines, footer] if line for part in textwrap.wrap(line, width)]
+    if wrapped:
+        ax.annotate(
+            *("\n".join(wrapped), (0.012 if own else 0, 0)),
+            xycoords=("figure fraction" if own else "axes fraction", ax.xaxis.label),
+            xytext=(0, -8),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            linespacing=1.45,
+            color=SOFT,
+            gid="miinb-caption",
+        )
+    ax.set_gid("miinb-chart")
+    ax._miinb_alt = [f"{title} ({subtitle})." if subtitle else f"{title}.", *lines]
+    return ax
+
+
+def alt_text(ax: Any) -> str:
+    """What a chart shows, in words: title, drawn values, caption."""
+    head = list(getattr(ax, "_miinb_alt", [ax.get_title(loc="left")]))
+    values = [f"{getattr(t, 'miinb_whose', '')}{t.get_text()}" for t in ax.texts if t.get_gid() == "miinb-value"]
+    return " ".join([*head[:1], *(["; ".join(values) + "."] if values else []), *head[1:]])
+
+
+def png(ax: Any) -> bytes:
+    """The chart as PNG."""
+    return _rendered(ax, "png")
+
+
+def svg(ax: Any) -> str:
+    """The chart as SVG text."""
+    return _rendered(ax, "svg").decode()
+
+
+def _rendered(ax: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Description": alt_text(ax)} | ({"Date": None} if kind == "svg" else {})
+    ax.figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(ax: Any, path: str | Path) -> Path:
+    """Write the chart; the ending chooses the format (.png, .svg, .pdf)."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ax.figure.savefig(target, dpi=DPI, metadata={"Title": alt_text(ax)} if target.suffix != ".png" else None)
+    return target
+
+
+def arm_style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
+    """Bar style of an arm: baselines grey and hatched, published ones hatched, the others in color, in order."""
+    if arm in BASELINES:
+        return {**BASELINES[arm], "linewidth": 0.8}
+    others = [name for name in arms if name not in BASELINES]
+    color = OKABE_ITO[others.index(arm) % len(OKABE_ITO)]
+    if arm.endswith(")") and "(2022" in arm:
+        if "baseline" in arm:
+            return {"facecolor": "#ffffff", "edgecolor": "#5f5f5f", "hatch": "////", "linewidth": 0.8}
+        return {"facecolor": "#ffffff", "edgecolor": color, "linewidth": 0.8, **PUBLISHED}
+    return {"facecolor": color, "edgecolor": "white", "linewidth": 0.5}
+
+
+def line_style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
+    """Line style of an arm: baselines grey and dashed."""
+    if arm in BASELINES:
+        color, dashes = ("#6b6b6b", "--") if arm == "baseline" else ("#a3a3a3", ":")
+        return {"color": color, "linestyle": dashes, "marker": "s", "linewidth": 1.8, "markersize": 5}
+    style = arm_style(arm, arms)
+    color = style["facecolor"] if style["facecolor"] != "#ffffff" else style["edgecolor"]
+    return {"color": color, "linestyle": "-", "marker": "o", "linewidth": 1.8, "markersize": 5}
+
+
+def time_unit(largest_s: float) -> tuple[float, str]:
+    """Factor and unit for an axis of times: seconds from 1 s on, else milliseconds."""
+    return (1.0, "s") if largest_s >= 1.0 else (1e3, "ms")
+
+
+def number(value: float) -> str:
+    """Three significant digits without exponents: 0.0123, 1.23, 12.3, 123, 12,345."""
+    if not math.isfinite(value):
+        return "-"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    return f"{value:,.0f}" if magnitude >= 2 else f"{value:.{min(2 - magnitude, 6)}f}"
+
+
+def unit_word(unit: str) -> str:
+    """The unit of `time_unit` as a word."""
+    return {"s": "seconds", "ms": "milliseconds"}[unit]
+
+
+def plain_log_ticks(ax: Any, low: float, high: float) -> None:
+    """A logarithmic x axis from `low` to `high` with ticks at 1, 2, 5 times powers of ten, as plain numbers."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high] or [low, high]
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def plain_numbers(axis: Any) -> None:
+    """Tick labels with thousands separators and no needless zeros."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")

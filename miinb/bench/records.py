@@ -1,0 +1,262 @@
+"""One row per request and the numbers that follow from it: the schema, the definitions, and `Runs`.
+
+The words of benchmarks (TTFT, TPOT, ITL, percentiles, cost, speed-up) are defined here, once, in `DEFINITIONS`; every
+frame carries them in `attrs["definitions"]`, and the environment of its runs in `attrs["env"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import math
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from miinb.errors import InvalidValue, did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import StrPath
+
+NAN = math.nan
+
+#: What each measure means; carried by every frame and every file.
+DEFINITIONS: dict[str, str] = {
+    "ttft_s": "time to first token: submit to the first non-empty chunk, on the client's clock",
+    "tpot_s": "time per output token: (e2e_s - ttft_s) / (output_tokens - 1)",
+    "itl": "inter-token latency: the raw gaps between chunks; itl_p50_s and itl_max_s are those of one request",
+    "e2e_s": "submit to the end of the answer, on the client's clock; with rate, from the planned arrival",
+    "queue_s": "waiting for the scheduler",
+    "preprocess_s": "tokenizing (and other work before the model)",
+    "model_s": "from admission to the last token in rank 0",
+    "postprocess_s": "detokenizing (and other work after the model)",
+    "percentiles": (
+        "over rows with status 'ok' that are no warm-up; p99 is empty below 100 samples, p95 and p5 below 20, "
+        "p90 below 10"
+    ),
+    "duration_s": "first submit to last end of a point's measured requests, summed over its blocks",
+    "output_tok_s": "output tokens of the successful requests / duration_s",
+    "total_tok_s": "prompt and output tokens of the successful requests / duration_s",
+    "tok_s_per_gpu": "output_tok_s / n_gpus (a machine without a GPU counts as one)",
+    "usd_per_mtok": (
+        "price_usd_per_gpu_hour * n_gpus / 3600 / output_tok_s * 1e6; empty without the user's price; a machine "
+        "without a GPU counts as one"
+    ),
+    "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap",
+    "outputs_equal": "every compared answer is the same text as the baseline's for the same prompt",
+    "equal_share": "share of the baseline's output tokens before the first difference, mean over the answers",
+}
+
+
+@dataclass(slots=True)
+class Record:
+    """One request of a benchmark. Times in seconds, sizes in bytes; NaN or None where it does not apply."""
+
+    run_id: str
+    seq: int
+    arm: str
+    session: str = ""
+    instance_id: str = ""
+    task: str = ""
+    model: str = ""
+    revision: str | None = None
+    engine: str = ""
+    dtype: str = ""
+    tp: int = 1
+    replicas: int = 1
+    batch_size: float = NAN
+    concurrency: float = NAN
+    rate_rps: float = NAN
+    point: int = 0  # which workload point (one concurrency or rate) of the run
+    block: int = 0  # arms alternate block by block
+    prompt_id: str = ""
+    prompt_tokens: float = NAN
+    cached_tokens: float = NAN
+    output_tokens: float = NAN
+    images: float = NAN
+    steps: float = NAN
+    width_px: float = NAN
+    height_px: float = NAN
+    guidance: float = NAN
+    seed: int | None = None
+    t_submit: str = ""  # UTC, ISO 8601; a datetime in the frame
+    t_rel_s: float = NAN  # since the run began
+    queue_s: float = NAN
+    preprocess_s: float = NAN
+    ttft_s: float = NAN
+    tpot_s: float = NAN
+    itl_p50_s: float = NAN
+    itl_max_s: float = NAN
+    model_s: float = NAN
+    postprocess_s: float = NAN
+    e2e_s: float = NAN
+    chunk_count: int = 0
+    warmup: bool = False
+    status: Literal["ok", "cancelled", "timeout", "error"] = "ok"
+    error: str | None = None
+    finish_reason: str | None = None
+    output_sha256: str | None = None
+    equal: bool | None = None  # same text as the baseline's answer
+    equal_share: float = NAN  # share of the baseline's tokens before the first difference
+    artifact: str | None = None
+
+
+REQUEST_COLUMNS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def new_run_id() -> str:
+    """A run id that sorts by time: "20260131-142501-3f9a"."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def utc_now() -> str:
+    """This moment, UTC, ISO 8601 with milliseconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def requests_frame(rows: Iterable[Mapping[str, Any]], env: Mapping[str, Any]) -> pd.DataFrame:
+    """The tidy frame of request rows; missing columns get their defaults, unknown ones are kept at the end."""
+    rows = list(rows)
+    defaults = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING}
+    frame = pd.DataFrame(rows)
+    missing = {name: defaults.get(name) for name in REQUEST_COLUMNS if name not in frame.columns}
+    for name, default in missing.items():
+        frame[name] = pd.Series([default] * len(rows), index=frame.index, dtype=object if default is None else None)
+    frame = frame[[*REQUEST_COLUMNS, *(name for name in frame.columns if name not in REQUEST_COLUMNS)]]
+    for field in dataclasses.fields(Record):
+        if field.type == "float":
+            frame[field.name] = pd.to_numeric(frame[field.name]).astype("float64")
+    frame["t_submit"] = pd.to_datetime(frame["t_submit"].replace("", None), utc=True)
+    frame["warmup"] = frame["warmup"].astype(bool)
+    frame.attrs = {"definitions": dict(DEFINITIONS), "env": dict(env)}
+    return frame
+
+
+class Runs:
+    """One or several benchmark runs.
+
+    Attributes:
+        requests: one row per request (columns: `Record`).
+        env: what each run ran on, by run id: host, arms, workload, warnings.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], env: Mapping[str, Mapping[str, Any]]) -> None:
+        """From request rows (dicts with the fields of `Record`) and the environment of each run id."""
+        self.env: dict[str, dict[str, Any]] = {run_id: dict(facts) for run_id, facts in env.items()}
+        self.requests = requests_frame(rows, self.env)
+        for run_id in self.requests["run_id"].dropna().unique():
+            self.env.setdefault(run_id, {})
+
+    @functools.cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per run, arm and workload point (a concurrency or a rate)."""
+        from miinb.bench.summary import summarize
+
+        return summarize(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.env)
+
+    def __add__(self, other: Runs) -> Runs:
+        if not isinstance(other, Runs):
+            return NotImplemented
+        mine = self.requests[~self.requests["run_id"].isin(list(other.env))]
+        return Runs([*_rows(mine), *_rows(other.requests)], {**self.env, **other.env})
+
+    def select(self, run_id: str) -> Runs:
+        """The one run of this id or name.
+
+        Raises:
+            InvalidValue: there is no such run; the near name is in the hint.
+        """
+        names = {facts.get("name") or key: key for key, facts in self.env.items()}
+        key = run_id if run_id in self.env else names.get(run_id)
+        if key is None:
+            raise InvalidValue(f"There is no run {run_id!r}.", hint=did_you_mean(run_id, [*self.env, *names]))
+        return Runs(_rows(self.requests[self.requests["run_id"] == key]), {key: self.env[key]})
+
+    def compare(self, baseline: str = "baseline") -> pd.DataFrame:
+        """Every other arm against `baseline` at the same point: ratios above 1 mean better than it.
+
+        Raises:
+            InvalidValue: no arm has that name.
+        """
+        from miinb.bench.summary import comparison
+
+        return comparison(self.requests, self.summary, baseline)
+
+    def save(self, path: StrPath) -> Path:
+        """Append these runs to the directory `path`, one folder of JSON Lines a run; `load_runs` reads it back."""
+        from miinb.bench.store import save
+
+        return save(self, Path(path))
+
+    def to_csv(self, path: StrPath) -> Path:
+        """Write the requests as CSV and, beside it, `.meta.json` with the definitions and the environment."""
+        from miinb.bench.store import write_csv
+
+        return write_csv(self, Path(path))
+
+    def to_parquet(self, path: StrPath) -> Path:
+        """Write the requests as Parquet (needs pyarrow)."""
+        from miinb.bench.store import write_parquet
+
+        return write_parquet(self, Path(path))
+
+    def report(self, path: StrPath) -> Path:
+        """Write one self-contained HTML file: tables, charts, environment."""
+        from miinb.bench.report import write_report
+
+        return write_report(self, Path(path))
+
+    def __repr__(self) -> str:
+        from miinb.bench.display import runs_text
+
+        return runs_text(self)
+
+    def _repr_html_(self) -> str:
+        from miinb.bench.display import runs_html
+
+        return runs_html(self)
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The frame's rows as plain values: datetimes as text, missing values as None."""
+    rows: list[dict[str, Any]] = []
+    for row in frame.to_dict("records"):
+        rows.append({str(name): plain(value) for name, value in row.items()})
+    return rows
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready scalar: numpy numbers become Python's, NaN and NaT None, datetimes ISO text."""
+    if value is None or value is pd.NaT or value is pd.NA:
+        return None
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(timespec="milliseconds")
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def rows_of(runs: Runs) -> list[dict[str, Any]]:
+    """The request rows of runs, JSON-ready."""
+    return _rows(runs.requests)
+
+
+def load_runs(path: StrPath) -> Runs:
+    """The runs that `Runs.save` wrote: a directory of runs, or the folder of one.
+
+    Raises:
+        InvalidValue: there is no run at `path`.
+    """
+    from miinb.bench.store import load
+
+    return load(Path(path))

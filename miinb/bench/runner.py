@@ -1,0 +1,301 @@
+"""Drives sessions with a workload and records every request: equal work, alternating arms, compared outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from miinb.bench import arms as arms_of
+from miinb.bench.arms import Arm
+from miinb.bench.checks import compare_outputs
+from miinb.bench.environment import environment
+from miinb.bench.records import Record, Runs, new_run_id, utc_now
+from miinb.bench.workload import Job, Point, configure, generation_params, points, tokenizer_offsets
+from miinb.errors import DeadlineExceeded, MiinbError
+
+if TYPE_CHECKING:
+    from miinb.config import BenchConfig
+
+#: Called after each request: done, total, its record.
+Progress = Callable[[int, int, Record], None]
+
+JOIN_S = 10.0
+
+
+def bench(session: Any, workload: Any = None, *, progress: Progress | None = None, **fields: Any) -> Runs:
+    """Measure one session under a workload.
+
+    Args:
+        session: a running `Session`.
+        workload: prompts, or a `BenchConfig`; see `miinb.bench.workload.configure`.
+        progress: called after each request; None shows a progress bar.
+        fields: fields of `BenchConfig` (concurrency, requests, prompt_tokens, new_tokens, price, ...).
+
+    Returns:
+        One run. Stopping it (Ctrl-C, the Stop button) keeps the requests measured so far; `env` then says so.
+
+    Raises:
+        UnknownOption, InvalidValue: a field does not exist or has a wrong value.
+        MiinbError: every request failed; the first error is in the text.
+    """
+    return compare([session], workload, progress=progress, **fields)
+
+
+def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress | None = None, **fields: Any) -> Runs:
+    """Measure several sessions under one workload: same prompts, seeds and lengths, alternating, one at a time.
+
+    The arms are named by their engine ("baseline", "baseline-best", "optimized"), or by the session's name where two
+    would be alike. With an arm "baseline" the answers of the others are compared with its own (else with the first
+    arm's), unless check="none".
+
+    Args:
+        sessions: running sessions, or names of running deployments.
+        workload: as for `bench`.
+        progress: as for `bench`.
+        fields: fields of `BenchConfig`.
+    """
+    config = configure(workload, fields)
+    run = _Run(config, arms_of.label(sessions), progress)
+    try:
+        run.measure()
+    except KeyboardInterrupt:
+        run.interrupted = True
+    return run.result()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What an arm answered to one job, kept until the outputs are compared."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass
+class _Run:
+    config: BenchConfig
+    arms: list[Arm]
+    progress: Progress | None
+    run_id: str = field(default_factory=new_run_id)
+    created: str = field(default_factory=utc_now)
+    interrupted: bool = False
+    records: list[Record] = field(default_factory=list)
+    answers: dict[int, Answer] = field(default_factory=dict)  # by seq
+    t_start: float = field(default_factory=time.perf_counter)
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    streams: set[Any] = field(default_factory=set)
+    total: int = 0
+
+    def measure(self) -> None:
+        """All points: warm-up of each arm, then its blocks, the arms taking turns (A B, B A, ...)."""
+        plan = points(self.config, tokenizer_offsets(self.arms[0].tokenizer_folder))
+        self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)
+        bar = None if self.progress else _bar(self.total)
+        if bar is not None:
+            self.progress = lambda done, total, record: bar.update()
+        try:
+            for point in plan:
+                for number, arm, jobs in _turns(point, self.arms):
+                    if self.stop.is_set():
+                        return
+                    self._block(arm, point, number, jobs)
+                for arm in self.arms:
+                    arm.note_memory()
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _block(self, arm: Arm, point: Point, number: int, jobs: Sequence[Job]) -> None:
+        """Send the jobs of a block and wait for all of them; an interrupt cancels those in flight."""
+        warm = bool(jobs) and jobs[0].warmup
+        closed = point.rate is None or warm
+        workers = min(point.concurrency or len(jobs), len(jobs)) if closed else min(len(jobs), 1024)
+        queue = iter(jobs)
+        t_block = time.perf_counter()
+        with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="miinb-bench") as pool:
+            futures: list[Future[None]] = [
+                pool.submit(self._worker, arm, point, number, queue, t_block, not closed) for _ in range(workers)
+            ]
+            try:
+                while wait(futures, timeout=0.2).not_done:
+                    pass
+            except KeyboardInterrupt:
+                self.stop.set()
+                with self.lock:
+                    streams = list(self.streams)
+                for stream in streams:
+                    stream.cancel()
+                wait(futures, timeout=JOIN_S)
+                raise
+        for future in futures:
+            future.result()
+
+    def _worker(
+        self, arm: Arm, point: Point, number: int, queue: Iterator[Job], t_block: float, open_loop: bool
+    ) -> None:
+        while not self.stop.is_set():
+            with self.lock:
+                job = next(queue, None)
+            if job is None:
+                return
+            planned = t_block + job.offset_s if open_loop else None
+            if planned is not None and self.stop.wait(max(planned - time.perf_counter(), 0.0)):
+                return
+            record = self._record(arm, point, number, job)
+            answer = self._send(arm, job, record, planned)
+            with self.lock:
+                record.seq = len(self.records)
+                self.records.append(record)
+                if answer is not None:
+                    self.answers[record.seq] = answer
+                done = len(self.records)
+                if self.progress is not None:
+                    self.progress(done, self.total, record)
+
+    def _record(self, arm: Arm, point: Point, number: int, job: Job) -> Record:
+        return Record(
+            run_id=self.run_id,
+            seq=-1,
+            arm=arm.label,
+            **arm.columns,
+            concurrency=float("nan") if point.concurrency is None else point.concurrency,
+            rate_rps=float("nan") if point.rate is None else point.rate,
+            point=point.index,
+            block=number,
+            prompt_id=job.prompt_id,
+            seed=job.seed,
+            warmup=job.warmup,
+        )
+
+    def _send(self, arm: Arm, job: Job, record: Record, planned: float | None) -> Answer | None:
+        """One request through `Session.stream`, its measures (or its error) into `record`."""
+        params = generation_params(self.config, job)
+        record.t_submit = utc_now()
+        t_submit = planned if planned is not None else time.perf_counter()
+        record.t_rel_s = t_submit - self.t_start
+        arrivals: list[float] = []
+        t_first: float | None = None
+        text: list[str] = []
+        token_ids: list[int] = []
+        stream = None
+        try:
+            stream = arm.session.stream(job.prompt, timeout_s=self.config.timeout_s, **params)
+            with self.lock:
+                self.streams.add(stream)
+            for chunk in stream:
+                now = time.perf_counter()
+                if t_first is None and chunk.text:
+                    t_first = now
+                arrivals.append(now)
+                text.append(chunk.text)
+                token_ids.extend(chunk.token_ids)
+            t_end = time.perf_counter()
+            result = stream.result
+        except (MiinbError, KeyboardInterrupt) as failure:
+            record.e2e_s = time.perf_counter() - t_submit
+            record.status = _status(failure, self.stop.is_set())
+            record.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            return None
+        finally:
+            with self.lock:
+                self.streams.discard(stream)
+        record.e2e_s = t_end - t_submit
+        _fill(record, result, arrivals, t_first, t_submit)
+        if record.finish_reason == "cancelled":
+            record.status = "cancelled"
+            return None
+        record.output_sha256 = hashlib.sha256("".join(text).encode("utf-8", "surrogatepass")).hexdigest()
+        return Answer("".join(text), tuple(token_ids))
+
+    def result(self) -> Runs:
+        """The run as frames; compares the outputs and notes what a reader must know."""
+        if self.config.check != "none" and not self.config.do_sample and len(self.arms) > 1:
+            compare_outputs(self.records, self.answers)
+        ok = [r for r in self.records if r.status == "ok" and not r.warmup]
+        failed = [r for r in self.records if r.status in ("error", "timeout")]
+        if failed and not ok:
+            raise MiinbError(
+                f"Every request of the benchmark failed ({len(failed)} of them).", hint=failed[0].error or ""
+            )
+        env = {
+            "run_id": self.run_id,
+            "name": self.config.run,
+            "created": self.created,
+            "workload": self.config.model_dump(),
+            "host": environment(),
+            "arms": {arm.label: arm.facts() for arm in self.arms},
+            "interrupted": self.interrupted,
+            "done": len(self.records),
+            "total": self.total,
+            "warnings": self._warnings(ok),
+        }
+        rows = [{name: getattr(r, name) for name in Record.__slots__} for r in self.records]
+        return Runs(rows, {self.run_id: env})
+
+    def _warnings(self, ok: Sequence[Record]) -> list[str]:
+        found = [text for arm in self.arms for text in arm.warnings]
+        if self.interrupted:
+            found.append(f"interrupted after {len(self.records)} of {self.total} requests")
+        for arm in self.arms:
+            mine = [r for r in ok if r.arm == arm.label]
+            short = sum(r.output_tokens != self.config.new_tokens for r in mine)
+            if short:
+                found.append(f"{arm.label}: {short} of {len(mine)} answers have not {self.config.new_tokens} tokens")
+        prompts = self.config.prompts
+        if prompts and len(set(prompts)) < self.config.requests:
+            found.append("prompts repeat: a prefix cache can help")
+        return found
+
+
+def _turns(point: Point, arms: Sequence[Arm]) -> Iterator[tuple[int, Arm, Sequence[Job]]]:
+    """(block number, arm, jobs): every arm's warm-up, then the blocks; the order turns around from block to block."""
+    if point.warmup:
+        for arm in arms:
+            yield -1, arm, point.warmup
+    for number, jobs in enumerate(point.blocks):
+        for arm in arms if (point.index + number) % 2 == 0 else tuple(reversed(arms)):
+            yield number, arm, jobs
+
+
+def _status(failure: BaseException, stopped: bool) -> Any:
+    if stopped or isinstance(failure, KeyboardInterrupt) or type(failure).__name__ == "Cancelled":
+        return "cancelled"
+    return "timeout" if isinstance(failure, DeadlineExceeded) else "error"
+
+
+def _fill(record: Record, result: Any, arrivals: list[float], t_first: float | None, t_submit: float) -> None:
+    """The measures of a complete answer; TTFT, TPOT and ITL by this process's clock."""
+    usage, timing = result.usage, result.timing
+    record.prompt_tokens = usage.prompt_tokens
+    record.cached_tokens = usage.cached_tokens
+    record.output_tokens = usage.output_tokens
+    record.queue_s = timing.queue_s
+    record.preprocess_s = timing.tokenize_s
+    record.model_s = timing.model_s
+    record.postprocess_s = timing.detokenize_s
+    record.chunk_count = len(arrivals)
+    record.finish_reason = result.finish_reasons[0] if result.finish_reasons else None
+    if t_first is None and arrivals:
+        t_first = arrivals[0]
+    if t_first is not None:
+        record.ttft_s = t_first - t_submit
+        if usage.output_tokens > 1:
+            record.tpot_s = (record.e2e_s - record.ttft_s) / (usage.output_tokens - 1)
+    if len(arrivals) > 1:
+        gaps = np.diff(np.asarray(arrivals))
+        record.itl_p50_s, record.itl_max_s = float(np.median(gaps)), float(gaps.max())
+
+
+def _bar(total: int) -> Any:
+    """A progress bar where someone looks: a notebook, or a terminal on stderr."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="bench", unit="request", leave=False, disable=None)

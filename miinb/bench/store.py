@@ -1,0 +1,126 @@
+"""Runs on disk: one folder a run, `env.json` and append-only `requests.jsonl`; CSV and Parquet for other tools.
+
+Rows are appended, flushed and synced; a last line that a crash cut short is left out at loading, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miinb.bench.records import DEFINITIONS, Runs, plain, rows_of
+from miinb.errors import InvalidValue, MiinbError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ENV, REQUESTS = "env.json", "requests.jsonl"
+
+
+def save(runs: Runs, path: Path) -> Path:
+    """Append `runs` under `path`; rows that are there already are not written twice."""
+    by_run: dict[str, list[dict[str, Any]]] = {run_id: [] for run_id in runs.env}
+    for row in rows_of(runs):
+        by_run[row["run_id"]].append(row)
+    for run_id, rows in by_run.items():
+        folder = path / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ENV, _to_json(runs.env[run_id], indent=1))
+        there = {row["seq"] for row in _read_lines(folder / REQUESTS, quiet=True)}
+        append_rows(folder / REQUESTS, [row for row in rows if row["seq"] not in there])
+    return path
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON Lines and sync them to disk; a cut last line of an earlier crash is closed first."""
+    lines = "".join(_to_json(row) + "\n" for row in rows)
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                lines = "\n" + lines
+        file.write(lines.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(path: Path) -> Runs:
+    """The runs at `path`: a folder of one run, or a directory that holds such folders."""
+    folders = [path] if (path / REQUESTS).is_file() else sorted(p.parent for p in path.glob(f"*/{REQUESTS}"))
+    if not folders:
+        raise InvalidValue(f"There are no saved runs in {path}.", hint="Give the directory that Runs.save wrote.")
+    rows: list[dict[str, Any]] = []
+    env: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        rows += _read_lines(folder / REQUESTS)
+        env_file = folder / ENV
+        env[folder.name] = json.loads(env_file.read_text()) if env_file.is_file() else {}
+    return Runs(rows, {str(facts.get("run_id", name)): facts for name, facts in env.items()})
+
+
+def write_csv(runs: Runs, path: Path) -> Path:
+    """The requests as CSV; `<path>.meta.json` holds the definitions and the environment."""
+    runs.requests.to_csv(path, index=False)
+    meta = {"definitions": DEFINITIONS, "env": runs.env}
+    write_atomically(path.with_name(path.name + ".meta.json"), _to_json(meta, indent=1))
+    return path
+
+
+def write_parquet(runs: Runs, path: Path) -> Path:
+    """The requests as Parquet.
+
+    Raises:
+        MiinbError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
+    except ImportError:
+        raise MiinbError(
+            "to_parquet needs pyarrow, which is not installed.", hint="pip install pyarrow; or use to_csv or save."
+        ) from None
+    frame = runs.requests.copy()
+    frame.attrs = json.loads(_to_json(frame.attrs))
+    frame.to_parquet(path, engine="pyarrow", index=False)
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or none: a temporary file beside it, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _to_json(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(_plain_tree(value), indent=indent, allow_nan=False, ensure_ascii=False, default=str)
+
+
+def _plain_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain_tree(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_tree(item) for item in value]
+    return plain(value)
+
+
+def _read_lines(path: Path, *, quiet: bool = False) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            broken += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if broken and not quiet:
+        warnings.warn(f"{path}: {broken} incomplete line(s) left out (a crash while writing).", stacklevel=4)
+    return rows

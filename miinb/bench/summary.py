@@ -1,0 +1,235 @@
+"""From request rows to one row per run, arm and workload point; speed-ups with bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from miinb.bench.cost import usd_per_1k_images, usd_per_mtok
+from miinb.bench.records import DEFINITIONS, NAN
+from miinb.errors import InvalidValue, did_you_mean
+
+POINT = ["run_id", "arm", "point"]
+#: Fewest samples for which a percentile is given.
+FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
+RESAMPLES = 2000
+
+SUMMARY_COLUMNS: tuple[str, ...] = (
+    *("run_id", "name", "arm", "model", "task", "engine", "dtype", "tp", "replicas", "n_gpus", "batch_size"),
+    *("concurrency", "rate_rps", "prompt_tokens", "new_tokens", "n", "n_failed", "n_warmup", "duration_s"),
+    *("e2e_mean_s", "e2e_std_s", "e2e_min_s", "e2e_p5_s", "e2e_p50_s", "e2e_p90_s", "e2e_p95_s", "e2e_p99_s"),
+    *("e2e_max_s", "ttft_min_s", "ttft_p5_s", "ttft_p50_s", "ttft_p90_s", "ttft_p95_s", "ttft_p99_s", "ttft_max_s"),
+    *("tpot_min_s", "tpot_p5_s", "tpot_p50_s", "tpot_p90_s", "tpot_p95_s", "tpot_p99_s", "tpot_max_s"),
+    *("queue_p50_s", "preprocess_p50_s", "model_p50_s", "postprocess_p50_s"),
+    *("req_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
+    *("cached_share", "peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
+    *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_images"),
+    *("speedup", "speedup_lo", "speedup_hi", "outputs_equal", "equal_share", "n_compared", "created", "point"),
+)
+
+
+def percentile(values: pd.Series, q: int) -> float:
+    """The q-th percentile; NaN where there are too few samples for it to mean anything (`FEWEST`)."""
+    known = values.dropna()
+    return float(np.percentile(known, q)) if len(known) >= FEWEST[q] else NAN
+
+
+def measured(requests: pd.DataFrame) -> pd.DataFrame:
+    """The rows that percentiles are taken over: successful, no warm-up."""
+    return requests[(requests["status"] == "ok") & ~requests["warmup"].astype(bool)]
+
+
+def summarize(requests: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, arm and point of a requests frame, the columns of `SUMMARY_COLUMNS`, in the order they ran."""
+    env: Mapping[str, Any] = requests.attrs.get("env", {})
+    rows = [
+        _summary_row(group, env.get(str(key[0]), {}))
+        for key, group in requests.groupby(POINT, sort=False, dropna=False)
+        if isinstance(key, tuple)
+    ]
+    frame = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+    for index, row in frame.iterrows():
+        reference = _reference(frame, row, "baseline")
+        if reference is not None:
+            ratio = _speedup(requests, reference, row)
+            for name, value in zip(("speedup", "speedup_lo", "speedup_hi"), ratio, strict=True):
+                frame.loc[index, name] = value  # type: ignore[call-overload, index, unused-ignore]
+    frame.attrs = {"definitions": dict(DEFINITIONS), "env": dict(env)}
+    return frame
+
+
+def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
+    first = group.iloc[0]
+    facts = env.get("arms", {}).get(first["arm"], {})
+    ok, no_warmup = measured(group), group[~group["warmup"]]
+    duration = _duration(no_warmup)
+    output, prompt = ok["output_tokens"].sum(), ok["prompt_tokens"].sum()
+    n_gpus = int(facts.get("n_gpus") or 0)
+    row: dict[str, Any] = {
+        "name": env.get("name"),
+        **{name: first[name] for name in ("run_id", "arm", "model", "task", "engine", "dtype", "tp", "replicas")},
+        **{name: first[name] for name in ("batch_size", "concurrency", "rate_rps", "point")},
+        "n_gpus": n_gpus,
+        "prompt_tokens": ok["prompt_tokens"].median() if len(ok) else NAN,
+        "new_tokens": ok["output_tokens"].median() if len(ok) else NAN,
+        "n": len(ok),
+        "n_failed": int(len(no_warmup) - len(ok)),
+        "n_warmup": int(group["warmup"].sum()),
+        "duration_s": duration,
+        "e2e_mean_s": ok["e2e_s"].mean(),
+        "e2e_std_s": ok["e2e_s"].std(),
+        **{
+            f"{part}_p50_s": percentile(ok[f"{part}_s"], 50) for part in ("queue", "preprocess", "model", "postprocess")
+        },
+        "req_s": _rate(len(ok), duration),
+        "output_tok_s": _rate(output, duration),
+        "total_tok_s": _rate(output + prompt, duration),
+        "img_s": _rate(ok["images"].sum(), duration) if ok["images"].notna().any() else NAN,
+        "cached_share": ok["cached_tokens"].sum() / prompt if prompt > 0 and ok["cached_tokens"].notna().any() else NAN,
+        **{name: facts.get(name, NAN) for name in ("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s")},
+        "created": env.get("created"),
+    }
+    for metric in ("e2e", "ttft", "tpot"):
+        row |= {f"{metric}_p{q}_s": percentile(ok[f"{metric}_s"], q) for q in FEWEST}
+        row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
+    return row | _cost(row, env) | _equality(ok)
+
+
+def _cost(row: Mapping[str, Any], env: Mapping[str, Any]) -> dict[str, Any]:
+    price = env.get("workload", {}).get("price")
+    gpus = max(int(row["n_gpus"]), 1)
+    return {
+        "tok_s_per_gpu": row["output_tok_s"] / gpus,
+        "img_s_per_gpu": row["img_s"] / gpus,
+        "price_usd_per_gpu_hour": NAN if price is None else float(price),
+        "price_source": None if price is None else "user",
+        "usd_per_mtok": usd_per_mtok(row["output_tok_s"], price, gpus),
+        "usd_per_1k_images": usd_per_1k_images(row["img_s"], price, gpus),
+    }
+
+
+def _equality(ok: pd.DataFrame) -> dict[str, Any]:
+    compared = ok[ok["equal"].notna()]
+    if compared.empty:
+        return {"outputs_equal": None, "equal_share": NAN, "n_compared": 0}
+    return {
+        "outputs_equal": bool(compared["equal"].astype(bool).all()),
+        "equal_share": float(compared["equal_share"].mean()),
+        "n_compared": len(compared),
+    }
+
+
+def _rate(count: float, duration_s: float) -> float:
+    return float(count) / duration_s if duration_s > 0 else NAN
+
+
+def _duration(rows: pd.DataFrame) -> float:
+    """Seconds from the first submit to the last end, summed over the blocks (arms alternate block by block)."""
+    if rows.empty:
+        return NAN
+    ends = (rows["t_rel_s"] + rows["e2e_s"]).groupby(rows["block"]).max()
+    starts = rows["t_rel_s"].groupby(rows["block"]).min()
+    return float((ends - starts).sum())
+
+
+def _same_point(frame: pd.DataFrame, row: pd.Series) -> pd.Series:
+    """Which rows of `frame` have the load (concurrency or rate) of `row`."""
+    same = pd.Series(True, index=frame.index)
+    for name in ("concurrency", "rate_rps", "batch_size"):
+        same &= frame[name].isna() if pd.isna(row[name]) else frame[name] == row[name]
+    return same
+
+
+def _reference(summary: pd.DataFrame, row: pd.Series, baseline: str) -> pd.Series | None:
+    """The baseline's row for the same point: of the same run, else the latest with this model and lengths."""
+    if row["arm"] == baseline:
+        return None
+    candidates = summary[(summary["arm"] == baseline) & _same_point(summary, row)]
+    same_run = candidates[candidates["run_id"] == row["run_id"]]
+    if same_run.empty:
+        same = (candidates["model"] == row["model"]) & (candidates["new_tokens"] == row["new_tokens"])
+        same_run = candidates[same & (candidates["prompt_tokens"] == row["prompt_tokens"])]
+    return None if same_run.empty else same_run.iloc[-1]
+
+
+def _speedup(requests: pd.DataFrame, reference: pd.Series, row: pd.Series) -> tuple[float, float, float]:
+    def times(of: pd.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
+        rows = requests[
+            (requests["run_id"] == of["run_id"]) & (requests["arm"] == of["arm"]) & (requests["point"] == of["point"])
+        ]
+        return measured(rows)["e2e_s"].dropna().to_numpy(dtype=np.float64)
+
+    return ratio_of_medians(times(reference), times(row))
+
+
+def ratio_of_medians(
+    slow: np.ndarray[Any, np.dtype[np.float64]], fast: np.ndarray[Any, np.dtype[np.float64]], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """median(slow) / median(fast) with its 95 % percentile-bootstrap interval (NaN below 3 samples a side)."""
+    if len(slow) == 0 or len(fast) == 0 or not np.median(fast) > 0:
+        return NAN, NAN, NAN
+    ratio = float(np.median(slow) / np.median(fast))
+    if min(len(slow), len(fast)) < 3:
+        return ratio, NAN, NAN
+    rng = np.random.default_rng(seed)
+    draws = [np.median(rng.choice(side, (RESAMPLES, len(side))), axis=1) for side in (slow, fast)]
+    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])
+    return ratio, float(low), float(high)
+
+
+def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Each other arm against `baseline`: `speedup` (end to end) and ratios of TTFT, TPOT, throughput and cost.
+
+    Raises:
+        InvalidValue: no arm has that name.
+    """
+    arms = list(dict.fromkeys(summary["arm"]))
+    if baseline not in arms:
+        raise InvalidValue(f"baseline: there is no arm {baseline!r}.", hint=did_you_mean(baseline, arms))
+    rows = []
+    for _, row in summary.iterrows():
+        reference = _reference(summary, row, baseline)
+        if reference is None:
+            continue
+        speedup, low, high = _speedup(requests, reference, row)
+        rows.append(
+            {
+                **{name: row[name] for name in ("run_id", "model", "arm", "concurrency", "rate_rps", "n", "n_failed")},
+                "baseline": baseline,
+                "speedup": speedup,
+                "speedup_lo": low,
+                "speedup_hi": high,
+                "ttft_ratio": _ratio(reference["ttft_p50_s"], row["ttft_p50_s"]),
+                "tpot_ratio": _ratio(reference["tpot_p50_s"], row["tpot_p50_s"]),
+                "throughput_ratio": _ratio(row["output_tok_s"], reference["output_tok_s"]),
+                "cost_ratio": _ratio(reference["usd_per_mtok"], row["usd_per_mtok"]),
+                **{name: row[name] for name in ("outputs_equal", "equal_share", "n_compared")},
+                "verdict": verdict(speedup, low, high),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame.attrs = dict(summary.attrs)
+    return frame
+
+
+def _ratio(above: float, below: float) -> float:
+    return float(above) / float(below) if below and math.isfinite(below) else NAN
+
+
+def verdict(speedup: float, low: float = NAN, high: float = NAN) -> str:
+    """A speed-up in words: "1.8x faster", "0.90x: slower", "no difference shown" when the interval holds 1."""
+    if not math.isfinite(speedup):
+        return "not comparable"
+    text = ratio_text(speedup)
+    if math.isfinite(low) and low <= 1 <= high:
+        return f"{text}: no difference shown"
+    return f"{text} faster" if speedup > 1 else f"{text}: slower"
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio with two significant places below 2, one digit below 20, none above: "0.93x", "5.7x", "41x"."""
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"

@@ -1,0 +1,92 @@
+"""A deterministic session with the public surface that the benchmark drives: no processes, real sleeping."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from miinb.config import DeploymentConfig, parse_generation
+from miinb.errors import MiinbError
+from miinb.messages import Chunk, Plan, Status, Timing, Usage
+
+
+@dataclasses.dataclass
+class Answer:
+    text: str
+    usage: Usage
+    timing: Timing
+    finish_reasons: list[str]
+
+
+class Stream:
+    def __init__(self, session: StandIn, prompt: str, tokens: list[int]) -> None:
+        self.session, self.prompt, self.tokens = session, prompt, tokens
+        self.cancelled = threading.Event()
+        self.result: Answer | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        sent = []
+        for token in self.tokens:
+            if self.cancelled.wait(self.session.token_s):
+                break
+            sent.append(token)
+            yield Chunk(f" w{token}", (token,))
+        self.result = Answer(
+            "".join(f" w{token}" for token in sent),
+            Usage(len(self.prompt.split()), len(sent), 0),
+            Timing(queue_s=self.session.token_s / 10, model_s=len(sent) * self.session.token_s),
+            ["cancelled" if self.cancelled.is_set() else "length"],
+        )
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class StandIn:
+    """`token_s` seconds a token; from token `differs_from` on answers differ; each `fail_every`-th fails."""
+
+    task = "text-generation"
+    model = "someone/small-model"
+    address = ""
+    load_s = 1.5
+
+    def __init__(
+        self,
+        engine: str = "optimized",
+        *,
+        name: str = "",
+        token_s: float = 0.0,
+        differs_from: int | None = None,
+        fail_every: int = 0,
+        error: MiinbError | None = None,
+    ) -> None:
+        self.engine, self.name = engine, name or engine
+        self.token_s, self.differs_from, self.fail_every, self.error = token_s, differs_from, fail_every, error
+        self.config = DeploymentConfig(model=self.model, engine=engine)
+        self.calls: list[dict[str, Any]] = []
+        self.prompts: list[str] = []
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+
+    def stream(self, prompt: str, **params: Any) -> Stream:
+        parse_generation({name: value for name, value in params.items() if name != "timeout_s"})
+        with self.lock:
+            self.calls.append(params)
+            self.prompts.append(prompt)
+            number = len(self.calls)
+        if self.fail_every and number % self.fail_every == 0:
+            raise self.error or MiinbError("It broke.")
+        start = sum(map(ord, prompt)) % 1000
+        tokens = [start + i for i in range(params["max_new_tokens"])]
+        if self.differs_from is not None:
+            tokens = [t if i < self.differs_from else t + 5000 for i, t in enumerate(tokens)]
+        return Stream(self, prompt, tokens)
+
+    def plan(self) -> Plan:
+        return Plan(self.engine, "cpu", "bf16", weights_bytes=270 << 20, kv_cache_bytes=90 << 20)
+
+    def status(self) -> Status:
+        return Status(self.name, "ready", self.model, self.task, self.engine, "bf16", "cpu", "", 1, False, time.time())

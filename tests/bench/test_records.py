@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from miinb.bench.cost import usd_per_1k_images, usd_per_mtok
+from miinb.bench.environment import cpu, environment, hardware_words
+from miinb.bench.records import DEFINITIONS, REQUEST_COLUMNS, Runs, load_runs
+from miinb.bench.store import append_rows
+from miinb.bench.summary import percentile, ratio_of_medians, ratio_text, verdict
+from miinb.errors import InvalidValue, MiinbError
+
+
+def make(
+    run_id: str = "r1", *, n: int = 5, arms: tuple[str, ...] = ("baseline", "optimized"), e2e: float = 2.0
+) -> Runs:
+    rows = []
+    for which, arm in enumerate(arms):
+        for i in range(n):
+            seconds = e2e / (1 + which)
+            rows.append(
+                {
+                    "run_id": run_id,
+                    "seq": len(rows),
+                    "arm": arm,
+                    "model": "m",
+                    "dtype": "fp32",
+                    "engine": arm,
+                    "concurrency": 1,
+                    "prompt_id": f"p{i}",
+                    "prompt_tokens": 10,
+                    "output_tokens": 20,
+                    "t_rel_s": i * seconds,
+                    "ttft_s": seconds / 5,
+                    "tpot_s": seconds / 25,
+                    "e2e_s": seconds,
+                    "t_submit": "2026-01-31T14:25:01.000+00:00",
+                    "queue_s": 0.01,
+                    "model_s": seconds * 0.9,
+                }
+            )
+    env = {"run_id": run_id, "name": None, "created": "2026-01-31", "workload": {"price": None}, "arms": {}}
+    return Runs(rows, {run_id: env})
+
+
+def test_the_frame_has_the_whole_schema_and_its_definitions() -> None:
+    frame = make().requests
+    assert tuple(frame.columns) == REQUEST_COLUMNS
+    assert frame.attrs["definitions"] == DEFINITIONS
+    assert isinstance(frame["t_submit"].dtype, pd.DatetimeTZDtype)
+    assert "env" in make().summary.attrs
+
+
+def test_summary_counts_rates_and_percentiles() -> None:
+    row = make().summary.set_index("arm").loc["baseline"]
+    assert row["n"] == 5
+    assert row["duration_s"] == pytest.approx(10.0)
+    assert row["output_tok_s"] == pytest.approx(10.0)
+    assert row["total_tok_s"] == pytest.approx(15.0)
+    assert row["e2e_p50_s"] == pytest.approx(2.0)
+    assert math.isnan(row["e2e_p95_s"])
+    assert math.isnan(row["usd_per_mtok"])
+
+
+def test_warmup_and_failures_stay_out_of_the_numbers() -> None:
+    runs = make()
+    runs.requests.loc[0, ["warmup", "e2e_s"]] = [True, 99.0]
+    runs.requests.loc[1, ["status", "e2e_s"]] = ["error", 99.0]
+    row = runs.summary.set_index("arm").loc["baseline"]
+    assert (row["n"], row["n_failed"], row["n_warmup"]) == (3, 1, 1)
+    assert row["e2e_max_s"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("q", "fewest"), [(50, 1), (90, 10), (95, 20), (5, 20), (99, 100)])
+def test_percentiles_need_enough_samples(q: int, fewest: int) -> None:
+    assert math.isnan(percentile(pd.Series(np.ones(fewest - 1), dtype=float), q))
+    assert percentile(pd.Series(np.ones(fewest)), q) == 1.0
+
+
+def test_speedup_and_its_interval() -> None:
+    rng = np.random.default_rng(1)
+    slow, fast = 2 + 0.1 * rng.standard_normal(40), 1 + 0.1 * rng.standard_normal(40)
+    ratio, low, high = ratio_of_medians(slow, fast)
+    assert low < ratio < high
+    assert 1.8 < low < 2.0 < high < 2.2
+    assert ratio_of_medians(slow, fast) == (ratio, low, high)
+    assert math.isnan(ratio_of_medians(slow[:2], fast[:2])[1])
+    assert all(math.isnan(value) for value in ratio_of_medians(slow, fast[:0]))
+
+
+def test_verdicts_say_slower_in_words() -> None:
+    assert verdict(5.66, 5.1, 6.0) == "5.7x faster"
+    assert verdict(0.9, 0.85, 0.95) == "0.90x: slower"
+    assert verdict(1.02, 0.97, 1.08) == "1.02x: no difference shown"
+    assert verdict(math.nan) == "not comparable"
+    assert ratio_text(41.3) == "41x"
+
+
+def test_compare_names_arms() -> None:
+    table = make().compare()
+    assert list(table["arm"]) == ["optimized"]
+    assert table.loc[0, "speedup"] == pytest.approx(2.0)
+    assert table.loc[0, "throughput_ratio"] == pytest.approx(2.0)
+    assert make().compare(baseline="optimized").loc[0, "verdict"] == "0.50x: slower"
+    with pytest.raises(InvalidValue, match="no arm 'basline'") as failure:
+        make().compare(baseline="basline")
+    assert failure.value.hint == "Did you mean 'baseline'?"
+
+
+def test_runs_of_single_arms_are_compared_with_each_other() -> None:
+    both = make("a", arms=("baseline",)) + make("b", arms=("optimized",), e2e=1.0)
+    assert len(both) == 2
+    assert both.compare().loc[0, "speedup"] == pytest.approx(2.0)
+    assert len(both + both) == 2
+    assert len((both + both).requests) == len(both.requests)
+    assert len(both.select("a").requests) == 5
+
+
+def test_save_and_load_give_the_same_runs(tmp_path: Path) -> None:
+    runs = make("a") + make("b")
+    runs.save(tmp_path)
+    runs.save(tmp_path)  # nothing twice
+    back = load_runs(tmp_path)
+    assert len(back) == 2
+    pd.testing.assert_frame_equal(
+        back.requests.reset_index(drop=True), runs.requests.reset_index(drop=True), check_dtype=False
+    )
+    assert back.env == json.loads(json.dumps(runs.env))
+    assert len(load_runs(tmp_path / "a")) == 1
+
+
+def test_a_line_that_a_crash_cut_is_left_out_and_writing_goes_on(tmp_path: Path) -> None:
+    make("a").save(tmp_path)
+    with open(tmp_path / "a" / "requests.jsonl", "a") as file:
+        file.write('{"run_id": "a", "se')
+    with pytest.warns(UserWarning, match="1 incomplete line"):
+        assert len(load_runs(tmp_path).requests) == 10
+    append_rows(tmp_path / "a" / "requests.jsonl", [{"run_id": "a", "seq": 10, "arm": "optimized"}])
+    with pytest.warns(UserWarning, match="incomplete"):
+        assert len(load_runs(tmp_path).requests) == 11
+
+
+def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="no saved runs"):
+        load_runs(tmp_path)
+
+
+def test_csv_has_its_meaning_beside_it(tmp_path: Path) -> None:
+    path = make().to_csv(tmp_path / "runs.csv")
+    assert len(pd.read_csv(path)) == 10
+    meta = json.loads((tmp_path / "runs.csv.meta.json").read_text())
+    assert meta["definitions"]["tpot_s"] == DEFINITIONS["tpot_s"]
+
+
+def test_parquet_or_a_clear_error(tmp_path: Path) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        with pytest.raises(MiinbError, match="pyarrow"):
+            make().to_parquet(tmp_path / "runs.parquet")
+    else:
+        assert len(pd.read_parquet(make().to_parquet(tmp_path / "runs.parquet"))) == 10
+
+
+def test_cost_is_never_guessed() -> None:
+    assert usd_per_mtok(1000.0, 3.6, 2) == pytest.approx(2.0)
+    assert usd_per_1k_images(1.0, 3.6) == pytest.approx(1.0)
+    assert math.isnan(usd_per_mtok(1000.0, None))
+    assert math.isnan(usd_per_mtok(0.0, 3.6))
+
+
+def test_displays_escape_what_models_and_users_write() -> None:
+    runs = make(arms=("baseline", "<img src=x onerror=alert(1)>"))
+    assert "<img" not in runs._repr_html_()
+    assert "&lt;img" in runs._repr_html_()
+    text = repr(runs)
+    assert "tokens/s" in text
+    assert "2.0x" in text
+
+
+def test_the_environment_names_the_machine_without_torch() -> None:
+    facts = environment()
+    assert facts["versions"]["miinb"] if "miinb" in facts["versions"] else facts["versions"]["torch"]
+    assert facts["cpu"]["cores"] >= 1
+    assert facts["cpu"]["model"]
+    assert hardware_words({"cpu": cpu(), "gpus": []}).endswith("no GPU")
+    two = {"gpus": [{"name": "NVIDIA H100"}, {"name": "NVIDIA H100"}], "driver": "570.1"}
+    assert hardware_words(two) == "2 x NVIDIA H100, driver 570.1"
+    json.dumps(facts)
+
+
+def test_a_report_is_one_file(tmp_path: Path) -> None:
+    text = make(n=3, arms=("baseline",)).report(tmp_path / "report.html").read_text()
+    assert text.count("<img alt=") >= 3
+    assert "<script" not in text
+    assert "http" not in text.replace("http-equiv", "")

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pandas as pd
+import pytest
+from stand_in import StandIn
+
+from miinb.bench.records import Record
+from miinb.bench.runner import bench, compare
+from miinb.config import BenchConfig
+from miinb.errors import DeadlineExceeded, InvalidValue, MiinbError, UnknownOption
+
+
+def test_one_row_a_request_with_equal_work() -> None:
+    session = StandIn(token_s=0.001)
+    runs = bench(session, requests=4, warmup=1, new_tokens=5, prompt_tokens=20, price=2.0, run="first", progress=_quiet)
+    frame = runs.requests
+    assert len(runs) == 1
+    assert list(frame["warmup"]) == [True, False, False, False, False]
+    assert {call["max_new_tokens"] for call in session.calls} == {5}
+    assert all(call["min_new_tokens"] == 5 and call["ignore_eos"] for call in session.calls)
+    assert len({call["seed"] for call in session.calls}) == 5
+    assert set(frame["arm"]) == {"optimized"}
+    assert frame["output_tokens"].eq(5).all()
+    assert frame["finish_reason"].eq("length").all()
+    assert (frame["ttft_s"] < frame["e2e_s"]).all()
+    assert frame["tpot_s"].to_numpy() == pytest.approx(((frame["e2e_s"] - frame["ttft_s"]) / 4).to_numpy())
+    row = runs.summary.iloc[0]
+    assert (row["n"], row["n_failed"], row["n_warmup"]) == (4, 0, 1)
+    assert row["usd_per_mtok"] == pytest.approx(2.0 / 3600 / row["output_tok_s"] * 1e6)
+    assert row["name"] == "first"
+
+
+def _quiet(done: int, total: int, record: Record) -> None:
+    """Keeps the progress bar away."""
+
+
+def test_arms_get_the_same_prompts_and_take_turns() -> None:
+    slow, fast = StandIn("baseline", token_s=0.002), StandIn("optimized", token_s=0.0005)
+    order: list[str] = []
+    runs = compare(
+        [slow, fast], requests=8, warmup=0, new_tokens=4, progress=lambda done, total, record: order.append(record.arm)
+    )
+    assert slow.prompts == fast.prompts
+    assert len(set(slow.prompts)) == 8
+    assert order == ["baseline"] * 4 + ["optimized"] * 8 + ["baseline"] * 4
+    summary = runs.summary.set_index("arm")
+    assert summary.loc["optimized", "outputs_equal"]
+    assert summary.loc["optimized", "n_compared"] == 8
+    assert summary.loc["optimized", "speedup"] > 1.2
+    assert summary.loc["optimized", "speedup_lo"] <= summary.loc["optimized", "speedup"]
+    assert summary.loc["baseline", "n_compared"] == 0
+
+
+def test_different_answers_are_seen() -> None:
+    runs = compare([StandIn("baseline"), StandIn(differs_from=6)], requests=2, warmup=1, new_tokens=8, progress=_quiet)
+    row = runs.summary.set_index("arm").loc["optimized"]
+    assert not row["outputs_equal"]
+    assert row["equal_share"] == pytest.approx(0.75)
+    warm = runs.requests[runs.requests["warmup"]]
+    assert warm["equal"].isna().all()
+
+
+@pytest.mark.parametrize("fields", [{"check": "none"}, {"do_sample": True}])
+def test_answers_that_are_not_comparable_are_not_compared(fields: dict[str, object]) -> None:
+    runs = compare([StandIn("baseline"), StandIn()], requests=1, warmup=0, new_tokens=2, progress=_quiet, **fields)
+    assert runs.summary["n_compared"].eq(0).all()
+
+
+def test_concurrency_is_kept_and_never_exceeded() -> None:
+    session = StandIn(token_s=0.004)
+    runs = bench(session, requests=9, warmup=0, concurrency=[3], new_tokens=5, progress=_quiet)
+    starts, ends = runs.requests["t_rel_s"], runs.requests["t_rel_s"] + runs.requests["e2e_s"]
+    overlap = [int(((starts <= at) & (ends > at)).sum()) for at in starts]
+    assert max(overlap) == 3
+
+
+def test_open_loop_counts_from_the_planned_arrival() -> None:
+    session = StandIn(token_s=0.002)
+    runs = bench(session, requests=6, warmup=1, rate=[100.0], new_tokens=3, progress=_quiet)
+    rows = runs.requests[~runs.requests["warmup"]].sort_values("t_rel_s")
+    assert rows["t_rel_s"].is_unique
+    assert rows["concurrency"].isna().all()
+    assert rows["rate_rps"].eq(100.0).all()
+    assert (rows["e2e_s"] >= 0.006).all()
+
+
+def test_failures_are_rows_and_are_counted() -> None:
+    runs = bench(StandIn(fail_every=3), requests=6, warmup=0, new_tokens=2, progress=_quiet)
+    assert list(runs.requests["status"]).count("error") == 2
+    assert "MiinbError: It broke." in set(runs.requests["error"])
+    assert runs.summary.iloc[0]["n_failed"] == 2
+    assert runs.summary.iloc[0]["n"] == 4
+    late = StandIn(fail_every=2, error=DeadlineExceeded("too late"))
+    assert set(bench(late, requests=2, warmup=0, new_tokens=2, progress=_quiet).requests["status"]) == {"ok", "timeout"}
+
+
+def test_a_benchmark_where_all_fails_raises_with_the_cause() -> None:
+    with pytest.raises(MiinbError, match=r"Every request.*It broke"):
+        bench(StandIn(fail_every=1), requests=2, warmup=0, new_tokens=2, progress=_quiet)
+
+
+def test_an_interrupt_keeps_the_rows_and_cancels_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import miinb.bench.runner as runner
+
+    session, done = StandIn(token_s=0.001), threading.Event()
+    real_wait = runner.wait
+
+    def wait(futures: object, timeout: float | None = None) -> object:
+        if done.wait(0.01) and timeout == 0.2:
+            session.token_s = 30.0
+            done.clear()
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        return real_wait(futures, timeout=0.01)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "wait", wait)
+
+    def progress(count: int, total: int, record: Record) -> None:
+        if count == 3:
+            done.set()
+
+    start = time.perf_counter()
+    runs = bench(session, requests=50, warmup=0, new_tokens=3, progress=progress)
+    assert time.perf_counter() - start < 10
+    assert 3 <= len(runs.requests) < 50
+    assert (runs.requests["status"] == "ok").sum() >= 3
+    env = next(iter(runs.env.values()))
+    assert env["interrupted"]
+    assert "interrupted" in env["warnings"][0]
+
+
+def test_labels_of_arms() -> None:
+    best = StandIn("baseline", name="tuned")
+    best.config = best.config.model_copy(update={"options": best.config.options.model_copy(update={"compile": True})})
+    twins = [StandIn(name="a"), StandIn(name="b"), best]
+    runs = compare(twins, requests=1, warmup=0, new_tokens=2, progress=_quiet)
+    assert list(dict.fromkeys(runs.summary["arm"])) == ["a", "b", "baseline-best"]
+    with pytest.raises(InvalidValue, match="twice"):
+        compare([StandIn(), StandIn()], progress=_quiet)
+    with pytest.raises(InvalidValue, match="at least one"):
+        compare([], progress=_quiet)
+
+
+def test_wrong_fields_are_refused_before_anything_is_sent() -> None:
+    session = StandIn()
+    with pytest.raises(UnknownOption, match="concurrency"):
+        bench(session, concurency=2)
+    with pytest.raises(InvalidValue, match="exclude"):
+        bench(session, concurrency=2, rate=1.0)
+    with pytest.raises(InvalidValue, match="in flight"):
+        bench(session, concurrency=8, requests=2)
+    with pytest.raises(InvalidValue, match="sampled"):
+        bench(session, do_sample=True, check="exact")
+    with pytest.raises(InvalidValue, match="column"):
+        bench(session, pd.DataFrame({"a": ["x"], "b": ["y"]}))
+    session.task = "fill-mask"
+    with pytest.raises(InvalidValue, match="not benchmarked"):
+        bench(session)
+    assert not session.calls
+
+
+def test_a_configuration_object_is_taken_as_it_is() -> None:
+    session = StandIn()
+    config = BenchConfig.parse({"prompts": ["one", "two"], "requests": 2, "warmup": 0, "new_tokens": 2})
+    runs = bench(session, config, progress=_quiet)
+    assert session.prompts == ["one", "two"]
+    assert list(runs.requests["prompt_id"]) == ["p0", "p1"]
