@@ -1,0 +1,337 @@
+"""Between the dataclasses of `messages.py` and protobuf bytes, and between miinb's errors and gRPC's codes.
+
+The only module that knows protobuf. Servers and clients hand it bytes and get dataclasses or a `MiinbError`.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from miinb import errors
+from miinb.config import GenerationParams, parse_generation
+from miinb.errors import InvalidRequest, MiinbError
+from miinb.messages import (
+    Chunk,
+    GenerateRequest,
+    PredictedEvent,
+    RequestEnd,
+    SequenceEnd,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from miinb.rpc import inference_pb2 as pb
+
+SERVICE = "miinb.v1.Inference"
+GENERATE = f"/{SERVICE}/Generate"
+PREDICT = f"/{SERVICE}/Predict"
+DESCRIBE = f"/{SERVICE}/Describe"
+
+#: Names in the trailing metadata of a failed call. Values are ASCII or, with "-bin", UTF-8.
+ERROR_KEY = "miinb-error"
+HINT_KEY = "miinb-hint-bin"
+MAX_TEXT = 2000  # characters of a message or hint on the wire: metadata is bounded
+
+StreamEvent = Chunk | SequenceEnd | RequestEnd
+Code = grpc.StatusCode
+
+#: The code of each error. A class that is not here has its parent's.
+STATUS: dict[type[MiinbError], grpc.StatusCode] = {
+    errors.MiinbError: Code.UNKNOWN,
+    errors.ConfigError: Code.INVALID_ARGUMENT,
+    errors.ModelError: Code.FAILED_PRECONDITION,
+    errors.ModelNotFound: Code.NOT_FOUND,
+    errors.UnsupportedModel: Code.UNIMPLEMENTED,
+    errors.StartError: Code.FAILED_PRECONDITION,
+    errors.OutOfMemory: Code.RESOURCE_EXHAUSTED,
+    errors.DeploymentNotFound: Code.NOT_FOUND,
+    errors.DeploymentExists: Code.ALREADY_EXISTS,
+    errors.VersionMismatch: Code.FAILED_PRECONDITION,
+    errors.RequestError: Code.INTERNAL,
+    errors.InvalidRequest: Code.INVALID_ARGUMENT,
+    errors.PromptTooLong: Code.INVALID_ARGUMENT,
+    errors.QueueFull: Code.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
+    errors.Cancelled: Code.CANCELLED,
+    errors.Unavailable: Code.UNAVAILABLE,
+    errors.NonFinite: Code.DATA_LOSS,
+    errors.TargetError: Code.INTERNAL,
+}
+
+#: The error of a code that came without a name: from gRPC itself or from a server that is not miinb's.
+ERRORS: dict[grpc.StatusCode, type[MiinbError]] = {
+    Code.INVALID_ARGUMENT: errors.InvalidRequest,
+    Code.RESOURCE_EXHAUSTED: errors.QueueFull,
+    Code.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    Code.CANCELLED: errors.Cancelled,
+    Code.UNAVAILABLE: errors.Unavailable,
+    Code.DATA_LOSS: errors.NonFinite,
+    Code.NOT_FOUND: errors.DeploymentNotFound,
+    Code.ALREADY_EXISTS: errors.DeploymentExists,
+    Code.UNIMPLEMENTED: errors.VersionMismatch,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a call's status: code, text and trailing metadata."""
+
+    code: grpc.StatusCode
+    text: str
+    metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def failure_of(error: BaseException, log: Callable[[str, BaseException], None] | None = None) -> Failure:
+    """The status of an error.
+
+    The text of an exception that is not miinb's stays here (it may hold paths or prompts): the client gets a number
+    under which `log(number, error)` has noted it.
+    """
+    if not isinstance(error, MiinbError):
+        number = uuid.uuid4().hex[:12]
+        if log is not None:
+            log(number, error)
+        error = errors.RequestError(f"The server failed at this request (number {number} in frontend.log).")
+    code = next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+    metadata: list[tuple[str, str | bytes]] = [(ERROR_KEY, type(error).__name__)]
+    if error.hint:
+        metadata.append((HINT_KEY, error.hint[:MAX_TEXT].encode("utf-8", "replace")))
+    return Failure(code, error.message[:MAX_TEXT].encode("utf-8", "replace").decode(), tuple(metadata))
+
+
+def error_of(call: Any) -> MiinbError:
+    """The error of a failed call (a `grpc.RpcError` that is a `grpc.Call`); nothing of gRPC in it."""
+    code, text = call.code(), call.details() or ""
+    metadata = dict(call.trailing_metadata() or ())
+    hint = metadata.get(HINT_KEY, b"")
+    hint = hint.decode("utf-8", "replace") if isinstance(hint, bytes) else str(hint)
+    if name := metadata.get(ERROR_KEY):
+        named = errors.from_name(str(name), text)
+        named.hint = hint
+        return named
+    return _error_of_code(code, text)
+
+
+def _error_of_code(code: grpc.StatusCode, text: str) -> MiinbError:
+    if code is Code.RESOURCE_EXHAUSTED and "larger than max" in text:
+        return InvalidRequest("The request is larger than the server takes.", hint="Send fewer or shorter prompts.")
+    if code is Code.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
+    if code is Code.UNAVAILABLE:
+        return errors.Unavailable("The deployment does not answer.", hint="See status() and logs(), or start it again.")
+    if code is Code.UNIMPLEMENTED:
+        return errors.VersionMismatch("The server does not know this call.", hint="Start it again with this version.")
+    if code is Code.CANCELLED:
+        return errors.Cancelled("The request was cancelled.")
+    return ERRORS.get(code, errors.RequestError)(text or f"The request failed ({code.name}).")
+
+
+# Generate
+
+
+def encode_generate(request: GenerateRequest) -> bytes:
+    """A generate request as bytes.
+
+    Raises:
+        InvalidRequest: the prompt or a message holds a lone surrogate, which no UTF-8 can say.
+    """
+    parameters = request.params.model_dump_json(exclude_unset=True)
+    try:
+        message = pb.GenerateRequest(parameters_json=parameters, request_id=request.request_id)
+        if request.messages is not None:
+            rows = [pb.Message(role=row["role"], content=row["content"]) for row in request.messages]
+            message.chat.CopyFrom(pb.Chat(messages=rows))
+        else:
+            message.prompt = request.prompt or ""
+    except (UnicodeEncodeError, ValueError) as error:
+        raise InvalidRequest("prompt: it holds a lone surrogate, which is not text.") from error
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def decode_generate(data: bytes) -> GenerateRequest:
+    """The generate request of these bytes.
+
+    Raises:
+        InvalidRequest: it cannot be read, or a parameter is unknown or wrong; the message names it.
+    """
+    message = _parse(pb.GenerateRequest, data)
+    kind = message.WhichOneof("input")
+    messages = None
+    if kind == "chat":
+        messages = tuple({"role": row.role, "content": row.content} for row in message.chat.messages)
+    return GenerateRequest(
+        prompt=message.prompt if kind == "prompt" else None,
+        params=_parameters(message.parameters_json),
+        messages=messages,
+        request_id=message.request_id[:64],
+    )
+
+
+def _parse(cls: Callable[[], Any], data: bytes) -> Any:
+    message = cls()
+    try:
+        message.ParseFromString(data)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("The request cannot be read.") from error
+    return message
+
+
+def _parameters(text: str) -> GenerationParams:
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("parameters_json: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest("parameters_json: it is not an object.")
+    bias = values.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has text keys only; what is no number is refused as a wrong key
+        values["logit_bias"] = {int(key) if key.lstrip("-").isdecimal() else key: value for key, value in bias.items()}
+    return parse_generation(values)
+
+
+def encode_event(event: StreamEvent) -> bytes:
+    """A message of the answer's stream as bytes."""
+    if isinstance(event, Chunk):
+        text = pb.TextChunk(text=event.text, token_ids=event.token_ids, index=event.index)
+        for entry in event.logprobs:
+            text.logprobs.add(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                top_ids=[token_id for token_id, _ in entry.top],
+                top_logprobs=[logprob for _, logprob in entry.top],
+            )
+        message = pb.GenerateChunk(text=text)
+    elif isinstance(event, SequenceEnd):
+        message = pb.GenerateChunk(
+            sequence_end=pb.SequenceEnd(
+                index=event.index, finish_reason=event.finish_reason, output_tokens=event.output_tokens
+            )
+        )
+    else:
+        message = pb.GenerateChunk(
+            end=pb.RequestEnd(
+                prompt_tokens=event.usage.prompt_tokens,
+                output_tokens=event.usage.output_tokens,
+                cached_tokens=event.usage.cached_tokens,
+                queue_s=event.timing.queue_s,
+                tokenize_s=event.timing.tokenize_s,
+                model_s=event.timing.model_s,
+                detokenize_s=event.timing.detokenize_s,
+                seed=event.seed,
+            )
+        )
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def decode_event(data: bytes) -> StreamEvent:
+    """The message of the answer's stream that these bytes say."""
+    message = _parse(pb.GenerateChunk, data)
+    kind = message.WhichOneof("event")
+    if kind == "text":
+        text = message.text
+        logprobs = tuple(
+            TokenLogprob(row.token_id, row.logprob, tuple(zip(row.top_ids, row.top_logprobs, strict=True)))
+            for row in text.logprobs
+        )
+        return Chunk(text.text, tuple(text.token_ids), text.index, logprobs)
+    if kind == "sequence_end":
+        end = message.sequence_end
+        return SequenceEnd(end.index, end.finish_reason, end.output_tokens)
+    if kind == "end":
+        end = message.end
+        return RequestEnd(
+            Usage(end.prompt_tokens, end.output_tokens, end.cached_tokens),
+            Timing(queue_s=end.queue_s, tokenize_s=end.tokenize_s, model_s=end.model_s, detokenize_s=end.detokenize_s),
+            end.seed,
+        )
+    raise errors.VersionMismatch("The server sent a message that this version does not know.")
+
+
+# Predict and Describe
+
+
+def encode_predict(inputs: Iterable[Mapping[str, Any]], options: Mapping[str, Any], request_id: str = "") -> bytes:
+    """A predict request as bytes.
+
+    Raises:
+        InvalidRequest: a value is not JSON (text, number, bool, None, list, dict).
+    """
+    message = pb.PredictRequest(request_id=request_id)
+    try:
+        for values in inputs:
+            message.inputs.add().update(values)
+        message.options.update(options)
+        data: bytes = message.SerializeToString()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"An input holds what is not text, a number, a list or a dictionary: {error}.") from error
+    return data
+
+
+def decode_predict(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Inputs and options of a predict request; whole numbers are int again (a Struct knows only doubles)."""
+    message = _parse(pb.PredictRequest, data)
+    if message.blobs:
+        raise InvalidRequest("blobs: this deployment takes none.")
+    return [_plain(values) for values in message.inputs], _plain(message.options)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "fields"):  # Struct
+        return {key: _plain(entry) for key, entry in value.items()}
+    if hasattr(value, "values") and not callable(value.values):  # ListValue
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        return int(value)
+    return value
+
+
+def encode_predicted(event: PredictedEvent) -> bytes:
+    """The answer of a predict request as bytes.
+
+    Raises:
+        NonFinite: an output is NaN or infinite, which JSON cannot say.
+    """
+    try:
+        outputs = json.dumps(event.outputs, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise errors.NonFinite("The model produced NaN or infinity for this input.") from error
+    predictions = pb.Predictions(
+        outputs_json=outputs,
+        queue_s=event.queue_s,
+        preprocess_s=event.preprocess_s,
+        model_s=event.model_s,
+        postprocess_s=event.postprocess_s,
+    )
+    data: bytes = pb.PredictEvent(predictions=predictions).SerializeToString()
+    return data
+
+
+def decode_predicted(data: bytes) -> PredictedEvent | None:
+    """The answer of a predict request; None for a progress event."""
+    message = _parse(pb.PredictEvent, data)
+    if message.WhichOneof("event") != "predictions":
+        return None
+    got = message.predictions
+    outputs: Sequence[Any] = json.loads(got.outputs_json)
+    return PredictedEvent(0, outputs, got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)
+
+
+def encode_description(values: Mapping[str, Any]) -> bytes:
+    """The reply of Describe as bytes."""
+    data: bytes = pb.DescribeReply(json=json.dumps(values, ensure_ascii=False)).SerializeToString()
+    return data
+
+
+def decode_description(data: bytes) -> dict[str, Any]:
+    """The values of Describe's reply."""
+    values: dict[str, Any] = json.loads(_parse(pb.DescribeReply, data).json)
+    return values

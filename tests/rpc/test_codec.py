@@ -1,0 +1,162 @@
+"""The wire: what goes in comes out, every error survives the trip, junk is InvalidRequest."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miinb import errors
+from miinb.config import GenerationParams
+from miinb.messages import (
+    Chunk,
+    GenerateRequest,
+    PredictedEvent,
+    RequestEnd,
+    SequenceEnd,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from miinb.rpc import codec
+from miinb.rpc import inference_pb2 as pb
+
+
+def call_of(failure: codec.Failure) -> Any:
+    """A failed call as a client sees it."""
+    return SimpleNamespace(
+        code=lambda: failure.code, details=lambda: failure.text, trailing_metadata=lambda: failure.metadata
+    )
+
+
+@pytest.mark.parametrize("name", sorted(errors.all_errors()))
+def test_every_error_comes_back_as_itself(name: str) -> None:
+    cls = errors.all_errors()[name]
+    failure = codec.failure_of(cls("What happened: é.", hint="What to do: 日本.", details="a path, a traceback"))
+    back = codec.error_of(call_of(failure))
+    assert type(back) is cls
+    assert (back.message, back.hint, back.details) == ("What happened: é.", "What to do: 日本.", "")
+    assert failure.code is not grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("name", sorted(c.__name__ for c in errors.RequestError.__subclasses__()))
+def test_every_request_error_has_its_own_code(name: str) -> None:
+    assert errors.all_errors()[name] in codec.STATUS
+
+
+@pytest.mark.parametrize("code", list(grpc.StatusCode))
+def test_every_code_without_a_name_is_a_miinb_error(code: grpc.StatusCode) -> None:
+    error = codec.error_of(call_of(codec.Failure(code, "", ())))
+    assert isinstance(error, errors.MiinbError)
+    assert error.message
+    if code in codec.ERRORS:
+        assert type(error) is codec.ERRORS[code]
+
+
+def test_the_text_of_an_unexpected_exception_stays_in_the_log() -> None:
+    noted: list[tuple[str, BaseException]] = []
+    secret = FileNotFoundError("/home/user/secret prompt")
+    failure = codec.failure_of(secret, lambda number, error: noted.append((number, error)))
+    assert failure.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in failure.text + str(failure.metadata)
+    assert [(number in failure.text, error) for number, error in noted] == [(True, secret)]
+
+
+def test_a_message_above_the_limit_is_the_requests_fault() -> None:
+    failure = codec.Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 4)", ())
+    assert type(codec.error_of(call_of(failure))) is errors.InvalidRequest
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GenerateRequest("prompt é\n", GenerationParams(temperature=0.7, seed=2**63 - 1, stop=["a"]), request_id="x"),
+        GenerateRequest("p", GenerationParams(logit_bias={5: -1.0, 0: 2.0}, do_sample=True)),
+        GenerateRequest(None, GenerationParams(), ({"role": "user", "content": "Hi"},)),
+    ],
+)
+def test_generate_requests(request_: GenerateRequest) -> None:
+    assert codec.decode_generate(codec.encode_generate(request_)) == request_
+
+
+def test_a_lone_surrogate_is_refused_before_the_wire() -> None:
+    with pytest.raises(errors.InvalidRequest, match="surrogate"):
+        codec.encode_generate(GenerateRequest("a\ud800", GenerationParams()))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ('{"temperature": NaN}', "temperature"),
+        ('{"temperature": -1}', "temperature"),
+        ('{"temperature": 1e300}', "temperature"),
+        ('{"top_p": Infinity}', "top_p"),
+        ('{"top_k": true}', "top_k"),
+        ('{"temperature": "0.7"}', "temperature"),
+        ('{"max_new_tokens": 2147483648}', "max_new_tokens"),
+        ('{"seed": 18446744073709551616}', "seed"),
+        ('{"logit_bias": {"x": 1}}', "logit_bias"),
+        ('{"stop": ' + str(["s"] * 1000).replace("'", '"') + "}", "stop"),
+        ('{"temprature": 1}', "temperature"),
+        ('{"num_beams": 4}', "num_beams"),
+        ("[1]", "parameters_json"),
+        ("{", "parameters_json"),
+        ("[" * 100_000, "parameters_json"),
+    ],
+)
+def test_wrong_parameters_are_refused_by_name(parameters: str, field: str) -> None:
+    data = pb.GenerateRequest(prompt="p", parameters_json=parameters).SerializeToString()
+    with pytest.raises(errors.InvalidRequest) as caught:
+        codec.decode_generate(data)
+    assert field in caught.value.line()
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_junk_is_an_invalid_request_or_a_request(data: bytes) -> None:
+    for decode in (codec.decode_generate, codec.decode_predict):
+        with contextlib.suppress(errors.InvalidRequest):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Chunk("日本", (1, 2), 3, (TokenLogprob(1, -0.5, ((1, -0.5), (7, -2.0))), TokenLogprob(2, -1.0))),
+        SequenceEnd(2, "stop", 7),
+        RequestEnd(Usage(3, 4, 1), Timing(queue_s=0.1, tokenize_s=0.2, model_s=0.3, detokenize_s=0.4), 2**63 - 1),
+    ],
+)
+def test_stream_events(event: codec.StreamEvent) -> None:
+    assert codec.decode_event(codec.encode_event(event)) == event
+
+
+def test_predict_keeps_whole_numbers_and_nesting() -> None:
+    inputs = [{"query": "é", "n": 3, "x": 0.5, "list": [1, None, {"deep": True}]}]
+    assert codec.decode_predict(codec.encode_predict(inputs, {"top_k": 5})) == (inputs, {"top_k": 5})
+    event = PredictedEvent(0, [[{"label": "é", "score": 0.25}]], 0.1, 0.2, 0.3, 0.4)
+    assert codec.decode_predicted(codec.encode_predicted(event)) == event
+
+
+def test_predict_refuses_what_json_cannot_say() -> None:
+    with pytest.raises(errors.InvalidRequest):
+        codec.encode_predict([{"query": object()}], {})
+    with pytest.raises(errors.NonFinite):
+        codec.encode_predicted(PredictedEvent(0, [math.nan], 0, 0, 0, 0))
+
+
+def test_description() -> None:
+    values = {"info": {"model": "é"}, "counters": {"requests": 3}}
+    assert codec.decode_description(codec.encode_description(values)) == values
+
+
+def test_the_service_has_the_name_of_the_proto() -> None:
+    service = pb.DESCRIPTOR.services_by_name["Inference"]
+    names = {f"/{service.full_name}/{method.name}" for method in service.methods}
+    assert names == {codec.GENERATE, codec.PREDICT, codec.DESCRIBE}
