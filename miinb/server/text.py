@@ -1,0 +1,221 @@
+"""Text of a request: tokenize, render a chat, detokenize without splitting a character, find stop strings.
+
+Reads the tokenizer folder that rank 0 wrote (tokenizer.json, tokenizer_config.json, chat_template.jinja) with the
+`tokenizers` library; token ids and chat texts equal those of transformers' AutoTokenizer, without importing it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from miinb.errors import InvalidRequest, PromptTooLong
+
+#: Prompt tokens that the detokenizer sees before the new ones: SentencePiece strips a space where a text begins.
+CONTEXT_TOKENS = 6
+#: Tokens after which an incomplete character is given up (the longest in UTF-8 has four bytes).
+MAX_HELD_TOKENS = 16
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextCodec:
+    """One model's tokenizer and chat template. Safe to use from several threads.
+
+    Attributes:
+        max_token_bytes: the longest token's length: no text has fewer tokens than its bytes divided by it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, Any]) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._template: jinja2.Template | None = None  # compiled when the first chat comes: it may be broken
+        self._special_tokens = dict(special_tokens)
+        self.max_token_bytes = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextCodec:
+        """The codec of a folder that `save_pretrained` of a fast tokenizer wrote."""
+        config_file = folder / "tokenizer_config.json"
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        return cls(
+            Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), _specials(config)
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text. Releases the interpreter lock, so that a long text can run in a thread.
+
+        Raises:
+            PromptTooLong: the text cannot have as few as `max_tokens` tokens (found before the tokenizer runs).
+        """
+        if max_tokens is not None and len(text) > max_tokens * self.max_token_bytes:
+            raise PromptTooLong(
+                f"The prompt has {len(text)} characters, but the model takes {max_tokens} tokens.",
+                hint="Shorten the prompt.",
+            )
+        # The plain encode() holds the interpreter lock all the while.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a chat, up to where the model answers.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or the template refuses the messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest("messages: this model has no chat template.", hint="Use generate() with a prompt.")
+        try:
+            if self._template is None:
+                self._template = _compile(self._chat_template)
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
+        except Exception as error:  # the template is the model's code: whatever it does is the request's failure alone
+            raise InvalidRequest(
+                f"messages: the model's chat template fails at them ({type(error).__name__})."
+            ) from error
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """A detokenizer of the tokens that follow a prompt."""
+        return Detokenizer(self._tokenizer, prompt_ids[-CONTEXT_TOKENS:])
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text as they come; special tokens are left out.
+
+    Two offsets slide over the tokens: text is released once the window since the last release decodes to more than what
+    was released and does not end inside a character. All pieces together equal the decoded whole. (`DecodeStream` of
+    the tokenizers library keeps its unfinished tokens to itself, so the end of a cut sequence could not be shown.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(context)
+        self._read = len(self._window)  # tokens of the window whose text is released
+        self._released = tokenizer.decode(self._window)
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that these tokens complete; may be empty."""
+        self._window += ids
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(REPLACEMENT) and len(self._window) - self._read <= MAX_HELD_TOKENS:
+            return ""
+        return self._release(text)
+
+    def finish(self) -> str:
+        """What is left: an incomplete character shows as U+FFFD."""
+        return self._release(self._tokenizer.decode(self._window))
+
+    def _release(self, text: str) -> str:
+        new = text[len(self._released) :]
+        if new:
+            del self._window[: self._read]
+            self._read = len(self._window)
+            self._released = self._tokenizer.decode(self._window)
+        return new
+
+
+class StopFinder:
+    """Finds the first of some stop strings in a text that comes in pieces; holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """The text to show now, and whether a stop string was found (it and what follows are cut off)."""
+        if not self._stops:
+            return text, False
+        text = self._held + text
+        found = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            self._held = ""
+            return text[:found], True
+        keep = self._overlap(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def finish(self) -> str:
+        """What was held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            end = text[len(text) - size :]
+            if any(stop.startswith(end) for stop in self._stops):
+                return size
+        return 0
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _specials(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that a template may name (bos_token, eos_token, ...)."""
+    found = {}
+    for name, value in config.items():
+        if name.endswith("_token") and value:
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                found[name] = text
+    return found
+
+
+class _Generation(jinja2.ext.Extension):
+    """The {% generation %} block of templates made for training: its body, nothing more."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """The template in a sandbox: it comes with the model, so it is not trusted."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # jinja2's own escapes HTML characters, which a prompt must not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
