@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = ("errors", "config", "messages", "tasks", "models")
-KERNEL_SIDE = ("client", "results", "session", "deployment", "registry", "planner", "hardware", "compat")
+KERNEL_SIDE = ("client", "results", "streams", "session", "deployment", "registry", "planner", "hardware", "compat")
 
 #: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "registry": CORE,
     "deployment": (*CORE, "registry", "hardware"),
     "results": CORE,
-    "client": (*CORE, "rpc", "results"),
+    "streams": (*CORE, "rpc", "results"),
+    "client": (*CORE, "rpc", "results", "streams"),
     "session": (*CORE, "rpc", "results", "client", "registry", "deployment", "planner", "hardware"),
     "compat": (*CORE, "rpc", "results", "client", "session", "registry"),
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware"),

@@ -1,0 +1,346 @@
+"""The synchronous gRPC client: works in a cell, in a thread and in a script. Its awaitable calls are threads around it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
+
+import grpc
+
+from miinb.config import GenerationParams, parse_generation
+from miinb.errors import Interrupted, InvalidRequest, Unavailable, did_you_mean
+from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
+from miinb.results import ConversationReply, Reply, Result, frame_of, merge, predictions_of
+from miinb.rpc import codec
+from miinb.streams import Stream, StreamGroup
+from miinb.tasks import find_task
+
+if TYPE_CHECKING:
+    import pandas
+
+TIMEOUT_S = 300.0
+MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
+MAX_RECORDS = 100_000
+MAX_INPUTS = 1024  # of one predict call
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # the server is on this machine
+    ("grpc.enable_retries", 0),  # `Stream` retries, and only before the first token
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """Asks one deployment. Thread-safe.
+
+    Args:
+        address: the frontend's: "unix:/path" or "127.0.0.1:port".
+        token: bearer token of a TCP address.
+        timeout_s: limit of a request that gives none, seconds.
+    """
+
+    def __init__(self, address: str, token: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channel: Any = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._generate = self._channel.unary_stream(codec.GENERATE)
+        self._predict = self._channel.unary_stream(codec.PREDICT)
+        self._describe = self._channel.unary_unary(codec.DESCRIBE)
+        self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
+        self._columns: dict[str, Any] | None = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the channel; calls that still run end as canceled."""
+        self._channel.close()
+
+    # Text
+
+    def generate(self, prompts: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any) -> Result:
+        """New text for a prompt or a list of prompts, in order; a list runs as concurrent streams.
+
+        Args:
+            prompts: one prompt or several.
+            timeout_s: limit of the whole call, seconds.
+            parameters: `miinb.config.GenerationParams`.
+
+        Raises:
+            RequestError: a request was refused or failed; the others are canceled.
+            Interrupted: the Stop button was pressed.
+        """
+        return self._run_all(self._requests(prompts, parameters), timeout_s, StreamGroup())
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
+    ) -> Result:
+        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template."""
+        return self._run_all([self._chat_request(messages, parameters)], timeout_s, StreamGroup())
+
+    def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
+    ) -> Stream:
+        """Chunks of the answer to a prompt, or to a conversation, as they come."""
+        if isinstance(prompt, str):
+            (request,) = self._requests(prompt, parameters)
+        else:
+            request = self._chat_request(prompt, parameters)
+        return self._open(request, self._limit(timeout_s), 1)
+
+    def _requests(self, prompts: str | Sequence[str], parameters: Mapping[str, Any]) -> list[GenerateRequest]:
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = parse_generation(parameters)
+        if not given:
+            raise InvalidRequest("prompts: the list is empty.")
+        for prompt in given:
+            if not isinstance(prompt, str):
+                raise InvalidRequest(f"prompts: {type(prompt).__name__} is not text.", hint="Use chat() for messages.")
+        return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex) for prompt in given]
+
+    def _chat_request(self, messages: Any, parameters: Mapping[str, Any]) -> GenerateRequest:
+        params: GenerationParams = parse_generation(parameters)
+        rows = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else []
+        for row in rows:
+            known = isinstance(row, Mapping) and set(row) == {"role", "content"}
+            if not known or not all(isinstance(value, str) for value in row.values()):
+                rows = []
+        if not rows:
+            raise InvalidRequest('messages: give a list of {"role": text, "content": text}.')
+        return GenerateRequest(None, params, tuple(dict(row) for row in rows), request_id=uuid.uuid4().hex)
+
+    def _limit(self, timeout_s: float | None) -> float:
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        if not 0 < limit < float("inf"):
+            raise InvalidRequest(f"timeout_s: {limit!r} is no positive number of seconds.")
+        return limit
+
+    def _open(self, request: GenerateRequest, timeout_s: float, batch_size: int) -> Stream:
+        def call(data: bytes, left_s: float) -> Any:
+            return self._generate(data, timeout=left_s, metadata=self._metadata)
+
+        return Stream(call, request, timeout_s, lambda row: self._record({**row, "batch_size": batch_size}))
+
+    def _run_all(self, requests: Sequence[GenerateRequest], timeout_s: float | None, group: StreamGroup) -> Result:
+        limit_s = self._limit(timeout_s)
+        end = time.monotonic() + limit_s
+
+        def run(request: GenerateRequest) -> Result:
+            stream = self._open(request, max(end - time.monotonic(), 0.001), len(requests))
+            with group.running(stream):
+                return stream.result
+
+        if len(requests) == 1:
+            return run(requests[0])
+        with ThreadPoolExecutor(min(len(requests), MAX_STREAMS), "miinb-generate") as pool:
+            futures = [pool.submit(run, request) for request in requests]
+            try:
+                while (state := wait(futures, timeout=0.5, return_when="FIRST_EXCEPTION")).not_done:
+                    if any(future.exception() for future in state.done):
+                        break
+            except KeyboardInterrupt:
+                tokens = group.cancel()
+                raise Interrupted(f"stopped after {tokens} tokens; the deployment lives on.") from None
+            failed = [future for future in futures if future.done() and future.exception()]
+            if failed:
+                group.cancel()
+                failed[0].result()
+        return merge([future.result() for future in futures])
+
+    # Other tasks
+
+    def predict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> list[list[Any]]:
+        """Predictions of an encoder task, one list for each input, in order.
+
+        Args:
+            inputs: a text, a dictionary of the task's inputs ({"question": ..., "context": ...}), or a list of them.
+            timeout_s: limit of the call, seconds.
+            options: the task's own (`top_k`, ...).
+        """
+        task = self.describe().task
+        return predictions_of(task, self._predict_raw(task, inputs, options, timeout_s).outputs)
+
+    def _predict_raw(
+        self, task: str, inputs: Any, options: Mapping[str, Any], timeout_s: float | None
+    ) -> PredictedEvent:
+        rows = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
+        names = find_task(task).inputs
+        plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
+        if not plain or not all(isinstance(row, Mapping) for row in plain):
+            raise InvalidRequest(f"inputs: give a dictionary with {', '.join(names)}, or a list of them.")
+        data = codec.encode_predict(plain, options, uuid.uuid4().hex)
+        begin = time.perf_counter()
+        try:
+            for piece in self._predict(data, timeout=self._limit(timeout_s), metadata=self._metadata):
+                event = codec.decode_predicted(piece)
+                if event is not None:
+                    self._record(_predict_row(event, len(plain), time.perf_counter() - begin))
+                    return event
+        except grpc.RpcError as failure:
+            raise codec.error_of(failure) from None
+        raise Unavailable("The answer ended too early.")
+
+    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
+        """MII's call: a request dictionary in, MII's reply fields out.
+
+        Args:
+            request: the task's keys, for text generation {"query": text or list of texts}.
+            parameters: generation parameters, or the options of an encoder task.
+        """
+        task = find_task(self.describe().task)
+        for name in request:
+            if name not in task.inputs:
+                raise InvalidRequest(f"{name}: not a key of {task.name}.", hint=did_you_mean(name, task.inputs))
+        first = task.inputs[0]
+        if first not in request:
+            raise InvalidRequest(f"{first}: the request lacks it.")
+        if task.name == "conversational":
+            return self._converse(request, parameters)
+        begin = time.perf_counter()
+        if task.streams:
+            result = self.generate(request[first], **{"return_full_text": True, **parameters})
+            return Reply(list(result.texts), time.perf_counter() - begin, result.timing.model_s)
+        single = all(isinstance(value, str) for value in request.values())
+        many = [dict(zip(request, values, strict=True)) for values in zip(*request.values(), strict=True)]
+        event = self._predict_raw(task.name, request if single else many, parameters, None)
+        response = event.outputs[0] if single else list(event.outputs)
+        return Reply(response, time.perf_counter() - begin, event.model_s)
+
+    def _converse(self, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> ConversationReply:
+        users = [*(request.get("past_user_inputs") or ()), request["text"]]
+        answers = list(request.get("generated_responses") or ())
+        if len(answers) != len(users) - 1:
+            raise InvalidRequest("past_user_inputs and generated_responses: their lengths differ.")
+        messages = []
+        for number, text in enumerate(users):
+            messages.append({"role": "user", "content": text})
+            messages += [{"role": "assistant", "content": text} for text in answers[number : number + 1]]
+        begin = time.perf_counter()
+        result = self.chat(messages, **parameters)
+        return ConversationReply(
+            conversation_id=str(request.get("conversation_id") or uuid.uuid4()),
+            past_user_inputs=users,
+            generated_responses=[*answers, result.text],
+            time_taken=time.perf_counter() - begin,
+            model_time_taken=result.timing.model_s,
+        )
+
+    # The same, awaitable
+
+    async def agenerate(
+        self, prompts: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
+    ) -> Result:
+        """`generate`, awaitable; canceling the task cancels the requests."""
+        group = StreamGroup()
+        requests = self._requests(prompts, parameters)
+        return await _in_thread(lambda: self._run_all(requests, timeout_s, group), group)
+
+    async def achat(
+        self, messages: Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
+    ) -> Result:
+        """`chat`, awaitable."""
+        group = StreamGroup()
+        request = self._chat_request(messages, parameters)
+        return await _in_thread(lambda: self._run_all([request], timeout_s, group), group)
+
+    async def apredict(self, inputs: Any, **options: Any) -> list[list[Any]]:
+        """`predict`, awaitable."""
+        return await _in_thread(lambda: self.predict(inputs, **options), StreamGroup())
+
+    async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
+        """`stream` as an asynchronous iterator; leaving it cancels the request."""
+        with self.stream(prompt, **parameters) as stream:
+            while (chunk := await asyncio.to_thread(next, stream, None)) is not None:
+                yield chunk
+
+    # The deployment
+
+    def describe(self) -> EngineInfo:
+        """What is served: model, engine, plan, limits.
+
+        Raises:
+            Unavailable: no replica is ready.
+        """
+        return EngineInfo.from_dict(self.description()["info"])
+
+    def description(self, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Everything that Describe says: name, version, info, replicas, counters."""
+        try:
+            return codec.decode_description(self._describe(b"", timeout=timeout_s, metadata=self._metadata))
+        except grpc.RpcError as failure:
+            raise codec.error_of(failure) from None
+
+    def health(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether a replica is ready (grpc.health.v1)."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    @property
+    def records(self) -> pandas.DataFrame:
+        """One row for each request of this client."""
+        return frame_of(tuple(self._rows))
+
+    def _record(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            row["seq"] = self._rows[-1]["seq"] + 1 if self._rows else 0
+            self._rows.append({**self._known(), **row})
+
+    def _known(self) -> dict[str, Any]:
+        """Columns that are the same for all requests; asked once."""
+        if self._columns is None:
+            try:
+                values = self.description(timeout_s=1.0)
+            except Exception:  # a record is no reason for a request to fail
+                return {}
+            info = EngineInfo.from_dict(values["info"])
+            self._columns = {
+                "session": values["name"],
+                "task": info.task,
+                "model": info.model,
+                "engine": info.engine,
+                "dtype": info.dtype,
+                "tp": info.plan.tensor_parallel,
+                "replicas": values["replicas"],
+            }
+        return self._columns
+
+
+async def _in_thread(work: Callable[[], _T], group: StreamGroup) -> _T:
+    try:
+        return await asyncio.to_thread(work)
+    except asyncio.CancelledError:
+        group.cancel()
+        raise
+
+
+def _predict_row(event: PredictedEvent, inputs: int, e2e_s: float) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "batch_size": inputs,
+        "queue_s": event.queue_s,
+        "preprocess_s": event.preprocess_s,
+        "model_s": event.model_s,
+        "postprocess_s": event.postprocess_s,
+        "e2e_s": e2e_s,
+        "finish_reason": "stop",
+    }

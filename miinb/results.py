@@ -1,0 +1,186 @@
+"""What a client gets back: `Result` of generate and chat, predictions of encoder tasks, MII's reply objects."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from miinb.messages import FinishReason, Timing, TokenLogprob, Usage, from_dict
+
+if TYPE_CHECKING:
+    import pandas
+
+#: A row of the requests table, by column name (see the benchmark's records).
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """New text of one prompt or several: prompts in order, and the sequences of a prompt in order.
+
+    Attributes:
+        texts: one text a sequence; new text only, unless `return_full_text` was set.
+        finish_reasons: "stop" (end token or stop string), "length" or "cancelled", one a sequence.
+        usage: token counts, summed over the prompts.
+        timing: seconds; of several prompts each field is the largest.
+        token_ids: the new tokens, one tuple a sequence.
+        logprobs: of the new tokens, one tuple a sequence; empty unless asked for.
+        seeds: one a prompt: the given one or the one that was drawn.
+        rows: one a prompt, for `frame`.
+    """
+
+    texts: tuple[str, ...]
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage
+    timing: Timing
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    seeds: tuple[int, ...] = ()
+    rows: tuple[Row, ...] = field(default=(), repr=False)
+    images: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The first text ("" if there is none)."""
+        return self.texts[0] if self.texts else ""
+
+    @property
+    def frame(self) -> pandas.DataFrame:
+        """One row for each prompt, with the columns of `Session.records`."""
+        return frame_of(self.rows)
+
+    def __str__(self) -> str:
+        return "\n\n".join(self.texts)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/html": f"<pre>{html.escape(str(self))}</pre>", "text/plain": str(self)}
+
+
+def merge(results: Sequence[Result]) -> Result:
+    """Results of several prompts as one."""
+    timings = [result.timing for result in results]
+    usages = [result.usage for result in results]
+
+    def largest(name: str) -> float:
+        return max((getattr(timing, name) for timing in timings), default=0.0)
+
+    def total(name: str) -> int:
+        return sum(getattr(usage, name) for usage in usages)
+
+    return Result(
+        texts=tuple(text for result in results for text in result.texts),
+        finish_reasons=tuple(reason for result in results for reason in result.finish_reasons),
+        usage=Usage(*(total(name) for name in Usage.__slots__)),
+        timing=Timing(*(largest(name) for name in Timing.__slots__)),
+        token_ids=tuple(ids for result in results for ids in result.token_ids),
+        logprobs=tuple(rows for result in results for rows in result.logprobs),
+        seeds=tuple(seed for result in results for seed in result.seeds),
+        rows=tuple(row for result in results for row in result.rows),
+    )
+
+
+def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
+    """Rows as a tidy frame."""
+    import pandas
+
+    return pandas.DataFrame([dict(row) for row in rows])
+
+
+# Encoder tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A class of a text and its probability."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A labeled piece of a text; `start` and `end` count characters."""
+
+    entity: str
+    score: float
+    word: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A span of the context that answers the question."""
+
+    answer: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A token for the mask, and the text with it."""
+
+    token_str: str
+    score: float
+    token: int
+    sequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A text as a vector."""
+
+    embedding: tuple[float, ...]
+
+
+Prediction = Label | Entity | Answer | Fill | Embedding
+
+#: What a task's predictions are.
+PREDICTIONS: dict[str, type[Prediction]] = {
+    "text-classification": Label,
+    "token-classification": Entity,
+    "question-answering": Answer,
+    "fill-mask": Fill,
+    "feature-extraction": Embedding,
+}
+
+
+def predictions_of(task: str, outputs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
+    """The server's answers as the task's dataclass, one list an input; a task without one keeps plain dictionaries."""
+    cls = PREDICTIONS.get(task)
+    if cls is None:
+        return [[dict(values) for values in entries] for entries in outputs]
+    return [[from_dict(cls, values) for values in entries] for entries in outputs]
+
+
+# MII's reply objects
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer of `query`, with the fields of MII's replies.
+
+    Attributes:
+        response: text tasks: prompt and new text, one a prompt; other tasks: structured data.
+        time_taken: seconds on the client's clock.
+        model_time_taken: seconds in the model.
+    """
+
+    response: Any
+    time_taken: float
+    model_time_taken: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationReply:
+    """Answer of `query` for the conversational task: the conversation with one turn more."""
+
+    conversation_id: str
+    past_user_inputs: list[str]
+    generated_responses: list[str]
+    time_taken: float
+    model_time_taken: float

@@ -1,0 +1,169 @@
+"""Which replica takes a request: the one with the fewest rows. Rows of a replica that goes away fail at once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from miinb.errors import QueueFull, Unavailable
+from miinb.messages import EngineInfo, Event, FailedEvent, PredictedEvent, PredictRequest, SequenceRequest, TokensEvent
+from miinb.server.ipc import CancelRow, EngineStatus, RankChannel, ToFrontend
+from miinb.server.text import TextCodec
+
+#: Takes the events of one row, in the event loop.
+Sink = Callable[[Event | PredictedEvent], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """One copy of the model: the connection to its rank 0 and the rows that it has.
+
+    Attributes:
+        text: its tokenizer, or None for a task that does not stream text.
+    """
+
+    channel: RankChannel
+    info: EngineInfo
+    text: TextCodec | None
+    rows: dict[int, Sink] = field(default_factory=dict)
+
+    def submit(self, request: SequenceRequest | PredictRequest, sink: Sink) -> None:
+        """Hand a row to the replica; `sink` gets its events.
+
+        Raises:
+            Unavailable: the replica is gone.
+        """
+        if not self.channel.send(request):
+            raise _gone()
+        self.rows[request.row_id] = sink
+
+    def stop(self, row_id: int) -> None:
+        """A stop string was found: the row ends as "stop", and its end is still told to its sink."""
+        if row_id in self.rows:
+            self.channel.send(CancelRow(row_id, "stop"))
+
+    def cancel(self, row_id: int) -> None:
+        """End a row; what it still sends is dropped. It counts as load until the replica has let it go."""
+        if self.rows.get(row_id, _drop) is not _drop:
+            self.rows[row_id] = _drop
+            self.channel.send(CancelRow(row_id))
+
+
+class Balancer:
+    """The ready replicas.
+
+    Args:
+        load_text: reads the tokenizer of a replica; runs in a thread.
+        max_queue: rows that may wait in a replica above its `max_batch`.
+        on_change: called when the number of ready replicas changes.
+    """
+
+    def __init__(
+        self,
+        load_text: Callable[[EngineInfo], TextCodec | None],
+        *,
+        max_queue: int,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load_text = load_text
+        self._max_queue = max_queue
+        self._on_change = on_change
+        self._replicas: dict[RankChannel, Replica] = {}
+        self._open: set[RankChannel] = set()
+        self._ready = asyncio.Event()
+        self._row_ids = itertools.count(1)
+        self._admissions: set[asyncio.Task[None]] = set()
+
+    def make_channel(self) -> RankChannel:
+        """A connection for `ipc.listen`."""
+        channel = RankChannel(self._on_message, self._on_closed)
+        self._open.add(channel)
+        return channel
+
+    def next_row_id(self) -> int:
+        """A number that no other row of this frontend has."""
+        return next(self._row_ids)
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The ready replicas."""
+        return tuple(self._replicas.values())
+
+    async def pick(self, rows: int, *, patience_s: float = 2.0) -> Replica:
+        """The least loaded replica, if it has room for so many rows. Waits a little for a first one to be ready.
+
+        Raises:
+            Unavailable: no replica is ready.
+            QueueFull: too many rows wait already.
+        """
+        if not self._replicas:
+            try:
+                await asyncio.wait_for(self._ready.wait(), patience_s)
+            except TimeoutError:
+                raise Unavailable("No replica of the model is ready.", hint="See status() and logs().") from None
+        replica = min(self._replicas.values(), key=lambda candidate: len(candidate.rows))
+        room = replica.info.max_batch + self._max_queue - len(replica.rows)
+        if rows > room:
+            raise QueueFull(
+                f"{len(replica.rows)} sequences run or wait, {rows} more do not fit.",
+                hint="Try again later, or raise options.max_queue.",
+            )
+        return replica
+
+    def close(self) -> None:
+        """Close every connection."""
+        for channel in tuple(self._open):
+            channel.close()
+
+    def _on_message(self, channel: RankChannel, message: ToFrontend) -> None:
+        if isinstance(message, EngineInfo):
+            task = asyncio.ensure_future(self._admit(channel, message))
+            self._admissions.add(task)
+            task.add_done_callback(self._admissions.discard)
+            return
+        replica = self._replicas.get(channel)
+        if replica is None or isinstance(message, EngineStatus):
+            return
+        row_id = message.row_id
+        sink = replica.rows.get(row_id) if isinstance(message, TokensEvent) else replica.rows.pop(row_id, None)
+        if sink is not None:
+            sink(message)
+
+    async def _admit(self, channel: RankChannel, info: EngineInfo) -> None:
+        try:
+            text = await asyncio.to_thread(self._load_text, info)
+        except Exception:
+            log.exception("the tokenizer of replica %d cannot be read", info.replica)
+            channel.close()
+            return
+        if channel in self._open:
+            self._replicas[channel] = Replica(channel, info, text)
+            self._ready.set()
+            self._on_change()
+
+    def _on_closed(self, channel: RankChannel) -> None:
+        self._open.discard(channel)
+        replica = self._replicas.pop(channel, None)
+        if replica is None:
+            return
+        log.warning("replica %d is gone, with %d rows", replica.info.replica, len(replica.rows))
+        if not self._replicas:
+            self._ready.clear()
+        error = _gone()
+        for row_id, sink in tuple(replica.rows.items()):
+            sink(FailedEvent(row_id, type(error).__name__, error.message, error.hint))
+        replica.rows.clear()
+        self._on_change()
+
+
+def _gone() -> Unavailable:
+    return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
+
+
+def _drop(event: Event | PredictedEvent) -> None:
+    """The sink of a canceled row."""

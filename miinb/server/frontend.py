@@ -1,0 +1,195 @@
+"""The frontend process: `python -m miinb.server.frontend`. docs/internals.md says how it is started.
+
+One asyncio loop: gRPC on a unix socket (and on loopback TCP with a token, when a port was asked for), rank 0 of every
+replica on another unix socket. SIGTERM drains: new requests are refused, running ones may end within `drain_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from miinb.config import DeploymentConfig
+from miinb.messages import EngineInfo
+from miinb.rpc import codec
+from miinb.server import ipc
+from miinb.server.balancer import Balancer
+from miinb.server.service import MAX_REQUEST_BYTES, Inference, TokenCheck
+from miinb.server.text import TextCodec
+from miinb.tasks import find_task
+
+DRAIN_S = 10.0
+ACTIVITY_S = 1.0
+PR_SET_PDEATHSIG = 1
+#: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
+SPARE_CALLS = 256
+DEFAULT_MAX_BATCH = 1024
+
+GRPC_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.absolute_max_metadata_size", 8192),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+)
+
+log = logging.getLogger(__name__)
+
+
+class StatusPipe:
+    """JSON lines to the supervisor, on the pipe whose number is in MIINB_STATUS_FD. Never blocks."""
+
+    def __init__(self) -> None:
+        number = os.environ.get("MIINB_STATUS_FD")
+        self._fd = int(number) if number else None
+        if self._fd is not None:
+            os.set_blocking(self._fd, False)
+
+    def send(self, line: Mapping[str, Any]) -> None:
+        """Write one line; a full or closed pipe drops it."""
+        if self._fd is not None:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._fd, (json.dumps(line) + "\n").encode())
+
+
+class Frontend:
+    """The servers of one deployment and what they share."""
+
+    def __init__(self, config: DeploymentConfig, folder: Path, name: str, drain_s: float, status: StatusPipe) -> None:
+        self._config = config
+        self._folder = folder
+        self._drain_s = drain_s
+        self._status = status
+        self._name = name
+        self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._health_changed)
+        self._service = Inference(self._balancer, name)
+        self._health = HealthServicer()
+        self._health_tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[grpc.aio.Server] = []
+
+    def _load_text(self, info: EngineInfo) -> TextCodec | None:
+        return TextCodec.load(self._folder / info.tokenizer_folder) if find_task(info.task).streams else None
+
+    def _health_changed(self) -> None:
+        task = asyncio.ensure_future(self._set_health())
+        self._health_tasks.add(task)
+        task.add_done_callback(self._health_tasks.discard)
+
+    async def _set_health(self) -> None:
+        Status = health_pb2.HealthCheckResponse
+        status = Status.SERVING if self._balancer.replicas else Status.NOT_SERVING
+        for service in {"", codec.SERVICE, self._name}:
+            await self._health.set(service, status)
+
+    def _server(self, token: str | None) -> grpc.aio.Server:
+        rows = (self._config.max_batch or DEFAULT_MAX_BATCH) + self._config.options.max_queue
+        server = grpc.aio.server(
+            interceptors=[] if token is None else [TokenCheck(token)],
+            options=GRPC_OPTIONS,
+            maximum_concurrent_rpcs=self._config.replicas * rows + SPARE_CALLS,
+        )
+        server.add_generic_rpc_handlers((self._service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._servers.append(server)
+        return server
+
+    async def start(self) -> dict[str, str]:
+        """Listen on every socket; the addresses of the ready line."""
+        await self._set_health()
+        await ipc.listen(self._folder / "engine.sock", self._balancer.make_channel)
+        socket = self._folder / "rpc.sock"
+        socket.unlink(missing_ok=True)
+        address = f"unix:{socket}"
+        server = self._server(None)
+        server.add_insecure_port(address)
+        socket.chmod(0o600)
+        await server.start()
+        addresses = {"address": address}
+        if self._config.port is not None:
+            token = (self._folder / "token").read_text().strip()
+            server = self._server(token)
+            port = server.add_insecure_port(f"127.0.0.1:{self._config.port}")
+            await server.start()
+            addresses["tcp"] = f"127.0.0.1:{port}"
+        return addresses
+
+    async def run(self) -> None:
+        """Serve until SIGTERM; a second one ends at once."""
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[None] = asyncio.Queue()
+        loop.add_signal_handler(signal.SIGTERM, signals.put_nowait, None)
+        self._status.send({"ready": await self.start()})
+        activity = asyncio.ensure_future(self._report_activity())
+        await signals.get()
+        log.info("draining for at most %.0f s", self._drain_s)
+        await self._health.enter_graceful_shutdown()
+        stops = [asyncio.ensure_future(server.stop(self._drain_s)) for server in self._servers]
+        second = asyncio.ensure_future(signals.get())
+        drained = asyncio.ensure_future(asyncio.wait(stops))
+        await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
+        for server in self._servers:
+            await server.stop(0)
+        activity.cancel()
+        second.cancel()
+        self._balancer.close()
+        for file in ("rpc.sock", "engine.sock"):
+            (self._folder / file).unlink(missing_ok=True)
+
+    async def _report_activity(self) -> None:
+        last = None
+        while True:
+            counters = self._service.counters
+            now = (counters.in_flight, counters.queued, counters.requests, len(self._balancer.replicas))
+            if now != last:
+                names = ("in_flight", "queued", "requests", "replicas")
+                self._status.send({"activity": dict(zip(names, now, strict=True))})
+                last = now
+            await asyncio.sleep(ACTIVITY_S)
+
+
+def die_with_parent() -> None:
+    """End this process when the supervisor ends, also if it has already ended."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent == 1 or os.getppid() != parent:
+        sys.exit("the supervisor is gone")
+
+
+def main() -> None:
+    """Read the JSON line of stdin and serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button of a notebook is not for the server
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    status = StatusPipe()
+    try:
+        line = json.loads(sys.stdin.readline())
+        config = DeploymentConfig.from_json(json.dumps(line["config"]))
+        frontend = Frontend(
+            config, Path(line["folder"]), line.get("name", ""), float(line.get("drain_s", DRAIN_S)), status
+        )
+        asyncio.run(frontend.run())
+    except Exception as error:
+        log.exception("the frontend failed")
+        status.send({"failed": {"error": type(error).__name__, "message": str(error), "hint": "", "details": ""}})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

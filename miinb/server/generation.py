@@ -1,0 +1,288 @@
+"""One generate request in the frontend: its rows, their text, its end. Knows neither gRPC nor protobuf."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from miinb.config import MAX_SEED, GenerationParams
+from miinb.errors import InvalidRequest, PromptTooLong, from_name
+from miinb.messages import (
+    Chunk,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    PredictedEvent,
+    RequestEnd,
+    SequenceEnd,
+    SequenceRequest,
+    Timing,
+    TokenLogprob,
+    TokensEvent,
+    Usage,
+)
+from miinb.server.balancer import Balancer, Replica
+from miinb.server.text import Detokenizer, StopFinder, TextCodec
+
+#: Texts up to so many characters are tokenized in the event loop: a thread would cost more than the work.
+INLINE_CHARACTERS = 1000
+MAX_MESSAGES = 1000
+SEED_BITS = 32  # of a drawn seed: short enough to be typed again
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence of the request."""
+
+    index: int
+    row_id: int
+    detokenizer: Detokenizer
+    stops: StopFinder
+    has_stops: bool
+    prefix: str  # shown before the first new text: the prompt, if asked for
+    new_ids: list[int] = field(default_factory=list)  # arrived, not yet looked at
+    ids: list[int] = field(default_factory=list)  # of text not yet shown
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    output_tokens: int = 0
+    stopped: bool = False  # a stop string was found
+    finished: FinishedEvent | None = None
+
+    def advance(self) -> Iterator[Chunk | SequenceEnd]:
+        """Events of the tokens that have arrived, and the end when the row is complete."""
+        if self.stopped:
+            self.new_ids.clear()
+            self.logprobs.clear()
+            return
+        text = self._read_tokens()
+        if self.finished and not self.stopped:
+            tail, self.stopped = self.stops.add(self.detokenizer.finish())
+            text += tail if self.stopped else tail + self.stops.finish()
+        done = self.stopped or self.finished is not None
+        if text or (done and self.ids):
+            text, self.prefix = self.prefix + text, ""
+            count = len(self.ids)
+            yield Chunk(text, tuple(self.ids), self.index, tuple(self.logprobs[:count]))
+            self.ids.clear()
+            del self.logprobs[:count]
+        if done:
+            reason = "stop" if self.stopped or self.finished is None else self.finished.finish_reason
+            yield SequenceEnd(self.index, reason, self.output_tokens)
+
+    def _read_tokens(self) -> str:
+        # With stop strings token by token: none after the one that completes a stop string counts.
+        pieces = [[token] for token in self.new_ids] if self.has_stops else [self.new_ids] if self.new_ids else []
+        text = ""
+        for ids in pieces:
+            shown, self.stopped = self.stops.add(self.detokenizer.add(ids))
+            text += shown
+            self.ids += ids
+            self.output_tokens += len(ids)
+            if self.stopped:
+                break
+        self.new_ids = []
+        return text
+
+
+class Generation:
+    """A running request. `events()` yields its answer; `cancel()` frees what still runs.
+
+    Args:
+        pace_s: the least time between two chunks, asked anew for each.
+    """
+
+    def __init__(self, replica: Replica, pace_s: Callable[[], float]) -> None:
+        self.seed = 0
+        self.started = False  # a token has come
+        self.output_tokens = 0
+        self._replica = replica
+        self._rows: dict[int, Row] = {}
+        self._pace_s = pace_s
+        self._pending: list[Event] = []
+        self._arrived = asyncio.Event()
+        self._not_before = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._prompt_tokens = 0
+        self._tokenize_s = 0.0
+        self._detokenize_s = 0.0
+
+    @classmethod
+    async def start(
+        cls,
+        request: GenerateRequest,
+        balancer: Balancer,
+        *,
+        t_submit: float,
+        deadline: float,
+        pace_s: Callable[[], float],
+    ) -> Generation:
+        """Check and tokenize the request and hand its rows to the least loaded replica.
+
+        Raises:
+            InvalidRequest, PromptTooLong, QueueFull, Unavailable: it cannot be served; nothing was started.
+        """
+        params = request.params
+        replica = await balancer.pick(params.num_return_sequences)
+        if replica.text is None:
+            raise InvalidRequest(f"This deployment serves {replica.info.task}.", hint="Use predict().")
+        check_token_ids(params, replica.info.vocab_size)
+        begin = time.perf_counter()
+        ids = await tokenize(request, replica.text, replica.info.max_length)
+        tokenize_s = time.perf_counter() - begin
+        check_length(len(ids), params.max_new_tokens, replica.info.max_length)
+        replica = await balancer.pick(params.num_return_sequences)  # it may have gone or filled meanwhile
+        self = cls(replica, pace_s)
+        self._tokenize_s, self._prompt_tokens = tokenize_s, len(ids)
+        try:
+            self._submit(request, ids, balancer.next_row_id, t_submit, deadline)
+        except BaseException:
+            self.cancel()
+            raise
+        return self
+
+    def _submit(
+        self, request: GenerateRequest, ids: list[int], next_row_id: Callable[[], int], t_submit: float, deadline: float
+    ) -> None:
+        params, text = request.params, self._replica.text
+        if text is None:
+            raise InvalidRequest("This replica has no tokenizer.")
+        self.seed = secrets.randbits(SEED_BITS) if params.seed is None else params.seed
+        prefix = (request.prompt or "") if params.return_full_text else ""
+        for index in range(params.num_return_sequences):
+            seeded = params.model_copy(update={"seed": (self.seed + index) % (MAX_SEED + 1)})
+            row_id = next_row_id()
+            stops = StopFinder(params.stop)
+            self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), prefix)
+            self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline), self._push)
+
+    def _push(self, event: Event | PredictedEvent) -> None:
+        """Takes an event from the balancer; tokens of a paced stream wait for its turn."""
+        if isinstance(event, PredictedEvent):
+            return
+        self._pending.append(event)
+        wait_s = self._not_before - time.monotonic() if isinstance(event, TokensEvent) else 0.0
+        if wait_s <= 0:
+            self._arrived.set()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._arrived.set)
+
+    async def events(self) -> AsyncIterator[Chunk | SequenceEnd | RequestEnd]:
+        """The answer as it comes: what has arrived since the last look is one chunk a sequence.
+
+        Raises:
+            MiinbError: a row failed; the others are canceled.
+        """
+        while any(row.finished is None for row in self._rows.values()):
+            await self._arrived.wait()
+            self._arrived.clear()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            for row in self._take_pending():
+                begin = time.perf_counter()
+                events = list(row.advance())
+                self._detokenize_s += time.perf_counter() - begin
+                if row.stopped and row.finished is None:
+                    self._replica.stop(row.row_id)
+                for event in events:
+                    yield event
+            self._not_before = time.monotonic() + self._pace_s()
+        yield self._end()
+
+    def _take_pending(self) -> Sequence[Row]:
+        touched: dict[int, Row] = {}
+        pending, self._pending = self._pending, []
+        for event in pending:
+            row = touched[event.row_id] = self._rows[event.row_id]
+            if isinstance(event, TokensEvent):
+                self.started = True
+                row.new_ids += event.token_ids
+                row.logprobs += event.logprobs
+            elif isinstance(event, FinishedEvent):
+                row.finished = event
+            elif isinstance(event, FailedEvent):
+                error = from_name(event.error, event.message)
+                error.hint = event.hint
+                raise error
+        return tuple(touched.values())
+
+    def _end(self) -> RequestEnd:
+        rows = self._rows.values()
+        ends = [row.finished for row in rows if row.finished is not None]
+        self.output_tokens = sum(row.output_tokens for row in rows)
+        return RequestEnd(
+            Usage(self._prompt_tokens, self.output_tokens, max(end.cached_tokens for end in ends)),
+            Timing(
+                queue_s=max(end.queue_s for end in ends),
+                tokenize_s=self._tokenize_s,
+                model_s=max(end.model_s for end in ends),
+                detokenize_s=self._detokenize_s,
+            ),
+            self.seed,
+        )
+
+    def cancel(self) -> None:
+        """End every row that still runs; safe to call at any time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for row in self._rows.values():
+            if row.finished is None:
+                self._replica.cancel(row.row_id)
+
+
+async def tokenize(request: GenerateRequest, text: TextCodec, max_tokens: int) -> list[int]:
+    """Token ids of a request's prompt or chat; a long one in a thread, so that other streams go on.
+
+    Raises:
+        InvalidRequest: there is no prompt, it is empty, or it holds a NUL.
+        PromptTooLong: it has more tokens than the model takes.
+    """
+    messages = request.messages
+    if (request.prompt is None) == (messages is None):
+        raise InvalidRequest("prompt: give a prompt or messages.")
+    given = [request.prompt or ""] if messages is None else [message["content"] for message in messages]
+    if not any(given):
+        raise InvalidRequest("prompt: it is empty." if messages is None else "messages: there is no content.")
+    if len(given) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages: {len(given)} are more than {MAX_MESSAGES}.")
+    if any("\0" in part for part in given):
+        raise InvalidRequest("prompt: it holds a NUL character.")
+    if messages is not None and request.params.return_full_text:
+        raise InvalidRequest("return_full_text: not together with messages.")
+
+    def work() -> list[int]:
+        if messages is None:
+            return text.encode(given[0], max_tokens=max_tokens)
+        return text.encode(text.render_chat(messages), add_special_tokens=False, max_tokens=max_tokens)
+
+    ids = work() if sum(map(len, given)) <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+    if not ids:
+        raise InvalidRequest("prompt: it has no tokens.")
+    return ids
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
+    """Refuse what does not fit the model's context (PromptTooLong)."""
+    room = max_length - prompt_tokens
+    if max_new_tokens <= room:
+        return
+    if room <= 0:
+        raise PromptTooLong(
+            f"The prompt has {prompt_tokens} tokens, but the model's context is {max_length}.",
+            hint="Shorten the prompt.",
+        )
+    raise PromptTooLong(
+        f"The prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the context of {max_length}.",
+        hint=f"At most max_new_tokens={room} fits.",
+    )
+
+
+def check_token_ids(params: GenerationParams, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have (InvalidRequest)."""
+    for name, ids in (("eos_token_id", params.eos_token_id), ("logit_bias", params.logit_bias)):
+        wrong = [token_id for token_id in ids or () if not 0 <= token_id < vocab_size]
+        if wrong:
+            raise InvalidRequest(f"{name}: {wrong[0]} is no token id of this model (0 to {vocab_size - 1}).")

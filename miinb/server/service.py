@@ -1,0 +1,215 @@
+"""The gRPC service `miinb.v1.Inference`: bytes in, bytes out, every failure a code with a name."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+import miinb
+from miinb.errors import Cancelled, DeadlineExceeded, InvalidRequest, MiinbError, did_you_mean, from_name
+from miinb.messages import Event, FailedEvent, PredictedEvent, PredictRequest
+from miinb.rpc import codec
+from miinb.server.balancer import Balancer
+from miinb.server.generation import Generation
+from miinb.tasks import TASKS
+
+MAX_REQUEST_BYTES = 16 << 20
+MAX_INPUTS = 1024
+#: A call without a deadline of its own has this one.
+MAX_DEADLINE_S = 3600.0
+#: A stream that its client does not read for so long is ended.
+MAX_UNREAD_S = 60.0
+#: Above so many streams each has at most so many chunks a second.
+MANY_STREAMS = 32
+PACE_S = 0.04
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the frontend has done, and what it does now."""
+
+    requests: int = 0
+    in_flight: int = 0
+    queued: int = 0  # of those in flight: no token yet
+    failed: int = 0
+    cancelled: int = 0
+    output_tokens: int = 0
+
+
+class Inference:
+    """The service's methods over the replicas of a balancer."""
+
+    def __init__(self, balancer: Balancer, name: str) -> None:
+        self.counters = Counters()
+        self._balancer = balancer
+        self._name = name
+        self._waiting: set[Generation] = set()
+
+    def handlers(self) -> Any:
+        """The methods for `grpc.aio.Server.add_generic_rpc_handlers`; requests stay bytes, so that junk is ours."""
+        methods = {
+            codec.GENERATE: grpc.unary_stream_rpc_method_handler(self._generate),
+            codec.PREDICT: grpc.unary_stream_rpc_method_handler(self._predict),
+            codec.DESCRIBE: grpc.unary_unary_rpc_method_handler(self._describe),
+        }
+        return grpc.method_handlers_generic_handler(
+            codec.SERVICE, {path.rpartition("/")[2]: handler for path, handler in methods.items()}
+        )
+
+    async def _generate(self, data: bytes, context: Any) -> None:
+        await self._serve(self._run_generate, data, context)
+
+    async def _predict(self, data: bytes, context: Any) -> None:
+        await self._serve(self._run_predict, data, context)
+
+    async def _serve(self, run: Callable[[bytes, Any, float], Awaitable[None]], data: bytes, context: Any) -> None:
+        """Counts, times and answers one request; the client's deadline holds in the queue too."""
+        counters = self.counters
+        counters.requests += 1
+        counters.in_flight += 1
+        left_s = min(context.time_remaining() or MAX_DEADLINE_S, MAX_DEADLINE_S)
+        try:
+            async with asyncio.timeout(left_s):
+                await run(data, context, time.monotonic() + left_s)
+            return
+        except asyncio.CancelledError:
+            counters.cancelled += 1
+            raise
+        except TimeoutError:
+            error: Exception = DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
+        except Exception as failure:
+            error = failure
+        finally:
+            counters.in_flight -= 1
+        counters.failed += 1
+        await abort(context, error)
+
+    async def _run_generate(self, data: bytes, context: Any, deadline: float) -> None:
+        t_submit = time.monotonic()
+        counters = self.counters
+        counters.queued += 1
+        waiting = True
+        generation: Generation | None = None
+        try:
+            request = codec.decode_generate(data)
+            generation = await Generation.start(
+                request, self._balancer, t_submit=t_submit, deadline=deadline, pace_s=self._pace_s
+            )
+            async for event in generation.events():
+                if waiting:
+                    counters.queued -= 1
+                    waiting = False
+                await write(context, codec.encode_event(event))
+        finally:
+            if waiting:
+                counters.queued -= 1
+            if generation is not None:
+                generation.cancel()
+                counters.output_tokens += generation.output_tokens
+
+    def _pace_s(self) -> float:
+        return PACE_S if self.counters.in_flight > MANY_STREAMS else 0.0
+
+    async def _run_predict(self, data: bytes, context: Any, deadline: float) -> None:
+        t_submit = time.monotonic()
+        inputs, options = codec.decode_predict(data)
+        replica = await self._balancer.pick(1)
+        check_inputs(inputs, replica.info.task)
+        row_id = self._balancer.next_row_id()
+        done: asyncio.Future[Event | PredictedEvent] = asyncio.get_running_loop().create_future()
+        try:
+            replica.submit(
+                PredictRequest(row_id, inputs, options, t_submit),
+                lambda event: None if done.done() else done.set_result(event),
+            )
+            event = await done
+        finally:
+            replica.cancel(row_id)
+        if isinstance(event, FailedEvent):
+            error = from_name(event.error, event.message)
+            error.hint = event.hint
+            raise error
+        if isinstance(event, PredictedEvent):
+            await write(context, codec.encode_predicted(event))
+
+    async def _describe(self, data: bytes, context: Any) -> bytes:
+        try:
+            replica = await self._balancer.pick(0)
+        except MiinbError as error:
+            await abort(context, error)
+            raise
+        return codec.encode_description(
+            {
+                "name": self._name,
+                "version": miinb.__version__,
+                "info": dataclasses.asdict(replica.info),
+                "replicas": len(self._balancer.replicas),
+                "counters": dataclasses.asdict(self.counters),
+            }
+        )
+
+
+async def write(context: Any, data: bytes) -> None:
+    """Write one message of a stream.
+
+    Raises:
+        Cancelled: the client has not read for `MAX_UNREAD_S`.
+    """
+    try:
+        async with asyncio.timeout(MAX_UNREAD_S):
+            await context.write(data)
+    except TimeoutError:
+        raise Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.") from None
+
+
+async def abort(context: Any, error: BaseException) -> None:
+    """End a call with an error's code, text and name."""
+    failure = codec.failure_of(error, lambda number, cause: log.error("error %s", number, exc_info=cause))
+    await context.abort(failure.code, failure.text, failure.metadata)
+
+
+def check_inputs(inputs: Sequence[Mapping[str, Any]], task_name: str) -> None:
+    """Refuse inputs that are not of the task (InvalidRequest naming the field)."""
+    task = TASKS[task_name]
+    if task.streams:
+        raise InvalidRequest(f"This deployment serves {task_name}.", hint="Use generate() or stream().")
+    if not 1 <= len(inputs) <= MAX_INPUTS:
+        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {MAX_INPUTS} fit in a call.")
+    for values in inputs:
+        for name in values:
+            if name not in task.inputs:
+                raise InvalidRequest(f"{name}: not an input of {task_name}.", hint=did_you_mean(name, task.inputs))
+        for name in task.inputs:
+            value = values.get(name)
+            if not isinstance(value, str) or not value or "\0" in value:
+                raise InvalidRequest(f"{name}: give a text (not empty, without NUL).")
+
+
+class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, misc, unused-ignore]
+    """Refuses every call, of whatever service, that does not carry the token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+        async def refuse(request: Any, context: Any) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is missing or wrong.")
+
+        self._refuse = grpc.unary_unary_rpc_method_handler(refuse)
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Called by gRPC for each call."""
+        given = dict(details.invocation_metadata or ()).get("authorization", "")
+        if hmac.compare_digest(str(given).encode(), self._expected):
+            return await continuation(details)
+        return self._refuse
