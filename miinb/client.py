@@ -1,4 +1,4 @@
-"""The synchronous gRPC client: works in a cell, in a thread and in a script. Its awaitable calls are threads around it."""
+"""The synchronous gRPC client: works in a cell, a thread and a script. Its awaitable calls are threads around it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Client:
         self.address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._channel: Any = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = _channel(address)
         self._generate = self._channel.unary_stream(codec.GENERATE)
         self._predict = self._channel.unary_stream(codec.PREDICT)
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
@@ -300,10 +300,12 @@ class Client:
         """One row for each request of this client."""
         return frame_of(tuple(self._rows))
 
-    def _record(self, row: dict[str, Any]) -> None:
+    def _record(self, row: dict[str, Any]) -> dict[str, Any]:
+        known = self._known()
         with self._lock:
-            row["seq"] = self._rows[-1]["seq"] + 1 if self._rows else 0
-            self._rows.append({**self._known(), **row})
+            row = {**known, "seq": self._rows[-1]["seq"] + 1 if self._rows else 0, **row}
+            self._rows.append(row)
+        return row
 
     def _known(self) -> dict[str, Any]:
         """Columns that are the same for all requests; asked once."""
@@ -323,6 +325,11 @@ class Client:
                 "replicas": values["replicas"],
             }
         return self._columns
+
+
+def _channel(address: str) -> Any:
+    """A channel for bytes in and out: the codec knows the messages (and gRPC's type stubs ask for serializers)."""
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 async def _in_thread(work: Callable[[], _T], group: StreamGroup) -> _T:

@@ -15,7 +15,7 @@ import grpc
 
 from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
 from miinb.messages import Chunk, FinishReason, GenerateRequest, RequestEnd, SequenceEnd, Timing, TokenLogprob, Usage
-from miinb.results import Result
+from miinb.results import Result, Row
 from miinb.rpc import codec
 
 #: UNAVAILABLE before the first token is tried again so often, after so many seconds (doubled each time).
@@ -32,11 +32,11 @@ class Stream(Iterator[Chunk]):
     Args:
         open_call: opens the gRPC call.
         timeout_s: limit of the whole request, seconds.
-        done: called once at the end with the row of the requests table.
+        done: called once at the end with the row of the requests table; returns the row that is kept.
     """
 
     def __init__(
-        self, open_call: Open, request: GenerateRequest, timeout_s: float, done: Callable[[dict[str, Any]], None]
+        self, open_call: Open, request: GenerateRequest, timeout_s: float, done: Callable[[dict[str, Any]], Row]
     ) -> None:
         self._open = open_call
         self._data = codec.encode_generate(request)
@@ -57,6 +57,7 @@ class Stream(Iterator[Chunk]):
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
         self._reasons: list[FinishReason] = ["cancelled"] * count
         self._result: Result | None = None
+        self._row: Row = {}
         self._finishing = threading.Lock()
         self._call = self._open(self._data, timeout_s)
 
@@ -161,7 +162,7 @@ class Stream(Iterator[Chunk]):
                 return
             self._t_end = time.perf_counter()
         self._error = None if self._cancelled and isinstance(error, Cancelled) else error
-        self._done(self._row())
+        self._row = self._done(self._make_row())
 
     def _timing(self) -> Timing:
         e2e_s = self._t_end - self._t_submit
@@ -191,10 +192,10 @@ class Stream(Iterator[Chunk]):
             token_ids=tuple(map(tuple, self._token_ids)),
             logprobs=tuple(map(tuple, self._logprobs)),
             seeds=(self._end.seed,) if self._end else (),
-            rows=(self._row(),),
+            rows=(self._row,),
         )
 
-    def _row(self) -> dict[str, Any]:
+    def _make_row(self) -> dict[str, Any]:
         """The row of the requests table; a field that does not apply is left out."""
         usage, timing = self._usage(), self._timing()
         text = "\0".join("".join(parts) for parts in self._texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class Balancer:
         self._on_change = on_change
         self._replicas: dict[RankChannel, Replica] = {}
         self._open: set[RankChannel] = set()
-        self._ready = asyncio.Event()
+        self._first = asyncio.Event()
         self._row_ids = itertools.count(1)
         self._admissions: set[asyncio.Task[None]] = set()
 
@@ -95,17 +96,17 @@ class Balancer:
         return tuple(self._replicas.values())
 
     async def pick(self, rows: int, *, patience_s: float = 2.0) -> Replica:
-        """The least loaded replica, if it has room for so many rows. Waits a little for a first one to be ready.
+        """The least loaded replica, if it has room for so many rows. Waits a little for the very first one.
 
         Raises:
             Unavailable: no replica is ready.
             QueueFull: too many rows wait already.
         """
+        if not self._first.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._first.wait(), patience_s)
         if not self._replicas:
-            try:
-                await asyncio.wait_for(self._ready.wait(), patience_s)
-            except TimeoutError:
-                raise Unavailable("No replica of the model is ready.", hint="See status() and logs().") from None
+            raise Unavailable("No replica of the model is ready.", hint="See status() and logs().")
         replica = min(self._replicas.values(), key=lambda candidate: len(candidate.rows))
         room = replica.info.max_batch + self._max_queue - len(replica.rows)
         if rows > room:
@@ -143,7 +144,7 @@ class Balancer:
             return
         if channel in self._open:
             self._replicas[channel] = Replica(channel, info, text)
-            self._ready.set()
+            self._first.set()
             self._on_change()
 
     def _on_closed(self, channel: RankChannel) -> None:
@@ -152,8 +153,6 @@ class Balancer:
         if replica is None:
             return
         log.warning("replica %d is gone, with %d rows", replica.info.replica, len(replica.rows))
-        if not self._replicas:
-            self._ready.clear()
         error = _gone()
         for row_id, sink in tuple(replica.rows.items()):
             sink(FailedEvent(row_id, type(error).__name__, error.message, error.hint))

@@ -31,7 +31,7 @@ from miinb.server.service import MAX_REQUEST_BYTES, Inference, TokenCheck
 from miinb.server.text import TextCodec
 from miinb.tasks import find_task
 
-DRAIN_S = 10.0
+DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
 ACTIVITY_S = 1.0
 PR_SET_PDEATHSIG = 1
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.

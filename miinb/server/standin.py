@@ -1,0 +1,157 @@
+"""A rank without a model: `python -m miinb.server.standin`, for benchmarks and tests of the frontend alone.
+
+Speaks the frames of `ipc.py` like a real rank 0 and is started the same way. It answers a prompt with the prompt's own
+tokens, again and again, one token a row and step; predictions are the inputs' lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from miinb.messages import (
+    EngineInfo,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Plan,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+    TokenLogprob,
+    TokensEvent,
+)
+from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+
+
+@dataclass(slots=True)
+class Running:
+    """A row and how far it is."""
+
+    request: SequenceRequest
+    t_start: float = 0.0
+    done: int = 0
+
+
+class StandIn:
+    """The loop of a rank without a model.
+
+    Args:
+        line: the JSON line of a rank: "folder", "replica", and optionally "task", "vocab_size", "max_length",
+            "max_batch", "tokenizer_folder", "step_s" (least time of a step).
+    """
+
+    def __init__(self, line: Mapping[str, Any]) -> None:
+        self.info = EngineInfo(
+            replica=line.get("replica", 0),
+            model="stand-in",
+            task=line.get("task", "text-generation"),
+            engine="stand-in",
+            dtype="fp32",
+            device="cpu",
+            vocab_size=line.get("vocab_size", 1000),
+            max_length=line.get("max_length", 4096),
+            max_batch=line.get("max_batch", 256),
+            eos_token_ids=(),
+            tokenizer_folder=line.get("tokenizer_folder", "tokenizer"),
+            plan=Plan("stand-in", "cpu", "fp32"),
+        )
+        self.step_s = float(line.get("step_s", 0.0))
+        self.socket = RankSocket.connect(Path(line["folder"]) / "engine.sock")
+        self.waiting: list[Running] = []
+        self.running: dict[int, Running] = {}
+
+    def run(self) -> None:
+        """Serve until the frontend is gone."""
+        self.socket.send(self.info)
+        next_step = time.monotonic()
+        while True:
+            busy = bool(self.running or self.waiting)
+            wait_s = max(0.0, next_step - time.monotonic()) if busy else None
+            for message in self.socket.receive(wait_s):
+                self.take(message)
+            now = time.monotonic()
+            if now >= next_step:
+                next_step = max(next_step + self.step_s, now - self.step_s)
+                self.step(now)
+            self.socket.flush()
+
+    def take(self, message: ToRank) -> None:
+        """One message of the frontend."""
+        if isinstance(message, SequenceRequest):
+            self.waiting.append(Running(message))
+        elif isinstance(message, CancelRow):
+            self.waiting = [row for row in self.waiting if not self._cancelled(row, message)]
+            if (row := self.running.pop(message.row_id, None)) is not None:
+                self.finish(row, message.reason)
+        elif isinstance(message, PredictRequest):
+            outputs = [[{"label": "length", "score": float(len(str(v)))} for v in i.values()] for i in message.inputs]
+            self.socket.send(PredictedEvent(message.row_id, outputs, 0.0, 0.0, 0.0, 0.0))
+        else:
+            self.socket.send(EngineStatus({"running": len(self.running), "waiting": len(self.waiting)}))
+
+    def _cancelled(self, row: Running, message: CancelRow) -> bool:
+        if row.request.row_id != message.row_id:
+            return False
+        self.finish(row, message.reason)
+        return True
+
+    def step(self, now: float) -> None:
+        """Admit what fits; one token for each row."""
+        while self.waiting and len(self.running) < self.info.max_batch:
+            row = self.waiting.pop(0)
+            if row.request.deadline is not None and now > row.request.deadline:
+                self.fail(row, "DeadlineExceeded", "The request's time limit passed in the queue.")
+                continue
+            row.t_start = now
+            self.running[row.request.row_id] = row
+        for row in tuple(self.running.values()):
+            ids = self.answer(row)
+            row.done += len(ids)
+            self.socket.send(TokensEvent(row.request.row_id, ids, self._logprobs(row, ids)))
+            if row.done >= row.request.params.max_new_tokens:
+                del self.running[row.request.row_id]
+                self.finish(row, "length")
+
+    def answer(self, row: Running) -> Sequence[int]:
+        """The next tokens of a row."""
+        prompt = row.request.token_ids
+        return [prompt[row.done % len(prompt)]]
+
+    def _logprobs(self, row: Running, ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+        count = row.request.params.logprobs
+        if count is None:
+            return ()
+        return tuple(TokenLogprob(i, -0.5, tuple((i + k, -0.5 - k) for k in range(count))) for i in ids)
+
+    def finish(self, row: Running, reason: FinishReason) -> None:
+        """The end of a row."""
+        request, now = row.request, time.monotonic()
+        begin = row.t_start or now
+        self.socket.send(
+            FinishedEvent(
+                request.row_id, reason, begin - request.t_submit, now - begin, 0.0, len(request.token_ids), row.done
+            )
+        )
+
+    def fail(self, row: Running, error: str, message: str, hint: str = "") -> None:
+        """The failure of a row alone."""
+        self.running.pop(row.request.row_id, None)
+        self.socket.send(FailedEvent(row.request.row_id, error, message, hint))
+
+
+def main() -> None:
+    """Read the JSON line of stdin and serve until the frontend is gone."""
+    try:
+        StandIn(json.loads(sys.stdin.readline())).run()
+    except ConnectionError as error:
+        print(error, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

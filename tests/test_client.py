@@ -1,0 +1,223 @@
+"""The client: order, cancellation, retries, the Stop button, MII's calls, records; no error of gRPC gets out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from miinb import errors
+from miinb.client import Client
+from miinb.results import Result
+from tests.frontend_process import FrontendProcess, make, wait_for
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
+    process = make(tmp_path_factory.mktemp("client"))
+    try:
+        process.rank()
+        yield process
+    finally:
+        process.close()
+
+
+@pytest.fixture
+def client(frontend: FrontendProcess) -> Iterator[Client]:
+    with frontend.client() as client:
+        yield client
+
+
+def test_a_list_keeps_its_order(client: Client) -> None:
+    prompts = ["SLOW one", "two", "three"]
+    result = client.generate(prompts, max_new_tokens=4)
+    assert [prompt[:2] for prompt in prompts] == [text[:2] for text in result.texts]
+    assert len(result.seeds) == 3
+    assert list(result.frame["batch_size"]) == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [1]}, "prompts"),
+        ({"prompts": "a\ud800"}, "surrogate"),
+        ({"prompts": "a", "max_tokens": 3}, "max_new_tokens"),
+        ({"prompts": "a", "max_length": 3}, "max_new_tokens"),
+        ({"prompts": "a", "timeout_s": 0}, "timeout_s"),
+        ({"prompts": "a", "timeout_s": float("nan")}, "timeout_s"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(client: Client, arguments: dict[str, object], named: str) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        client.generate(**arguments)  # type: ignore[arg-type]
+    assert named in caught.value.line()
+
+
+@pytest.mark.parametrize("messages", ["Hi", [], [{"role": "user"}], [{"role": "user", "content": 1}], [1]])
+def test_wrong_messages_are_refused(client: Client, messages: object) -> None:
+    with pytest.raises(errors.InvalidRequest, match="messages"):
+        client.chat(messages)  # type: ignore[arg-type]
+
+
+def test_one_failure_cancels_the_others(frontend: FrontendProcess, client: Client) -> None:
+    with pytest.raises(errors.NonFinite):
+        client.generate(["SLOW abc", "NAN abc", "SLOW abc"], max_new_tokens=1000)
+    wait_for(lambda: frontend.running() == 0, "the end of the others")
+
+
+def test_chunks_make_the_result(client: Client) -> None:
+    stream = client.stream("SLOW abc", max_new_tokens=12)
+    chunks = list(stream)
+    assert len(chunks) > 3
+    assert "".join(chunk.text for chunk in chunks) == stream.result.text
+    assert tuple(i for chunk in chunks for i in chunk.token_ids) == stream.result.token_ids[0]
+    timing = stream.result.timing
+    assert timing.tpot_s == pytest.approx((timing.e2e_s - timing.ttft_s) / 11)
+    assert list(stream) == []
+
+
+def test_leaving_a_stream_cancels_it(frontend: FrontendProcess, client: Client) -> None:
+    with client.stream("SLOW abc", max_new_tokens=1000) as stream:
+        next(stream)
+    wait_for(lambda: frontend.running() == 0, "the end")
+    assert stream.result.finish_reasons == ("cancelled",)
+    assert client.records.iloc[-1]["status"] == "cancelled"
+
+
+def test_cancel_from_another_thread_ends_the_iteration(client: Client) -> None:
+    stream = client.stream("SLOW abc", max_new_tokens=1000)
+    threading.Timer(0.2, stream.cancel).start()
+    assert 0 < sum(len(chunk.token_ids) for chunk in stream) < 1000
+
+
+@pytest.mark.parametrize("prompts", ["SLOW abc", ["SLOW abc", "SLOW def"]])
+def test_the_stop_button_ends_the_request_and_says_how_far_it_was(
+    frontend: FrontendProcess, client: Client, prompts: str | list[str]
+) -> None:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(errors.Interrupted, match=r"stopped after [1-9]\d* tokens"):
+        client.generate(prompts, max_new_tokens=1000)
+    wait_for(lambda: frontend.running() == 0, "the end")
+    assert client.generate("abc", max_new_tokens=1).usage.output_tokens == 1
+
+
+def test_a_replica_lost_before_the_first_token_is_not_seen(tmp_path: Path) -> None:
+    frontend = make(tmp_path)
+    try:
+        frontend.rank(0)
+        frontend.rank(1)
+        with frontend.client() as client:
+            assert client.generate("GONE abc", max_new_tokens=4).usage.output_tokens == 4
+            assert [row["replica"] for row in frontend.told("submit")] == [0, 1]
+            with pytest.raises(errors.Unavailable):  # three tokens have been shown: not again
+                client.generate("DIE abc", max_new_tokens=10, timeout_s=5)
+            assert len(frontend.told("submit")) == 3
+    finally:
+        frontend.close()
+
+
+def test_no_server_is_unavailable_in_time(tmp_path: Path) -> None:
+    client = Client(f"unix:{tmp_path}/none.sock")
+    begin = time.monotonic()
+    with pytest.raises(errors.Unavailable):
+        client.generate("abc")
+    assert time.monotonic() - begin < 10
+    assert not client.health()
+    with pytest.raises(errors.Unavailable):
+        client.describe()
+    client.close()
+
+
+def test_it_works_inside_a_running_event_loop(client: Client) -> None:
+    async def cell() -> Result:
+        return client.generate("abc", max_new_tokens=3)
+
+    assert asyncio.run(cell()).text == "abc"
+
+
+def test_awaitable_calls(frontend: FrontendProcess, client: Client) -> None:
+    async def cell() -> None:
+        one, two = await asyncio.gather(
+            client.agenerate("abc", max_new_tokens=3),
+            client.achat([{"role": "user", "content": "x"}], max_new_tokens=3),
+        )
+        assert one.text == "abc"
+        assert two.usage.output_tokens == 3
+        pieces = [chunk.text async for chunk in client.astream("SLOW abc", max_new_tokens=5)]
+        assert len("".join(pieces)) >= 5
+        task = asyncio.ensure_future(client.agenerate(["SLOW a", "SLOW b"], max_new_tokens=1000))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cell())
+    wait_for(lambda: frontend.running() == 0, "the end")
+
+
+def test_miis_query(client: Client) -> None:
+    request = {"query": ["DeepSpeed is", "the fox"]}
+    reply = client.query(request, max_new_tokens=200, do_sample=True)
+    assert [text[:12] for text in reply.response] == ["DeepSpeed is", "the foxthe f"]
+    assert reply.response[0].startswith("DeepSpeed isDeepSpeed is")
+    assert reply.time_taken > reply.model_time_taken >= 0
+    assert request == {"query": ["DeepSpeed is", "the fox"]}, "the caller's dictionary stays as it is"
+    with pytest.raises(errors.InvalidRequest, match="query"):
+        client.query({"text": "a"})
+    with pytest.raises(errors.InvalidRequest, match="query"):
+        client.query({})
+
+
+def test_miis_conversation(tmp_path: Path) -> None:
+    frontend = make(tmp_path)
+    try:
+        frontend.rank(task="conversational")
+        with frontend.client() as client:
+            first = client.query(
+                {"text": "Hi", "conversation_id": 3, "past_user_inputs": [], "generated_responses": []}
+            )
+            assert (first.conversation_id, first.past_user_inputs) == ("3", ["Hi"])
+            second = client.query(
+                {
+                    "text": "More",
+                    "conversation_id": first.conversation_id,
+                    "past_user_inputs": first.past_user_inputs,
+                    "generated_responses": first.generated_responses,
+                }
+            )
+            assert second.past_user_inputs == ["Hi", "More"]
+            assert len(second.generated_responses) == 2
+    finally:
+        frontend.close()
+
+
+def test_every_request_is_a_row(frontend: FrontendProcess) -> None:
+    with frontend.client() as client:
+        client.generate("abc", max_new_tokens=3, seed=5)
+        with pytest.raises(errors.NonFinite):
+            client.generate("NAN abc", max_new_tokens=20)
+        with pytest.raises(errors.DeadlineExceeded):
+            client.generate("SLOW abc", max_new_tokens=1000, timeout_s=0.2)
+        rows = client.records
+    assert list(rows["status"]) == ["ok", "error", "timeout"]
+    assert list(rows["seq"]) == [0, 1, 2]
+    assert list(rows["error"])[1:] == ["NonFinite", "DeadlineExceeded"]
+    first = rows.iloc[0]
+    assert (first["session"], first["task"], first["output_tokens"], first["seed"]) == ("dep", "text-generation", 3, 5)
+    assert first["e2e_s"] >= first["ttft_s"] > 0
+
+
+def test_a_result_shows_model_text_escaped() -> None:
+    from miinb.messages import Timing, Usage
+
+    result = Result(("<img src=x onerror=alert(1)>",), ("stop",), Usage(1, 1), Timing(e2e_s=1.0))
+    bundle = result._repr_mimebundle_()
+    assert "<img" not in bundle["text/html"]
+    assert "<img" in bundle["text/plain"]
