@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "session": (*CORE, "rpc", "results", "client", "registry", "deployment", "planner", "hardware"),
     "compat": (*CORE, "rpc", "results", "client", "session", "registry"),
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware"),
+    "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.headline": ("bench", "engine", "config", "messages", "errors", "models"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),
     "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),
@@ -49,7 +50,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 #: Third parties that a part must not touch even inside functions: the kernel process stays without torch.
 HEAVY = ("torch", "deepspeed", "transformers", "diffusers", "triton")
 #: Third parties that the engine's side may load.
-MAY_BE_HEAVY = ("engine", "kernels", "server.worker", "bench.headline", "demo.train", "demo.convert")
+MAY_BE_HEAVY = (
+    "engine",
+    "kernels",
+    "server.worker",
+    "bench.headline",
+    "bench.scheduler_overhead",
+    "demo.train",
+    "demo.convert",
+)
 #: Third parties that must not load with a part (inside functions they may).
 LAZY_EVERYWHERE = ("matplotlib", "pandas", "IPython", "ipywidgets")
 LAZY_EXEMPT = ("bench", "notebook")

@@ -66,7 +66,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._max_batch = max_batch
-        self._needs = [Needs.NOTHING] * max_batch
+        self._needs = [0] * max_batch  # plain numbers: Needs' operators are slow, and `needs` is called each step
         self._seed = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._top_k = torch.zeros(max_batch, dtype=torch.int32, device=device)
         # temperature, top_p, min_p, repetition, presence, frequency penalty
@@ -85,7 +85,7 @@ class Sampler:
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         needs |= Needs.PENALTY if penalties != (1.0, 0.0, 0.0) else needs
         slot = row.slot
-        self._needs[slot] = needs
+        self._needs[slot] = int(needs)
         # Temperature 0 is greedy, for rows beside sampled ones.
         draw = (params.temperature, params.top_p, params.min_p) if params.do_sample else (0.0, 1.0, 0.0)
         top_k = min(params.top_k, self.vocab_size) if params.do_sample else 0

@@ -149,7 +149,7 @@ class Scheduler:
             if row.state is not RowState.RUNNING:
                 continue  # preempted for an older row of this step
             count = min(row.length - row.computed, 1 + budget)
-            if not self._reserve(row, count):
+            if row.computed + count > len(row.pages) * self.pool.page_tokens and not self._reserve(row, count):
                 short = True
                 continue
             budget -= count - 1
@@ -279,7 +279,7 @@ class Scheduler:
     def _register(self, row: Row, written: int) -> None:
         """Tell the prefix cache of the row's pages that are full, written and proven finite."""
         size = self.pool.page_tokens
-        if not self.pool.prefix_cache:
+        if not self.pool.prefix_cache or written < (row.registered + 1) * size:
             return
         for i in range(row.registered, written // size):
             row.entry = self.pool.register(row.entry, row.token_ids[i * size : (i + 1) * size], row.pages[i])

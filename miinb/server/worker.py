@@ -1,0 +1,237 @@
+"""One rank: loads its part of the model, connects to the frontend, and computes until it is told to end.
+
+`python -m miinb.server.worker`, one JSON line on stdin (`Order`); the log file is its stdout and stderr, and reports to
+the supervisor go through the pipe `MIINB_STATUS_FD`. docs/internals.md has the lines. One thread does everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from miinb.config import DeploymentConfig
+from miinb.errors import MiinbError, UnsupportedModel
+from miinb.messages import FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
+from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+
+if TYPE_CHECKING:
+    from miinb.engine.executor import Executor
+
+log = logging.getLogger("miinb.worker")
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The JSON line on stdin.
+
+    Attributes:
+        gpus: the replica's GPUs as the user numbers them, one a rank ([] on a CPU); CUDA_VISIBLE_DEVICES holds these.
+        port: names the replica's group; nothing listens on it.
+    """
+
+    config: Mapping[str, Any]
+    folder: str
+    replica: int
+    rank: int
+    gpus: Sequence[int] = ()
+    port: int = 0
+
+
+class Reports:
+    """The pipe to the supervisor; a supervisor that is gone is no error here (the kernel ends this process then)."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def write(self, **line: Any) -> None:
+        """One JSON line."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+
+    def phase(self, phase: Phase) -> None:
+        """Where start-up is."""
+        log.info("%s %s/%s %s", phase.name, phase.done, phase.total, phase.text)
+        self.write(phase=asdict(phase))
+
+    def failed(self, error: BaseException) -> None:
+        """Why this rank cannot serve; the traceback is in `details`."""
+        details = "".join(traceback.format_exception(error))
+        cause = named_error(error)
+        self.write(
+            failed={
+                "error": type(cause).__name__,
+                "message": cause.message,
+                "hint": cause.hint,
+                "details": details[-8000:],
+            }
+        )
+
+
+def named_error(error: BaseException) -> MiinbError:
+    """The error of miinb's tree that says best what ended start-up."""
+    from miinb.engine.executor import is_out_of_memory
+    from miinb.errors import OutOfMemory, RankFailed
+
+    if isinstance(error, MiinbError):
+        return error
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            f"The model does not fit into memory: {first or type(error).__name__}.",
+            hint="Take a smaller model, max_length or max_batch.",
+        )
+    return RankFailed(f"{type(error).__name__}: {first}")
+
+
+class Server:
+    """Rank 0's loop: drain the socket, compute a step, hand out what came of it."""
+
+    def __init__(self, executor: Executor, sock: RankSocket) -> None:
+        self.executor = executor
+        self.socket = sock
+        self._started = time.monotonic()
+
+    def run(self) -> None:
+        """Until the frontend is gone (ConnectionError) or SIGTERM comes (SystemExit)."""
+        while True:
+            # An idle rank sleeps in here.
+            self._handle(self.socket.receive(0.0 if self.executor.busy else None))
+            if self.executor.busy:
+                self.executor.step(self.socket.send, self._poll)
+                self.socket.flush()
+
+    def _poll(self) -> None:
+        """Called within long steps: cancels come in, tokens go out."""
+        self._handle(self.socket.receive(0.0))
+
+    def _handle(self, messages: Sequence[ToRank]) -> None:
+        for message in messages:
+            if isinstance(message, CancelRow):
+                self.executor.cancel(message.row_id, message.reason)
+            elif isinstance(message, EngineStatus):
+                self.socket.send(EngineStatus(self._status()))
+            else:
+                self._submit(message)
+
+    def _submit(self, request: SequenceRequest | PredictRequest) -> None:
+        try:
+            if isinstance(request, SequenceRequest):
+                self.executor.submit(request)
+            else:
+                self.executor.predict(request)
+        except MiinbError as error:
+            self.socket.send(FailedEvent(request.row_id, type(error).__name__, error.message, error.hint))
+
+    def _status(self) -> dict[str, Any]:
+        import torch
+
+        memory = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        return {**self.executor.status(), "device_memory_bytes": memory, "uptime_s": time.monotonic() - self._started}
+
+
+def serve(order: Order, reports: Reports) -> None:
+    """Load, connect, and run.
+
+    Raises:
+        MiinbError: the model cannot be served as asked.
+        ConnectionError: the frontend is gone.
+    """
+    config = DeploymentConfig.from_json(json.dumps(order.config))
+    folder = Path(order.folder)
+    if order.rank:
+        raise UnsupportedModel("tensor_parallel: a model on several GPUs is not built yet.", hint="Use 1.")
+    from miinb.engine.loading import load_executor  # torch and DeepSpeed: seconds
+
+    executor = load_executor(
+        config,
+        replica=order.replica,
+        rank=order.rank,
+        gpus=range(len(order.gpus)) if order.gpus else None,  # as CUDA numbers the visible ones
+        folder=folder,
+        report=reports.phase,
+    )
+    try:
+        # What start-up made lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        sock = RankSocket.connect(folder / "engine.sock")
+        info = executor.info
+        sock.send(info)
+        sock.flush()
+        plan = info.plan
+        reports.write(
+            ready={
+                "engine": info.engine,
+                "dtype": info.dtype,
+                "device": info.device,
+                "weights_bytes": plan.weights_bytes,
+                "kv_cache_bytes": plan.kv_cache_bytes,
+            }
+        )
+        log.info("ready after %.1f s\n%s", info.load_s, plan)
+        Server(executor, sock).run()
+    finally:
+        executor.close()
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """torch.distributed aborts a process that ends within a group."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies, and end now if it has died already."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def main() -> int:
+    """Run one rank. Exit code 0: told to end, or the frontend is gone; 1: it failed, and the supervisor knows why."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button is not for this process
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    descriptor = os.environ.pop("MIINB_STATUS_FD", None)
+    reports = Reports(int(descriptor) if descriptor else None)
+    order = from_dict(Order, json.loads(sys.stdin.readline()))
+    os.environ["MASTER_PORT"] = str(order.port)
+    reports.phase(Phase("start"))
+    try:
+        serve(order, reports)
+    except ConnectionError as error:
+        log.info("the frontend is gone: %s", error)
+        return 0
+    except Exception as error:
+        log.exception("this rank failed")
+        reports.failed(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
