@@ -38,18 +38,19 @@ class Group:
         return torch.cat(parts, -1)
 
 
-def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, port: int, device: str) -> Group | None:
+def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, device: str) -> Group | None:
     """Bring up DeepSpeed's process group of one replica; needed with one rank too, for what builds on it.
 
     The rendezvous is a file in the deployment's private folder, because a TCP store listens on every interface.
-    `port` is only a name: DeepSpeed's shared-memory operator calls its segments after it, so two groups need two.
+    MASTER_PORT is only a name then: DeepSpeed's shared-memory operator calls its segments after it, so two groups need
+    two. The supervisor gives it; one rank alone takes its process number.
 
     Returns:
         The group, or None with one rank.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), CROSS_RANK="0",
-        CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT") or str(os.getpid()),
         GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
     )  # fmt: skip
     if device == "cpu" and not torch.cuda.is_available():
@@ -57,11 +58,16 @@ def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, port:
     import deepspeed
     import deepspeed.ops
 
+    rendezvous = folder.absolute() / f"rdzv-{replica}"
+    if deepspeed.comm.is_initialized():
+        return Group(rank, ranks) if ranks > 1 else None
+    if ranks == 1:
+        rendezvous.unlink(missing_ok=True)  # of a process that was killed; it would be waited for
     # Its build takes half a minute on a fresh machine, and a killed build leaves a lock that later starts wait for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
-        init_method=(folder / f"rdzv-{replica}").absolute().as_uri(),
+        init_method=rendezvous.as_uri(),
         rank=rank,
         world_size=ranks,
         auto_mpi_discovery=False,

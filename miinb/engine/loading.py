@@ -1,0 +1,281 @@
+"""From a deployment's configuration to a running executor: device, dtype, weights, cache, parity, fallbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from miinb import models
+from miinb.config import DeploymentConfig
+from miinb.engine import parity
+from miinb.engine.decoder import Decoder
+from miinb.engine.executor import Executor, StepExecutor
+from miinb.engine.kv_cache import KVCache, size_cache
+from miinb.engine.parallel import Group, init_distributed
+from miinb.engine.policies import POLICIES
+from miinb.engine.tokenizer_files import export_tokenizer
+from miinb.engine.weights import DTYPES, load_weights, weights_bytes
+from miinb.errors import InvalidValue, ModelError, OutOfMemory, UnsupportedModel
+from miinb.messages import EngineInfo, Phase, Plan
+from miinb.models import ModelInfo
+from miinb.tasks import TASKS
+
+Report = Callable[[Phase], None]
+
+
+class ParityFailed(ModelError):
+    """The fused path computed something else than the reference, and `options.parity` is "raise"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank computes and in which dtype, and what is worth saying about that."""
+
+    device: torch.device
+    dtype: str
+    notes: tuple[tuple[str, str, str], ...] = ()
+
+
+def load_executor(
+    config: DeploymentConfig,
+    *,
+    replica: int,
+    rank: int,
+    gpus: Sequence[int] | None,
+    folder: Path,
+    report: Report,
+) -> Executor:
+    """Load the model of one rank and return what computes with it.
+
+    Args:
+        config: the deployment's; "auto" and None are resolved here where the planner has not done so.
+        replica: which copy of the model this is.
+        rank: which of the replica's tensor-parallel ranks this is.
+        gpus: the replica's GPUs as CUDA numbers them, one a rank; None on a CPU.
+        folder: the deployment's; the tokenizer is written to its `tokenizer` by rank 0 of replica 0.
+        report: told each phase of start-up.
+
+    Raises:
+        MiinbError: the model, the device or an option does not work; its class tells.
+    """
+    started = time.monotonic()
+    model = models.inspect(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        load_format=config.load_format,
+    )
+    task = model.task(config.task)
+    place = _place(config, model, gpus[rank] if gpus else None)
+    _set_threads(config)
+    ranks = config.tensor_parallel
+    group = init_distributed(replica=replica, rank=rank, ranks=ranks, folder=folder, device=place.device.type)
+    dummy = config.load_format == "dummy"
+    if rank == 0 and TASKS[task].streams:
+        export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
+    info = _engine_info(config, replica, model, task, place, folder)
+    executor: Executor | None = None
+    if config.engine == "optimized" and TASKS[task].streams:
+        try:
+            executor = _step_executor(config, model, info, place, group, rank, report)
+        except UnsupportedModel as reason:
+            info = _fall_back(info, reason.message)
+    elif config.engine == "optimized":
+        info = _fall_back(info, f"{task} has no fused engine yet")
+    if executor is None:
+        executor = _batch_executor(config, model, info, place, report)
+    executor.info = dataclasses.replace(executor.info, load_s=time.monotonic() - started)
+    return executor
+
+
+def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place:
+    """Device and dtype of this rank.
+
+    Raises:
+        InvalidValue: the device is not there, or the dtype is not built.
+    """
+    if config.dtype in ("int8", "int4", "fp8") or config.kv_dtype != "auto":
+        name = "dtype" if config.dtype in ("int8", "int4", "fp8") else "kv_dtype"
+        raise InvalidValue(f"{name}: {getattr(config, name)} is not built yet.", hint=f"Use {name}='auto'.")
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    if config.device != "cpu" and has_gpu:
+        device = torch.device("cuda", gpu or 0)
+        torch.cuda.set_device(device)
+        if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+            return Place(device, "fp16", (("dtype", "fp16", "this GPU has no bf16"),))
+        return Place(device, dtype)
+    if dtype == "fp16":
+        return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
+    return Place(torch.device("cpu"), dtype)
+
+
+def _set_threads(config: DeploymentConfig) -> None:
+    """PyTorch's threads: what was asked for, or the cores divided by the ranks; OMP_NUM_THREADS holds over the latter."""
+    if config.options.threads:
+        torch.set_num_threads(config.options.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        ranks = config.replicas * config.tensor_parallel
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _engine_info(
+    config: DeploymentConfig, replica: int, model: ModelInfo, task: str, place: Place, folder: Path
+) -> EngineInfo:
+    plan = Plan(config.engine, place.device.type, place.dtype, config.tensor_parallel, config.replicas)
+    for note in place.notes:
+        plan = plan.with_line(*note)
+    limit = model.context_length or config.max_length or 4096
+    if config.max_length is not None and config.max_length > limit:
+        raise InvalidValue(f"max_length: {config.max_length} is above the model's {limit} positions.")
+    length = config.max_length or limit
+    batch = config.max_batch or 16
+    return EngineInfo(
+        replica=replica,
+        model=config.model,
+        task=task,
+        engine=config.engine,
+        dtype=place.dtype,
+        device=place.device.type,
+        vocab_size=model.vocab_size,
+        max_length=length,
+        max_batch=batch,
+        eos_token_ids=eos_token_ids(model),
+        tokenizer_folder=str(folder / "tokenizer"),
+        plan=dataclasses.replace(plan, max_length=length, max_batch=batch),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+        device_name=_device_name(place.device),
+    )
+
+
+def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's, else config.json's."""
+    file = model.folder / "generation_config.json"
+    values: dict[str, Any] = {}
+    if file.exists():
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            values = {}  # transformers itself only warns about a damaged one
+    ids = values.get("eos_token_id", model.config.get("eos_token_id"))
+    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def _step_executor(
+    config: DeploymentConfig,
+    model: ModelInfo,
+    info: EngineInfo,
+    place: Place,
+    group: Group | None,
+    rank: int,
+    report: Report,
+) -> Executor:
+    """The fused decoder under continuous batching.
+
+    Raises:
+        UnsupportedModel: the family has no policy, its configuration no fused form, or the parity check failed.
+    """
+    policy = POLICIES.get(model.family)
+    if policy is None:
+        raise UnsupportedModel(f"There is no policy for {model.family} yet.")
+    spec = policy.spec(model.config)
+    local = spec.shard(config.tensor_parallel)
+    report(Phase("load", 0, spec.layers))
+    weights = load_weights(
+        model,
+        policy,
+        spec,
+        dtype=place.dtype,
+        device=place.device,
+        rank=rank,
+        ranks=config.tensor_parallel,
+        dummy=config.load_format == "dummy",
+        report=report,
+    )
+    decoder = Decoder(local, weights, group=group)
+    element_bytes = DTYPES[place.dtype].itemsize
+    size = size_cache(local, config, place.device.type, element_bytes, free_bytes(place.device))
+    plan = dataclasses.replace(
+        info.plan,
+        max_length=size.max_length,
+        max_batch=size.max_batch,
+        kv_cache_bytes=size.size_bytes,
+        weights_bytes=weights_bytes(weights),
+    )
+    report(Phase("verify"))
+    plan = _verified(plan, decoder, size.page_tokens, config)
+    cache = KVCache(local, size, DTYPES[place.dtype], place.device)
+    info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
+    return StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
+
+
+def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: DeploymentConfig) -> Plan:
+    """The plan with a line on the parity check.
+
+    Raises:
+        UnsupportedModel: it failed (the caller falls back).
+        ParityFailed: it failed, and falling back was not wanted.
+    """
+    if config.options.parity == "off":
+        return plan.with_line("parity", "off", "asked for")
+    result = parity.check(decoder, page_tokens)
+    if result.passed:
+        return plan.with_line("parity", "passed", str(result))
+    message = f"The fused layers differ from their reference: {result}."
+    if config.options.parity == "raise":
+        raise ParityFailed(message, hint="options={'parity': 'fallback'} serves with plain transformers instead.")
+    raise UnsupportedModel(message)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:
+    text = f"Plain transformers serve this model: {reason}"
+    plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
+    return dataclasses.replace(info, engine="baseline", plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))
+
+
+def _batch_executor(
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, report: Report
+) -> Executor:
+    """transformers' own model, one batch at a time."""
+    if config.tensor_parallel > 1:
+        raise UnsupportedModel(f"{model.family} cannot be split over {config.tensor_parallel} GPUs yet.")
+    if config.load_format == "dummy" and model.format == "none":
+        raise NotImplementedError
+    need, free = model.weights_bytes(place.dtype), free_bytes(place.device)
+    if need > free:
+        raise OutOfMemory(f"The weights need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
+    from miinb.engine.baseline import BatchExecutor
+
+    report(Phase("load", 0, 1))
+    executor = BatchExecutor(config=config, model=model, info=info, device=place.device, report=report)
+    report(Phase("load", 1, 1))
+    return executor

@@ -1,0 +1,122 @@
+"""The check at start-up: fused layers against plain references, on the weights that were loaded.
+
+First, middle and last layer and the head compute a prompt's chunk and a decode step twice. It finds kernels that are
+wrong on this device or for these shapes; that the loaded weights are the right ones is for `miinb check` to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
+from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.kernels import reference
+from miinb.kernels.linear import PackedLinear
+
+#: Largest difference that is taken, relative to the largest value: rounding of the dtype, several operators deep.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+#: Tokens of the prompt's chunk: above what the small-batch kernels take, so that both kinds are run.
+PROMPT_TOKENS = 20
+
+
+def _linear(x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
+    return reference.linear(x, packed.weight, packed.bias, **options)
+
+
+def _greedy_head(x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
+    return reference.greedy_head(_linear(x, packed))
+
+
+REFERENCE = Operators(
+    rms_norm=reference.rms_norm,
+    layer_norm=reference.layer_norm,
+    rope_append=reference.rope_append,
+    paged_attention=reference.paged_attention,
+    linear=_linear,
+    gated=reference.gated,
+    greedy_head=_greedy_head,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """What the check saw.
+
+    Attributes:
+        error: the largest difference, relative to the reference's largest value.
+        tolerance: what is taken for the dtype.
+        where: the place of the largest difference ("layer 0, decode").
+        seconds: how long the check took.
+    """
+
+    error: float
+    tolerance: float
+    where: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the fused path may be used."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"largest difference {self.error:.1e} of {self.tolerance:.0e} allowed ({self.where})"
+
+
+@torch.inference_mode()
+def check(decoder: Decoder, page_tokens: int) -> ParityReport:
+    """Compare the decoder's fused operators with the references on its own weights."""
+    started = time.monotonic()
+    plain = Decoder(decoder.spec, decoder.weights, group=decoder.group, ops=REFERENCE)
+    last = decoder.spec.layers - 1
+    worst, where = 0.0, "nowhere"
+    for index in sorted({0, last // 2, last}):
+        for step, ours, theirs in _layer_outputs(index, decoder, plain, page_tokens):
+            error = _difference(ours, theirs)
+            if error > worst:
+                worst, where = error, f"layer {index}, {step}"
+    x = decoder.weights.head.weight[:3].clone()  # rows of the right width and size
+    error = _difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
+    if error > worst:
+        worst, where = error, "head"
+    return ParityReport(worst, TOLERANCE[x.dtype], where, time.monotonic() - started)
+
+
+def _layer_outputs(index: int, decoder: Decoder, plain: Decoder, page_tokens: int) -> list[tuple[str, Tensor, Tensor]]:
+    """(step, fused output, reference output) of one layer for a chunk of a prompt and for the token after it."""
+    device = decoder.weights.embed.device
+    page_tokens = min(page_tokens, 64)  # a CPU's page is a whole slot
+    pages = list(range(-(-(PROMPT_TOKENS + 1) // page_tokens)))
+    tokens = [(7 * i + 3) % decoder.weights.embed.shape[0] for i in range(PROMPT_TOKENS + 1)]
+    count = min(PROMPT_TOKENS, decoder.spec.max_length - 1)
+    steps = {"prefill": StepRow(tokens[:count], 0, pages), "decode": StepRow(tokens[count : count + 1], count, pages)}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in steps}
+    for model in (decoder, plain):
+        cache = _one_layer_cache(model, len(pages), page_tokens)
+        for name, row in steps.items():
+            batch = StepBatch.of_rows([row], page_tokens, device)
+            x, residual = model.layer(index, model.embed(batch), None, batch, cache)
+            outputs[name].append(x if residual is None else x + residual)
+    return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
+
+
+def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int) -> KVCache:
+    """A small cache of which every layer is the same memory."""
+    spec = dataclasses.replace(decoder.spec, layers=1)
+    size = CacheSize(pages, page_tokens, decoder.spec.max_length, 1, 0)
+    cache = KVCache(spec, size, decoder.weights.embed.dtype, decoder.weights.embed.device)
+    cache.k, cache.v = cache.k * decoder.spec.layers, cache.v * decoder.spec.layers
+    return cache
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    scale = theirs.float().abs().max().clamp(min=1e-20)
+    error = float((ours.float() - theirs.float()).abs().max() / scale)
+    return math.inf if math.isnan(error) else error

@@ -1,0 +1,83 @@
+"""The tokenizer's files in one form, for the frontend: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from miinb.errors import BrokenCheckpoint
+from miinb.models import ModelInfo
+
+
+def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool = False, dummy: bool = False) -> None:
+    """Write the model's tokenizer to `target`, which is made if it is not there.
+
+    A folder that has tokenizer.json is copied; older forms and GGUF are converted by transformers. A configuration
+    alone (`dummy`) gets a stand-in that turns every byte of text into a token and every token into some text.
+
+    Raises:
+        BrokenCheckpoint: there is no tokenizer, or transformers cannot read it.
+    """
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if info.format != "gguf" and (info.folder / "tokenizer.json").exists():
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (info.folder / name).exists():
+                shutil.copyfile(info.folder / name, target / name)
+        template = _chat_template(info.folder)
+    else:
+        template = _convert(info, target, trust_remote_code=trust_remote_code, dummy=dummy)
+    if template:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template, from its own file or from where older versions keep it."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            continue
+        try:
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+        except ValueError as error:
+            raise BrokenCheckpoint(f"{folder / name} is damaged ({error}).", hint="Fetch the model again.") from None
+        if isinstance(template, list):  # several named ones
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", template[0]["template"])
+        if template:
+            return str(template)
+    return None
+
+
+def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: bool) -> str | None:
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": info.files[0].name} if info.format == "gguf" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(info.folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer.save_pretrained(target)
+        if not (target / "tokenizer.json").exists():
+            raise ValueError("it has no fast form")
+    except Exception as error:  # transformers raises anything from OSError to KeyError here
+        if dummy:
+            _stand_in(info.vocab_size, target)
+            return None
+        raise BrokenCheckpoint(
+            f"{info.source} has no tokenizer that can be read ({error}).", hint="A model folder has a tokenizer.json."
+        ) from error
+    return _chat_template(target)
+
+
+def _stand_in(vocab_size: int, target: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet[:vocab_size])}
+    vocab |= {f"\u0120w{i}": i for i in range(len(vocab), vocab_size)}  # U+0120 is byte-level BPE's blank
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(target / "tokenizer.json"))
+    (target / "tokenizer_config.json").write_text("{}", encoding="utf-8")
