@@ -123,7 +123,7 @@ def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place
 
 
 def _set_threads(config: DeploymentConfig) -> None:
-    """PyTorch's threads: what was asked for, or the cores divided by the ranks; OMP_NUM_THREADS holds over the latter."""
+    """PyTorch's threads: what was asked for, else OMP_NUM_THREADS, else the cores divided by the ranks."""
     if config.options.threads:
         torch.set_num_threads(config.options.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -268,14 +268,9 @@ def _batch_executor(
     """transformers' own model, one batch at a time."""
     if config.tensor_parallel > 1:
         raise UnsupportedModel(f"{model.family} cannot be split over {config.tensor_parallel} GPUs yet.")
-    if config.load_format == "dummy" and model.format == "none":
-        raise NotImplementedError
     need, free = model.weights_bytes(place.dtype), free_bytes(place.device)
     if need > free:
         raise OutOfMemory(f"The weights need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
-    from miinb.engine.baseline import BatchExecutor
+    from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without
 
-    report(Phase("load", 0, 1))
-    executor = BatchExecutor(config=config, model=model, info=info, device=place.device, report=report)
-    report(Phase("load", 1, 1))
-    return executor
+    return load_baseline(model, config, info, report)
