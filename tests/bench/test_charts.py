@@ -205,6 +205,7 @@ def test_a_chart_shows_and_tells_itself(tmp_path: Path) -> None:
     assert "baseline: 2.00 s; optimized: 0.500 s  ·  4.0x" in charts.alt_text(ax)
     assert charts.png(ax).startswith(b"\x89PNG")
     assert "<svg" in charts.svg(ax)
+    assert ax.figure._repr_mimebundle_()[1] == metadata
     for ending in ("png", "svg", "pdf"):
         assert charts.save(ax, tmp_path / f"chart.{ending}").stat().st_size > 1000
 

@@ -30,6 +30,7 @@ from miinb.errors import InvalidValue, did_you_mean
 
 BAR = 0.8  # height of a bar; 1 is the distance of neighbors
 GAP = 0.7  # between groups
+YEAR = "(2022)"  # published figures are compared with each other alone
 LOG_FROM = 40.0  # spread of costs from which dots on a log axis tell more than bars
 
 
@@ -53,13 +54,22 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     bars = _Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
     bars.low = rows[f"{short}_p5_s"].fillna(rows[f"{short}_min_s"])
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
+    alone = rows["n"] == 1  # one request has no spread
+    bars.low, bars.high = bars.low.mask(alone), bars.high.mask(alone)
     scale, unit = time_unit(float(np.nanmax([bars.values.max(), bars.high.max()])))
     ax = bars.draw(ax, scale, unit)
     ax.set_xlabel(unit_word(unit), fontsize=9, color=INK)
-    few = rows[f"{short}_p95_s"].isna() & bars.high.notna()
-    spread = "p5 to p95" if not few.any() else "smallest to largest (below 20 requests)" if few.all() else "p5 to p95"
-    what = f"Median; whiskers {spread}" if bars.high.notna().any() else "Median"
-    return bars.finish(ax, frames.METRICS[metric], what)
+    return bars.finish(ax, frames.METRICS[metric], f"Median{_spread_words(rows[bars.high.notna()], short)}")
+
+
+def _spread_words(spread: pd.DataFrame, metric: str) -> str:
+    """What the whiskers of these rows are."""
+    few = spread[f"{metric}_p95_s"].isna()
+    if spread.empty:
+        return ""
+    if few.all():
+        return "; whiskers smallest to largest (below 20 requests)"
+    return "; whiskers p5 to p95" + (" (smallest to largest below 20 requests)" if few.any() else "")
 
 
 def throughput(frame: Any, *, ax: Any = None) -> Any:
@@ -292,13 +302,10 @@ class _Bars:
 
     def _ratio(self, index: Any) -> str:
         """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""
-        row = self.rows.loc[index]
-        same = (
-            (self.rows["arm"] == "baseline")
-            & (self.groups == self.groups[index])
-            & (self.rows["model"] == row["model"])
-        )
-        if row["arm"] == "baseline" or not same.any():
+        arm = str(self.rows.loc[index, "arm"])
+        reference = f"baseline {YEAR}" if arm.endswith(YEAR) else "baseline"
+        same = (self.rows["arm"] == reference) & (self.groups == self.groups[index])
+        if arm == reference or not same.any():
             return ""
         base = float(self.values[same].iloc[-1])
         value = float(self.values[index])

@@ -49,7 +49,7 @@ def summary_of(frame: Any, chart: str) -> pd.DataFrame:
     else:
         kind = type(frame).__name__
         raise InvalidValue(f"charts.{chart}: cannot draw a {kind}.", hint="Give runs, runs.requests or runs.summary.")
-    summary = summary[summary["n"] > 0]
+    summary = summary[summary["n"] != 0]
     if summary.empty:
         raise InvalidValue(f"charts.{chart}: no successful request to draw.", hint="Look at runs.requests['error'].")
     return summary
@@ -130,11 +130,13 @@ def subtitle(frame: pd.DataFrame) -> str:
 
 def caption(frame: pd.DataFrame, what: str) -> list[str]:
     """Lines below a chart: what is drawn, n and failures, whether the outputs are equal, warnings."""
-    counts = sorted({int(n) for n in frame["n"]})
+    counts = sorted({int(n) for n in frame["n"].dropna()}) or [0]
     failed = int(frame["n_failed"].sum())
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    lines = [f"{what}; {n} requests a bar or point, {failed} failed." if what else f"{n} requests, {failed} failed."]
+    n += " request" if counts == [1] else " requests"
+    lines = [f"{what}; {n} a bar or point, {failed} failed." if what else f"{n}, {failed} failed."]
     lines += outputs_words(frame)
+    lines += frame.attrs.get("notes", [])
     cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
     for arm, rows in cached.groupby(cached["arm"].astype(str)):
         lines.append(f"{arm}: {rows['cached_share'].max():.0%} of the prompt tokens came from the prefix cache.")

@@ -36,8 +36,8 @@ WRAP = 136
 DPI = 144
 
 
-class ChartAxes(Axes):
-    """Axes that show their figure in a notebook, with an alternative text."""
+class _Shown:
+    """What shows itself in a notebook as an image with an alternative text."""
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
         text = alt_text(self)
@@ -46,11 +46,19 @@ class ChartAxes(Axes):
         return {"image/png": image, "text/plain": text}, {"image/png": {"alt": text, "width": width}}
 
 
+class ChartAxes(_Shown, Axes):
+    """Axes of a chart that has a figure of its own."""
+
+
+class ChartFigure(_Shown, Figure):
+    """The figure of such a chart."""
+
+
 def new_axes(ax: Any, height_in: float = 4.2) -> Any:
     """`ax` itself, or the axes of a new figure of the charts' width."""
     if ax is None:
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white", layout=layout)
+        figure = ChartFigure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white", layout=layout)
         FigureCanvasAgg(figure)
         ax = figure.add_subplot(axes_class=ChartAxes)
     for side in ("top", "right"):
@@ -100,35 +108,42 @@ def finish(
     return ax
 
 
-def alt_text(ax: Any) -> str:
-    """What a chart shows, in words: title, drawn values, caption."""
-    head = list(getattr(ax, "_miinb_alt", [ax.get_title(loc="left")]))
-    values = [f"{getattr(t, 'miinb_whose', '')}{t.get_text()}" for t in ax.texts if t.get_gid() == "miinb-value"]
-    return " ".join([*head[:1], *(["; ".join(values) + "."] if values else []), *head[1:]])
+def alt_text(chart: Any) -> str:
+    """What a chart (its axes or its figure) shows, in words: title, drawn values, caption."""
+    texts = []
+    for ax in chart.axes if isinstance(chart, Figure) else [chart]:
+        head = list(getattr(ax, "_miinb_alt", [ax.get_title(loc="left")]))
+        values = [f"{getattr(t, 'miinb_whose', '')}{t.get_text()}" for t in ax.texts if t.get_gid() == "miinb-value"]
+        texts.append(" ".join([*head[:1], *(["; ".join(values) + "."] if values else []), *head[1:]]))
+    return " ".join(texts)
 
 
-def png(ax: Any) -> bytes:
-    """The chart as PNG."""
-    return _rendered(ax, "png")
+def png(chart: Any) -> bytes:
+    """The chart (its axes or its figure) as PNG."""
+    return _rendered(chart, "png")
 
 
-def svg(ax: Any) -> str:
-    """The chart as SVG text."""
-    return _rendered(ax, "svg").decode()
+def svg(chart: Any) -> str:
+    """The chart (its axes or its figure) as SVG text."""
+    return _rendered(chart, "svg").decode()
 
 
-def _rendered(ax: Any, kind: str) -> bytes:
+def _rendered(chart: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
-    metadata = {"Description": alt_text(ax)} | ({"Date": None} if kind == "svg" else {})
-    ax.figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    metadata = {"Description": alt_text(chart)} | ({"Date": None} if kind == "svg" else {})
+    chart.get_figure(root=True).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 
 
-def save(ax: Any, path: str | Path) -> Path:
-    """Write the chart; the ending chooses the format (.png, .svg, .pdf)."""
+def save(chart: Any, path: str | Path) -> Path:
+    """Write the chart (its axes or its figure); the ending chooses the format (.png, .svg, .pdf)."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(target, dpi=DPI, metadata={"Title": alt_text(ax)} if target.suffix != ".png" else None)
+    kind = target.suffix.removeprefix(".") or "png"
+    if kind in ("png", "svg"):
+        target.write_bytes(_rendered(chart, kind))
+    else:
+        chart.get_figure(root=True).savefig(target, dpi=DPI)
     return target
 
 
@@ -138,7 +153,7 @@ def arm_style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
         return {**BASELINES[arm], "linewidth": 0.8}
     others = [name for name in arms if name not in BASELINES]
     color = OKABE_ITO[others.index(arm) % len(OKABE_ITO)]
-    if arm.endswith(")") and "(2022" in arm:
+    if arm.endswith("(2022)"):
         if "baseline" in arm:
             return {"facecolor": "#ffffff", "edgecolor": "#5f5f5f", "hatch": "////", "linewidth": 0.8}
         return {"facecolor": "#ffffff", "edgecolor": color, "linewidth": 0.8, **PUBLISHED}

@@ -1,0 +1,81 @@
+"""DeepSpeed-MII's figures of 2022, to draw beside what is measured today.
+
+Read off the charts of MII's README (v0.0.4): fp16, batch 1, milliseconds, for text generation per generated token.
+"public" and "azure" are its two variants. Read by pixel: error about 0.05 ms (0.3 ms for the models on several GPUs);
+the Stable Diffusion row is a printed label. Most of its figures do not state their GPU; tokens a second are of an
+A100-80GB, and its dollars imply about $280 a GPU-hour, so only their ratios mean something.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+import pandas as pd
+
+from miinb.bench.charts.frames import short_model, summary_of
+from miinb.bench.records import NAN
+from miinb.bench.summary import SUMMARY_COLUMNS
+from miinb.errors import InvalidValue, did_you_mean
+
+#: Columns of the data: the arm's name in a chart.
+ARMS = {"baseline": "baseline (2022)", "public": "MII public (2022)", "azure": "MII Azure (2022)"}
+
+
+@functools.cache
+def _read(name: str) -> pd.DataFrame:
+    with resources.as_file(resources.files("miinb.bench") / "data" / name) as path:
+        return pd.read_csv(path)
+
+
+def latency() -> pd.DataFrame:
+    """One row per model of MII's figures: `<arm>_model_ms` and `<arm>_e2e_ms`."""
+    return _read("mii_2022_latency.csv").copy()
+
+
+def throughput() -> pd.DataFrame:
+    """One row per model: `<arm>_tok_s_per_gpu` and the printed dollars per million tokens."""
+    return _read("mii_2022_throughput.csv").copy()
+
+
+def beside(frame: object, model: str | None = None) -> pd.DataFrame:
+    """The summary of `frame` with MII's rows of the same model, for the charts to draw.
+
+    `charts.latency(published.beside(runs), metric="tpot_s")` shows them side by side; they ran on other hardware, which
+    the caption says.
+
+    Args:
+        frame: runs, requests or a summary.
+        model: name in MII's figures; None takes the measured models' own names.
+
+    Raises:
+        InvalidValue: MII published nothing of that model; the near name is in the hint.
+    """
+    summary = summary_of(frame, "latency")
+    measured = list(dict.fromkeys(summary["model"]))
+    names = dict.fromkeys(measured[:1], model) if model else {name: short_model(name) for name in measured}
+    table = {short_model(figures["model"]).lower(): figures for _, figures in latency().iterrows()}
+    rows = []
+    for measured_name, name in names.items():
+        if name.lower() not in table:
+            raise InvalidValue(f"MII published no figure of {name!r}.", hint=did_you_mean(name, table))
+        rows += _rows(measured_name, table[name.lower()])
+    both = pd.DataFrame([*summary.to_dict("records"), *rows], columns=list(SUMMARY_COLUMNS))
+    note = "(2022): read off MII's own charts (other hardware, fp16, 20 new tokens); compared among themselves."
+    both.attrs = {**summary.attrs, "notes": [note]}
+    return both
+
+
+def _rows(model: str, figures: pd.Series) -> list[dict[str, object]]:
+    """Summary rows of one model's figures: the end-to-end milliseconds as seconds, no counts."""
+    text = figures["task"] == "text-generation"
+    found = []
+    for column, arm in ARMS.items():
+        seconds = figures[f"{column}_e2e_ms"] / 1e3
+        if pd.isna(seconds):
+            continue
+        row: dict[str, object] = dict.fromkeys(SUMMARY_COLUMNS, NAN)
+        row |= {"arm": arm, "model": model, "task": figures["task"], "dtype": "fp16", "n_failed": 0, "run_id": None}
+        row |= {"tpot_p50_s" if text else "e2e_p50_s": seconds, "model_p50_s": figures[f"{column}_model_ms"] / 1e3}
+        found.append(row | {"concurrency": 1.0, "n_compared": 0, "outputs_equal": None, "name": None})
+    return found
