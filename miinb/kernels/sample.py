@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miinb.kernels import reference
+from miinb.kernels import reference, sample_cpu
 
 
 def sample(
@@ -36,4 +36,6 @@ def sample(
         Token ids [L] int64, and [L] bool: whether the largest logit is finite and none is NaN (the id means
         nothing where not); -inf is a token that must not be drawn.
     """
+    if logits.device.type == "cpu":
+        return sample_cpu.sample(logits, seed, position, temperature, top_k, top_p, min_p)
     return reference.sample(logits, seed, position, temperature, top_k, top_p, min_p)
