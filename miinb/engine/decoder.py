@@ -19,10 +19,9 @@ from torch import Tensor
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
 from miinb.engine.spec import DecoderSpec, Rotary
-from miinb.kernels.activation import gated
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.head import greedy_head
-from miinb.kernels.linear import PackedLinear, linear
+from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
 from miinb.kernels.rope import rope_append
 
@@ -138,7 +137,7 @@ class Operators(NamedTuple):
     rope_append: Callable[..., Tensor] = rope_append
     paged_attention: Callable[..., Tensor] = paged_attention
     linear: Callable[..., Tensor] = linear
-    gated: Callable[..., Tensor] = gated
+    gated_linear: Callable[..., Tensor] = gated_linear
     greedy_head: Callable[..., tuple[Tensor, Tensor]] = greedy_head
 
 
@@ -255,7 +254,7 @@ class Decoder:
 
     def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.spec.gated:
-            y = self.ops.gated(self.ops.linear(x, w.up), self.spec.activation)
+            y = self.ops.gated_linear(x, w.up, self.spec.activation)
         else:
             y = self.ops.linear(x, w.up, activation=self.spec.activation)
         y = self.ops.linear(y, w.down, residual=residual)

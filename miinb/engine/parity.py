@@ -31,7 +31,11 @@ def _linear(x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
 
 
 def _greedy_head(x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
-    return reference.greedy_head(_linear(x, packed))
+    return reference.argmax(_linear(x, packed))
+
+
+def _gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
+    return reference.gated(_linear(x, packed), kind)
 
 
 REFERENCE = Operators(
@@ -40,7 +44,7 @@ REFERENCE = Operators(
     rope_append=reference.rope_append,
     paged_attention=reference.paged_attention,
     linear=_linear,
-    gated=reference.gated,
+    gated_linear=_gated_linear,
     greedy_head=_greedy_head,
 )
 

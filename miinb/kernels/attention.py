@@ -1,10 +1,29 @@
 """Attention over the paged KV cache: split-KV decode and variable-length prefill."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from miinb.kernels import reference
+from miinb.kernels.dispatch import (
+    arrival_counters,
+    jit,
+    launch_options,
+    power_of_2,
+    tl,
+    use_triton,
+    wait_for_inputs,
+)
+
+_LOG2E = 1.4426950408889634
+_BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
+_DECODE_PROGRAMS = 128  # about one for each multiprocessor of an H100
+_PREFILL_ROWS = 64
 
 
 def paged_attention(
@@ -27,9 +46,10 @@ def paged_attention(
         q: [T, heads, head_size], the rows' queries one after another.
         k_cache: [pages, page_tokens, kv_heads, head_size].
         v_cache: as `k_cache`.
-        block_table: [R, B] int32, the pages of each row in order.
+        block_table: [R, B] int32, the pages of each row in order; any strides.
         query_start: [R + 1] int32, where each row's queries begin in `q`.
-        lengths: [R] int32, context of each row with its new tokens; a row's queries are its last positions.
+        lengths: [R] int32, context of each row with its new tokens; a row's queries are its last positions. On a GPU a
+            row may have length 0 (padding of a graph): its output is 0.
         scale: of the scores.
         window: each query sees its own and the `window - 1` positions before; None is all.
         alibi: [heads] fp32 slopes (Press et al., 2022): slope * (key position - query position) is added; or None.
@@ -39,16 +59,236 @@ def paged_attention(
     Returns:
         [T, heads, head_size].
     """
-    return reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        query_start,
-        lengths,
-        scale=scale,
-        window=window,
-        alibi=alibi,
-        softcap=softcap,
-        max_query=max_query,
+    if not use_triton(q):
+        return reference.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            query_start,
+            lengths,
+            scale=scale,
+            window=window,
+            alibi=alibi,
+            softcap=softcap,
+        )
+    settings = {
+        "HEADS": q.shape[1],
+        "KV_HEADS": k_cache.shape[2],
+        "HEAD_SIZE": q.shape[2],
+        "PAGE": k_cache.shape[1],
+        "WINDOW": window or 0,
+        "SOFTCAP": float(softcap or 0.0),
+        "HAS_ALIBI": alibi is not None,
+    }
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    launch = _launch_decode if max_query == 1 else _launch_prefill
+    launch((q, k_cache, v_cache, block_table, query_start, lengths, alibi, out), scale, settings, max_query)
+    return out
+
+
+def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], max_query: int) -> None:
+    q, block_table, lengths = tensors[0], tensors[3], tensors[5]
+    heads, kv_heads, rows = settings["HEADS"], settings["KV_HEADS"], lengths.shape[0]
+    splits = min(max(_DECODE_PROGRAMS // (rows * kv_heads), 1), 32)
+    block_g = max(power_of_2(heads // kv_heads), 16)
+    parts = rows * kv_heads * splits
+    _decode[(rows, kv_heads, splits)](
+        *tensors,
+        torch.empty((parts, block_g, settings["HEAD_SIZE"]), dtype=torch.float32, device=q.device),
+        torch.empty((parts, 2, block_g), dtype=torch.float32, device=q.device),
+        arrival_counters(q.device),
+        q.stride(0),
+        *block_table.stride(),
+        scale * _LOG2E,
+        SPLITS=splits,
+        BLOCK_G=block_g,
+        **settings,
+        **_blocks(q),
     )
+
+
+def _launch_prefill(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], max_query: int) -> None:
+    q, block_table, lengths = tensors[0], tensors[3], tensors[5]
+    group = settings["HEADS"] // settings["KV_HEADS"]
+    block_m = max(_PREFILL_ROWS, power_of_2(group))
+    _prefill[(-(-max_query // (block_m // group)), settings["KV_HEADS"], lengths.shape[0])](
+        *tensors,
+        q.stride(0),
+        *block_table.stride(),
+        scale * _LOG2E,
+        BLOCK_M=block_m,
+        **settings,
+        **_blocks(q),
+    )
+
+
+def _blocks(q: Tensor) -> dict[str, Any]:
+    """Keys in a step, few enough for the shared memory of any head size."""
+    block_d = max(power_of_2(q.shape[2]), 16)
+    block_n = min(max(_BLOCK_BYTES // (block_d * q.element_size()), 16), 64)
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2, **launch_options(q)}
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit
+def _softmax_step(
+    query, top, total, acc, k_cache, v_cache, table, page_stride, key, key_end, position, slope, kv_head, scale,
+    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One block of keys in the online softmax (Dao et al., 2022): new maxima [M], sums [M] and outputs [M, D].
+
+    `scale` holds log2(e), as 2**x is what the hardware computes.
+    """
+    d = tl.arange(0, BLOCK_D)
+    there = key < key_end
+    page = tl.load(table + (key // PAGE) * page_stride, mask=there, other=0).to(tl.int64)
+    at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head)[:, None] * HEAD_SIZE + d[None, :]
+    mask = there[:, None] & (d < HEAD_SIZE)[None, :]
+    k = tl.load(k_cache + at, mask=mask, other=0.0)
+    v = tl.load(v_cache + at, mask=mask, other=0.0)
+    scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP > 0:
+        # softcap * tanh(score / softcap) with tanh(u) = 2 * sigmoid(2 * u) - 1
+        scores = (2 * tl.sigmoid(scores * (2 * 0.6931471805599453 / SOFTCAP)) - 1) * (SOFTCAP * 1.4426950408889634)
+    distance = key[None, :] - position[:, None]
+    if HAS_ALIBI:
+        scores += slope[:, None] * distance.to(tl.float32)
+    seen = there[None, :] & (distance <= 0)
+    if WINDOW > 0:
+        seen = seen & (distance > -WINDOW)
+    scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that sees no key of this block
+    weight = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return new_top, total, acc
+
+
+@jit
+def _decode(
+    q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, partial, weights, counters, q_stride,
+    table_stride, page_stride, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a row, KV head and part of the context; the last to finish of a row and head merges the parts.
+
+    All query heads that share a KV head are the rows of one matrix product, so each key is read once.
+    """
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + g
+    mask = (g < GROUP)[:, None] & (d < HEAD_SIZE)[None, :]
+    slope = g.to(tl.float32)
+    if HAS_ALIBI:
+        slope = tl.load(alibi + head, mask=g < GROUP, other=0.0) * 1.4426950408889634
+    wait_for_inputs(PDL)
+    length = tl.load(lengths + row)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    span = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    parts = tl.cdiv(length - first, tl.maximum(span, 1))
+    begin = first + split * span
+    end = tl.minimum(begin + span, length)
+    query = tl.load(q + row.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    position = tl.zeros([BLOCK_G], tl.int32) + length - 1
+    table = block_table + row.to(tl.int64) * table_stride
+    for start in range(begin, end, BLOCK_N):
+        top, total, acc = _softmax_step(
+            query, top, total, acc, k_cache, v_cache, table, page_stride, start + tl.arange(0, BLOCK_N), end,
+            position, slope, kv_head, scale, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, BLOCK_D,
+        )
+    to = out + row.to(tl.int64) * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
+    unit = row * KV_HEADS + kv_head
+    if parts <= 1:
+        if split == 0:
+            tl.store(to, (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=mask)
+    elif split < parts:
+        at = (unit * SPLITS + split).to(tl.int64) * BLOCK_G
+        tl.store(partial + (at + g)[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
+        tl.store(weights + at * 2 + g, top)
+        tl.store(weights + at * 2 + BLOCK_G + g, total)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(counters + unit, 1, sem="acq_rel") == parts - 1:
+            tl.store(counters + unit, 0)
+            base = (unit * SPLITS).to(tl.int64) * BLOCK_G
+            result = _merge(partial + base * HEAD_SIZE, weights + base * 2, parts, g, d, mask, HEAD_SIZE, BLOCK_G)
+            tl.store(to, result.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _merge(partial, weights, parts, g, d, mask, HEAD_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The attention [BLOCK_G, BLOCK_D] of all parts, always summed in the same order.
+
+    Loads go past the first-level cache, which does not see the writes of other multiprocessors.
+    """
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for part in range(parts):
+        top = tl.maximum(top, tl.load(weights + part * 2 * BLOCK_G + g, cache_modifier=".cg"))
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, d.shape[0]], tl.float32)
+    for part in tl.range(parts, loop_unroll_factor=4):
+        share = tl.exp2(tl.load(weights + part * 2 * BLOCK_G + g, cache_modifier=".cg") - top)
+        total += share * tl.load(weights + (part * 2 + 1) * BLOCK_G + g, cache_modifier=".cg")
+        at = partial + (part * BLOCK_G + g)[:, None] * HEAD_SIZE + d[None, :]
+        acc += share[:, None] * tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return acc / total[:, None]
+
+
+@jit
+def _prefill(
+    q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, q_stride, table_stride, page_stride,
+    scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a row of the batch, KV head and block of queries: (token, head of the group) pairs, tokens first."""
+    kv_head, row = tl.program_id(1), tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    wait_for_inputs(PDL)
+    start, stop = tl.load(query_start + row), tl.load(query_start + row + 1)
+    length = tl.load(lengths + row)
+    begin = tl.program_id(0) * TOKENS
+    token = begin + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    there = (m < TOKENS * GROUP) & (token < stop - start)
+    mask = there[:, None] & (d < HEAD_SIZE)[None, :]
+    slope = m.to(tl.float32)
+    if HAS_ALIBI:
+        slope = tl.load(alibi + head) * 1.4426950408889634
+    before = length - (stop - start)
+    position = before + token
+    if begin < stop - start:
+        at = (start + token).to(tl.int64)[:, None]
+        query = tl.load(q + at * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(before + begin - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum(before + begin + TOKENS, length)
+        table = block_table + row.to(tl.int64) * table_stride
+        for key in range(first, end, BLOCK_N):
+            top, total, acc = _softmax_step(
+                query, top, total, acc, k_cache, v_cache, table, page_stride, key + tl.arange(0, BLOCK_N), end,
+                position, slope, kv_head, scale, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, BLOCK_D,
+            )
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        to = out + at * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
+        tl.store(to, result.to(out.dtype.element_ty), mask=mask)

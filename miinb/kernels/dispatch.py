@@ -1,21 +1,32 @@
-"""Where Triton kernels run: on CUDA tensors; on CPU tensors under Triton's interpreter (`TRITON_INTERPRET=1`, tests).
+"""Where and how Triton kernels run: on CUDA tensors; on CPU tensors under Triton's interpreter (`TRITON_INTERPRET=1`).
 
 Triton may be missing (a machine without a GPU needs none): then `jit` leaves functions alone and no wrapper calls them.
+
+On Hopper and later every kernel is launched with programmatic dependent launch: it starts while the kernel before it
+still runs, fetches what no kernel writes (weights), and waits in `wait_for_inputs`. So every kernel calls that before
+it reads anything that another kernel wrote, and before it writes.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
-    triton = tl = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
+
+__all__ = ["arrival_counters", "jit", "launch_options", "power_of_2", "tl", "use_triton", "wait_for_inputs"]
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -25,9 +36,37 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if triton is not None else function
 
 
+@jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait for the kernels before this one, and let the next one start."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the operator on this tensor runs as a Triton kernel."""
     return (x.is_cuda and triton is not None) or INTERPRETED
+
+
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
+    pdl = x.is_cuda and _has_pdl(x.device)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@functools.cache
+def _has_pdl(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def arrival_counters(device: torch.device) -> Tensor:
+    """Zeros by which programs of one launch find the last of them to finish; it sets them back to zero.
+
+    Kernels that use them must not run at the same time: the engine computes on one stream.
+    """
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 def power_of_2(n: int) -> int:

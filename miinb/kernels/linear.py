@@ -1,12 +1,19 @@
-"""Linear layers on packed weights."""
+"""Linear layers on packed weights: a matrix-vector kernel for one row, cuBLAS for more."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.kernels import reference
+from miinb.kernels.activation import activate, activation_of, gated
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
 
 @dataclass(slots=True)
@@ -34,4 +41,111 @@ def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, re
     Returns:
         [T, N] in x's dtype; sums are fp32.
     """
-    return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
+    if not use_triton(x):
+        return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
+    if x.shape[0] == 1:
+        return _gemv_launch(x, packed, activation, residual, gated_pair=False)
+    y = F.linear(x, packed.weight, packed.bias)
+    y = y if activation is None else activate(y, activation)
+    return y if residual is None else y + residual
+
+
+def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
+    """activation(gate) * up of [gate, up] = `linear(x, packed)`.
+
+    Args:
+        x: [T, K].
+        packed: [2 * I, K], the gate's rows first.
+        kind: a key of `activation.KINDS`.
+
+    Returns:
+        [T, I].
+    """
+    if use_triton(x) and x.shape[0] == 1:
+        return _gemv_launch(x, packed, kind, None, gated_pair=True)
+    return gated(linear(x, packed), kind)
+
+
+def _gemv_launch(
+    x: Tensor, packed: PackedLinear, activation: str | None, residual: Tensor | None, *, gated_pair: bool
+) -> Tensor:
+    rows, k = packed.weight.shape
+    n = rows // 2 if gated_pair else rows
+    y = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    tile = gemv_tile(n, k, gated_pair)
+    _gemv[(-(-n // tile["BLOCK_N"]),)](
+        x,
+        packed.weight,
+        packed.bias,
+        residual,
+        y,
+        n,
+        K=k,
+        ACTIVATION=activation,
+        GATED=gated_pair,
+        HAS_BIAS=packed.bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        **tile,
+        **launch_options(x),
+    )
+    return y
+
+
+def gemv_tile(n: int, k: int, gated_pair: bool) -> dict[str, Any]:
+    """Tile of the matrix-vector kernel: the fastest of those measured on an H100 at the sizes of GPT-2 and LLaMA-8B."""
+    if k <= 1024:
+        block_n, block_k, warps = (4, 256, 1) if n > 16384 else (4, power_of_2(k), 4)
+    elif k > 8192 or n <= 1024:
+        block_n, block_k, warps = (1, 2048, 4)
+    else:
+        block_n, block_k, warps = (2, 1024, 4)
+    if gated_pair and block_n > 2:
+        block_n //= 2
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit
+def _gemv(
+    x, weight, bias, residual, y, n, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each program computes BLOCK_N outputs (BLOCK_N of the gate and their partners of the other half if GATED).
+
+    The first tile of weights is asked for before the wait: memory works while the kernel before this one ends.
+    """
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    there = row < n
+    at = weight + row.to(tl.int64)[:, None] * K + column[None, :]
+    mask = there[:, None] & (column < K)[None, :]
+    tile = tl.load(at, mask=mask, other=0.0)
+    if GATED:
+        other = n * K  # below 2**31 elements in any gate that fits a GPU
+        partner = tl.load(at + other, mask=mask, other=0.0)
+    wait_for_inputs(PDL)
+    value = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+    total = tile.to(tl.float32) * value
+    if GATED:
+        total2 = partner.to(tl.float32) * value
+    for start in range(BLOCK_K, K, BLOCK_K):
+        mask = there[:, None] & (start + column < K)[None, :]
+        tile = tl.load(at + start, mask=mask, other=0.0)
+        value = tl.load(x + start + column, mask=start + column < K, other=0.0).to(tl.float32)[None, :]
+        total += tile.to(tl.float32) * value
+        if GATED:
+            total2 += tl.load(at + other + start, mask=mask, other=0.0).to(tl.float32) * value
+    result = tl.sum(total, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    result = activation_of(result, ACTIVATION)
+    if GATED:
+        up = tl.sum(total2, 1)
+        if HAS_BIAS:
+            up += tl.load(bias + n + row, mask=there, other=0.0).to(tl.float32)
+        result *= up
+    if HAS_RESIDUAL:
+        result += tl.load(residual + row, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + row, result.to(y.dtype.element_ty), mask=there)

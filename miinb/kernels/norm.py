@@ -1,10 +1,14 @@
 """Normalization with the residual addition in one pass."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from miinb.kernels import reference
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -19,11 +23,73 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Returns:
         The norm's output and the sum `x + residual` (`x` itself without a residual), both in x's dtype.
     """
-    return reference.rms_norm(x, weight, eps, residual)
+    if not use_triton(x):
+        return reference.rms_norm(x, weight, eps, residual)
+    return _launch(x, weight, None, eps, residual, centered=False)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Layer norm (Ba et al., 2016) of `x + residual`; arguments and results as `rms_norm`, `bias` [hidden] or None."""
-    return reference.layer_norm(x, weight, bias, eps, residual)
+    if not use_triton(x):
+        return reference.layer_norm(x, weight, bias, eps, residual)
+    return _launch(x, weight, bias, eps, residual, centered=True)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, *, centered: bool
+) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1]
+    y = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    block = power_of_2(hidden)
+    _norm[(x.numel() // hidden,)](
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        total,
+        hidden,
+        eps,
+        CENTERED=centered,
+        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),
+        **launch_options(x),
+    )
+    return y, total
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit
+def _norm(
+    x, residual, weight, bias, y, total, hidden, eps, CENTERED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a row."""
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    at = tl.program_id(0).to(tl.int64) * hidden + column
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        added = value.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        value = added.to(value.dtype)  # rounded first: the norm is of what the next layer's residual will be
+        tl.store(total + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    if CENTERED:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / hidden, 0.0)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
+    if not CENTERED:
+        wide = wide.to(value.dtype).to(tl.float32)  # rounded before the weight is applied, as the models were trained
+    wide = wide * scale
+    if HAS_BIAS:
+        wide += shift
+    tl.store(y + at, wide.to(value.dtype), mask=inside)

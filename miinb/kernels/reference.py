@@ -133,11 +133,11 @@ def _attend(
             q[None], k[None], v[None], attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
         )[0]
         return out.transpose(0, 1)
-    k, v = k.repeat_interleave(heads // kv_heads, 0).float(), v.repeat_interleave(heads // kv_heads, 0).float()
-    scores = torch.tanh(q.float() @ k.transpose(1, 2) * (scale / softcap)) * softcap
+    k, v = k.repeat_interleave(heads // kv_heads, 0), v.repeat_interleave(heads // kv_heads, 0)
     if bias is None:
-        bias = scores.new_zeros(n, length).masked_fill_(_hidden(n, length, None, q.device), -math.inf)
-    return ((scores + bias).softmax(-1) @ v).to(q.dtype).transpose(0, 1)
+        bias = q.new_zeros(n, length).masked_fill_(_hidden(n, length, None, q.device), -math.inf)
+    scores = torch.tanh((q @ k.transpose(1, 2)).float() * (scale / softcap)) * softcap + bias
+    return (scores.softmax(-1).to(q.dtype) @ v).transpose(0, 1)
 
 
 def _hidden(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
@@ -196,8 +196,8 @@ def linear(
     return y if residual is None else y + residual
 
 
-def greedy_head(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """See `head.greedy_head`, from the head's logits [L, vocab]: ids [L] int64, finite [L] bool."""
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """See `head.argmax`."""
     return logits.argmax(-1), torch.isfinite(logits.amax(-1))
 
 

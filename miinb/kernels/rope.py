@@ -1,10 +1,18 @@
 """From the fused QKV projection to rotated queries and appended keys and values, in one pass."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from miinb.kernels import reference
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+
+_HEADS_A_PROGRAM = 4
 
 
 def rope_append(
@@ -34,7 +42,7 @@ def rope_append(
         sin: as `cos`.
         k_cache: [pages, page_tokens, kv_heads, head_size], written at `slots`.
         v_cache: as `k_cache`.
-        slots: [T] int64, page * page_tokens + offset.
+        slots: [T] int64, page * page_tokens + offset; on a GPU, a negative one is not written (padding of a graph).
         heads: query heads.
         kv_heads: key and value heads.
         head_size: elements of a head.
@@ -47,20 +55,101 @@ def rope_append(
     Returns:
         The queries, [T, heads, head_size].
     """
-    return reference.rope_append(
-        qkv,
-        positions,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        slots,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
+    if not use_triton(qkv):
+        return reference.rope_append(
+            qkv, positions, cos, sin, k_cache, v_cache, slots,
+            heads=heads, kv_heads=kv_heads, head_size=head_size, rotary_dim=rotary_dim, interleaved=interleaved,
+            q_norm=q_norm, k_norm=k_norm, eps=eps,
+        )  # fmt: skip
+    return _launch(
+        (qkv, positions, cos, sin, k_cache, v_cache, slots, q_norm, k_norm),
+        eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_SIZE=head_size,
+        HALF=rotary_dim // 2 if cos is not None else 0,
+        INTERLEAVED=interleaved,
+        NORM=q_norm is not None,
     )
+
+
+def _launch(tensors: tuple[Any, ...], eps: float, **settings: Any) -> Tensor:
+    qkv, heads, head_size = tensors[0], settings["HEADS"], settings["HEAD_SIZE"]
+    all_heads = heads + 2 * settings["KV_HEADS"]
+    if settings["HALF"] or settings["NORM"]:
+        q, first = torch.empty((qkv.shape[0], heads, head_size), dtype=qkv.dtype, device=qkv.device), 0
+    else:  # the queries stay as they are
+        q, first = qkv.view(-1, all_heads, head_size)[:, :heads], heads
+    _rope_append[(qkv.shape[0], -(-(all_heads - first) // _HEADS_A_PROGRAM))](
+        *tensors,
+        q,
+        eps,
+        FIRST=first,
+        BLOCK_H=_HEADS_A_PROGRAM,
+        BLOCK_D=power_of_2(head_size),
+        num_warps=1 if head_size <= 64 else 2,
+        **settings,
+        **launch_options(qkv),
+    )
+    return q
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit
+def _norm_weight(q_norm, k_norm, d, HEAD_SIZE: tl.constexpr, is_q):
+    """Weights [heads, D] of the norms: the queries' or the keys' for each head."""
+    q_weight = tl.load(q_norm + d, mask=d < HEAD_SIZE, other=0.0).to(tl.float32)[None, :]
+    k_weight = tl.load(k_norm + d, mask=d < HEAD_SIZE, other=0.0).to(tl.float32)[None, :]
+    return tl.where(is_q[:, None], q_weight, k_weight)
+
+
+@jit
+def _rope_append(
+    qkv, positions, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, q, eps, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, FIRST: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a token and BLOCK_H heads, counted over q, k, v. HALF is rotary_dim / 2, 0 without rotation."""
+    token = tl.program_id(0).to(tl.int64)
+    head = FIRST + tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    is_q = head < HEADS
+    is_v = head >= HEADS + KV_HEADS
+    inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < HEAD_SIZE)[None, :]
+    wait_for_inputs(PDL)
+    at = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_SIZE + head[:, None] * HEAD_SIZE
+    value = tl.load(at + d[None, :], mask=inside, other=0.0)
+    if NORM:
+        wide = value.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_SIZE + eps)[:, None]
+        normed = (wide * inverse).to(value.dtype).to(tl.float32) * _norm_weight(q_norm, k_norm, d, HEAD_SIZE, is_q)
+        value = tl.where(is_v[:, None], value, normed.to(value.dtype))
+    if HALF > 0:
+        position = tl.load(positions + token)
+        rotary = d < 2 * HALF
+        if INTERLEAVED:
+            pair = d // 2
+            other = d ^ 1
+            sign = tl.where(d % 2 == 0, -1.0, 1.0)
+        else:
+            pair = d % HALF
+            other = tl.where(d < HALF, d + HALF, d - HALF)
+            sign = tl.where(d < HALF, -1.0, 1.0)
+        partner = tl.load(at + other[None, :], mask=inside & rotary[None, :], other=0.0)
+        if NORM:
+            partner = (partner.to(tl.float32) * inverse).to(value.dtype).to(tl.float32)
+            partner = (partner * _norm_weight(q_norm, k_norm, other, HEAD_SIZE, is_q)).to(value.dtype)
+        c = tl.load(cos + position * HALF + pair, mask=rotary, other=1.0)[None, :]
+        s = (tl.load(sin + position * HALF + pair, mask=rotary, other=0.0) * sign)[None, :]
+        turned = (value.to(tl.float32) * c + partner.to(tl.float32) * s).to(value.dtype)
+        value = tl.where(is_v[:, None] | (d >= 2 * HALF)[None, :], value, turned)
+    if FIRST == 0:
+        tl.store(q + token * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :], value, inside & is_q[:, None])
+    slot = tl.load(slots + token)
+    inside = inside & (slot >= 0)
+    to = slot * KV_HEADS * HEAD_SIZE + d[None, :]
+    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    tl.store(k_cache + to + (head - HEADS)[:, None] * HEAD_SIZE, value, inside & is_k[:, None])
+    tl.store(v_cache + to + (head - HEADS - KV_HEADS)[:, None] * HEAD_SIZE, value, inside & is_v[:, None])

@@ -1,0 +1,252 @@
+"""Every Triton kernel against its plain reference in fp64: on a GPU (`-m gpu`), or by Triton's interpreter on a CPU.
+
+`test_interpreted.py` runs this file in a process of its own, as the interpreter is chosen when Triton is imported.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+from miinb.kernels import attention, reference
+from miinb.kernels.activation import KINDS, activate, gated
+from miinb.kernels.attention import paged_attention
+from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.head import argmax, greedy_head
+from miinb.kernels.linear import PackedLinear, gated_linear, linear
+from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.rope import rope_append
+from miinb.kernels.sample import sample
+
+GPU = os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if GPU else []
+
+# of the largest element: rounding once to the dtype, and fp32 sums in another order
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DTYPES = list(TOLERANCE)
+DOT_DTYPES = [torch.float32, torch.bfloat16 if GPU else torch.float16]  # the interpreter multiplies bf16 as integers
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    if GPU and not torch.cuda.is_available():
+        pytest.fail("no CUDA device")
+    assert GPU or INTERPRETED
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:  # a program takes it 30 ms
+        monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 20)
+
+
+if INTERPRETED:  # numpy 2.4 no longer turns one-element arrays into loop bounds as Triton 3.6's interpreter asks it to
+    import triton.runtime.interpreter as interpreter
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: type, scope: object) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+def wide(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.double().cpu()
+
+
+def same(out: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    limit = TOLERANCE[out.dtype] if tolerance is None else tolerance
+    error = (out.double().cpu() - expected.double().cpu()).abs().max() / expected.abs().max().clamp(min=1e-6)
+    assert error <= limit, f"relative error {error:.2e}"  # also false for NaN
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 576), (3, 48), (2, 1024)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norms(dtype: torch.dtype, rows: int, hidden: int, residual: bool) -> None:
+    x, weight, bias = rand(rows, hidden, dtype=dtype), rand(hidden, dtype=dtype), rand(hidden, dtype=dtype)
+    more = rand(rows, hidden, dtype=dtype) if residual else None
+    total = x if more is None else x + more
+    for out, expected in [
+        (rms_norm(x, weight, 1e-5, more), reference.rms_norm(wide(total), wide(weight), 1e-5)),
+        (layer_norm(x, weight, bias, 1e-5, more), reference.layer_norm(wide(total), wide(weight), wide(bias), 1e-5)),
+        (layer_norm(x, weight, None, 1e-5, more), reference.layer_norm(wide(total), wide(weight), None, 1e-5)),
+    ]:
+        same(out[0], expected[0])
+        same(out[1], total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(kind: str) -> None:
+    x = rand(3, 2 * 1100, scale=3)
+    same(activate(x, kind), reference.activate(wide(x), kind))
+    same(gated(x, kind), reference.gated(wide(x), kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(40, 64), (7, 100), (30, 1100)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear(dtype: torch.dtype, n: int, k: int, rows: int) -> None:
+    x, weight = rand(rows, k, dtype=dtype), rand(n, k, dtype=dtype)
+    for bias, activation, residual in [
+        (None, None, None),
+        (rand(n, dtype=dtype), "gelu_tanh", None),
+        (rand(n, dtype=dtype), None, rand(rows, n, dtype=dtype)),
+    ]:
+        out = linear(x, PackedLinear(weight, bias), activation=activation, residual=residual)
+        same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_linear(rows: int, bias: bool) -> None:
+    x, weight = rand(rows, 72), rand(2 * 33, 72)
+    b = rand(2 * 33) if bias else None
+    expected = reference.gated(reference.linear(wide(x), wide(weight), wide(b)), "silu")
+    same(gated_linear(x, PackedLinear(weight, b), "silu"), expected)
+
+
+ROPE = [
+    # heads, kv_heads, head_size, rotary_dim, interleaved, norm
+    (4, 2, 16, 16, False, False),
+    (3, 1, 20, 12, False, False),
+    (2, 2, 16, 8, True, False),
+    (4, 2, 24, 24, False, True),
+    (3, 3, 12, 0, False, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "rotary", "interleaved", "norm"), ROPE)
+def test_rope_append(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotary: int, interleaved: bool, norm: bool
+) -> None:
+    tokens, pages, page_tokens = 5, 6, 4
+    qkv = rand(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angle = torch.arange(32.0)[:, None] / 10 ** torch.linspace(0, 2, max(rotary // 2, 1))
+    cos, sin = (angle.cos().to(DEVICE), angle.sin().to(DEVICE)) if rotary else (None, None)
+    q_norm, k_norm = (rand(size, dtype=dtype), rand(size, dtype=dtype)) if norm else (None, None)
+    k_cache = rand(pages, page_tokens, kv_heads, size, dtype=dtype)
+    v_cache = rand(pages, page_tokens, kv_heads, size, dtype=dtype)
+    positions, slots = torch.tensor([0, 1, 7, 31, 2]), torch.tensor([3, 8, 20, 23, -1])
+    options = {"heads": heads, "kv_heads": kv_heads, "head_size": size, "rotary_dim": rotary}
+    options |= {"interleaved": interleaved, "eps": 1e-6}
+    k_wide, v_wide = wide(k_cache), wide(v_cache)
+    expected = reference.rope_append(
+        wide(qkv)[:4], positions[:4], wide(cos), wide(sin), k_wide, v_wide, slots[:4],
+        q_norm=wide(q_norm), k_norm=wide(k_norm), **options,
+    )  # fmt: skip
+    q = rope_append(
+        qkv, positions.to(DEVICE), cos, sin, k_cache, v_cache, slots.to(DEVICE), q_norm=q_norm, k_norm=k_norm, **options
+    )
+    same(q[:4], expected)
+    same(k_cache, k_wide)
+    same(v_cache, v_wide)
+
+
+ATTENTION = [
+    # heads, kv_heads, head_size, window, alibi, softcap
+    (4, 2, 16, None, False, None),
+    (2, 2, 20, None, False, None),
+    (6, 1, 16, 9, False, None),
+    (4, 4, 8, None, True, None),
+    (3, 1, 32, 70, False, 5.0),
+]
+
+
+def attention_inputs(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, queries: list[int], lengths: list[int]
+) -> tuple[torch.Tensor, ...]:
+    page_tokens, width = 16, 12
+    pages = len(lengths) * width
+    table = torch.randperm(pages).view(len(lengths), width).to(torch.int32)
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    caches = [rand(pages, page_tokens, kv_heads, size, dtype=dtype) for _ in range(2)]
+    q = rand(sum(queries), heads + 1, size, dtype=dtype)[:, :heads]  # not contiguous, as it is a view of a projection
+    return q, *caches, table.to(DEVICE), starts.to(DEVICE), torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "window", "alibi", "softcap"), ATTENTION)
+@pytest.mark.parametrize(
+    ("queries", "lengths"), [([1, 1, 1], [1, 130, 64]), ([5, 1, 66], [5, 100, 140])], ids=["decode", "prefill"]
+)
+def test_paged_attention(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    alibi: bool,
+    softcap: float | None,
+    queries: list[int],
+    lengths: list[int],
+) -> None:
+    tensors = attention_inputs(heads, kv_heads, size, dtype, queries, lengths)
+    slopes = torch.tensor([2.0 ** -(i + 1) for i in range(heads)], device=DEVICE) if alibi else None
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    out = paged_attention(*tensors, alibi=slopes, max_query=max(queries), **options)
+    expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]),
+                                         alibi=wide(slopes), **options)  # fmt: skip
+    same(out, expected)
+
+
+def test_decode_is_the_same_again_and_pads_with_zeros() -> None:
+    tensors = attention_inputs(4, 2, 16, torch.float32, [1, 1], [150, 0])
+    first = paged_attention(*tensors, scale=0.3, max_query=1)
+    again = paged_attention(*tensors, scale=0.3, max_query=1)  # the counters are back at zero
+    assert torch.equal(first, again)
+    assert not first[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [10, 4096, 9001])
+def test_argmax(dtype: torch.dtype, vocab: int) -> None:
+    logits = rand(6, vocab, dtype=dtype)
+    logits[1, 3] = logits[1, vocab - 1] = 50  # the lower id of two equal ones
+    logits[2, vocab // 2] = math.nan
+    logits[3, vocab - 1] = math.inf
+    logits[4] = -math.inf
+    logits[5, : vocab - 1] = -math.inf
+    ids, finite = argmax(logits)
+    assert finite.tolist() == [True, True, False, False, False, True]
+    good = [0, 1, 5]
+    assert ids[good].tolist() == logits.cpu()[good].argmax(-1).tolist()
+    assert ids[1] == 3
+    assert argmax(logits)[1].tolist() == finite.tolist()
+    assert (ids >= 0).all()
+    assert (ids < vocab).all()
+
+
+def test_greedy_head() -> None:
+    x, head = rand(1, 64), PackedLinear(rand(500, 64))
+    ids, finite = greedy_head(x, head)
+    assert ids.tolist() == (wide(x) @ wide(head.weight).T).argmax(-1).tolist()
+    assert finite.all()
+
+
+def test_sample() -> None:
+    rows, vocab = 12, 1003
+    logits = rand(rows, vocab, scale=2)
+    logits[0, 5] = -math.inf
+    logits[11, 7] = math.nan
+    seed = torch.arange(rows) * 2**40 + 3
+    position = torch.arange(rows) + 2**31
+    temperature = torch.tensor([0.0, 1, 0.7, 1, 1, 1, 2, 1, 1, 1.5, 0.5, 1])
+    top_k = torch.tensor([0, 0, 0, 1, 5, 0, 0, 0, 2000, 30, 50, 0], dtype=torch.int32)
+    top_p = torch.tensor([1, 1, 1, 1, 1, 0.3, 0.9, 1, 1, 0.8, 0.95, 1])
+    min_p = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0.2, 0, 0.05, 0.01, 0])
+    arguments = [t.to(DEVICE) for t in (logits, seed, position, temperature, top_k, top_p, min_p)]
+    ids, finite = sample(*arguments)
+    expected, expected_finite = reference.sample(*(t.cpu() for t in arguments))
+    assert finite.tolist() == expected_finite.tolist() == [True] * 11 + [False]
+    assert ids[:11].tolist() == expected[:11].tolist()
