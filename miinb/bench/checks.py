@@ -17,8 +17,8 @@ class Answered(Protocol):
     token_ids: tuple[int, ...]
 
 
-def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered]) -> None:
-    """Fill `equal` and `equal_share` of every record whose arm is not the reference.
+def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered], *, exact: bool) -> None:
+    """Fill `equal_share`, and if `exact` also `equal`, of every record whose arm is not the reference.
 
     The reference is the arm "baseline", else the first arm. Compared are answers to the same prompt at the same point,
     warm-up left out; a request that failed on either side is not compared (it is counted as failed).
@@ -34,7 +34,8 @@ def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered]) 
         key = (record.point, record.prompt_id, record.seed)
         if record.arm == reference or record.warmup or record.seq not in answers or key not in expected:
             continue
-        record.equal = answers[record.seq].text == expected[key].text
+        if exact:
+            record.equal = answers[record.seq].text == expected[key].text
         record.equal_share = leading_share(expected[key], answers[record.seq])
 
 

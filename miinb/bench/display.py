@@ -61,7 +61,9 @@ def _speedup(row: pd.Series) -> str:
 def _answers(row: pd.Series) -> str:
     if not row["n_compared"]:
         return ""
-    return "yes" if row["outputs_equal"] else f"{row['equal_share']:.0%} of tokens"
+    if pd.isna(row["n_equal"]):
+        return f"first {row['equal_share']:.0%} of tokens"
+    return "yes" if row["outputs_equal"] else f"{row['n_equal']:.0f} of {row['n_compared']:.0f}"
 
 
 def _ms(value: float) -> str:

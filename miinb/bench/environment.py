@@ -7,9 +7,10 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+import miinb
 from miinb import hardware
 
-PACKAGES = ("miinb", "torch", "deepspeed", "transformers", "diffusers", "triton", "grpcio", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "triton", "grpcio", "numpy")
 #: Instruction sets that decide a CPU's speed here: the kernel's name and how it is written.
 CPU_FLAGS = {
     "avx2": "AVX2",
@@ -41,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that matter to speed, by their metadata."""
-    found = {}
+    found = {"miinb": miinb.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -48,7 +48,7 @@ DEFINITIONS: dict[str, str] = {
         "without a GPU counts as one"
     ),
     "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap",
-    "outputs_equal": "every compared answer is the same text as the baseline's for the same prompt",
+    "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
     "equal_share": "share of the baseline's output tokens before the first difference, mean over the answers",
 }
 

@@ -190,6 +190,8 @@ class _Run:
             stream = arm.session.stream(job.prompt, timeout_s=self.config.timeout_s, **params)
             with self.lock:
                 self.streams.add(stream)
+            if self.stop.is_set():  # it was opened while the others were being cancelled
+                stream.cancel()
             for chunk in stream:
                 now = time.perf_counter()
                 if t_first is None and chunk.text:
@@ -218,7 +220,7 @@ class _Run:
     def result(self) -> Runs:
         """The run as frames; compares the outputs and notes what a reader must know."""
         if self.config.check != "none" and not self.config.do_sample and len(self.arms) > 1:
-            compare_outputs(self.records, self.answers)
+            compare_outputs(self.records, self.answers, exact=self.config.check == "exact")
         ok = [r for r in self.records if r.status == "ok" and not r.warmup]
         failed = [r for r in self.records if r.status in ("error", "timeout")]
         if failed and not ok:

@@ -28,7 +28,17 @@ SUMMARY_COLUMNS: tuple[str, ...] = (
     *("req_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
     *("cached_share", "peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
     *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_images"),
-    *("speedup", "speedup_lo", "speedup_hi", "outputs_equal", "equal_share", "n_compared", "created", "point"),
+    *(
+        "speedup",
+        "speedup_lo",
+        "speedup_hi",
+        "outputs_equal",
+        "n_equal",
+        "equal_share",
+        "n_compared",
+        "created",
+        "point",
+    ),
 )
 
 
@@ -113,11 +123,14 @@ def _cost(row: Mapping[str, Any], env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _equality(ok: pd.DataFrame) -> dict[str, Any]:
-    compared = ok[ok["equal"].notna()]
+    compared = ok[ok["equal_share"].notna()]
     if compared.empty:
-        return {"outputs_equal": None, "equal_share": NAN, "n_compared": 0}
+        return {"outputs_equal": None, "n_equal": NAN, "equal_share": NAN, "n_compared": 0}
+    exact = bool(compared["equal"].notna().all())
+    n_equal = int(compared["equal"].astype(bool).sum()) if exact else NAN
     return {
-        "outputs_equal": bool(compared["equal"].astype(bool).all()),
+        "outputs_equal": n_equal == len(compared) if exact else None,
+        "n_equal": n_equal,
         "equal_share": float(compared["equal_share"].mean()),
         "n_compared": len(compared),
     }

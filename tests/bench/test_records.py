@@ -185,7 +185,7 @@ def test_displays_escape_what_models_and_users_write() -> None:
 
 def test_the_environment_names_the_machine_without_torch() -> None:
     facts = environment()
-    assert facts["versions"]["miinb"] if "miinb" in facts["versions"] else facts["versions"]["torch"]
+    assert {"miinb", "torch"} <= set(facts["versions"])
     assert facts["cpu"]["cores"] >= 1
     assert facts["cpu"]["model"]
     assert hardware_words({**facts, "gpus": []}).endswith("no GPU")

@@ -59,8 +59,19 @@ def test_different_answers_are_seen() -> None:
     row = runs.summary.set_index("arm").loc["optimized"]
     assert not row["outputs_equal"]
     assert row["equal_share"] == pytest.approx(0.75)
+    assert row["n_equal"] == 0
     warm = runs.requests[runs.requests["warmup"]]
     assert warm["equal"].isna().all()
+    assert "0 of 2" in repr(runs)
+
+
+def test_close_measures_how_far_the_answers_agree() -> None:
+    arms = [StandIn("baseline"), StandIn(differs_from=6)]
+    runs = compare(arms, requests=2, warmup=0, new_tokens=8, check="close", progress=_quiet)
+    row = runs.summary.set_index("arm").loc["optimized"]
+    assert row["outputs_equal"] is None
+    assert row["equal_share"] == pytest.approx(0.75)
+    assert "first 75% of tokens" in repr(runs)
 
 
 @pytest.mark.parametrize("fields", [{"check": "none"}, {"do_sample": True}])

@@ -172,7 +172,7 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     return finish(
         ax,
         title="Memory",
-        subtitle=frames.subtitle(rows),
+        subtitle=frames.subtitle(rows.assign(concurrency=NAN, rate_rps=NAN)),
         caption=["Largest sum over the ranks, read after each load point."],
         footer=frames.footer(rows),
         legend_above=True,

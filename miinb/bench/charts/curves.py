@@ -78,7 +78,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     ax.set_ylabel("Share of requests", fontsize=9, color=INK)
     ax.set_xlabel(f"{frames.METRICS[metric]} ({unit})", fontsize=9, color=INK)
     ax.xaxis.grid(True, color="#eeeeee", linewidth=0.7)
-    if len(rows) <= 4:
+    if len(rows) <= 2:
         ax.legend(fontsize=8.5, frameon=False, loc="lower right")
     else:
         ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1.0))

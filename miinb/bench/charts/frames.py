@@ -159,12 +159,13 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
     for arm, rows in compared.groupby("arm", sort=False):
         total = int(rows["n_compared"].sum())
         share = float((rows["equal_share"] * rows["n_compared"]).sum()) / total
-        same = bool(rows["outputs_equal"].astype(bool).all())
-        words = f"all {total} answers are the same text as {reference}'s"
-        if not same:
+        equal = rows["n_equal"].sum(min_count=1)
+        words = f"on average the first {share:.0%} of the tokens are {reference}'s ({total} answers)"
+        if pd.notna(equal):
             words = (
-                f"not all answers are {reference}'s; {share:.0%} of the tokens are equal before the first difference"
+                f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are the same text as {reference}'s"
             )
+            words += "" if equal == total else f"; on average the first {share:.0%} of the tokens are equal"
         texts.setdefault(words, []).append(str(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
 
