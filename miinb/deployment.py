@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from miinb import registry
 from miinb.config import DeploymentConfig
@@ -30,6 +33,7 @@ from miinb.errors import (
     StartError,
     StartTimeout,
     Unavailable,
+    all_errors,
     from_name,
 )
 from miinb.hardware import gpu_processes
@@ -71,6 +75,8 @@ class Deployment:
             DeploymentExists: another one has the name.
             Interrupted: the user stopped the wait.
         """
+        if config.port:
+            check_port(config.port)
         folder = registry.folder_of(name)
         order = {
             "config": {**config.model_dump(mode="json"), "name": name},
@@ -296,12 +302,29 @@ def _entry_before_it_is_written(name: str, folder: Path, pid: int) -> registry.E
 
 
 def _error(failed: Mapping[str, str]) -> MiinbError:
-    return from_name(
-        failed.get("error", "StartError"),
-        failed.get("message", "It did not start."),
-        failed.get("details", ""),
-        hint=failed.get("hint", ""),
-    )
+    name, message = failed.get("error", ""), failed.get("message", "It did not start.")
+    if name not in all_errors():  # of Python or of a library
+        name, message = "StartError", f"{name}: {message}" if name else message
+    return from_name(name, message, failed.get("details", ""), hint=failed.get("hint", ""))
+
+
+def check_port(port: int) -> None:
+    """Refuse a TCP port that another process listens on.
+
+    Raises:
+        StartError: naming that process where the system tells it.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+            return
+        except OSError as error:
+            reason = error.strerror
+    holder = ""
+    with contextlib.suppress(psutil.Error):
+        pids = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid]
+        holder = f" by process {pids[0]}" if pids else ""
+    raise StartError(f"Port {port} cannot be used: {reason}{holder}.", hint="Use port=0 for a free one.")
 
 
 def _left(pids: set[int]) -> str:

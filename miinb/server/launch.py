@@ -16,6 +16,7 @@ from miinb.server.process import Process
 
 FRONTEND = "miinb.server.frontend"
 WORKER = "miinb.server.worker"
+_LONG_S = 3600.0
 
 
 class Launch:
@@ -38,11 +39,11 @@ class Launch:
             _write_token(folder / "token")
 
     def frontend(self) -> Process:
-        """Start the frontend."""
+        """Start the frontend. It drains for as long as the supervisor lets it."""
         return Process(
             "The frontend",
             self._modules["frontend"],
-            self._line,
+            {**self._line, "drain_s": _LONG_S},
             log=self.folder / "logs" / "frontend.log",
             env={**self._environment(), "CUDA_VISIBLE_DEVICES": ""},
         )

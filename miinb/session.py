@@ -1,0 +1,389 @@
+"""`Session`: the handle of one deployment in a notebook or a script; `attach` and `deployments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
+
+from miinb import hardware, models, planner, registry
+from miinb.client import Client
+from miinb.config import DeploymentConfig
+from miinb.deployment import Deployment
+from miinb.errors import DeploymentExists, Unavailable
+from miinb.messages import EngineInfo, Phase, Plan, Status
+
+if TYPE_CHECKING:
+    import pandas
+
+    from miinb.results import Reply, Result, Stream
+
+_NAME_TRIES = 5
+_BAR = "{desc} {bar} {elapsed}"
+
+
+class Session:
+    """A deployment of one model: starts it (or joins it, see `attach`), asks it, ends it.
+
+    Args:
+        model: folder (safetensors, GGUF), .gguf file, or hub name in the local cache.
+        task: Hugging Face's task name; inferred when the model leaves one choice.
+        name: of the deployment; default from the model, made unique.
+        engine: "optimized", or "baseline" (plain transformers).
+        dtype: "auto" is the checkpoint's (fp16 becomes bf16 or fp32 on a CPU).
+        device: "auto", "cuda" or "cpu".
+        gpus: GPUs to use, one list a replica if nested; numbered within CUDA_VISIBLE_DEVICES.
+        tensor_parallel: GPUs of one replica.
+        replicas: copies of the model.
+        max_length: most tokens of one sequence, prompt and answer.
+        max_batch: most sequences at once.
+        kv_dtype: dtype of the key-value cache.
+        load_format: "dummy" makes random weights from config.json.
+        revision: of a hub name.
+        trust_remote_code: allow Python code from the model's folder.
+        persist: live on when this process ends, until idle for `idle_timeout_s`.
+        idle_timeout_s: idle limit of a persistent deployment, seconds.
+        start_timeout_s: time limit of the start, seconds.
+        options: engine options (`miinb.config.EngineOptions`).
+
+    Raises:
+        ConfigError: an option is unknown or wrong; nothing was started.
+        ModelError: the model cannot be used as asked.
+        StartError: it did not start; the message has the cause, `details` the log's tail.
+        DeploymentExists: the name is taken.
+    """
+
+    _planned: Plan | None
+
+    def __init__(
+        self,
+        model: str | Path,
+        task: str | None = None,
+        *,
+        name: str | None = None,
+        engine: str = "optimized",
+        dtype: str = "auto",
+        device: str = "auto",
+        gpus: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        tensor_parallel: int = 1,
+        replicas: int = 1,
+        max_length: int | None = None,
+        max_batch: int | None = None,
+        kv_dtype: str = "auto",
+        load_format: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        persist: bool = False,
+        idle_timeout_s: float = 1800.0,
+        start_timeout_s: float = 600.0,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        values = {**locals(), **more}
+        for word in ("self", "more", "__class__"):
+            values.pop(word, None)
+        self._begin(DeploymentConfig.parse(values))
+
+    @classmethod
+    def _of(cls, deployment: Deployment) -> Self:
+        """A session that joins a running deployment."""
+        self = cls.__new__(cls)
+        self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
+        self._planned = None
+        self._connect(deployment)
+        return self
+
+    def _begin(self, config: DeploymentConfig) -> None:
+        """Plan, start, connect. Everything that can be refused is refused before a process starts."""
+        path = Path(config.model).expanduser()
+        if path.exists():  # the server outlives this process's working directory
+            config = config.model_copy(update={"model": str(path.resolve())})
+        info = models.inspect(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            load_format=config.load_format,
+        )
+        machine = hardware.detect()
+        planned = planner.plan(config, info, machine)
+        resolved = planner.resolve(config, planned, machine)
+        self._planned = planned
+        self._config = config
+        self._connect(self._start(resolved, info.task(config.task)))
+
+    def _start(self, resolved: DeploymentConfig, task: str) -> Deployment:
+        wanted = self._config.name or registry.default_name(self._config.model)
+        for attempt in range(_NAME_TRIES):
+            name = self._config.name or registry.unique_name(wanted)
+            try:
+                with _progress(name) as on_phase:
+                    return Deployment.start(resolved, name=name, task=task, on_phase=on_phase)
+            except DeploymentExists:  # another process took the free name first
+                if self._config.name or attempt == _NAME_TRIES - 1:
+                    raise
+        raise DeploymentExists(f"No free name near {wanted!r}.")
+
+    def _connect(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._state = "ready"
+        self._client = Client(deployment.entry.address)
+        self._info: EngineInfo | None = None
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self._deployment.entry.name
+
+    @property
+    def model(self) -> str:
+        """The model's folder or hub name."""
+        return self._config.model
+
+    @property
+    def task(self) -> str:
+        """Hugging Face's name of the task."""
+        return self._describe().task
+
+    @property
+    def engine(self) -> str:
+        """The engine that was asked for; `plan()` says what really runs."""
+        return self._config.engine
+
+    @property
+    def state(self) -> str:
+        """starting, ready, draining, stopped, failed or lost, at this moment."""
+        return self._state if self._state == "stopped" else self.status().state
+
+    @property
+    def address(self) -> str:
+        """gRPC address of the frontend."""
+        return self._deployment.entry.address
+
+    @property
+    def pid(self) -> int:
+        """Process id of the supervisor."""
+        return self._deployment.entry.pid
+
+    @property
+    def config(self) -> DeploymentConfig:
+        """The configuration that was asked for (of a joined deployment: what it runs with)."""
+        return self._config
+
+    @property
+    def instance_id(self) -> str:
+        """Tells this deployment from earlier and later ones of its name."""
+        return self._deployment.entry.instance_id
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that rank 0 took to load the model."""
+        return self._describe().load_s
+
+    @property
+    def persist(self) -> bool:
+        """Whether it lives on when the process that started it ends."""
+        return self._deployment.entry.persist
+
+    @property
+    def records(self) -> pandas.DataFrame:
+        """One row for each request of this session."""
+        return self._client.records
+
+    # Asking the model
+
+    def generate(self, prompts: str | Sequence[str], **parameters: Any) -> Result:
+        """New text for a prompt or a list of prompts, in order.
+
+        Args:
+            prompts: one prompt or several.
+            parameters: `miinb.config.GenerationParams`; `timeout_s` limits the whole request.
+
+        Raises:
+            RequestError: the request was refused or failed.
+        """
+        return self._client.generate(prompts, **parameters)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Result:
+        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template."""
+        return self._client.chat(messages, **parameters)
+
+    def predict(self, inputs: Any, **options: Any) -> list[Any]:
+        """Predictions of an encoder task, one list for each input, in order."""
+        return self._client.predict(inputs, **options)
+
+    def stream(self, prompt: str, **parameters: Any) -> Stream:
+        """An iterator of `Chunk`; `.cancel()` ends it, `.result` holds the whole at the end."""
+        return self._client.stream(prompt, **parameters)
+
+    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply:
+        """MII's call: a request dictionary in, MII's reply fields out."""
+        return self._client.query(request, **parameters)
+
+    def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
+        """`generate`, awaitable."""
+        return self._client.agenerate(prompts, **parameters)
+
+    def achat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Awaitable[Result]:
+        """`chat`, awaitable."""
+        return self._client.achat(messages, **parameters)
+
+    def apredict(self, inputs: Any, **options: Any) -> Awaitable[list[Any]]:
+        """`predict`, awaitable."""
+        return self._client.apredict(inputs, **options)
+
+    def astream(self, prompt: str, **parameters: Any) -> Any:
+        """`stream` as an asynchronous iterator."""
+        return self._client.astream(prompt, **parameters)
+
+    # Measuring and showing
+
+    def bench(self, workload: Any = None, **fields: Any) -> Any:
+        """Measure it under a workload (`miinb.config.BenchConfig`'s fields): `Runs`."""
+        from miinb.bench.runner import bench
+
+        return bench(self, workload, **fields)
+
+    def panel(self, kind: str | None = None) -> Any:
+        """A widget to try the model with; `kind` None chooses by the task."""
+        from miinb.notebook.panels import panel
+
+        return panel(self, kind)
+
+    # Its life
+
+    def status(self) -> Status:
+        """The deployment at this moment."""
+        return self._deployment.status()
+
+    def plan(self) -> Plan:
+        """Which optimizations run and why: what was chosen before the start, then what the rank found."""
+        ranks = self._describe().plan
+        told = {line.what for line in ranks.lines}
+        before = self._planned.lines if self._planned is not None else ()
+        lines = (*(line for line in before if line.what not in told), *ranks.lines)
+        return dataclasses.replace(ranks, lines=lines)
+
+    def logs(self, n: int = 50, rank: int | None = None) -> str:
+        """The last `n` lines of each log, or of one rank's."""
+        return self._deployment.logs(n, rank)
+
+    def stop(self, *, drain_s: float = 0.0) -> Status | None:
+        """End the deployment; returns when every process is gone and the GPU memory is back.
+
+        Args:
+            drain_s: seconds for the requests in flight; no new ones are taken.
+
+        Raises:
+            MiinbError: something is left; the message names it.
+        """
+        if self._state == "stopped":
+            return None
+        self._client.close()
+        last = self._deployment.stop(drain_s=drain_s)
+        self._state = "stopped"
+        return last
+
+    def restart(self) -> Self:
+        """End it and start it again with the same configuration and name."""
+        self._config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
+        self.stop()
+        self._begin(self._config)
+        return self
+
+    def keep(self) -> None:
+        """Make it persistent: it lives on when this process ends, until it is idle for `idle_timeout_s`."""
+        self._deployment.keep()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"Session({self.name!r}, model={self.model!r}, engine={self.engine!r}, state={self.state!r})"
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        from miinb.notebook.cards import session_card
+
+        html, text = session_card(self)
+        return {"text/html": html, "text/plain": text}
+
+    def _describe(self) -> EngineInfo:
+        if self._info is None:
+            self._info = self._client.describe()
+        return self._info
+
+
+def attach(name: str) -> Session:
+    """A session of the running deployment of that name; it does not end with this process.
+
+    Raises:
+        DeploymentNotFound: there is none; the near name is in the hint.
+        VersionMismatch: another version of miinb started it.
+    """
+    return Session._of(Deployment.join(name))
+
+
+def deployments() -> list[Status]:
+    """The deployments of this user on this machine, by name; state "lost" for one that does not answer."""
+    found = []
+    for entry in registry.entries():
+        try:
+            found.append(Status.from_dict(registry.ask(entry, "status")["status"]))
+        except Unavailable:
+            if entry.alive:
+                found.append(_lost(entry))
+    return found
+
+
+def _lost(entry: registry.Entry) -> Status:
+    names = ("model", "task", "engine", "dtype", "device")
+    model, task, engine, dtype, device = (str(entry.config.get(name) or "") for name in names)
+    return Status(
+        name=entry.name,
+        state="lost",
+        model=model,
+        task=task,
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        address=entry.address,
+        pid=entry.pid,
+        persist=entry.persist,
+        uptime_s=0.0,
+    )
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[Phase], None]]:
+    """A progress bar of the start's phases: a widget in a notebook, text in a terminal, nothing in a pipe."""
+    from tqdm.auto import tqdm
+
+    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
+    bar = tqdm(total=1, leave=False, disable=not (in_notebook or sys.stderr.isatty()), bar_format=_BAR)
+
+    def on_phase(phase: Phase) -> None:
+        bar.total = max(1, phase.total)
+        bar.n = min(phase.done, bar.total)
+        bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
+
+    try:
+        yield on_phase
+    finally:
+        bar.close()
+
+
+def _shell() -> Any:
+    from IPython.core.getipython import get_ipython
+
+    return get_ipython()

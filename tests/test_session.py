@@ -1,0 +1,239 @@
+"""`Session` with the whole path: supervisor, frontend and rank of the tiny model that ships in the package."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import miinb
+from miinb.demo import tiny_model
+from miinb.errors import (
+    BrokenCheckpoint,
+    DeploymentExists,
+    DeploymentNotFound,
+    InvalidRequest,
+    InvalidValue,
+    MiinbError,
+    ModelNotFound,
+    StartError,
+    StartTimeout,
+    UnknownOption,
+    UnsupportedModel,
+)
+
+PROMPT = "Once upon a time,"
+TINY: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "options": {"threads": 1}, "start_timeout_s": 120.0}
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("run")
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        yield folder / "miinb"
+
+
+@pytest.fixture(scope="module")
+def session(state: Path) -> Iterator[miinb.Session]:
+    with miinb.Session(tiny_model(), name="tiny", port=0, **TINY) as found:
+        yield found
+    assert not list(state.iterdir())
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def test_it_answers(session: miinb.Session) -> None:
+    result = session.generate([PROMPT, "One day"], max_new_tokens=12)
+    assert len(result.texts) == 2
+    assert all(result.texts)
+    assert session.generate(PROMPT, max_new_tokens=12).text == result.texts[0]
+    assert "".join(chunk.text for chunk in session.stream(PROMPT, max_new_tokens=12)) == result.texts[0]
+    assert session.query({"query": [PROMPT]}, max_new_tokens=12).response == [PROMPT + result.texts[0]]
+    assert session.chat([{"role": "user", "content": "Tell a story."}], max_new_tokens=4).usage.output_tokens <= 4
+    assert asyncio.run(_answer(session)) == result.texts[0]
+    assert len(session.records) >= 6
+
+
+async def _answer(session: miinb.Session) -> str:
+    return str((await session.agenerate(PROMPT, max_new_tokens=12)).text)
+
+
+def test_it_says_what_it_is(session: miinb.Session) -> None:
+    assert (session.name, session.engine, session.task, session.state) == (
+        "tiny",
+        "optimized",
+        "text-generation",
+        "ready",
+    )
+    status = session.status()
+    assert status.pid == session.pid
+    assert [rank.state for rank in status.ranks] == ["ready"]
+    assert status.ranks[0].memory_bytes > 0
+    plan = session.plan()
+    assert (plan.engine, plan.dtype, plan.device) == ("optimized", "fp32", "cpu")
+    assert {"engine", "dtype", "max_length"} <= {line.what for line in plan.lines}
+    assert len({line.what for line in plan.lines}) == len(plan.lines)
+    assert "==> rank-0-0.log <==" in session.logs()
+    assert session.load_s > 0
+    assert session.config.dtype == "fp32"
+    assert "'tiny'" in repr(session)
+    assert set(session._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+def test_every_listener_is_local(session: miinb.Session) -> None:
+    """Unix sockets in a 0700 folder; TCP (asked for here) on loopback alone."""
+    import psutil
+
+    family = psutil.Process(session.pid)
+    found = [
+        connection.laddr.ip
+        for process in [family, *family.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert found
+    assert set(found) <= {"127.0.0.1", "::1"}
+    folder = Path(session.address.removeprefix("unix:")).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for name in ("rpc.sock", "control.sock", "token"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_no_secret_is_shown(session: miinb.Session) -> None:
+    import psutil
+
+    folder = Path(session.address.removeprefix("unix:")).parent
+    token = (folder / "token").read_text()
+    family = psutil.Process(session.pid)
+    for process in [family, *family.children(recursive=True)]:
+        assert token not in " ".join(process.cmdline())
+        assert token not in " ".join(process.environ().values())
+    assert token not in (folder / "deployment.json").read_text()
+    assert token not in "".join(log.read_text() for log in (folder / "logs").iterdir())
+
+
+def test_others_find_it_and_join_it(session: miinb.Session) -> None:
+    (status,) = [one for one in miinb.deployments() if one.name == "tiny"]
+    assert status.state == "ready"
+    joined = miinb.attach("tiny")
+    assert joined.generate(PROMPT, max_new_tokens=3).text
+    assert joined.instance_id == session.instance_id
+    assert joined.plan().dtype == "fp32"
+    with pytest.raises(DeploymentNotFound, match="Did you mean 'tiny'"):
+        miinb.attach("tinny")
+
+
+def test_its_name_is_taken(session: miinb.Session) -> None:
+    with pytest.raises(DeploymentExists, match="'tiny'"):
+        miinb.Session(tiny_model(), name="tiny", **TINY)
+    assert session.state == "ready"
+
+
+def test_a_bad_request_harms_nothing(session: miinb.Session) -> None:
+    with pytest.raises(InvalidRequest, match="Did you mean 'temperature'"):
+        session.generate(PROMPT, temprature=1.0)
+    assert session.state == "ready"
+
+
+def test_a_dead_rank_comes_back(session: miinb.Session) -> None:
+    before = session.status().ranks[0].pid
+    os.kill(before, 9)
+    until(lambda: [rank.pid for rank in session.status().ranks] not in ([], [before]))
+    until(lambda: session.status().state == "ready", 60.0)
+    assert session.generate(PROMPT, max_new_tokens=3).text
+
+
+def test_restart_and_stop(session: miinb.Session) -> None:
+    pid, instance = session.pid, session.instance_id
+    session.restart()
+    assert session.pid != pid
+    assert session.instance_id != instance
+    assert session.name == "tiny"
+    assert session.generate(PROMPT, max_new_tokens=3).text
+    last = session.stop()
+    assert last is not None
+    assert last.state == session.state == "stopped"
+    assert session.stop() is None
+    assert not miinb.deployments()
+
+
+def broken(folder: Path, change: str) -> Path:
+    shutil.copytree(tiny_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif change == "header":
+        weights.write_bytes(b"\xff" * 100)
+    elif change == "family":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_family"}))
+    elif change == "shapes":
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ("truncated", BrokenCheckpoint, "model.safetensors"),
+        ("header", BrokenCheckpoint, "model.safetensors"),
+        ("family", UnsupportedModel, "no_such_family"),
+        ("shapes", BrokenCheckpoint, ""),
+    ],
+)
+def test_models_that_cannot_work(state: Path, tmp_path: Path, change: str, error: type[MiinbError], words: str) -> None:
+    with pytest.raises(error) as caught:
+        miinb.Session(broken(tmp_path / "model", change), **TINY)
+    assert words in str(caught.value)
+    assert not list(state.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"model": "/no/such/folder"}, ModelNotFound, "/no/such/folder"),
+        ({"dtype": "int4"}, InvalidValue, "not built yet"),
+        ({"device": "cuda", "gpus": [0]}, InvalidValue, "no GPU can be seen"),
+        ({"tensor_parallell": 2}, UnknownOption, "Did you mean 'tensor_parallel'"),
+        ({"options": {"pages": 1}}, UnknownOption, "pages"),
+        ({"max_batch": 0}, InvalidValue, "max_batch"),
+        ({"task": "fill-mask"}, UnsupportedModel, "fill-mask"),
+        ({"name": "../up"}, InvalidValue, "name"),
+    ],
+)
+def test_refused_before_anything_starts(
+    state: Path, fields: dict[str, Any], error: type[MiinbError], words: str
+) -> None:
+    with pytest.raises(error) as caught:
+        miinb.Session(**{"model": tiny_model(), **TINY, **fields})
+    assert words in caught.value.line()
+    assert not state.exists() or not list(state.iterdir())
+
+
+def test_a_port_in_use_is_named(state: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"Port {port} cannot be used.*by process {os.getpid()}"):
+            miinb.Session(tiny_model(), port=port, **TINY)
+
+
+def test_a_start_has_a_time_limit(state: Path) -> None:
+    with pytest.raises(StartTimeout, match=r"not ready after 0\.3 s"):
+        miinb.Session(tiny_model(), **{**TINY, "start_timeout_s": 0.3})
+    assert not list(state.iterdir())
