@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,7 +224,9 @@ class Session:
 
     def stream(self, prompt: str, **parameters: Any) -> Stream:
         """An iterator of `Chunk`; `.cancel()` ends it, `.result` holds the whole at the end."""
-        return self._client.stream(prompt, **parameters)
+        stream = self._client.stream(prompt, **parameters)
+        _end_with_cell(stream)
+        return stream
 
     def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply:
         """MII's call: a request dictionary in, MII's reply fields out."""
@@ -362,6 +366,29 @@ def _lost(entry: registry.Entry) -> Status:
         persist=entry.persist,
         uptime_s=0.0,
     )
+
+
+#: Streams that cells have opened and may have left open.
+_open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _end_with_cell(stream: Stream) -> None:
+    """See that the Stop button ends the stream also when it hits the cell's own code between two chunks.
+
+    The traceback that IPython keeps would hold the abandoned iterator, and so its slot in the model.
+    """
+    shell = _shell() if "IPython" in sys.modules else None
+    if shell is None or threading.current_thread() is not threading.main_thread():
+        return
+    shell.events.register("post_run_cell", _cell_ended)  # once: the same function is not added again
+    _open_streams.add(stream)
+
+
+def _cell_ended(result: Any) -> None:
+    if isinstance(result.error_in_exec, KeyboardInterrupt):
+        for stream in list(_open_streams):
+            stream.cancel()
+    _open_streams.clear()
 
 
 @contextmanager

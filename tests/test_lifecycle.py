@@ -23,8 +23,10 @@ from miinb.demo import tiny_model
 def start(**more):
     return miinb.Session(tiny_model(), device="cpu", dtype="fp32", options={"threads": 1}, **more)
 """
-#: A prompt that keeps the tiny model busy for seconds.
-LONG = "for chunk in s.stream('Once upon a time,', max_new_tokens=400, ignore_eos=True): print('got', flush=True)"
+#: Answers that take the tiny model long enough; the cell waits in the stream, or in its own code between two chunks.
+OPEN = "c = s.stream('Once upon a time,', max_new_tokens=450, ignore_eos=True); next(c); "
+IN_STREAM = OPEN + "print('got', flush=True); c.result"
+IN_CELL = OPEN + "print('got', flush=True)\nimport time\ntime.sleep(60)"
 LIMIT_S = 5.0
 
 
@@ -132,16 +134,22 @@ def nothing_left(run_dir: Path) -> None:
 
 def test_stop_button_then_shutdown(kernel: Callable[[], Kernel], run_dir: Path) -> None:
     one = kernel()
-    before = json.loads(one.run("s = start(name='k'); print(json.dumps([r.pid for r in s.status().ranks]))"))
-    message = one.begin(LONG)
-    one.wait_for("got")
-    one.manager.interrupt_kernel()
-    answer = one.finish(message, timeout_s=10.0)
-    assert "Interrupted: stopped after" in answer["error"]
-    assert answer["error"].count("\n") == 0
+    pids = "print(json.dumps([s.pid, *(r.pid for r in s.status().ranks)]))"
+    before = json.loads(one.run("s = start(name='k'); " + pids))
+    for code in (IN_STREAM, IN_CELL):
+        # the rank sleeps while the button is pressed, so that the stream is certainly in its middle
+        message = one.begin(code.replace("print(", f"import os; os.kill({before[1]}, 19); print("))
+        one.wait_for("got")
+        one.manager.interrupt_kernel()
+        answer = one.finish(message, timeout_s=10.0)
+        os.kill(before[1], signal.SIGCONT)
+        if code == IN_STREAM:
+            assert answer["error"].startswith("Interrupted: stopped after")
+            assert answer["error"].count("\n") == 0
+        assert one.run("print(c.cancelled, c.output_tokens < 450)").split() == ["True", "True"]
     free = "import time; time.sleep(1.2); st = s.status(); print(json.dumps([st.state, st.in_flight, st.queued]))"
     assert json.loads(one.run(free)) == ["ready", 0, 0]
-    assert json.loads(one.run("print(json.dumps([r.pid for r in s.status().ranks]))")) == before
+    assert json.loads(one.run(pids)) == before
     assert one.run("print(s.generate('Once', max_new_tokens=3).usage.output_tokens)").strip() == "3"
     one.manager.shutdown_kernel()
     nothing_left(run_dir)
@@ -162,7 +170,7 @@ def test_the_deployment_ends_with_the_kernel(kernel: Callable[[], Kernel], run_d
     one = kernel()
     one.run("s = start(name='k')")
     assert len(left(run_dir)["processes"]) == 3
-    one.begin(LONG)
+    one.begin(IN_STREAM)
     one.wait_for("got")
     if how == "restart":
         one.manager.restart_kernel()
@@ -172,9 +180,8 @@ def test_the_deployment_ends_with_the_kernel(kernel: Callable[[], Kernel], run_d
 
 
 def test_a_persistent_deployment_and_a_second_kernel(kernel: Callable[[], Kernel], run_dir: Path) -> None:
-    one = kernel()
-    one.run("s = start(name='kept', persist=True, idle_timeout_s=2.0); o = start(name='mine')")
-    two = kernel()
+    one, two = kernel(), kernel()
+    one.run("o = start(name='mine'); s = start(name='kept', persist=True, idle_timeout_s=4.0)")
     assert two.run("print([d.name for d in miinb.deployments()])").strip() == "['kept', 'mine']"
     two.run("m = miinb.attach('mine'); m.keep(); print(m.status())")
     os.kill(one.pid, signal.SIGKILL)
@@ -183,7 +190,7 @@ def test_a_persistent_deployment_and_a_second_kernel(kernel: Callable[[], Kernel
     assert two.run(text).strip() == "2"
     assert two.run("print(m.state, m.status().persist)").split() == ["ready", "True"]
     two.run("m.stop()")
-    until(lambda: not any(left(run_dir).values()), 2.0 + 1.0 + LIMIT_S, lambda: left(run_dir))  # idle, report, end
+    until(lambda: not any(left(run_dir).values()), 4.0 + 1.0 + LIMIT_S, lambda: left(run_dir))  # idle, report, end
     assert two.run("print(k.state)").strip() == "lost"
 
 

@@ -106,7 +106,7 @@ def test_every_listener_is_local(session: miinb.Session) -> None:
         if connection.status == psutil.CONN_LISTEN
     ]
     assert found
-    assert set(found) <= {"127.0.0.1", "::1"}
+    assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     folder = Path(session.address.removeprefix("unix:")).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     for name in ("rpc.sock", "control.sock", "token"):

@@ -89,6 +89,7 @@ class Supervisor:
         try:
             self.entry.save(self.folder)
             self._watch_owner()
+            tell({"phase": {"name": "start"}})
             self._start(self.launch.frontend())
             for replica in range(self.config.replicas):
                 self._start_replica(replica)

@@ -65,7 +65,7 @@ def test_a_deployment_starts_answers_and_leaves_nothing(tmp_path: Path) -> None:
     phases: list[str] = []
     one = start(phases=phases, replicas=2)
     status = one.status()
-    assert phases == ["load", "ready"]
+    assert phases == ["start", "load", "ready"]
     assert (status.name, status.state, status.task, status.persist) == ("m", "ready", "text-generation", False)
     assert [(rank.replica, rank.rank, rank.state) for rank in status.ranks] == [(0, 0, "ready"), (1, 0, "ready")]
     assert status.address == f"unix:{one.entry.folder}/rpc.sock"
