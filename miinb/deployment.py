@@ -160,19 +160,14 @@ class Deployment:
         return self._lifeline >= 0
 
     def status(self) -> Status:
-        """Its status now; state "failed" or "lost" if it ended by itself.
-
-        Raises:
-            Unavailable: it has ended and was never asked before.
-        """
+        """Its status now; "failed" or "lost" if it ended without being asked to."""
         try:
             answer = registry.ask(self.entry, "status")
         except Unavailable:
             self._look_for_failure()
-            if self._last is None:
-                raise
+            last = self._last or without_answer(self.entry)
             state = "failed" if self.failure else "lost"
-            return dataclasses.replace(self._last, state=state, ranks=(), in_flight=0, queued=0)
+            return dataclasses.replace(last, state=state, ranks=(), in_flight=0, queued=0)
         self._last = Status.from_dict(answer["status"])
         return self._last
 
@@ -200,14 +195,13 @@ class Deployment:
 
     # Ending
 
-    def stop(self, *, drain_s: float = 0.0, timeout_s: float = 30.0) -> Status | None:
+    def stop(self, *, drain_s: float = 0.0, timeout_s: float = 30.0) -> Status:
         """End it and return when every process is gone and the GPUs are free: its last status, "stopped".
 
         Raises:
             MiinbError: something is left after `timeout_s`; the message names it.
         """
-        with contextlib.suppress(MiinbError):
-            self.status()
+        last = self.status()
         pids = {self.entry.pid}
         try:
             pids.update(registry.ask(self.entry, "stop", drain_s=drain_s)["pids"])
@@ -221,7 +215,7 @@ class Deployment:
                 raise MiinbError(f"Deployment {self.entry.name!r} is not gone: {left}.", hint="Try stop() again.")
             time.sleep(0.02)
         registry.entries()  # sweeps what a supervisor that died could not
-        return dataclasses.replace(self._last, state="stopped", ranks=(), in_flight=0) if self._last else None
+        return dataclasses.replace(last, state="stopped", ranks=(), in_flight=0, queued=0)
 
     def _abort(self) -> None:
         """Order the end without waiting, so that a second interrupt cannot lose it."""
@@ -260,6 +254,25 @@ class Deployment:
         """In a forked child: this copy owns nothing."""
         self._drop_lifeline()
         self._process = None
+
+
+def without_answer(entry: registry.Entry) -> Status:
+    """What the registry alone tells of a deployment whose supervisor does not answer: state "lost"."""
+    names = ("model", "task", "engine", "dtype", "device")
+    model, task, engine, dtype, device = (str(entry.config.get(name) or "") for name in names)
+    return Status(
+        name=entry.name,
+        state="lost",
+        model=model,
+        task=task,
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        address=entry.address,
+        pid=entry.pid,
+        persist=entry.persist,
+        uptime_s=0.0,
+    )
 
 
 def _spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[subprocess.Popen[bytes], int]:

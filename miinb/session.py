@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` 
 from miinb import hardware, models, planner, registry
 from miinb.client import Client
 from miinb.config import DeploymentConfig
-from miinb.deployment import Deployment
+from miinb.deployment import Deployment, without_answer
 from miinb.errors import DeploymentExists, Unavailable
 from miinb.messages import EngineInfo, Phase, Plan, Status
 
@@ -346,26 +346,8 @@ def deployments() -> list[Status]:
             found.append(Status.from_dict(registry.ask(entry, "status")["status"]))
         except Unavailable:
             if entry.alive:
-                found.append(_lost(entry))
+                found.append(without_answer(entry))
     return found
-
-
-def _lost(entry: registry.Entry) -> Status:
-    names = ("model", "task", "engine", "dtype", "device")
-    model, task, engine, dtype, device = (str(entry.config.get(name) or "") for name in names)
-    return Status(
-        name=entry.name,
-        state="lost",
-        model=model,
-        task=task,
-        engine=engine,
-        dtype=dtype,
-        device=device,
-        address=entry.address,
-        pid=entry.pid,
-        persist=entry.persist,
-        uptime_s=0.0,
-    )
 
 
 #: Streams that cells have opened and may have left open.

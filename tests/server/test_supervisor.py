@@ -72,12 +72,10 @@ def test_a_deployment_starts_answers_and_leaves_nothing(tmp_path: Path) -> None:
     assert oct(os.stat(one.entry.folder).st_mode & 0o777) == "0o700"
     assert "==> rank-1-0.log <==" in one.logs(5, None)
     pids = [status.pid, *ranks(one)]
-    last = one.stop()
-    assert last is not None
-    assert last.state == "stopped"
+    assert one.stop().state == "stopped"
     assert all(gone(pid) for pid in pids)
     assert list((tmp_path / "miinb").iterdir()) == []
-    assert one.stop() is not None  # again: nothing to do
+    assert one.stop().state == "stopped"  # again: nothing to do
 
 
 @pytest.mark.parametrize(
