@@ -34,7 +34,8 @@ from miinb.server.process import Process, machine_oom_kills
 
 MAX_RESTARTS = 3
 DRAIN_S = 10.0  # for SIGTERM
-GRACE_S = 1.5  # between SIGTERM and SIGKILL of a child
+GRACE_S = 1.0  # between SIGTERM and SIGKILL of a child
+ABANDONED_S = 0.2  # the same, when nobody is left who could want an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Supervisor:
         self.start_deadline: float | None = self.started + self.config.start_timeout_s
         self.end_at: float | None = None  # draining ends then
         self.restarts = 0
+        self.grace_s = GRACE_S
         self.activity: dict[str, int] = {}
         self.children: list[Process] = []
         self.selector = selectors.DefaultSelector()
@@ -118,7 +120,7 @@ class Supervisor:
         try:
             pidfd = os.pidfd_open(self.order.kernel_pid)
         except ProcessLookupError:
-            self.end(0.0)
+            self._kernel_gone()
             return
         self.selector.register(pidfd, selectors.EVENT_READ, self._kernel_gone)
         self.selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._lifeline)
@@ -129,11 +131,12 @@ class Supervisor:
             self.end(DRAIN_S if self.state == "ready" else 0.0)
 
     def _kernel_gone(self) -> None:
+        self.grace_s = ABANDONED_S
         self.end(0.0)
 
     def _lifeline(self) -> None:
         if not os.read(sys.stdin.fileno(), 4096):
-            self.end(0.0)
+            self._kernel_gone()
 
     def _patience(self) -> float | None:
         """Seconds until the next thing that depends on time."""
@@ -242,11 +245,11 @@ class Supervisor:
             self.selector.unregister(descriptor)
 
     def _end_children(self, children: list[Process]) -> None:
-        """SIGTERM, a moment, SIGKILL of the groups; blocks for at most `GRACE_S`."""
+        """SIGTERM, a moment, SIGKILL of the groups; blocks for at most `grace_s`."""
         children = list(children)
         for child in children:
             child.signal_group(signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + self.grace_s
         while time.monotonic() < deadline and any(child.exit_code is None for child in children):
             time.sleep(0.01)
         for child in children:
