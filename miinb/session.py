@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -25,7 +26,8 @@ from miinb.messages import EngineInfo, Phase, Plan, Status
 if TYPE_CHECKING:
     import pandas
 
-    from miinb.results import Reply, Result, Stream
+    from miinb.results import ConversationReply, Reply, Result
+    from miinb.streams import Stream
 
 _NAME_TRIES = 5
 _BAR = "{desc} {bar} {elapsed}"
@@ -228,7 +230,7 @@ class Session:
         _end_with_cell(stream)
         return stream
 
-    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply:
+    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
         """MII's call: a request dictionary in, MII's reply fields out."""
         return self._client.query(request, **parameters)
 
@@ -258,9 +260,7 @@ class Session:
 
     def panel(self, kind: str | None = None) -> Any:
         """A widget to try the model with; `kind` None chooses by the task."""
-        from miinb.notebook.panels import panel
-
-        return panel(self, kind)
+        return importlib.import_module("miinb.notebook.panels").panel(self, kind)
 
     # Its life
 
@@ -317,9 +317,7 @@ class Session:
         return f"Session({self.name!r}, model={self.model!r}, engine={self.engine!r}, state={self.state!r})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        from miinb.notebook.cards import session_card
-
-        html, text = session_card(self)
+        html, text = importlib.import_module("miinb.notebook.cards").session_card(self)
         return {"text/html": html, "text/plain": text}
 
     def _describe(self) -> EngineInfo:

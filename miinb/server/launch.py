@@ -50,8 +50,7 @@ class Launch:
 
     def rank(self, replica: int, rank: int) -> Process:
         """Start one rank of a replica."""
-        visible = list(range(len(self._gpus(replica))))  # as CUDA numbers them within the environment below
-        line = {**self._line, "replica": replica, "rank": rank, "gpus": visible}
+        line = {**self._line, "replica": replica, "rank": rank, "gpus": self._gpus(replica)}
         return Process(
             f"Rank {rank} of replica {replica}",
             self._modules["worker"],
