@@ -317,7 +317,10 @@ class Session:
         return f"Session({self.name!r}, model={self.model!r}, engine={self.engine!r}, state={self.state!r})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        html, text = importlib.import_module("miinb.notebook.cards").session_card(self)
+        try:
+            html, text = importlib.import_module("miinb.notebook.cards").session_card(self)
+        except ModuleNotFoundError:
+            return {"text/plain": repr(self)}
         return {"text/html": html, "text/plain": text}
 
     def _describe(self) -> EngineInfo:

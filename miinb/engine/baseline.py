@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
 from miinb.engine.executor import Emit, Executor, Poll, request_error
@@ -48,7 +49,13 @@ def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> 
 
     Raises:
         MissingHead: the checkpoint lacks weights that the task needs.
+        UnsupportedModel: the installed transformers does not know the family.
     """
+    if model.family not in CONFIG_MAPPING and not config.trust_remote_code:
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} does not know the model type {model.family!r}.",
+            hint="Is it misspelled in config.json? A newer transformers may know it.",
+        )
     cls = getattr(transformers, TASKS[info.task].auto_class)
     dtype = DTYPES[info.dtype]
     if config.load_format == "dummy":
