@@ -23,7 +23,7 @@ from miinb.engine.executor import Emit, Executor, Poll, request_error
 from miinb.engine.generation import BaselineRow, generate, measure_caches
 from miinb.engine.pipelines import PredictExecutor
 from miinb.engine.rows import check_request
-from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
 from miinb.messages import (
     EngineInfo,
     Event,
