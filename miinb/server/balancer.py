@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from miinb.errors import QueueFull, Unavailable
@@ -82,7 +82,7 @@ class Balancer:
 
     def make_channel(self) -> RankChannel:
         """A connection for `ipc.listen`."""
-        channel = RankChannel(self._on_message, self._on_closed)
+        channel = RankChannel(self._on_messages, self._on_closed)
         self._open.add(channel)
         return channel
 
@@ -121,19 +121,20 @@ class Balancer:
         for channel in tuple(self._open):
             channel.close()
 
-    def _on_message(self, channel: RankChannel, message: ToFrontend) -> None:
-        if isinstance(message, EngineInfo):
-            task = asyncio.ensure_future(self._admit(channel, message))
-            self._admissions.add(task)
-            task.add_done_callback(self._admissions.discard)
-            return
+    def _on_messages(self, channel: RankChannel, messages: Sequence[ToFrontend]) -> None:
+        """Hand each event to its row's sink. At full load this runs for every token of every stream."""
         replica = self._replicas.get(channel)
-        if replica is None or isinstance(message, EngineStatus):
-            return
-        row_id = message.row_id
-        sink = replica.rows.get(row_id) if isinstance(message, TokensEvent) else replica.rows.pop(row_id, None)
-        if sink is not None:
-            sink(message)
+        rows = replica.rows if replica is not None else {}
+        for message in messages:
+            if type(message) is TokensEvent:
+                if (sink := rows.get(message.row_id)) is not None:
+                    sink(message)
+            elif isinstance(message, EngineInfo):
+                task = asyncio.ensure_future(self._admit(channel, message))
+                self._admissions.add(task)
+                task.add_done_callback(self._admissions.discard)
+            elif not isinstance(message, EngineStatus) and (sink := rows.pop(message.row_id, None)) is not None:
+                sink(message)
 
     async def _admit(self, channel: RankChannel, info: EngineInfo) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from miinb.server.text import Detokenizer, StopFinder, TextCodec
 #: Texts up to so many characters are tokenized in the event loop: a thread would cost more than the work.
 INLINE_CHARACTERS = 1000
 MAX_MESSAGES = 1000
+#: Paced streams wake on a common grid: many in one turn of the event loop cost less than each in its own.
+TICK_S = 0.01
 SEED_BITS = 32  # of a drawn seed: short enough to be typed again
 
 
@@ -160,14 +163,17 @@ class Generation:
 
     def _push(self, event: Event | PredictedEvent) -> None:
         """Takes an event from the balancer; tokens of a paced stream wait for its turn."""
-        if isinstance(event, PredictedEvent):
-            return
-        self._pending.append(event)
-        wait_s = self._not_before - time.monotonic() if isinstance(event, TokensEvent) else 0.0
-        if wait_s <= 0:
-            self._arrived.set()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._arrived.set)
+        if type(event) is TokensEvent:
+            self._pending.append(event)
+            if self._timer is not None or self._arrived.is_set():
+                return
+            wait_s = self._not_before - time.monotonic()
+            if wait_s > 0:
+                self._timer = asyncio.get_running_loop().call_later(wait_s, self._arrived.set)
+                return
+        elif not isinstance(event, PredictedEvent):
+            self._pending.append(event)
+        self._arrived.set()
 
     async def events(self) -> AsyncIterator[Chunk | SequenceEnd | RequestEnd]:
         """The answer as it comes: what has arrived since the last look is one chunk a sequence.
@@ -189,7 +195,8 @@ class Generation:
                     self._replica.stop(row.row_id)
                 for event in events:
                     yield event
-            self._not_before = time.monotonic() + self._pace_s()
+            pace_s = self._pace_s()
+            self._not_before = math.ceil((time.monotonic() + pace_s) / TICK_S) * TICK_S if pace_s else 0.0
         yield self._end()
 
     def _take_pending(self) -> Sequence[Row]:

@@ -193,13 +193,14 @@ class Decoder:
         packed = array("i")
         packed.frombytes(payload)
         values = packed.tolist()
+        waiting = self._logprobs
         events = []
-        at = 0
-        while at < len(values):
-            row_id, count = values[at], values[at + 1]
-            at += 2 + count
-            logprobs = self._logprobs.pop(row_id, ()) if self._logprobs else ()
-            events.append(TokensEvent(row_id, values[at - count : at], logprobs))
+        at, end = 0, len(values)
+        while at < end:
+            row_id, first = values[at], at + 2
+            at = first + values[at + 1]
+            logprobs = waiting.pop(row_id, ()) if waiting else ()
+            events.append(TokensEvent(row_id, values[first:at], logprobs))
         return events
 
 
@@ -338,16 +339,16 @@ class RankChannel(asyncio.Protocol):
     """The frontend's end of one replica's connection.
 
     Attributes:
-        on_message: called with each message as it arrives, in the event loop.
+        on_messages: called in the event loop with the messages that have arrived.
         on_closed: called once when rank 0 is gone or does not speak the protocol.
     """
 
     def __init__(
         self,
-        on_message: Callable[[RankChannel, ToFrontend], None],
+        on_messages: Callable[[RankChannel, Sequence[ToFrontend]], None],
         on_closed: Callable[[RankChannel], None],
     ) -> None:
-        self.on_message = on_message
+        self.on_messages = on_messages
         self.on_closed = on_closed
         self._decoder = Decoder()
         self._transport: asyncio.Transport | None = None
@@ -363,8 +364,7 @@ class RankChannel(asyncio.Protocol):
         except ConnectionError:
             self.close()
             return
-        for message in messages:
-            self.on_message(self, message)  # type: ignore[arg-type]  # a rank sends only these kinds
+        self.on_messages(self, messages)  # type: ignore[arg-type]  # a rank sends only these kinds
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio."""

@@ -28,9 +28,10 @@ MAX_INPUTS = 1024
 MAX_DEADLINE_S = 3600.0
 #: A stream that its client does not read for so long is ended.
 MAX_UNREAD_S = 60.0
-#: Above so many streams each has at most so many chunks a second.
+#: Above so many streams a stream's chunks are at least so far apart, and all have at most so many chunks a second.
 MANY_STREAMS = 32
 PACE_S = 0.04
+MAX_CHUNKS_S = 4000
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class Inference:
                 counters.output_tokens += generation.output_tokens
 
     def _pace_s(self) -> float:
-        return PACE_S if self.counters.in_flight > MANY_STREAMS else 0.0
+        streams = self.counters.in_flight
+        return max(PACE_S, streams / MAX_CHUNKS_S) if streams > MANY_STREAMS else 0.0
 
     async def _run_predict(self, data: bytes, context: Any, deadline: float) -> None:
         t_submit = time.monotonic()

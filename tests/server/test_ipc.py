@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -162,12 +163,12 @@ def test_asyncio_side_and_synchronous_side_talk(tmp_path: Path) -> None:
     async def frontend() -> None:
         closed = asyncio.get_running_loop().create_future()
 
-        def on_message(channel: ipc.RankChannel, message: ipc.ToFrontend) -> None:
-            seen.append(message)
-            if message == INFO:
+        def on_messages(channel: ipc.RankChannel, messages: Sequence[ipc.ToFrontend]) -> None:
+            seen.extend(messages)
+            if INFO in messages:
                 assert channel.send(request)
 
-        server = await ipc.listen(path, lambda: ipc.RankChannel(on_message, lambda _: closed.set_result(None)))
+        server = await ipc.listen(path, lambda: ipc.RankChannel(on_messages, lambda _: closed.set_result(None)))
         assert path.stat().st_mode & 0o777 == 0o600
         thread = threading.Thread(target=rank)
         thread.start()
