@@ -316,6 +316,7 @@ class Client:
                 return {}
             info = EngineInfo.from_dict(values["info"])
             self._columns = {
+                "arm": info.engine,
                 "session": values["name"],
                 "task": info.task,
                 "model": info.model,

@@ -82,10 +82,10 @@ def merge(results: Sequence[Result]) -> Result:
 
 
 def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
-    """Rows as a tidy frame."""
-    import pandas
+    """Rows as a tidy frame with the columns of the benchmark's records."""
+    from miinb.bench.records import requests_frame
 
-    return pandas.DataFrame([dict(row) for row in rows])
+    return requests_frame(rows, env={})
 
 
 # Encoder tasks
@@ -101,13 +101,13 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A labeled piece of a text; `start` and `end` count characters."""
+    """A labeled piece of a text; `start` and `end` count characters (None if the tokenizer does not know them)."""
 
     entity: str
     score: float
     word: str
-    start: int
-    end: int
+    start: int | None
+    end: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +149,23 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 }
 
 
-def predictions_of(task: str, outputs: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
-    """The server's answers as the task's dataclass, one list an input; a task without one keeps plain dictionaries."""
+def predictions_of(task: str, outputs: Sequence[Any]) -> list[list[Any]]:
+    """The server's answers as the task's dataclass, one list an input; a task without one keeps plain dictionaries.
+
+    A text with several masks has one list a mask in its list.
+    """
     cls = PREDICTIONS.get(task)
+    return [[_prediction(cls, value) for value in entries] for entries in outputs]
+
+
+def _prediction(cls: type[Prediction] | None, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_prediction(cls, entry) for entry in value]
     if cls is None:
-        return [[dict(values) for values in entries] for entries in outputs]
-    return [[from_dict(cls, values) for values in entries] for entries in outputs]
+        return value
+    if "entity_group" in value:  # entities that were put together from tokens
+        value = {**value, "entity": value["entity_group"]}
+    return from_dict(cls, value)
 
 
 # MII's reply objects

@@ -46,11 +46,9 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
         """The codec of a folder that `save_pretrained` of a fast tokenizer wrote."""
-        config_file = folder / "tokenizer_config.json"
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        return cls(
-            Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), _specials(config)
-        )
+        config = _read(folder / "tokenizer_config.json")
+        special_tokens = _specials({**_read(folder / "special_tokens_map.json"), **config})
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), special_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Releases the interpreter lock, so that a long text can run in a thread.
@@ -165,6 +163,10 @@ class StopFinder:
             if any(stop.startswith(end) for stop in self._stops):
                 return size
         return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
