@@ -66,6 +66,8 @@ def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress
     try:
         run.measure()
     except KeyboardInterrupt:
+        if not run.records:
+            raise  # nothing to keep
         run.interrupted = True
     return run.result()
 
