@@ -130,7 +130,7 @@ class DecoderWeights:
 
 
 class Operators(NamedTuple):
-    """The operators that the forward pass calls; `parity` puts the references in their place."""
+    """The operators that the forward pass calls; a CPU has its own, and `parity` puts the references in their place."""
 
     rms_norm: Callable[..., tuple[Tensor, Tensor]] = rms_norm
     layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm

@@ -18,11 +18,12 @@ import torch
 from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
-from miinb.engine.decoder import Decoder
+from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.parallel import Group, init_distributed
 from miinb.engine.policies import POLICIES
+from miinb.engine.spec import DecoderSpec
 from miinb.engine.tokenizer_files import export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, weights_bytes
 from miinb.errors import InvalidValue, ModelError, OutOfMemory, UnsupportedModel
@@ -213,11 +214,12 @@ def _step_executor(
         dummy=config.load_format == "dummy",
         report=report,
     )
-    decoder = Decoder(local, weights, group=group)
+    ops, plan = _operators(info.plan, local, place)
+    decoder = Decoder(local, weights, group=group, ops=ops)
     element_bytes = DTYPES[place.dtype].itemsize
     size = size_cache(local, config, place.device.type, element_bytes, free_bytes(place.device))
     plan = dataclasses.replace(
-        info.plan,
+        plan,
         max_length=size.max_length,
         max_batch=size.max_batch,
         kv_cache_bytes=size.size_bytes,
@@ -228,6 +230,23 @@ def _step_executor(
     cache = KVCache(local, size, DTYPES[place.dtype], place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
     return StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
+
+
+def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, Plan]:
+    """The operators of the device, and the plan with a line on them where there is a choice."""
+    if place.device.type == "cuda":
+        return Operators(), plan
+    from miinb.kernels.cpu import MAX_HEAD_SIZE, CpuKernels
+    from miinb.kernels.cpu_build import Unavailable
+
+    try:
+        if spec.head_size > MAX_HEAD_SIZE:
+            raise Unavailable(f"heads of {spec.head_size} are wider than {MAX_HEAD_SIZE}")
+        kernels = CpuKernels(DTYPES[place.dtype])
+    except Unavailable as reason:
+        return Operators(), plan.with_line("kernels", "PyTorch's", str(reason))
+    ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})
+    return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
 
 
 def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: DeploymentConfig) -> Plan:

@@ -1,0 +1,435 @@
+/* The operators on a CPU: a decoder's step is bound by memory, so weights are read once, in bf16 or fp32, and
+   everything is summed in fp32. Compiled once for the machine by cpu.py, which also describes the arguments.
+
+   Vectors are GCC's own (https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html): the same source becomes AVX2,
+   AVX-512 or NEON. Threads are those of the OpenMP runtime that PyTorch has loaded. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vecu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t bf16;
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { NONE, RELU, SILU, GELU, GELU_TANH };
+
+INLINE float widen(bf16 h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE bf16 narrow(float f) { /* to nearest, ties to even; NaN stays NaN */
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)(bits >> 16 | 0x40);
+  return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float load(const void *p, int64_t i, int half) {
+  return half ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i];
+}
+
+INLINE void store(void *p, int64_t i, float f, int half) {
+  if (half)
+    ((bf16 *)p)[i] = narrow(f);
+  else
+    ((float *)p)[i] = f;
+}
+
+/* bf16 is the upper half of fp32: of 2 * LANES numbers in memory, the even ones move up and the odd ones are there
+   already. That is two operations where restoring the order would take five, so the other side of every product is
+   put in this order ("split") once instead: by `split` in blocks of BLOCK numbers, what is left over as it is. */
+#define BLOCK (2 * LANES)
+
+INLINE vec even(const bf16 *p) { return (vec)(*(const vecu *)p << 16); }
+INLINE vec odd(const bf16 *p) { return (vec)(*(const vecu *)p & 0xffff0000u); }
+
+INLINE void split(const float *from, float *to, int64_t n) {
+  int64_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK)
+    for (int j = 0; j < LANES; j++) {
+      to[i + j] = from[i + 2 * j];
+      to[i + LANES + j] = from[i + 2 * j + 1];
+    }
+  for (; i < n; i++) to[i] = from[i];
+}
+
+INLINE void widen_split(const bf16 *from, float *to, int64_t n) {
+  int64_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
+    *(vec *)(to + i) = even(from + i);
+    *(vec *)(to + i + LANES) = odd(from + i);
+  }
+  for (; i < n; i++) to[i] = widen(from[i]);
+}
+
+INLINE float sum_vec(vec v) {
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += v[i];
+  return s;
+}
+
+/* exp by 2^n * 2^f with a polynomial for |f| <= 1/2; relative error below 2e-7. NaN stays NaN. */
+INLINE float exp_fast(float x) {
+  float clamped = x > 88.0f ? 88.0f : x;
+  clamped = clamped < -87.0f ? -87.0f : clamped;
+  float n = rintf(clamped * 1.44269504f);
+  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits = ((int32_t)n + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+INLINE float activate(float x, int kind) {
+  switch (kind) {
+    case RELU: return x > 0 || x != x ? x : 0;
+    case SILU: return x / (1 + exp_fast(-x));
+    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    default: return x;
+  }
+}
+
+/* A thread's own part of [0, n), in whole blocks. */
+INLINE void part(int64_t n, int64_t block, int64_t *start, int64_t *end) {
+  int64_t blocks = (n + block - 1) / block, threads = omp_get_num_threads(), me = omp_get_thread_num();
+  *start = blocks * me / threads * block;
+  *end = blocks * (me + 1) / threads * block;
+  if (*end > n) *end = n;
+}
+
+/* ---- linear ------------------------------------------------------------------------------------------------- */
+
+#define MB 4 /* rows of x in a tile, so that a weight is used for several */
+#define NB 4 /* rows of weights in a tile: 4 for one row of x, 2 for more; the sums stay in registers */
+
+/* out[m][n]: products of mb rows of x (split if the weights are bf16) with nb rows of weights. */
+INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb, int half, float out[MB][NB]) {
+  vec sums[MB][NB] = {{{0}}}, more[MB][NB] = {{{0}}};
+  int64_t i = 0;
+  for (; i + BLOCK <= k; i += BLOCK) {
+    vec first[NB], second[NB];
+    for (int n = 0; n < nb; n++) {
+      first[n] = half ? even((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i);
+      second[n] = half ? odd((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i + LANES);
+    }
+    for (int m = 0; m < mb; m++) {
+      vec low = *(const vec *)(x + m * k + i), high = *(const vec *)(x + m * k + i + LANES);
+      for (int n = 0; n < nb; n++) {
+        sums[m][n] += first[n] * low;
+        if (mb * nb > 4)
+          sums[m][n] += second[n] * high;
+        else
+          more[m][n] += second[n] * high; /* few sums: two chains each hide the latency */
+      }
+    }
+  }
+  for (int m = 0; m < mb; m++)
+    for (int n = 0; n < nb; n++) {
+      float s = sum_vec(sums[m][n] + more[m][n]);
+      for (int64_t j = i; j < k; j++) s += x[m * k + j] * load(w[n], j, half);
+      out[m][n] = s;
+    }
+}
+
+typedef struct {
+  const void *w, *bias, *residual;
+  void *y;
+  int64_t n, k; /* n: outputs */
+  int activation, gated;
+} linear_args;
+
+INLINE float bias_of(const linear_args *a, int64_t n, int half) { return a->bias ? load(a->bias, n, half) : 0; }
+
+/* Outputs [n, n + nb) (with `gated` half as many) of the rows [m0, m1) of x. Gated outputs n need the rows n and
+   n + a->n of the weights, which stand next to each other in the tile. */
+INLINE void linear_block(const linear_args *a, const float *x, int64_t m0, int64_t m1, int64_t n, int64_t end, int nb,
+                         int half) {
+  const int64_t bytes = half ? 2 : 4;
+  const int step = a->gated ? nb / 2 : nb;
+  const void *w[NB];
+  int64_t row[NB];
+  for (int j = 0; j < nb; j++) {
+    int64_t at = n + (a->gated ? j / 2 : j);
+    if (at >= end) at = end - 1;
+    row[j] = a->gated && j % 2 ? at + a->n : at;
+    w[j] = (const char *)a->w + row[j] * a->k * bytes;
+  }
+  float out[MB][NB];
+  for (int64_t m = m0; m < m1; m += MB) {
+    const float *rows = x + m * a->k;
+    int count = m1 - m < MB ? (int)(m1 - m) : MB;
+    if (count == 1) tile(rows, a->k, w, 1, nb, half, out);
+    if (count == 2) tile(rows, a->k, w, 2, nb, half, out);
+    if (count == 3) tile(rows, a->k, w, 3, nb, half, out);
+    if (count == 4) tile(rows, a->k, w, 4, nb, half, out);
+    for (int r = 0; r < count; r++)
+      for (int j = 0; j < step && n + j < end; j++) {
+        int64_t at = (m + r) * a->n + n + j;
+        float value;
+        if (a->gated) {
+          float gate = out[r][2 * j] + bias_of(a, row[2 * j], half);
+          value = activate(gate, a->activation) * (out[r][2 * j + 1] + bias_of(a, row[2 * j + 1], half));
+        } else {
+          value = activate(out[r][j] + bias_of(a, n + j, half), a->activation);
+        }
+        if (a->residual) value += load(a->residual, at, half);
+        store(a->y, at, value, half);
+      }
+  }
+}
+
+INLINE void linear_part(const linear_args *a, const float *x, int64_t m, int nb, int half) {
+  int64_t chunk = (256 << 10) / (4 * a->k) / MB * MB; /* rows of x that stay in the L2 cache */
+  int64_t start, end, step = a->gated ? nb / 2 : nb;
+  if (chunk < 4 * MB) chunk = 4 * MB;
+  part(a->n, step, &start, &end);
+  for (int64_t m0 = 0; m0 < m; m0 += chunk)
+    for (int64_t n = start; n < end; n += step)
+      linear_block(a, x, m0, m0 + chunk < m ? m0 + chunk : m, n, end, nb, half);
+}
+
+INLINE void linear_rows(const linear_args *a, const void *x, int64_t m, int half) {
+  float *wide = NULL;
+  if (half && !(wide = malloc(sizeof(float) * m * a->k))) abort();
+  if (half && m <= 4)
+    for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
+#pragma omp parallel
+  {
+    if (half && m > 4) {
+#pragma omp for
+      for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
+    }
+    if (m == 1)
+      linear_part(a, half ? wide : x, m, 4, half);
+    else
+      linear_part(a, half ? wide : x, m, 2, half);
+  }
+  free(wide);
+}
+
+void miinb_linear(const void *x, const void *w, const void *bias, const void *residual, void *y, int64_t m, int64_t n,
+                  int64_t k, int activation, int gated, int half) {
+  linear_args a = {w, bias, residual, y, n, k, activation, gated};
+  if (half)
+    linear_rows(&a, x, m, 1);
+  else
+    linear_rows(&a, x, m, 0);
+}
+
+/* ---- norms -------------------------------------------------------------------------------------------------- */
+
+INLINE void norm_row(const void *x, const void *residual, const void *weight, const void *bias, void *y, void *sum,
+                     float *row, int64_t n, float eps, int center, int half) {
+  float mean = 0, square = 0;
+  for (int64_t i = 0; i < n; i++) {
+    float v = load(x, i, half);
+    if (residual) {
+      v += load(residual, i, half);
+      store(sum, i, v, half);
+      v = load(sum, i, half);
+    }
+    row[i] = v;
+  }
+  vec total = {0};
+  int64_t i;
+  if (center) {
+    for (i = 0; i + LANES <= n; i += LANES) total += *(vec *)(row + i);
+    mean = sum_vec(total);
+    for (; i < n; i++) mean += row[i];
+    mean /= n;
+    for (i = 0; i < n; i++) row[i] -= mean;
+    total = (vec){0};
+  }
+  for (i = 0; i + LANES <= n; i += LANES) total += *(vec *)(row + i) * *(vec *)(row + i);
+  square = sum_vec(total);
+  for (; i < n; i++) square += row[i] * row[i];
+  float scale = 1 / sqrtf(square / n + eps);
+  for (i = 0; i < n; i++)
+    store(y, i, row[i] * scale * load(weight, i, half) + (bias ? load(bias, i, half) : 0), half);
+}
+
+/* center: layer norm; otherwise RMS norm. residual NULL: sum is not written. */
+void miinb_norm(const void *x, const void *residual, const void *weight, const void *bias, void *y, void *sum,
+                int64_t m, int64_t n, float eps, int center, int half) {
+  const int64_t bytes = half ? 2 : 4;
+#pragma omp parallel if (m > 16)
+  {
+    float *row = malloc(sizeof(float) * n);
+    if (!row) abort();
+#pragma omp for
+    for (int64_t i = 0; i < m; i++) {
+      const int64_t at = i * n * bytes;
+      const void *r = residual ? (const char *)residual + at : NULL;
+      void *s = residual ? (char *)sum + at : NULL;
+      if (half)
+        norm_row((const char *)x + at, r, weight, bias, (char *)y + at, s, row, n, eps, center, 1);
+      else
+        norm_row((const char *)x + at, r, weight, bias, (char *)y + at, s, row, n, eps, center, 0);
+    }
+    free(row);
+  }
+}
+
+/* ---- rotary embedding and cache append ---------------------------------------------------------------------- */
+
+typedef struct {
+  const void *qkv, *q_norm, *k_norm;
+  const float *cos, *sin;
+  const int64_t *positions, *slots;
+  void *q, *k, *v;
+  int64_t tokens, heads, kv_heads, head_size, rotary_dim;
+  float eps;
+  int interleaved;
+} rope_args;
+
+INLINE void rope_head(const rope_args *a, const void *from, void *to, const void *norm, int64_t position, int half) {
+  const int64_t size = a->head_size, pairs = a->cos ? a->rotary_dim / 2 : 0;
+  float h[1024];
+  for (int64_t i = 0; i < size; i++) h[i] = load(from, i, half);
+  if (norm) {
+    float square = 0;
+    for (int64_t i = 0; i < size; i++) square += h[i] * h[i];
+    float scale = 1 / sqrtf(square / size + a->eps);
+    for (int64_t i = 0; i < size; i++) h[i] *= scale * load(norm, i, half);
+  }
+  const float *cosine = a->cos + position * pairs, *sine = a->sin + position * pairs;
+  const int64_t stride = a->interleaved ? 2 : 1, other = a->interleaved ? 1 : pairs;
+  for (int64_t i = 0; i < pairs; i++) {
+    float first = h[i * stride], second = h[i * stride + other];
+    h[i * stride] = first * cosine[i] - second * sine[i];
+    h[i * stride + other] = second * cosine[i] + first * sine[i];
+  }
+  for (int64_t i = 0; i < size; i++) store(to, i, h[i], half);
+}
+
+INLINE void rope_token(const rope_args *a, int64_t t, int half) {
+  const int64_t size = a->head_size, bytes = half ? 2 : 4, all = a->heads + 2 * a->kv_heads;
+  const char *from = (const char *)a->qkv + t * all * size * bytes;
+  char *q = (char *)a->q + t * a->heads * size * bytes;
+  char *k = (char *)a->k + a->slots[t] * a->kv_heads * size * bytes;
+  char *v = (char *)a->v + a->slots[t] * a->kv_heads * size * bytes;
+  for (int64_t h = 0; h < a->heads; h++, from += size * bytes)
+    rope_head(a, from, q + h * size * bytes, a->q_norm, a->positions[t], half);
+  for (int64_t h = 0; h < a->kv_heads; h++, from += size * bytes)
+    rope_head(a, from, k + h * size * bytes, a->k_norm, a->positions[t], half);
+  memcpy(v, from, a->kv_heads * size * bytes);
+}
+
+void miinb_rope_append(const void *qkv, const int64_t *positions, const float *cos, const float *sin, void *k, void *v,
+                       const int64_t *slots, const void *q_norm, const void *k_norm, void *q, int64_t tokens,
+                       int64_t heads, int64_t kv_heads, int64_t head_size, int64_t rotary_dim, float eps,
+                       int interleaved, int half) {
+  rope_args a = {qkv, q_norm, k_norm,   cos,        sin, positions,  slots, q, k, v, tokens, heads, kv_heads,
+                 head_size, rotary_dim, eps, interleaved};
+#pragma omp parallel for if (tokens > 16)
+  for (int64_t t = 0; t < tokens; t++) {
+    if (half)
+      rope_token(&a, t, 1);
+    else
+      rope_token(&a, t, 0);
+  }
+}
+
+/* ---- attention of single queries ---------------------------------------------------------------------------- */
+
+typedef struct {
+  const void *q, *k, *v;
+  const int32_t *table, *lengths;
+  void *out;
+  int64_t table_width, page_tokens, heads, kv_heads, head_size, window;
+  float scale, softcap;
+  const float *alibi;
+} attention_args;
+
+INLINE int64_t slot_of(const attention_args *a, int64_t row, int64_t position) {
+  return a->table[row * a->table_width + position / a->page_tokens] * a->page_tokens + position % a->page_tokens;
+}
+
+/* Head h of the one query of a row, over its context. scores: room for the context's length. */
+INLINE void attend(const attention_args *a, int64_t row, int64_t h, float *scores, int half) {
+  const int64_t size = a->head_size, length = a->lengths[row], bytes = half ? 2 : 4;
+  const int64_t kv = h / (a->heads / a->kv_heads), stride = a->kv_heads * size * bytes;
+  const int64_t first = a->window && length > a->window ? length - a->window : 0;
+  const int64_t at = (row * a->heads + h) * size;
+  float plain[1024], q[1024], best = -INFINITY, mass = 0;
+  for (int64_t i = 0; i < size; i++) plain[i] = load(a->q, at + i, half) * a->scale;
+  if (half)
+    split(plain, q, size);
+  else
+    memcpy(q, plain, sizeof(float) * size);
+  for (int64_t p = first; p < length; p++) {
+    const char *k = (const char *)a->k + slot_of(a, row, p) * stride + kv * size * bytes;
+    vec sums = {0}, more = {0};
+    int64_t i = 0;
+    for (; i + BLOCK <= size; i += BLOCK) {
+      sums += (half ? even((const bf16 *)k + i) : *(const vec *)((const float *)k + i)) * *(vec *)(q + i);
+      more += (half ? odd((const bf16 *)k + i) : *(const vec *)((const float *)k + i + LANES)) * *(vec *)(q + i + LANES);
+    }
+    float score = sum_vec(sums + more);
+    for (; i < size; i++) score += load(k, i, half) * q[i];
+    if (a->softcap > 0) score = a->softcap * tanhf(score / a->softcap);
+    if (a->alibi) score += a->alibi[h] * (float)(p - (length - 1));
+    scores[p] = score;
+    if (score > best || score != score) best = score;
+  }
+  float out[1024] __attribute__((aligned(64)));
+  memset(out, 0, sizeof(float) * size);
+  for (int64_t p = first; p < length; p++) {
+    const char *v = (const char *)a->v + slot_of(a, row, p) * stride + kv * size * bytes;
+    float weight = exp_fast(scores[p] - best);
+    mass += weight;
+    int64_t i = 0;
+    for (; i + BLOCK <= size; i += BLOCK) {
+      *(vec *)(out + i) += (half ? even((const bf16 *)v + i) : *(const vec *)((const float *)v + i)) * weight;
+      *(vec *)(out + i + LANES) += (half ? odd((const bf16 *)v + i) : *(const vec *)((const float *)v + i + LANES)) * weight;
+    }
+    for (; i < size; i++) out[i] += load(v, i, half) * weight;
+  }
+  for (int64_t i = 0; i < size; i++) {
+    int64_t in = i % BLOCK, from = half && i - in + BLOCK <= size ? i - in + in / 2 + in % 2 * LANES : i;
+    store(a->out, at + i, out[from] / mass, half);
+  }
+}
+
+void miinb_attention(const void *q, const void *k, const void *v, const int32_t *table, const int32_t *lengths,
+                     void *out, int64_t rows, int64_t table_width, int64_t page_tokens, int64_t heads,
+                     int64_t kv_heads, int64_t head_size, int64_t window, float scale, float softcap,
+                     const float *alibi, int half) {
+  attention_args a = {q,     k,        v,         table,  lengths, out,     table_width, page_tokens,
+                      heads, kv_heads, head_size, window, scale,   softcap, alibi};
+#pragma omp parallel
+  {
+    float *scores = malloc(sizeof(float) * table_width * page_tokens);
+    if (!scores) abort();
+#pragma omp for
+    for (int64_t i = 0; i < rows * heads; i++) {
+      if (half)
+        attend(&a, i / heads, i % heads, scores, 1);
+      else
+        attend(&a, i / heads, i % heads, scores, 0);
+    }
+    free(scores);
+  }
+}

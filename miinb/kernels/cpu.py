@@ -1,0 +1,257 @@
+"""The operators on a CPU, through the C library of cpu.c; signatures and meanings are those of the wrappers.
+
+PyTorch's own linear layers reach a half of a CPU's memory bandwidth in bf16 and one row, and far less with more rows
+where the CPU has no bf16 instructions; and a step of small PyTorch operations costs as much in calls as in work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miinb.kernels import cpu_build, reference
+from miinb.kernels.linear import PackedLinear
+
+_P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "miinb_linear": [_P] * 5 + [_I] * 3 + [_C] * 3,
+    "miinb_norm": [_P] * 6 + [_I] * 2 + [_F, _C, _C],
+    "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
+    "miinb_attention": [_P] * 6 + [_I] * 7 + [_F, _F, _P, _C],
+}
+_ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+_HALF = {torch.float32: 0, torch.bfloat16: 1}
+#: Widest head that the library's buffers hold.
+MAX_HEAD_SIZE = 1024
+#: Rows at which PyTorch's linear layer is tried against the library's.
+_TRIED_ROWS = (4, 16, 64)
+
+
+class CpuKernels:
+    """The operators of one process, for weights of one dtype.
+
+    Attributes:
+        dtype: torch.float32 or torch.bfloat16.
+        limit: with so many rows and more PyTorch's linear layer is the faster one here; measured once.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._library = load_library()
+        self.dtype = dtype
+        self._half = _HALF[dtype]
+        self._linear = self._library.miinb_linear
+        self._norm = self._library.miinb_norm
+        self._rope = self._library.miinb_rope_append
+        self._attention = self._library.miinb_attention
+        self.limit = 1 << 30
+        self.limit = self._measure()
+
+    def _measure(self) -> int:
+        """The least number of rows with which PyTorch is clearly faster; AMX and a tuned fp32 product reach that."""
+        packed = PackedLinear(torch.randn(512, 768).to(self.dtype))
+        for rows in _TRIED_ROWS:
+            x = torch.randn(rows, 768).to(self.dtype)
+            ours = _fastest(functools.partial(self.linear, x, packed))
+            if _fastest(functools.partial(F.linear, x, packed.weight)) * 1.1 < ours:
+                return rows
+        return 1 << 30
+
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+        threads = torch.get_num_threads()
+        if self.limit == 1 << 30:
+            return f"every step, {threads} threads"
+        return f"steps below {self.limit} tokens, {threads} threads; PyTorch's linear layers are faster above"
+
+    def linear(
+        self, x: Tensor, packed: PackedLinear, *, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `linear.linear`."""
+        if x.shape[0] >= self.limit:
+            return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
+        return self._run_linear(x, packed, packed.weight.shape[0], activation, residual, 0)
+
+    def gated_linear(self, x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
+        """See `linear.gated_linear`."""
+        if x.shape[0] >= self.limit:
+            return reference.gated(reference.linear(x, packed.weight, packed.bias), kind)
+        return self._run_linear(x, packed, packed.weight.shape[0] // 2, kind, None, 1)
+
+    def _run_linear(
+        self, x: Tensor, packed: PackedLinear, n: int, activation: str | None, residual: Tensor | None, gated: int
+    ) -> Tensor:
+        x = x.contiguous()
+        m, k = x.shape
+        y = torch.empty((m, n), dtype=x.dtype)
+        self._linear(
+            x.data_ptr(),
+            packed.weight.data_ptr(),
+            packed.bias.data_ptr() if packed.bias is not None else None,
+            residual.contiguous().data_ptr() if residual is not None else None,
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            _ACTIVATIONS[activation],
+            gated,
+            self._half,
+        )
+        return y
+
+    def greedy_head(self, x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
+        """See `head.greedy_head`."""
+        return reference.greedy_head(self.linear(x, packed))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `norm.rms_norm`."""
+        return self._run_norm(x, weight, None, eps, residual, 0)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `norm.layer_norm`."""
+        return self._run_norm(x, weight, bias, eps, residual, 1)
+
+    def _run_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, center: int
+    ) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        n = x.shape[-1]
+        self._norm(
+            x.data_ptr(),
+            residual.contiguous().data_ptr() if residual is not None else None,
+            weight.data_ptr(),
+            bias.data_ptr() if bias is not None else None,
+            y.data_ptr(),
+            total.data_ptr(),
+            x.numel() // n,
+            n,
+            eps,
+            center,
+            self._half,
+        )
+        return y, total
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rotary_dim: int = 0,
+        interleaved: bool = False,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """See `rope.rope_append`."""
+        tokens = qkv.shape[0]
+        q = torch.empty((tokens, heads, head_size), dtype=qkv.dtype)
+        self._rope(
+            qkv.data_ptr(),
+            positions.data_ptr(),
+            cos.data_ptr() if cos is not None else None,
+            sin.data_ptr() if sin is not None else None,
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            q_norm.data_ptr() if q_norm is not None else None,
+            k_norm.data_ptr() if k_norm is not None else None,
+            q.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            head_size,
+            rotary_dim,
+            eps,
+            interleaved,
+            self._half,
+        )
+        return q
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        lengths: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        alibi: Tensor | None = None,
+        softcap: float | None = None,
+        max_query: int,
+    ) -> Tensor:
+        """See `attention.paged_attention`; chunks of prompts are PyTorch's, whose blocks suit them."""
+        rows, heads, head_size = q.shape
+        if max_query > 1 or rows != lengths.shape[0]:
+            options: dict[str, Any] = {"scale": scale, "window": window, "alibi": alibi, "softcap": softcap}
+            return reference.paged_attention(
+                q, k_cache, v_cache, block_table, query_start, lengths, max_query=max_query, **options
+            )
+        out = torch.empty_like(q)
+        self._attention(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
+            lengths.data_ptr(),
+            out.data_ptr(),
+            rows,
+            block_table.stride(0),
+            k_cache.shape[1],
+            heads,
+            k_cache.shape[2],
+            head_size,
+            window or 0,
+            scale,
+            softcap or 0.0,
+            alibi.data_ptr() if alibi is not None else None,
+            self._half,
+        )
+        return out
+
+
+def _fastest(run: Any) -> float:
+    """Seconds of the fastest of a few calls: the one that nothing interrupted."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled library, with its functions' arguments declared.
+
+    Raises:
+        cpu_build.Unavailable: it cannot be made on this machine.
+    """
+    try:
+        library = ctypes.CDLL(str(cpu_build.build()))
+    except OSError as error:
+        raise cpu_build.Unavailable(f"the compiled library does not load ({error})") from error
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
