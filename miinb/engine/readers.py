@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +127,7 @@ class GGUFWeights:
         if name not in self._tensors:
             raise _missing(name, self._info.source)
         stored = self._tensors[name]
-        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
+        values = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type)))
         if tuple(values.shape) != region.shape:
             raise _misshapen(stored.name, tuple(values.shape), region, self._info.source)
         if self._info.family == "llama":  # its writers order rotary pairs as neighbors

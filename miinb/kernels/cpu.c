@@ -53,6 +53,7 @@ INLINE void store(void *p, int64_t i, float f, int half) {
    already. That is two operations where restoring the order would take five, so the other side of every product is
    put in this order ("split") once instead: by `split` in blocks of BLOCK numbers, what is left over as it is. */
 #define BLOCK (2 * LANES)
+#define MAX_HEAD 1024 /* widest head of attention and rotation */
 
 INLINE vec even(const bf16 *p) { return (vec)(*(const vecu *)p << 16); }
 INLINE vec odd(const bf16 *p) { return (vec)(*(const vecu *)p & 0xffff0000u); }
@@ -76,10 +77,16 @@ INLINE void widen_split(const bf16 *from, float *to, int64_t n) {
   for (; i < n; i++) to[i] = widen(from[i]);
 }
 
+typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t index4 __attribute__((vector_size(16)));
+
 INLINE float sum_vec(vec v) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += v[i];
-  return s;
+  vec4 quarter[LANES / 4];
+  memcpy(quarter, &v, sizeof v);
+  vec4 s = quarter[0];
+  for (int i = 1; i < LANES / 4; i++) s += quarter[i];
+  s += __builtin_shuffle(s, (index4){2, 3, 0, 1});
+  return s[0] + s[1];
 }
 
 /* exp by 2^n * 2^f with a polynomial for |f| <= 1/2; relative error below 2e-7. NaN stays NaN. */
@@ -131,6 +138,8 @@ INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb
   for (; i + BLOCK <= k; i += BLOCK) {
     vec first[NB], second[NB];
     for (int n = 0; n < nb; n++) {
+      /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
+      __builtin_prefetch((const char *)w[n] + (nb * k + i) * (half ? 2 : 4));
       first[n] = half ? even((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i);
       second[n] = half ? odd((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i + LANES);
     }
@@ -306,7 +315,7 @@ typedef struct {
 
 INLINE void rope_head(const rope_args *a, const void *from, void *to, const void *norm, int64_t position, int half) {
   const int64_t size = a->head_size, pairs = a->cos ? a->rotary_dim / 2 : 0;
-  float h[1024];
+  float h[MAX_HEAD];
   for (int64_t i = 0; i < size; i++) h[i] = load(from, i, half);
   if (norm) {
     float square = 0;
@@ -363,49 +372,63 @@ typedef struct {
   const float *alibi;
 } attention_args;
 
-INLINE int64_t slot_of(const attention_args *a, int64_t row, int64_t position) {
-  return a->table[row * a->table_width + position / a->page_tokens] * a->page_tokens + position % a->page_tokens;
+/* One head's key or value at a position of a row. */
+INLINE const char *entry(const attention_args *a, const void *cache, int64_t row, int64_t kv, int64_t page, int half) {
+  int64_t first = (int64_t)a->table[row * a->table_width + page] * a->page_tokens;
+  return (const char *)cache + (first * a->kv_heads + kv) * a->head_size * (half ? 2 : 4);
+}
+
+INLINE float score_of(const attention_args *a, const float *q, const char *k, int half) {
+  const int64_t size = a->head_size;
+  vec sums = {0}, more = {0};
+  int64_t i = 0;
+  for (; i + BLOCK <= size; i += BLOCK) {
+    sums += (half ? even((const bf16 *)k + i) : *(const vec *)((const float *)k + i)) * *(const vec *)(q + i);
+    more += (half ? odd((const bf16 *)k + i) : *(const vec *)((const float *)k + i + LANES)) * *(const vec *)(q + i + LANES);
+  }
+  float score = sum_vec(sums + more);
+  for (; i < size; i++) score += load(k, i, half) * q[i];
+  return a->softcap > 0 ? a->softcap * tanhf(score / a->softcap) : score;
+}
+
+INLINE void add_value(const attention_args *a, float *out, const char *v, float weight, int half) {
+  const int64_t size = a->head_size;
+  int64_t i = 0;
+  for (; i + BLOCK <= size; i += BLOCK) {
+    *(vec *)(out + i) += (half ? even((const bf16 *)v + i) : *(const vec *)((const float *)v + i)) * weight;
+    *(vec *)(out + i + LANES) += (half ? odd((const bf16 *)v + i) : *(const vec *)((const float *)v + i + LANES)) * weight;
+  }
+  for (; i < size; i++) out[i] += load(v, i, half) * weight;
 }
 
 /* Head h of the one query of a row, over its context. scores: room for the context's length. */
 INLINE void attend(const attention_args *a, int64_t row, int64_t h, float *scores, int half) {
-  const int64_t size = a->head_size, length = a->lengths[row], bytes = half ? 2 : 4;
-  const int64_t kv = h / (a->heads / a->kv_heads), stride = a->kv_heads * size * bytes;
+  const int64_t size = a->head_size, length = a->lengths[row], kv = h / (a->heads / a->kv_heads);
+  const int64_t stride = a->kv_heads * size * (half ? 2 : 4), tokens = a->page_tokens;
   const int64_t first = a->window && length > a->window ? length - a->window : 0;
   const int64_t at = (row * a->heads + h) * size;
-  float plain[1024], q[1024], best = -INFINITY, mass = 0;
+  float plain[MAX_HEAD], q[MAX_HEAD], best = -INFINITY, mass = 0;
   for (int64_t i = 0; i < size; i++) plain[i] = load(a->q, at + i, half) * a->scale;
   if (half)
     split(plain, q, size);
   else
     memcpy(q, plain, sizeof(float) * size);
-  for (int64_t p = first; p < length; p++) {
-    const char *k = (const char *)a->k + slot_of(a, row, p) * stride + kv * size * bytes;
-    vec sums = {0}, more = {0};
-    int64_t i = 0;
-    for (; i + BLOCK <= size; i += BLOCK) {
-      sums += (half ? even((const bf16 *)k + i) : *(const vec *)((const float *)k + i)) * *(vec *)(q + i);
-      more += (half ? odd((const bf16 *)k + i) : *(const vec *)((const float *)k + i + LANES)) * *(vec *)(q + i + LANES);
-    }
-    float score = sum_vec(sums + more);
-    for (; i < size; i++) score += load(k, i, half) * q[i];
-    if (a->softcap > 0) score = a->softcap * tanhf(score / a->softcap);
-    if (a->alibi) score += a->alibi[h] * (float)(p - (length - 1));
-    scores[p] = score;
-    if (score > best || score != score) best = score;
+  for (int64_t p = first; p < length;) {
+    int64_t end = (p / tokens + 1) * tokens < length ? (p / tokens + 1) * tokens : length;
+    const char *k = entry(a, a->k, row, kv, p / tokens, half) + p % tokens * stride;
+    for (; p < end; p++, k += stride) scores[p] = score_of(a, q, k, half);
   }
-  float out[1024] __attribute__((aligned(64)));
+  if (a->alibi)
+    for (int64_t p = first; p < length; p++) scores[p] += a->alibi[h] * (float)(p - (length - 1));
+  for (int64_t p = first; p < length; p++) best = scores[p] > best || scores[p] != scores[p] ? scores[p] : best;
+  for (int64_t p = first; p < length; p++) scores[p] = exp_fast(scores[p] - best);
+  for (int64_t p = first; p < length; p++) mass += scores[p];
+  float out[MAX_HEAD];
   memset(out, 0, sizeof(float) * size);
-  for (int64_t p = first; p < length; p++) {
-    const char *v = (const char *)a->v + slot_of(a, row, p) * stride + kv * size * bytes;
-    float weight = exp_fast(scores[p] - best);
-    mass += weight;
-    int64_t i = 0;
-    for (; i + BLOCK <= size; i += BLOCK) {
-      *(vec *)(out + i) += (half ? even((const bf16 *)v + i) : *(const vec *)((const float *)v + i)) * weight;
-      *(vec *)(out + i + LANES) += (half ? odd((const bf16 *)v + i) : *(const vec *)((const float *)v + i + LANES)) * weight;
-    }
-    for (; i < size; i++) out[i] += load(v, i, half) * weight;
+  for (int64_t p = first; p < length;) {
+    int64_t end = (p / tokens + 1) * tokens < length ? (p / tokens + 1) * tokens : length;
+    const char *v = entry(a, a->v, row, kv, p / tokens, half) + p % tokens * stride;
+    for (; p < end; p++, v += stride) add_value(a, out, v, scores[p], half);
   }
   for (int64_t i = 0; i < size; i++) {
     int64_t in = i % BLOCK, from = half && i - in + BLOCK <= size ? i - in + in / 2 + in % 2 * LANES : i;
@@ -431,5 +454,34 @@ void miinb_attention(const void *q, const void *k, const void *v, const int32_t 
         attend(&a, i / heads, i % heads, scores, 0);
     }
     free(scores);
+  }
+}
+
+/* ---- argmax ------------------------------------------------------------------------------------------------- */
+
+INLINE void argmax_row(const void *x, int64_t n, int64_t *id, uint8_t *finite, int half) {
+  float best = -INFINITY, poison = 0;
+  for (int64_t i = 0; i < n; i++) {
+    float v = load(x, i, half);
+    poison += v * 0; /* NaN as soon as one value is NaN or infinite */
+    best = v > best ? v : best;
+  }
+  *id = 0;
+  *finite = isfinite(best) && poison == poison;
+  for (int64_t i = 0; i < n; i++)
+    if (load(x, i, half) == best) {
+      *id = i;
+      break;
+    }
+}
+
+/* The first of the largest of each row of x [m, n], and whether the row is finite. */
+void miinb_argmax(const void *x, int64_t *ids, uint8_t *finite, int64_t m, int64_t n, int half) {
+#pragma omp parallel for if (m > 1)
+  for (int64_t i = 0; i < m; i++) {
+    if (half)
+      argmax_row((const bf16 *)x + i * n, n, ids + i, finite + i, 1);
+    else
+      argmax_row((const float *)x + i * n, n, ids + i, finite + i, 0);
   }
 }

@@ -23,6 +23,7 @@ _ARGUMENTS = {
     "miinb_linear": [_P] * 5 + [_I] * 3 + [_C] * 3,
     "miinb_norm": [_P] * 6 + [_I] * 2 + [_F, _C, _C],
     "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
+    "miinb_argmax": [_P] * 3 + [_I] * 2 + [_C],
     "miinb_attention": [_P] * 6 + [_I] * 7 + [_F, _F, _P, _C],
 }
 _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
@@ -107,7 +108,12 @@ class CpuKernels:
 
     def greedy_head(self, x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
         """See `head.greedy_head`."""
-        return reference.greedy_head(self.linear(x, packed))
+        logits = self.linear(x, packed)
+        rows, n = logits.shape
+        ids = torch.empty(rows, dtype=torch.int64)
+        finite = torch.empty(rows, dtype=torch.bool)
+        self._library.miinb_argmax(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), rows, n, self._half)
+        return ids, finite
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `norm.rms_norm`."""

@@ -51,11 +51,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, folder: Path, **changes: Any) -> Any:
+def build(name: str, folder: Path, changes: dict[str, Any] | None = None) -> Any:
     """The model of a row of `CONFIGS`, saved to `folder`; its weights are large enough to tell tokens apart."""
     kind, values = CONFIGS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, kind)(**values, bos_token_id=1, eos_token_id=2, **changes)
+    config = getattr(transformers, kind)(**(values | (changes or {})), bos_token_id=1, eos_token_id=2)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,164 @@
+"""load_executor: what runs for which model, what the plan says, and the errors of bad checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from miinb.config import DeploymentConfig, GenerationParams
+from miinb.engine import loading, parity
+from miinb.engine.executor import Executor
+from miinb.engine.loading import load_executor
+from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError
+from miinb.messages import Phase, SequenceRequest, TokensEvent
+from tests.engine.conftest import build
+
+Tiny = Callable[[str], tuple[Any, Path]]
+
+
+def stand_in_tokenizer(folder: Path) -> None:
+    from miinb.engine.tokenizer_files import _stand_in
+
+    if not (folder / "tokenizer.json").exists():
+        _stand_in(101, folder)
+
+
+def load(folder: Path, tmp_path: Path, **fields: Any) -> tuple[Executor, list[Phase]]:
+    phases: list[Phase] = []
+    config = DeploymentConfig.parse({"model": str(folder), "device": "cpu", "options": {"threads": 1}} | fields)
+    state = tmp_path / "state"
+    state.mkdir(exist_ok=True)
+    return load_executor(config, replica=0, rank=0, gpus=None, folder=state, report=phases.append), phases
+
+
+def answer(executor: Executor, prompt: list[int], new: int) -> list[int]:
+    params = GenerationParams(max_new_tokens=new, ignore_eos=True, seed=0)
+    executor.submit(SequenceRequest(1, prompt, params, time.monotonic()))
+    tokens: list[int] = []
+
+    def emit(event: object) -> None:
+        if isinstance(event, TokensEvent):
+            tokens.extend(event.token_ids)
+
+    while executor.busy:
+        executor.step(emit, lambda: None)
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_both_engines_give_the_same_tokens(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    folder = tiny(name)[1]
+    stand_in_tokenizer(folder)
+    fused, phases = load(folder, tmp_path)
+    plain, _ = load(folder, tmp_path, engine="baseline")
+    assert (fused.info.engine, plain.info.engine) == ("optimized", "baseline")
+    assert {phase.name for phase in phases} == {"load", "verify"}
+    assert fused.info.plan.kv_cache_bytes > 0
+    assert fused.info.plan.weights_bytes == 4 * sum(p.numel() for p in tiny(name)[0].parameters())
+    assert fused.info.eos_token_ids == (2,)
+    assert (tmp_path / "state" / "tokenizer" / "tokenizer.json").exists()
+    assert answer(fused, [5, 6, 7], 24) == answer(plain, [5, 6, 7], 24)
+
+
+def test_no_fused_form_falls_back_and_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "yarn"
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    build("llama", folder, changes={"rope_parameters": scaling})
+    stand_in_tokenizer(folder)
+    executor, _ = load(folder, tmp_path)
+    assert executor.info.engine == "baseline"
+    assert "yarn" in executor.info.plan.warnings[0]
+
+
+def test_parity_failure_falls_back_or_raises(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    monkeypatch.setitem(parity.TOLERANCE, torch.float32, -1.0)
+    executor, _ = load(folder, tmp_path)
+    assert executor.info.engine == executor.info.plan.engine == "baseline"
+    assert "differ from their reference" in executor.info.plan.warnings[0]
+    with pytest.raises(loading.ParityFailed):
+        load(folder, tmp_path, options={"parity": "raise", "threads": 1})
+    executor, _ = load(folder, tmp_path, options={"parity": "off", "threads": 1})
+    assert executor.info.engine == "optimized"
+
+
+def test_dummy_weights_need_a_configuration_alone(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny("qwen3")[1] / "config.json").read_bytes())
+    executor, _ = load(folder, tmp_path, load_format="dummy", dtype="bf16")
+    assert len(answer(executor, [5, 6, 7], 4)) == 4
+    assert executor.info.dtype == "bf16"
+
+
+def edit(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    target.mkdir()
+    for file in folder.glob("*.json"):
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    stand_in_tokenizer(target)
+    return target
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def test_wrong_tensors_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama")[1]
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.zeros(25, 48)
+
+    with pytest.raises(BrokenCheckpoint, match=rf"{name}.*\[25, 48\].*\[24, 48\]"):
+        load(edit(folder, tmp_path / "a", grow), tmp_path)
+    with pytest.raises(BrokenCheckpoint, match=r"layers\.1\.self_attn\.k_proj\.weight"):
+        load(edit(folder, tmp_path / "b", without(name)), tmp_path)
+    with pytest.raises(MissingHead):
+        load(edit(folder, tmp_path / "c", without("lm_head.weight")), tmp_path)
+    unknown = edit(folder, tmp_path / "d", lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}))
+    executor, _ = load(unknown, tmp_path)
+    assert "extra.weight" in executor.info.plan.warnings[0]
+
+
+def test_options_that_cannot_be_had_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    for fields in ({"dtype": "int8"}, {"kv_dtype": "fp8"}, {"max_length": 4096}):
+        with pytest.raises(InvalidValue, match=next(iter(fields))):
+            load(folder, tmp_path, **fields)
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidValue, match="no GPU"):
+            load(folder, tmp_path, device="cuda")
+    with pytest.raises(ModelError, match="tokenizer"):
+        load(edit_without_tokenizer(folder, tmp_path / "mute"), tmp_path)
+
+
+def edit_without_tokenizer(folder: Path, target: Path) -> Path:
+    edit(folder, target, lambda tensors: None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (target / name).unlink(missing_ok=True)
+    return target
+
+
+def test_chat_template_comes_from_where_versions_keep_it(tiny: Tiny, tmp_path: Path) -> None:
+    folder = edit(tiny("llama")[1], tmp_path / "chatty", lambda tensors: None)
+    named = [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    load(folder, tmp_path)
+    assert (tmp_path / "state" / "tokenizer" / "chat_template.jinja").read_text() == "D"

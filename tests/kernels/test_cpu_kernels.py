@@ -1,0 +1,147 @@
+"""The compiled CPU operators against the references, at sizes that do and do not fill a vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miinb.kernels import cpu_build, reference
+from miinb.kernels.cpu import CpuKernels
+from miinb.kernels.linear import PackedLinear
+
+torch.set_num_threads(1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    made = CpuKernels(DTYPES[request.param])
+    made.limit = 1 << 30  # every size through the library
+    return made
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for rounding: `theirs` is computed in fp32."""
+    tolerance = 1e-5 if ours.dtype == torch.float32 else 1e-2
+    return bool((ours.float() - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+
+def random(kernels: CpuKernels, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(kernels.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (10, 48), (13, 100), (64, 33), (6, 5000)])
+def test_linear(kernels: CpuKernels, rows: int, n: int, k: int) -> None:
+    x, w, bias, residual = (random(kernels, *shape) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    packed = PackedLinear(w, bias)
+    wanted = reference.linear(x.float(), w.float(), bias.float(), activation="gelu_tanh", residual=residual.float())
+    assert close(kernels.linear(x, packed, activation="gelu_tanh", residual=residual), wanted)
+    assert close(kernels.linear(x, PackedLinear(w)), x.float() @ w.float().t())
+
+
+@pytest.mark.parametrize("kind", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "inner"), [(1, 5), (3, 8), (6, 21)])
+def test_gated_linear(kernels: CpuKernels, kind: str, rows: int, inner: int) -> None:
+    x, w, bias = random(kernels, rows, 40), random(kernels, 2 * inner, 40), random(kernels, 2 * inner)
+    wanted = reference.gated(reference.linear(x.float(), w.float(), bias.float()), kind)
+    assert close(kernels.gated_linear(x, PackedLinear(w, bias), kind), wanted)
+
+
+@pytest.mark.parametrize("hidden", [5, 48, 100])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_norms(kernels: CpuKernels, hidden: int, rows: int) -> None:
+    x, residual, weight, bias = (random(kernels, *s) for s in ((rows, hidden), (rows, hidden), (hidden,), (hidden,)))
+    y, total = kernels.rms_norm(x, weight, 1e-5, residual)
+    wanted, stream = reference.rms_norm((x + residual).float(), weight.float(), 1e-5)
+    assert close(y, wanted)
+    assert torch.equal(total.float(), stream)
+    y, total = kernels.layer_norm(x, weight, bias, 1e-5)
+    assert close(y, reference.layer_norm(x.float(), weight.float(), bias.float(), 1e-5)[0])
+    assert total is x
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (20, 8), (10, 0)])
+def test_rope_append(kernels: CpuKernels, interleaved: bool, head_size: int, rotary_dim: int) -> None:
+    heads, kv_heads, tokens = 4, 2, 18
+    qkv = random(kernels, tokens, (heads + 2 * kv_heads) * head_size)
+    slots = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:tokens]
+    positions = torch.arange(tokens) * 3
+    angles = torch.arange(64.0)[:, None] * torch.rand(max(rotary_dim // 2, 1))
+    cos, sin = (angles.cos(), angles.sin()) if rotary_dim else (None, None)
+    norms = (random(kernels, head_size), random(kernels, head_size)) if head_size == 20 else (None, None)
+    fixed: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_size": head_size, "rotary_dim": rotary_dim}
+
+    def run(operator: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = (torch.zeros(3, 8, kv_heads, head_size, dtype=dtype) for _ in range(2))
+        q_norm, k_norm = (n.to(dtype) if n is not None else None for n in norms)
+        given = (qkv.to(dtype), positions, cos, sin, k, v, slots)
+        q = operator(*given, q_norm=q_norm, k_norm=k_norm, interleaved=interleaved, **fixed)
+        return q, k, v
+
+    for ours, theirs in zip(
+        run(kernels.rope_append, kernels.dtype), run(reference.rope_append, torch.float32), strict=True
+    ):
+        assert close(ours, theirs)
+
+
+@pytest.mark.parametrize("head_size", [10, 64, 80])
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 2.0}, {"alibi": True}], ids=str)
+@pytest.mark.parametrize("page_tokens", [4, 40])
+def test_attention_of_single_queries(
+    kernels: CpuKernels, head_size: int, options: dict[str, Any], page_tokens: int
+) -> None:
+    heads, kv_heads, lengths = 6, 2, [1, 23, 38]
+    width = 40 // page_tokens
+    q = random(kernels, len(lengths), heads, head_size)
+    k, v = (random(kernels, 3 * width, page_tokens, kv_heads, head_size) + n for n in (0, 1))
+    table = torch.randperm(3 * width, generator=torch.Generator().manual_seed(2)).view(3, width).int()
+    if options.get("alibi"):
+        options = {"alibi": torch.rand(heads, generator=torch.Generator().manual_seed(3))}
+    tail = (table, torch.arange(4, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32))
+    ours = kernels.paged_attention(q, k, v, *tail, scale=0.3, max_query=1, **options)
+    wanted = reference.paged_attention(q.float(), k.float(), v.float(), *tail, scale=0.3, max_query=1, **options)
+    assert close(ours, wanted)
+
+
+def test_greedy_head_finds_the_first_largest_and_what_is_not_finite(kernels: CpuKernels) -> None:
+    head = PackedLinear(random(kernels, 200, 33))
+    x = random(kernels, 4, 33)
+    ids, finite = kernels.greedy_head(x, head)
+    assert torch.equal(ids, kernels.linear(x, head).argmax(-1))
+    assert finite.all()
+    head.weight[7] = head.weight[3] = 50 * torch.sign(x[0])
+    head.weight[9, 0] = float("nan")
+    ids, finite = kernels.greedy_head(x, head)
+    assert not finite.any()
+    head.weight[9, 0] = 0.0
+    ids, finite = kernels.greedy_head(x, head)
+    assert (ids[0].item(), finite[0].item()) == (3, True)
+    x[1, 2] = float("inf")
+    assert kernels.greedy_head(x, head)[1].tolist() == [True, False, True, True]
+
+
+def test_build_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "not-a-compiler"
+    wrong.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    wrong.chmod(0o755)
+    monkeypatch.setenv("CC", str(wrong))
+    with pytest.raises(cpu_build.Unavailable, match="no such flag"):
+        cpu_build.build(tmp_path / "cache")
+    monkeypatch.setenv("CC", "no-such-program")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(cpu_build.Unavailable, match="no C compiler"):
+        cpu_build.build(tmp_path / "cache")
+
+
+def test_build_is_made_once(tmp_path: Path) -> None:
+    first = cpu_build.build(tmp_path)
+    made = first.stat().st_mtime_ns
+    assert cpu_build.build(tmp_path) == first
+    assert first.stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".so"] == ["lock"]
