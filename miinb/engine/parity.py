@@ -30,10 +30,6 @@ def _linear(x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
     return reference.linear(x, packed.weight, packed.bias, **options)
 
 
-def _gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
-    return reference.gated(_linear(x, packed), kind)
-
-
 def _greedy_head(x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
     return reference.argmax(_linear(x, packed))
 
