@@ -125,6 +125,6 @@ def _model_name(model: str | Path) -> str:
 
 
 def _attach(name: str) -> Any:
-    from miinb.session import attach  # type: ignore[import-not-found, unused-ignore]
+    from miinb.session import attach
 
     return attach(name)

@@ -87,7 +87,7 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_tokens": ok["prompt_tokens"].median() if len(ok) else NAN,
         "new_tokens": ok["output_tokens"].median() if len(ok) else NAN,
         "n": len(ok),
-        "n_failed": int(len(no_warmup) - len(ok)),
+        "n_failed": int(no_warmup["status"].isin(["error", "timeout"]).sum()),  # not those that the user stopped
         "n_warmup": int(group["warmup"].sum()),
         "duration_s": duration,
         "e2e_mean_s": ok["e2e_s"].mean(),
@@ -137,7 +137,7 @@ def _equality(ok: pd.DataFrame) -> dict[str, Any]:
 
 
 def _rate(count: float, duration_s: float) -> float:
-    return float(count) / duration_s if duration_s > 0 else NAN
+    return float(count) / duration_s if count > 0 and duration_s > 0 else NAN
 
 
 def _duration(rows: pd.DataFrame) -> float:
