@@ -13,8 +13,8 @@ from torch import Tensor
 
 #: A token this far below the largest cannot win: noise of 24-bit uniforms lies between -2.82 and 16.64.
 NOISE_SPREAD = 19.5
-#: The largest logits are tried before the vocabulary is sorted: they nearly always hold the mass that top-p wants.
-FEW = 1024
+#: So many of the largest are tried before the vocabulary is sorted: they nearly always hold the mass that top-p wants.
+FEW = (64, 1024, 8192)
 
 _U32 = 0xFFFFFFFF
 
@@ -52,9 +52,10 @@ def _floor(scores: Tensor, largest: float, k: int, p: float, least: float) -> fl
             floor = _nucleus(ordered, ordered.logsumexp(0), p)[0]
         else:
             total = scores.logsumexp(0)
-            floor, enough = _nucleus(scores.topk(min(FEW, len(scores))).values, total, p)
-            if not enough:
-                floor = _nucleus(scores.sort(descending=True).values, total, p)[0]
+            for few in (*FEW, len(scores)):
+                floor, enough = _nucleus(scores.topk(min(few, len(scores))).values, total, p)
+                if enough:
+                    break
     if least > 0:
         floor = max(floor, largest + math.log(least))
     return max(floor, largest - NOISE_SPREAD)
@@ -71,6 +72,8 @@ def _nucleus(ordered: Tensor, total: Tensor, p: float) -> tuple[float, bool]:
 def _draw(scores: Tensor, floor: float, seed: int, position: int) -> int:
     """The token of the largest score with noise, of those that are not below the floor."""
     kept = (scores >= floor).nonzero()[:, 0]
+    if len(kept) == 1:
+        return int(kept)
     if 4 * len(kept) > len(scores):  # so many that whole blocks of four are cheaper
         words = torch.stack(_philox(torch.arange(-(-len(scores) // 4)), seed, position), -1).flatten()[kept]
     else:
