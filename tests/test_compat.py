@@ -1,0 +1,119 @@
+"""MII's own calls: the three snippets of its README, and every option honored, accepted, redirected or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import miinb as mii
+from miinb import compat
+from miinb.demo import tiny_model
+from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, TargetError, UnknownOption
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({"tensor_parallel": 1, "dtype": "fp16"}, {"tensor_parallel": 1, "dtype": "fp16"}),
+        ({"dtype": "torch.bfloat16", "replica_num": 2}, {"dtype": "bf16", "replicas": 2}),
+        ({"deploy_rank": 3}, {"gpus": [3]}),
+        ({"deploy_rank": [0, 1], "tensor_parallel": 2}, {"gpus": [0, 1], "tensor_parallel": 2}),
+        ({"deploy_rank": -1}, {}),
+        ({"max_tokens": 512, "port_number": 50050}, {"max_length": 512, "port": 50050}),
+        ({"enable_cuda_graph": False}, {"options": {"cuda_graphs": False}}),
+        ({"replace_with_kernel_inject": False}, {"engine": "baseline"}),
+        ({"replace_with_kernel_inject": True, "trust_remote_code": False}, {"trust_remote_code": False}),
+        ({"skip_model_check": True, "meta_tensor": True, "profile_model_time": True, "torch_dist_port": 29500}, {}),
+        ({"enable_restful_api": False, "checkpoint_dict": None}, {}),
+    ],
+)
+def test_honored_and_accepted_options(config: dict[str, Any], options: dict[str, Any]) -> None:
+    assert compat.session_options(config) == options
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "says"),
+    [
+        ({"tensor_paralel": 2}, UnknownOption, "tensor_parallel"),
+        ({"checkpoint_dict": {"checkpoints": []}}, InvalidValue, "folder as model"),
+        ({"hostfile": "/job/hostfile"}, InvalidValue, "deploy_rank"),
+        ({"enable_restful_api": True}, InvalidValue, "not there yet"),
+        ({"dtype": "fp17"}, InvalidValue, "fp16"),
+    ],
+)
+def test_refused_options_say_what_to_do(config: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        compat.session_options(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"deployment_type": mii.constants.DeploymentType.AML}, TargetError, "not there yet"),
+        ({"deployment_type": "locl"}, InvalidValue, "local"),
+        ({"enable_zero": True}, InvalidValue, "select only one"),
+        ({"enable_zero": True, "enable_deepspeed": False}, InvalidValue, "not there yet"),
+        ({"ds_config": {"zero_optimization": {"stage": 3}}}, InvalidValue, "not there yet"),
+        ({"model_path": "/tmp/mii_models"}, InvalidValue, "HF_HUB_CACHE"),
+        ({"task": "text-generatoin"}, InvalidValue, "text-generation"),
+        ({"version": 2}, InvalidValue, "Azure ML"),
+    ],
+)
+def test_deploy_refuses_before_it_starts_anything(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    values = {"task": "text-generation", "model": str(tiny_model()), "deployment_name": "refused", **arguments}
+    with pytest.raises(error, match=says):
+        mii.deploy(**values)
+    assert "refused" not in [status.name for status in mii.deployments()]
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[str]:
+    """The deployment of the first snippet, with a model that is here."""
+    name = "tiny_deployment"
+    mii_configs = {"tensor_parallel": 1, "dtype": "fp16"}
+    returned = mii.deploy(task="text-generation", model=str(tiny_model()), deployment_name=name, mii_config=mii_configs)
+    assert returned is None
+    yield name
+    mii.terminate(name)
+    with pytest.raises(DeploymentNotFound):
+        mii.mii_query_handle(name)
+
+
+def test_the_query_snippet(deployed: str) -> None:
+    generator = mii.mii_query_handle(deployed)
+    request = {"query": ["DeepSpeed is", "Seattle is"]}
+    result = generator.query(request, do_sample=True, max_new_tokens=30)
+    assert len(result.response) == 2
+    assert result.response[0].startswith("DeepSpeed is")
+    assert result.response[1].startswith("Seattle is")
+    assert result.time_taken >= result.model_time_taken > 0
+    assert request == {"query": ["DeepSpeed is", "Seattle is"]}  # MII changed its caller's dictionary
+    assert "DeepSpeed is" in str(result)
+
+
+def test_a_conversation_remembers(deployed: str) -> None:
+    handle = mii.mii_query_handle(deployed)
+    handle.create_session("one")
+    with pytest.raises(InvalidRequest, match="exists"):
+        handle.create_session("one")
+    first = handle.query({"query": "Once upon a time,"}, session_id="one", max_new_tokens=12).response[0]
+    second = handle.query({"query": " Then"}, session_id="one", max_new_tokens=4).response[0]
+    assert second.startswith(first + " Then")
+    handle.destroy_session("one")
+    with pytest.raises(InvalidRequest, match="does not exist"):
+        handle.query({"query": "x"}, session_id="one")
+
+
+def test_it_is_persistent_and_fp16_follows_the_device(deployed: str) -> None:
+    status = next(status for status in mii.deployments() if status.name == deployed)
+    assert status.persist
+    assert status.dtype == ("fp16" if status.device == "cuda" else "bf16")
+
+
+def test_an_unknown_name_is_refused_with_the_near_one(deployed: str) -> None:
+    with pytest.raises(DeploymentNotFound, match=deployed):
+        mii.mii_query_handle("tiny_deploymen")
+    with pytest.raises(DeploymentNotFound):
+        mii.terminate("no_such_deployment")
