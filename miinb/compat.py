@@ -137,7 +137,7 @@ class QueryHandle:
         """Ask the model: the request's keys by task ("query": a prompt or a list), all else are generation parameters.
 
         Returns:
-            A reply with `response` (a list: prompt and new text of each), `time_taken` and `model_time_taken` in seconds.
+            A reply: `response` (a list: prompt and new text of each), `time_taken` and `model_time_taken` (seconds).
 
         Raises:
             RequestError: a key or parameter is wrong (the message names it), or the request failed.

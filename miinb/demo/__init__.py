@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+#: Environment variable that names another default model: a folder or a hub name.
+MODEL_VARIABLE = "MIINB_DEMO_MODEL"
 
 TINY = Path(__file__).with_name("tiny")
 
@@ -13,10 +17,11 @@ def tiny_model() -> Path:
     return TINY
 
 
-def default_model(*, quiet: bool = False) -> Path:
+def default_model(*, quiet: bool = False) -> str:
     """The folder of SmolLM2-135M-Instruct, fetched and converted once into the user's cache.
 
     Where it cannot be fetched (no network), the tiny model takes its place, and a line on stdout says so.
+    The environment variable `MIINB_DEMO_MODEL` names another model instead.
 
     Args:
         quiet: no progress bars; the line about the tiny model stays.
@@ -24,11 +29,13 @@ def default_model(*, quiet: bool = False) -> Path:
     from miinb.demo.fetch import smollm2
     from miinb.errors import ModelError
 
+    if named := os.environ.get(MODEL_VARIABLE):
+        return named
     try:
-        return smollm2(quiet=quiet)
+        return str(smollm2(quiet=quiet))
     except ModelError as error:
         print(f"{error.line()}\nThe tiny model inside the package takes its place; its answers are those of a toy.")
-        return tiny_model()
+        return str(tiny_model())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

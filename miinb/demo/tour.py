@@ -2,9 +2,141 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miinb.demo import MODEL_VARIABLE, default_model, tiny_model
+from miinb.errors import InvalidValue, MiinbError
+
+if TYPE_CHECKING:
+    from miinb.session import Session
+
+PROMPT = "Once upon a time,"
+#: The benchmark's prompts: stories, which both default models continue.
+PROMPTS = [f"Once upon a time, there was a {kind}" for kind in ("brave cat", "clever fox", "shy bear", "young owl")]
+NOTEBOOK = "01_first_answer.ipynb"
+NOTEBOOKS = Path(__file__).with_name("notebooks")
+INTERRUPTED = 130  # a shell's exit status after Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `miinb demo`."""
+    made = argparse.ArgumentParser(prog="miinb demo", description=__doc__)
+    made.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched once)")
+    made.add_argument("--tiny", action="store_true", help="the tiny model inside the package: no download, seconds")
+    made.add_argument("--notebook", action="store_true", help="open JupyterLab on the first notebook instead")
+    made.add_argument("--prompt", default=PROMPT)
+    made.add_argument("--max-new-tokens", "-n", type=int, default=64)
+    made.add_argument("--price", type=float, help="US dollars an hour of this machine (or GPU), for the cost")
+    made.add_argument("--out", type=Path, default=Path(), help="folder for the chart (default: this one)")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; returns the exit status."""
-    raise NotImplementedError
+    args = parser().parse_args(argv)
+    try:
+        if args.model and args.tiny:
+            raise InvalidValue("--tiny: not together with --model.")
+        if args.notebook:
+            return open_notebook(args)
+        tour(args)
+    except KeyboardInterrupt:
+        print("\nStopped. No process of the demonstration is left.", file=sys.stderr)
+        return INTERRUPTED
+    except MiinbError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def tour(args: argparse.Namespace) -> None:
+    """Fetch, serve, ask, measure; ends every process that it started, also when it fails."""
+    from miinb.session import Session
+
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        raise InvalidValue(f"--out: {args.out} is not a folder that can be written to.")
+    model = args.model or (tiny_model() if args.tiny else default_model())
+    _title(1, f"Serving {model}")
+    with Session(model, "text-generation", name=None) as optimized:
+        print(f"{optimized.name}: ready, loaded in {optimized.load_s:.1f} s\n{optimized.plan()}")
+        _title(2, "An answer, as it comes")
+        answer(optimized, args.prompt, args.max_new_tokens)
+        _title(3, "The same model in plain transformers (the baseline), then both measured in turns")
+        with Session(model, "text-generation", engine="baseline", dtype=_dtype(optimized)) as baseline:
+            measure(optimized, baseline, args)
+    print("\nEvery process of the demonstration has ended. Next: miinb demo --notebook")
+
+
+def answer(session: Session, prompt: str, max_new_tokens: int) -> None:
+    """Print an answer while it is made, then its timing."""
+    print(prompt, end="", flush=True)
+    stream = session.stream(prompt, max_new_tokens=max_new_tokens)
+    for chunk in stream:
+        print(chunk.text, end="", flush=True)
+    usage, timing = stream.result.usage, stream.result.timing
+    rate = f", then {1 / timing.tpot_s:.0f} tokens/s" if timing.tpot_s > 0 else ""
+    print(f"\n[{usage.output_tokens} tokens, the first after {1000 * timing.ttft_s:.0f} ms{rate}]")
+
+
+def measure(optimized: Session, baseline: Session, args: argparse.Namespace) -> None:
+    """Benchmark both, print the table, write the chart."""
+    from miinb.bench import charts
+    from miinb.bench.runner import compare
+
+    runs = compare(
+        [baseline, optimized],
+        PROMPTS,
+        requests=2 * len(PROMPTS),
+        new_tokens=32,
+        warmup=1,
+        concurrency=[1, len(PROMPTS)],
+        price=args.price,
+        check="close",
+    )
+    print(runs)
+    path = args.out / "miinb-demo.png"
+    charts.latency(runs.requests).figure.savefig(path, dpi=150)
+    print(f"chart: {path.resolve()}")
+
+
+def open_notebook(args: argparse.Namespace) -> int:
+    """JupyterLab on the first notebook, until the user ends it."""
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise InvalidValue("--notebook: JupyterLab is not installed.", hint="pip install 'miinb[demo]'")
+    model = args.model or (str(tiny_model()) if args.tiny else None)
+    environment = {**os.environ, MODEL_VARIABLE: str(model)} if model else None
+    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", str(writable_notebook())], env=environment)
+    while True:
+        try:
+            return lab.wait()
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to JupyterLab too, which asks and ends by itself
+            continue
+
+
+def writable_notebook() -> Path:
+    """The first notebook: the checkout's own, or a copy in ./miinb-notebooks when miinb is installed from a wheel."""
+    if NOTEBOOKS.is_symlink() and os.access(NOTEBOOKS, os.W_OK):
+        return (NOTEBOOKS / NOTEBOOK).resolve()
+    target = Path("miinb-notebooks")
+    target.mkdir(exist_ok=True)
+    for source in NOTEBOOKS.glob("*.ipynb"):
+        if not (target / source.name).exists():  # a copy that the user may have changed stays
+            shutil.copyfile(source, target / source.name)
+    return (target / NOTEBOOK).resolve()
+
+
+def _dtype(session: Session) -> str:
+    """The dtype that really runs: the arms are compared in the same one."""
+    return session.plan().dtype
+
+
+def _title(number: int, text: str) -> None:
+    print(f"\n{number}. {text}\n", flush=True)
