@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from miinb.config import parse_generation
 from miinb.demo import MODEL_VARIABLE, default_model, tiny_model
 from miinb.errors import InvalidValue, MiinbError
 
@@ -63,6 +64,7 @@ def tour(args: argparse.Namespace) -> None:
 
     if not os.access(args.out, os.W_OK | os.X_OK):
         raise InvalidValue(f"--out: {args.out} is not a folder that can be written to.")
+    parse_generation({"max_new_tokens": args.max_new_tokens})  # refused now rather than after the start
     model = args.model or (tiny_model() if args.tiny else default_model())
     _title(1, f"Serving {model}")
     with Session(model, "text-generation", name=None) as optimized:

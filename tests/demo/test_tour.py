@@ -1,0 +1,80 @@
+"""`miinb demo` from the first line to the last process, and when it is stopped halfway."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import miinb
+from miinb.demo import main, tour
+
+
+def names() -> set[str]:
+    return {deployment.name for deployment in miinb.deployments()}
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-m", "miinb.demo", "--tiny", *options]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_it_serves_answers_measures_and_ends(tmp_path: Path) -> None:
+    before = names()
+    with start(tmp_path, "-n", "24", "--price", "0.5") as demo:
+        out, err = demo.communicate(timeout=280)
+    assert demo.returncode == 0, err
+    assert "Once upon a time, there was a" in out
+    assert "[24 tokens, the first after" in out
+    assert "baseline" in out
+    assert "optimized" in out
+    assert (tmp_path / "miinb-demo.png").read_bytes()[:4] == b"\x89PNG"
+    assert names() <= before
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    before = names()
+    with start(tmp_path, "-n", "400") as demo:
+        assert demo.stdout is not None
+        while "2. An answer" not in (line := demo.stdout.readline()):
+            assert line, "it ended before the answer"
+        demo.send_signal(signal.SIGINT)
+        _, err = demo.communicate(timeout=60)
+    assert demo.returncode == tour.INTERRUPTED
+    assert "Stopped" in err
+    assert "Traceback" not in err
+    assert names() <= before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tiny", "--model", "x"], "not together"),
+        (["--tiny", "--out", "no/such/folder"], "no/such/folder"),
+        (["--model", "./no-such-model"], "no-such-model"),
+        (["--tiny", "-n", "0"], "max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_the_notebook_is_copied_out_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    installed = tmp_path / "site" / "notebooks"
+    installed.mkdir(parents=True)
+    for notebook in tour.NOTEBOOKS.glob("*.ipynb"):
+        (installed / notebook.name).write_bytes(notebook.read_bytes())
+    monkeypatch.setattr(tour, "NOTEBOOKS", installed)
+    mine = tour.writable_notebook()
+    assert mine == tmp_path / "miinb-notebooks" / tour.NOTEBOOK
+    mine.write_text("changed")
+    assert tour.writable_notebook().read_text() == "changed"  # a copy that the user changed stays
+
+
+def test_the_checkout_opens_its_own_notebook() -> None:
+    assert tour.writable_notebook() == Path(__file__).parents[2] / "notebooks" / tour.NOTEBOOK
