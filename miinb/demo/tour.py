@@ -104,8 +104,7 @@ def measure(optimized: Session, baseline: Session, args: argparse.Namespace) -> 
         check="close",
     )
     print(runs)
-    path = args.out / "miinb-demo.png"
-    charts.latency(runs.requests).figure.savefig(path, dpi=150)
+    path = charts.save(charts.draw("latency", runs), args.out / "miinb-demo.png")
     print(f"chart: {path.resolve()}")
 
 
