@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 PROMPT = "Once upon a time,"
 #: The benchmark's prompts: stories, which both default models continue.
-PROMPTS = [f"Once upon a time, there was a {kind}" for kind in ("brave cat", "clever fox", "shy bear", "young owl")]
+HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
+PROMPTS = [f"Once upon a time, there was a {hero}" for hero in HEROES]
 NOTEBOOK = "01_first_answer.ipynb"
 NOTEBOOKS = Path(__file__).with_name("notebooks")
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
@@ -96,7 +97,7 @@ def measure(optimized: Session, baseline: Session, args: argparse.Namespace) -> 
     runs = compare(
         [baseline, optimized],
         PROMPTS,
-        requests=2 * len(PROMPTS),
+        requests=len(PROMPTS),
         new_tokens=32,
         warmup=1,
         concurrency=[1, len(PROMPTS)],
