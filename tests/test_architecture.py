@@ -58,7 +58,6 @@ MAY_BE_HEAVY = (
     "bench.headline",
     "bench.scheduler_overhead",
     "demo.train",
-    "demo.convert",
 )
 #: Third parties that must not load with a part (inside functions they may).
 LAZY_EVERYWHERE = ("matplotlib", "pandas", "IPython", "ipywidgets")
