@@ -115,7 +115,10 @@ def open_notebook(args: argparse.Namespace) -> int:
         raise InvalidValue("--notebook: JupyterLab is not installed.", hint="pip install 'miinb[demo]'")
     model = args.model or (str(tiny_model()) if args.tiny else None)
     environment = {**os.environ, MODEL_VARIABLE: str(model)} if model else None
-    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", str(writable_notebook())], env=environment)
+    command = [sys.executable, "-m", "jupyterlab", str(writable_notebook())]
+    if os.geteuid() == 0:  # containers; JupyterLab refuses root otherwise
+        command.append("--allow-root")
+    lab = subprocess.Popen(command, env=environment)
     while True:
         try:
             return lab.wait()

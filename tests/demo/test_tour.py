@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +48,18 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert "Stopped" in err
     assert "Traceback" not in err
     assert names() <= before
+
+
+def test_the_notebook_option_starts_jupyterlab_beside_the_first_notebook(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "miinb.demo", "--tiny", "--notebook"]
+    clean = {**os.environ, "BROWSER": "true", "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_DATA_DIR": str(tmp_path)}
+    with subprocess.Popen(command, env=clean, stderr=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stderr is not None
+        serving = f"Serving notebooks from local directory: {tour.writable_notebook().parent}"
+        while serving not in (line := demo.stderr.readline()):
+            assert line, "it ended before it served the notebook"
+        os.killpg(demo.pid, signal.SIGTERM)  # a terminal's Ctrl-C asks first
+        demo.communicate(timeout=30)
 
 
 @pytest.mark.parametrize(
