@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from miinb.constants import DeploymentType, TaskType
 from miinb.errors import InvalidRequest, InvalidValue, TargetError, UnknownOption, did_you_mean
+from miinb.results import ConversationReply, Reply
 from miinb.session import Session, attach
-
-if TYPE_CHECKING:
-    from miinb.results import Reply
 
 #: `mii_config` keys and the `Session` argument that each becomes.
 RENAMED = {
@@ -133,7 +131,9 @@ class QueryHandle:
         self._session = session
         self._histories: dict[str, str] = {}
 
-    def query(self, request_dict: Mapping[str, Any], *, session_id: str | None = None, **query_kwargs: Any) -> Reply:
+    def query(
+        self, request_dict: Mapping[str, Any], *, session_id: str | None = None, **query_kwargs: Any
+    ) -> Reply | ConversationReply:
         """Ask the model: the request's keys by task ("query": a prompt or a list), all else are generation parameters.
 
         Returns:
@@ -153,7 +153,8 @@ class QueryHandle:
             raise InvalidRequest("query: one prompt at a time with a session_id.")
         history = self._histories[session_id]
         reply = self._session.query({**request_dict, "query": [history + prompt]}, **query_kwargs)
-        self._histories[session_id] = reply.response[0]
+        if isinstance(reply, Reply):  # always, for text generation
+            self._histories[session_id] = reply.response[0]
         return reply
 
     def create_session(self, session_id: str) -> None:
