@@ -31,6 +31,7 @@ Interrupted(KeyboardInterrupt)    the Stop button ended a request
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -59,9 +60,9 @@ class MiinbError(Exception):
         """Message and hint on one line."""
         return f"{self.message} {self.hint}".strip()
 
-    def _render_traceback_(self) -> list[str] | None:
+    def _render_traceback_(self) -> list[str]:
         if not MiinbError.short:
-            return None
+            return "".join(traceback.format_exception(self)).splitlines()
         lines = [f"{type(self).__name__}: {self.line()}"]
         return lines + self.details.splitlines()[-30:]
 

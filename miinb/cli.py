@@ -1,0 +1,79 @@
+"""The `miinb` program: the commands of the notebook in a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miinb import commands
+from miinb.errors import ConfigError, MiinbError
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code: 0 done, 1 it failed, 2 it was asked for in a wrong way.
+
+    Args:
+        words: the command line without the program's name; None takes the process's.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        return _run(words)
+    except MiinbError as error:
+        print(f"miinb: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h"):
+        print(commands.overview("miinb"))
+        return 0 if words else 2
+    if words[0] == "--version":
+        import miinb
+
+        print(f"miinb {miinb.__version__}")
+        return 0
+    command = commands.find(words[0])
+    if command.name == "demo":  # the demo has its own options
+        from miinb.demo import main as demo
+
+        return int(demo(words[1:]) or 0)
+    if commands.wants_help(words[1:]):
+        print(commands.help_text("miinb", command.name))
+        return 0
+    values = commands.parse(command, words[1:], prog="miinb")
+    value = commands.execute(commands.Context(), command, values)
+    if values.get("json"):
+        print(json.dumps(_plain(value), default=str, indent=2))
+    elif value is not None and not command.streams:
+        print(_described(value))
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, commands.Table):
+        return [_plain(record) for record in value.records]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _described(value: Any) -> str:
+    """The plain-text form that the value shows in a notebook, else its text."""
+    bundle = getattr(value, "_repr_mimebundle_", None)
+    data = bundle() if bundle is not None else {}
+    data = data[0] if isinstance(data, tuple) else data
+    return str(data.get("text/plain") or value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The one table of commands: `%mii`, `%%mii` and the `miinb` program are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miinb.commands import actions, measuring
+from miinb.commands.context import Context, Settings
+from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, Option, words
+from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
+from miinb.commands.screen import PlainScreen, Screen, Table
+from miinb.errors import InvalidValue, did_you_mean
+
+__all__ = [
+    "COMMANDS",
+    "Command",
+    "Context",
+    "PlainScreen",
+    "Screen",
+    "Settings",
+    "Table",
+    "execute",
+    "find",
+    "help_text",
+    "overview",
+    "parse",
+    "split",
+    "suggest",
+    "wants_help",
+]
+
+_WHICH = Option(
+    "deployment", "the deployment (default: the only one, or that of `use`)", short="d", names="deployments"
+)
+_NAME = Option("name", "the deployment", positional=True, names="deployments")
+_PROMPT = Option("prompt", "the text", positional=True, many=True)
+_BATCH = Option("batch", "several prompts: one a line, or parts between lines of ---", choices=("lines", "parts"))
+_NO_STREAM = Option("no_stream", "show the answer when it is complete", read=None)
+_SEVERAL = Option("deployments", "compare these: A,B", read=words, short="s", names="deployments")
+_JSON = Option("json", "print JSON", read=None)
+_TO = Option("to", "the folder")
+
+
+def _help(context: Context, values: Mapping[str, Any], body: str | None) -> str:
+    """All commands, or one of them."""
+    return help_text(context.prog, values["command"])
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "start",
+            "start a deployment of a model",
+            actions.start,
+            (Option("model", "a folder or a hub name", positional=True), *DEPLOYMENT, *ENGINE),
+            body="the options as a JSON object",
+            example="start ./SmolLM2-135M-Instruct --name chat",
+        ),
+        Command("attach", "join a running deployment", actions.attach, (_NAME,), example="attach chat"),
+        Command("list", "show the running deployments", actions.list_deployments, (_JSON,)),
+        Command("use", "choose the deployment for commands without -d", actions.use, (_NAME,), example="use chat"),
+        Command("status", "show how a deployment is", actions.status, (_NAME, _WHICH, _JSON)),
+        Command(
+            "stop",
+            "end a deployment",
+            actions.stop,
+            (_NAME, _WHICH, Option("all", "end all of them", read=None)),
+            example="stop chat",
+        ),
+        Command("restart", "stop a deployment and start it again as it was", actions.restart, (_NAME, _WHICH)),
+        Command("keep", "let a deployment outlive this notebook", actions.keep, (_NAME, _WHICH)),
+        Command(
+            "logs",
+            "show the end of a deployment's logs",
+            actions.logs,
+            (_NAME, _WHICH, Option("lines", "how many", int, short="n"), Option("rank", "of this rank alone", int)),
+        ),
+        Command(
+            "gen",
+            "write on after a prompt",
+            actions.gen,
+            (_PROMPT, _WHICH, *GENERATION, _BATCH, _NO_STREAM),
+            body="the prompt",
+            example='gen "Once upon a time" -n 40',
+            streams=True,
+        ),
+        Command(
+            "chat",
+            "talk with a model, turn by turn",
+            actions.chat,
+            (_PROMPT, _WHICH, Option("system", "instructions for the whole conversation"), *GENERATION),
+            body="what you say",
+            example='chat "Who wrote Faust?"',
+            streams=True,
+        ),
+        Command("reset", "forget the conversation of chat", actions.reset, (_NAME, _WHICH)),
+        Command(
+            "predict", "classify, fill masks, answer questions (not there yet)", measuring.later, (_PROMPT, _WHICH)
+        ),
+        Command(
+            "bench",
+            "measure a deployment, or compare several",
+            measuring.bench,
+            (_WHICH, _SEVERAL, *BENCH),
+            body="the prompts, one a line, or parts between lines of ---",
+            example="bench -s fast,plain --concurrency 1,8",
+        ),
+        Command(
+            "compare",
+            "bench on the deployments that are named",
+            measuring.compare,
+            (Option("names", "the deployments", positional=True, many=True, names="deployments"), *BENCH),
+            body="the prompts, as for bench",
+            example="compare fast plain",
+        ),
+        Command(
+            "plot",
+            "draw a benchmark run",
+            measuring.plot,
+            (
+                Option("kind", "which chart", choices=measuring.CHARTS, positional=True),
+                Option("run", "of this run (default: the last)", names="runs"),
+                Option("save", "write it to this file: .png, .svg, .pdf"),
+            ),
+            example="plot latency",
+        ),
+        Command(
+            "runs",
+            "list, show, save, load or drop benchmark runs",
+            measuring.runs,
+            (
+                Option("what", "default: list", choices=("list", "show", "save", "load", "drop"), positional=True),
+                Option("name", "the run (default: the last)", positional=True, names="runs"),
+                _TO,
+            ),
+        ),
+        Command(
+            "panel",
+            "show a panel of widgets",
+            actions.panel,
+            (Option("kind", "default: text", choices=("text",), positional=True), _WHICH),
+        ),
+        Command("models", "show families, tasks and what is optimized", measuring.models),
+        Command("check", "compare a model layer by layer with transformers (not there yet)", measuring.later, (_NAME,)),
+        Command("gpus", "show the GPUs and their memory", measuring.gpus, (_JSON,)),
+        Command("env", "show versions and hardware", measuring.env),
+        Command("doctor", "check that this machine is ready", measuring.doctor),
+        Command("config", "show the settings", measuring.settings),
+        Command(
+            "demo",
+            "the guided first run, on a small real model",
+            measuring.demo,
+            (Option("words", "options of the demo", positional=True, many=True),),
+        ),
+        Command(
+            "help", "show all commands, or one", _help, (Option("command", "which", positional=True, names="commands"),)
+        ),
+    )
+}
+
+
+def overview(prog: str) -> str:
+    """All commands, a line each, as they are written in this place."""
+    width = max(map(len, COMMANDS))
+    lines = [f"{prog} COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", f"{prog} help COMMAND shows the options of one."]
+    if prog.startswith("%"):
+        lines += [
+            f"%{prog} [NAME] [OPTIONS] takes the cell as the prompt for deployment NAME.",
+            "{name} in a prompt or an option becomes the value of that variable; other braces stay as they are.",
+            "-o VAR keeps the value in a variable, -q or a final ; shows nothing.",
+        ]
+    return "\n".join(lines)
+
+
+def help_text(prog: str, name: str | None = None, extra: Sequence[Option] = ()) -> str:
+    """Help of one command, or of all."""
+    return build(find(name), prog=prog, extra=extra).format_help().rstrip() if name else overview(prog)
+
+
+def find(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        InvalidValue: there is none; the near name is in the hint.
+    """
+    if name not in COMMANDS:
+        raise InvalidValue(f"There is no command {name!r}.", hint=did_you_mean(name, COMMANDS))
+    return COMMANDS[name]
+
+
+def execute(context: Context, command: Command, values: Mapping[str, Any], body: str | None = None) -> Any:
+    """Run a command and give its value.
+
+    Raises:
+        InvalidValue: the command takes no cell.
+        MiinbError: whatever the command itself says.
+    """
+    if body is not None and body.strip() and not command.body:
+        raise InvalidValue(
+            f"{command.name} takes no cell body.", hint=f"Write it on one line: {context.prog} {command.name}"
+        )
+    return command.run(context, values, body)

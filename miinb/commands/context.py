@@ -1,0 +1,117 @@
+"""What the commands act on: this process's deployments, its last runs, and the user's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from miinb.commands.screen import PlainScreen, Screen
+from miinb.errors import DeploymentNotFound, InvalidValue, did_you_mean
+
+if TYPE_CHECKING:
+    from miinb.bench.records import Runs
+    from miinb.session import Session
+
+#: States in which a session takes no more requests; its handle is forgotten.
+ENDED = ("stopped", "failed", "lost")
+
+
+@dataclass
+class Settings:
+    """Defaults that a user sets once (`%config MiiMagics`).
+
+    Attributes:
+        default_session: deployment that commands take without -d; "" is the only one.
+        max_new_tokens: most new tokens of an answer; 0 is the library's default.
+        stream_hz: updates a second of an answer that grows in a cell.
+        price_usd_per_gpu_hour: price for benchmarks; 0 is none given.
+        start_timeout_s: seconds that a start may take; 0 is the library's default.
+    """
+
+    default_session: str = ""
+    max_new_tokens: int = 0
+    stream_hz: float = 10.0
+    price_usd_per_gpu_hour: float = 0.0
+    start_timeout_s: float = 0.0
+
+
+@dataclass
+class Context:
+    """State of one notebook's magics, or of one call in a terminal.
+
+    Attributes:
+        screen: where things are shown.
+        settings: read at each command, so changes act at once.
+        prog: how commands are written here ("%mii" or "miinb"), for help and hints.
+        sessions: deployments that this context started or attached, by name.
+        configs: the options with which it started them: the same `start` again finds the running one.
+        default: the deployment of `use`.
+        runs: benchmark runs by name, oldest first.
+        chats: the messages of `chat`, by deployment.
+    """
+
+    screen: Screen = field(default_factory=PlainScreen)
+    settings: Settings = field(default_factory=Settings)
+    prog: str = "miinb"
+    sessions: dict[str, Session] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    default: str = ""
+    runs: dict[str, Runs] = field(default_factory=dict)
+    chats: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @property
+    def in_notebook(self) -> bool:
+        """Cells, widgets and variables are there."""
+        return self.prog.startswith("%")
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of an ended deployment."""
+        for kept in (self.sessions, self.configs, self.chats):
+            kept.pop(name, None)
+        if self.default == name:
+            self.default = ""
+
+    def names(self) -> list[str]:
+        """Names of all running deployments of this user, sorted."""
+        import miinb
+
+        return sorted(deployment.name for deployment in miinb.deployments())
+
+    def session(self, name: str | None = None) -> Session:
+        """The deployment of that name; without one the default, or the only one that runs.
+
+        Raises:
+            DeploymentNotFound: there is none; the hint says what to do.
+            InvalidValue: several run and none was chosen.
+        """
+        name = name or self.default or self.settings.default_session or self._only()
+        known = self.sessions.get(name)
+        if known is not None and known.state not in ENDED:
+            return known
+        if known is not None:
+            self.forget(name)
+        import miinb
+
+        self.sessions[name] = session = miinb.attach(name)
+        return session
+
+    def _only(self) -> str:
+        own = [name for name, session in self.sessions.items() if session.state not in ENDED]
+        running = own or self.names()
+        if not running:
+            raise DeploymentNotFound("No deployment is running.", hint=f"Start one: {self.prog} start MODEL.")
+        if len(running) > 1:
+            raise InvalidValue(
+                f"Several deployments are running: {', '.join(sorted(running))}.",
+                hint=f"Choose with -d NAME, or for all that follows: {self.prog} use NAME.",
+            )
+        return running[0]
+
+    def run(self, name: str | None = None) -> Runs:
+        """The benchmark run of that name; the last one without."""
+        if not self.runs:
+            raise InvalidValue("There is no benchmark run yet.", hint=f"Make one: {self.prog} bench.")
+        name = name or next(reversed(self.runs))
+        if name not in self.runs:
+            raise InvalidValue(f"There is no run {name!r}.", hint=did_you_mean(name, self.runs))
+        return self.runs[name]

@@ -1,0 +1,174 @@
+"""What the commands on benchmarks, charts, models and the machine do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from miinb.commands.context import Context
+from miinb.commands.options import BENCH, given
+from miinb.commands.screen import Table
+from miinb.errors import InvalidValue, MiinbError
+
+if TYPE_CHECKING:
+    from miinb.bench.records import Runs
+
+Values = Mapping[str, Any]
+
+#: Kinds of charts, as `miinb.bench.charts` names them.
+CHARTS = (
+    "latency",
+    "throughput",
+    "cost",
+    "frontier",
+    "ecdf",
+    "batch_scaling",
+    "parallel_scaling",
+    "time_split",
+    "memory",
+    "waterfall",
+    "images",
+)
+
+
+def bench(context: Context, values: Values, body: str | None) -> Runs:
+    """Measure one deployment, or compare several on the same work."""
+    import miinb
+
+    fields = given(values, BENCH)
+    if body is not None and body.strip():
+        fields["prompts"] = _prompts(body)
+    if context.settings.price_usd_per_gpu_hour:
+        fields.setdefault("price", context.settings.price_usd_per_gpu_hour)
+    sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
+    runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, fields)
+    context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
+    return runs
+
+
+def _prompts(body: str) -> list[str]:
+    """Parts between lines of "---"; without such a line every line is a prompt."""
+    if "\n---\n" in body:
+        return [part.strip("\n") for part in body.split("\n---\n") if part.strip()]
+    return [line for line in body.splitlines() if line.strip()]
+
+
+def compare(context: Context, values: Values, body: str | None) -> Runs:
+    """`bench` on the deployments that the line names."""
+    names = values["names"] or []
+    if len(names) < 2:
+        raise InvalidValue("compare: name two deployments or more.", hint=f"{context.prog} compare A B")
+    return bench(context, {**values, "deployments": names}, body)
+
+
+def plot(context: Context, values: Values, body: str | None) -> Any:
+    """A chart of a benchmark run; the figure."""
+    kind = values["kind"] or "latency"
+    runs = context.run(values["run"])
+    from miinb.bench import charts
+
+    axes = getattr(charts, kind)(runs.requests if kind in ("ecdf", "waterfall") else runs.summary)
+    figure = axes.get_figure()
+    if values["save"]:
+        figure.savefig(values["save"], bbox_inches="tight")
+        context.screen.show(f"Saved {values['save']}.")
+    elif not context.in_notebook:
+        raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
+    return figure
+
+
+def runs(context: Context, values: Values, body: str | None) -> Any:
+    """List, show, save, load or drop benchmark runs."""
+    import miinb
+
+    what, name = values["what"] or "list", values["name"]
+    if what == "list":
+        rows = [
+            (key, len(run.requests), ", ".join(map(str, run.requests["arm"].unique())))
+            for key, run in context.runs.items()
+        ]
+        note = "" if rows else f"There is no benchmark run yet. Make one: {context.prog} bench"
+        return Table(("run", "requests", "arms"), rows, title="Benchmark runs" if rows else "", note=note)
+    if what == "load":
+        if not values["to"]:
+            raise InvalidValue("runs load: from where?", hint=f"{context.prog} runs load NAME --to FOLDER")
+        context.runs[name or values["to"]] = loaded = miinb.load_runs(values["to"])
+        return loaded
+    run = context.run(name)
+    if what == "show":
+        return run
+    if what == "drop":
+        context.runs = {key: kept for key, kept in context.runs.items() if kept is not run}
+        return "Dropped."
+    if not values["to"]:
+        raise InvalidValue("runs save: where to?", hint=f"{context.prog} runs save NAME --to FOLDER")
+    run.save(values["to"])
+    return f"Saved to {values['to']}."
+
+
+def models(context: Context, values: Values, body: str | None) -> Any:
+    """Families and tasks, and what is optimized."""
+    import miinb
+
+    return miinb.models()
+
+
+def env(context: Context, values: Values, body: str | None) -> Table:
+    """Versions and hardware, as a benchmark records them."""
+    from miinb.bench.environment import environment
+
+    rows = [(key, _flat(value)) for key, value in environment().items()]
+    return Table(("what", "value"), rows, title="Environment")
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_flat, value)) or "none"
+    return "" if value is None else str(value)
+
+
+def gpus(context: Context, values: Values, body: str | None) -> Table:
+    """Memory of the GPUs, or the CPU that stands in for them."""
+    from miinb import hardware
+
+    found = hardware.gpus()
+    gib = 1 << 30
+    rows = [
+        (gpu.index, gpu.name, f"{gpu.used_bytes / gib:.1f} of {gpu.total_bytes / gib:.1f} GiB used") for gpu in found
+    ]
+    return Table(
+        ("gpu", "name", "memory"),
+        rows,
+        title="GPUs" if rows else "",
+        note="" if rows else "There is no GPU here; models run on the CPU.",
+        records=[dataclasses.asdict(gpu) for gpu in found],
+    )
+
+
+def doctor(context: Context, values: Values, body: str | None) -> Any:
+    """Check that this machine can do its work."""
+    import miinb
+
+    return miinb.doctor()
+
+
+def settings(context: Context, values: Values, body: str | None) -> Table:
+    """The settings and their values."""
+    rows = list(dataclasses.asdict(context.settings).items())
+    note = "Change one: %config MiiMagics.NAME = VALUE" if context.in_notebook else ""
+    return Table(("setting", "value"), rows, title="Settings", note=note)
+
+
+def demo(context: Context, values: Values, body: str | None) -> Any:
+    """The guided first run; the words after it are the demo's own."""
+    from miinb.demo import main
+
+    return main(list(values["words"] or ()))
+
+
+def later(context: Context, values: Values, body: str | None) -> None:
+    """A command of the contract that is not built yet."""
+    raise MiinbError("This command is not there yet.", hint=f"See what is: {context.prog} help.")

@@ -1,0 +1,219 @@
+"""Options of the commands: read from the configuration classes, so that a new field is an option at once."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
+from miinb.errors import InvalidValue
+
+#: What can stand for a value in completion: names of running deployments, or of commands.
+Names = Literal["", "deployments", "commands", "runs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option or positional argument of a command.
+
+    Attributes:
+        name: the Python name; the option is the same with dashes.
+        help: one line for `--help`.
+        read: makes the value of its text; None for a switch without a value.
+        short: one letter, or "".
+        choices: the values that it can have; () for any.
+        positional: given by place, not by name. `many` then takes all words that are left.
+        many: the option may be repeated and its values are a list.
+        names: what completion offers as values.
+        value: what a switch sets.
+        field: the field that it sets when that is not `name` (switches that turn a default off).
+    """
+
+    name: str
+    help: str
+    read: Callable[[str], Any] | None = str
+    short: str = ""
+    choices: tuple[str, ...] = ()
+    positional: bool = False
+    many: bool = False
+    names: Names = ""
+    value: Any = True
+    field: str = ""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """How the option is written: ("-n", "--max-new-tokens"); () for a positional one."""
+        if self.positional:
+            return ()
+        return (*((f"-{self.short}",) if self.short else ()), "--" + self.name.replace("_", "-"))
+
+    @property
+    def target(self) -> str:
+        """The field that it sets."""
+        return self.field or self.name
+
+
+def words(text: str) -> list[str]:
+    """The parts of "a,b"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def integers(text: str) -> list[int]:
+    """[1, 4] of "1,4"."""
+    return [int(part) for part in words(text)]
+
+
+def floats(text: str) -> list[float]:
+    """[0.5, 2.0] of "0.5,2"."""
+    return [float(part) for part in words(text)]
+
+
+def gpu_groups(text: str) -> list[int] | list[list[int]]:
+    """[0, 1] of "0,1"; [[0, 1], [2, 3]] of "0,1;2,3"."""
+    groups = [integers(group) for group in text.split(";") if group.strip()]
+    return groups[0] if len(groups) == 1 else groups
+
+
+def escapes(text: str) -> str:
+    r"""Text with \n, \t and \\ read as in Python: stop strings are mostly line ends."""
+    marked = text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t")
+    return marked.replace("\0", "\\")
+
+
+def biases(text: str) -> dict[int, float]:
+    """{50: -1.0, 60: 2.0} of "50=-1,60=2"."""
+    return {int(token): float(bias) for token, _, bias in (part.partition("=") for part in words(text))}
+
+
+_DEPLOYMENT_HELP = {
+    "task": "Hugging Face task; inferred when the model leaves one choice",
+    "name": "name of the deployment; made from the model's by default",
+    "engine": "this project's engine or plain transformers",
+    "dtype": "number format of the weights; auto is the checkpoint's",
+    "device": "auto takes the GPU when there is one",
+    "gpus": 'GPUs to use: "0,1", or one group a replica: "0,1;2,3"',
+    "tensor_parallel": "GPUs that share one copy of the model",
+    "replicas": "copies of the model",
+    "max_length": "longest prompt and answer together, in tokens",
+    "max_batch": "most sequences at once",
+    "kv_dtype": "number format of the KV cache",
+    "load_format": "dummy: random weights, for benchmarks",
+    "revision": "branch, tag or commit of the model in the hub's cache",
+    "trust_remote_code": "run code that comes with the model",
+    "persist": "outlives this notebook or terminal, until idle too long or stopped",
+    "idle_timeout_s": "seconds without a request after which a persistent deployment ends",
+    "start_timeout_s": "seconds that the start may take",
+    "port": "also listen on this loopback TCP port (0: any free one), guarded by a token",
+}
+_ENGINE_HELP = {
+    "compile": "baseline engine: static cache or torch.compile, whichever is faster",
+    "cuda_graphs": "do not capture decode steps in CUDA graphs",
+    "page_tokens": "tokens in one page of the KV cache (GPU)",
+    "kv_cache_bytes": "memory of the KV cache",
+    "prefix_cache": "do not reuse equal beginnings of prompts",
+    "max_step_tokens": "most tokens in one step",
+    "max_queue": "most requests that wait",
+    "threads": "CPU threads of one rank",
+    "parity": "what a failed self-check at the start does",
+}
+_GENERATION_HELP = {
+    "max_new_tokens": "most new tokens of an answer",
+    "min_new_tokens": "fewest new tokens",
+    "do_sample": "draw tokens at random instead of taking the most likely one",
+    "temperature": "above 1 more random, below 1 less (with --do-sample)",
+    "top_k": "draw among the k most likely tokens (with --do-sample); 0: all",
+    "top_p": "draw among the most likely tokens of this total probability (with --do-sample)",
+    "min_p": "drop tokens below this share of the best one's probability (with --do-sample)",
+    "repetition_penalty": "above 1 makes tokens that were there less likely",
+    "presence_penalty": "subtracted from the logits of tokens that were there",
+    "frequency_penalty": "subtracted once for each time that a token was there",
+    "stop": r"end before this text (\n is a line end); may be repeated",
+    "seed": "same seed, same answer",
+    "num_return_sequences": "answers for each prompt (with --do-sample)",
+    "logprobs": "report the log-probabilities of this many tokens a place",
+    "ignore_eos": "go on after the end token",
+    "eos_token_id": "end tokens, by id: 2,50256",
+    "logit_bias": "added to the logits of tokens, by id: 50=-1,60=2",
+    "return_full_text": "put the prompt before the answer",
+}
+_BENCH_HELP = {
+    "prompt_tokens": "length of the synthetic prompts",
+    "new_tokens": "tokens of every answer (equal work for all)",
+    "requests": "requests at each load",
+    "warmup": "requests before the clock starts",
+    "concurrency": "requests in flight: 1,4,16",
+    "rate": "arrivals a second instead: 1,2",
+    "seed": "seed of the synthetic prompts and of the arrivals",
+    "price": "US dollars an hour of one GPU (or of the machine without one)",
+    "check": "compare the answers of the deployments",
+    "run": "name under which the run is kept",
+    "do_sample": "draw tokens at random",
+    "temperature": "with --do-sample",
+    "timeout_s": "seconds that one request may take",
+}
+_READERS: dict[str, Callable[[str], Any]] = {
+    "gpus": gpu_groups,
+    "stop": escapes,
+    "logit_bias": biases,
+    "eos_token_id": integers,
+    "concurrency": integers,
+    "rate": floats,
+}
+_SHORT = {"max_new_tokens": "n"}
+
+
+def _read_of(annotation: Any) -> tuple[Callable[[str], Any] | None, tuple[str, ...]]:
+    """Reader and choices of a field's type; None reads nothing (a switch)."""
+    if get_origin(annotation) is Annotated:
+        return _read_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _read_of(next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is Literal:
+        return str, tuple(get_args(annotation))
+    return (None if annotation is bool else annotation), ()
+
+
+def options_of(config: type[BaseModel], texts: Mapping[str, str]) -> tuple[Option, ...]:
+    """One option for each field that has a help text, in the order of the texts."""
+    made = []
+    for name, text in texts.items():
+        field = config.model_fields[name]
+        read, choices = _read_of(field.annotation)
+        option = Option(name, text, _READERS.get(name, read), _SHORT.get(name, ""), choices, many=name == "stop")
+        if read is None and field.default is True:
+            option = replace(option, name=f"no_{name}", field=name, value=False)
+        made.append(option)
+    return tuple(made)
+
+
+DEPLOYMENT = options_of(DeploymentConfig, _DEPLOYMENT_HELP)
+ENGINE = options_of(EngineOptions, _ENGINE_HELP)
+GENERATION = options_of(GenerationParams, _GENERATION_HELP)
+BENCH = options_of(BenchConfig, _BENCH_HELP)
+
+
+def given(values: Mapping[str, Any], options: Iterable[Option]) -> dict[str, Any]:
+    """The values of these options that the user gave."""
+    return {option.target: values[option.target] for option in options if values.get(option.target) is not None}
+
+
+def read_value(option: Option, text: str) -> Any:
+    """The value of an option's text.
+
+    Raises:
+        InvalidValue: it has another form or is not among the choices.
+    """
+    shown = option.flags[-1] if option.flags else option.name
+    if option.choices and text not in option.choices:
+        raise InvalidValue(f"{shown}: {text!r} is none of {', '.join(option.choices)}.")
+    if option.read is None:
+        raise InvalidValue(f"{shown} takes no value.")
+    try:
+        return option.read(text)
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}.get(option.read, "of the right form")  # type: ignore[call-overload]
+        raise InvalidValue(f"{shown}: {text!r} is not {kind}.", hint=f"It is: {option.help}.") from None

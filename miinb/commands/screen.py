@@ -1,0 +1,95 @@
+"""Where commands show things: plain text here, for terminals and scripts; notebooks have their own in `notebook`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from miinb.messages import Chunk
+
+#: Control characters as visible pictures: model text must not drive a terminal.
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """Text without characters that a terminal would act on (line ends and tabs stay)."""
+    return text.translate(_CONTROL)
+
+
+class TextStream(Protocol):
+    """What `Session.stream` gives."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Chunks as they come."""
+
+    def cancel(self) -> None:
+        """End it early; what came so far stays in `result`."""
+
+    @property
+    def result(self) -> Any:
+        """The complete answer, after the last chunk."""
+
+
+class Screen(Protocol):
+    """What a command needs from the place that it runs in."""
+
+    def show(self, thing: Any) -> None:
+        """Show something besides the command's value."""
+
+    def stream(self, stream: TextStream) -> Any:
+        """Show an answer while it grows; its `Result`."""
+
+
+class PlainScreen:
+    """Prints, and strips what a terminal would act on."""
+
+    def show(self, thing: Any) -> None:
+        """Print it."""
+        print(printable(str(thing)))
+
+    def stream(self, stream: TextStream) -> Any:
+        """Print chunks as they come; closing the pipe that reads us cancels."""
+        try:
+            for chunk in stream:
+                sys.stdout.write(printable(chunk.text))
+                sys.stdout.flush()
+        except BrokenPipeError:
+            stream.cancel()
+            raise
+        sys.stdout.write("\n")
+        return stream.result
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to show: text in a terminal, a card in a notebook.
+
+    Attributes:
+        columns: names of the columns.
+        rows: one sequence of plain values a row.
+        title: above the rows.
+        note: below them (or instead of them when there are none).
+        records: the same as a list of dictionaries, for `--json`.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+    note: str = ""
+    records: Sequence[Any] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        cells = [[str(name).upper() for name in self.columns], *([str(cell) for cell in row] for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        shown = [self.title, *(line.rstrip() for line in lines if self.rows), self.note]
+        return "\n".join(part for part in shown if part)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __len__(self) -> int:
+        return len(self.rows)

@@ -1,0 +1,249 @@
+"""Cards: what objects look like in a cell. One template; every card is (html, plain text) and both are safe to show.
+
+Colors come from the page (`currentColor` and see-through grays), so that cards are legible in light and dark themes.
+Text of models, paths and errors is untrusted: it is escaped here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from miinb.commands.screen import Table, printable
+from miinb.messages import Plan, Status
+
+if TYPE_CHECKING:
+    from miinb.bench.records import Runs
+    from miinb.results import Result
+    from miinb.session import Session
+
+Card = tuple[str, str]
+
+_LINE = "1px solid rgba(128,128,128,.35)"
+_BOX = f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;line-height:1.45"
+_PRE = "white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:0;background:none;color:inherit;font-size:1em"
+_QUIET = "opacity:.72;font-size:.92em"
+_CELL = "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;max-width:48em"
+_NAME = f"{_CELL};font-weight:normal;opacity:.72"
+#: A mark and a color for each state; the word beside them says the same.
+_STATES = {
+    "ready": ("●", "#2e9e4f"),
+    "busy": ("●", "#2e9e4f"),
+    "starting": ("◐", "#c27c0e"),
+    "draining": ("◐", "#c27c0e"),
+    "stopped": ("○", "#808080"),
+    "failed": ("✕", "#d1383d"),
+    "lost": ("✕", "#d1383d"),
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: "0.8 ms", "35 ms", "1.42 s", "2 min 5 s"."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 0.9995:
+        milliseconds = seconds * 1000
+        return f"{milliseconds:.1f} ms" if milliseconds < 9.95 else f"{milliseconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: "512 KiB", "1.2 GiB"."""
+    amount = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 1024 or unit == "GiB":
+            break
+        amount /= 1024
+    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "bytes" else f"{amount:.1f} {unit}"
+
+
+def pre(text: str) -> str:
+    """Untrusted text as HTML that shows exactly its characters."""
+    return f'<pre style="{_PRE}">{escape(printable(text))}</pre>'
+
+
+def state(word: str) -> str:
+    """A state as HTML: mark, color and word."""
+    mark, color = _STATES.get(word, ("●", "#808080"))
+    return f'<span style="white-space:nowrap"><span style="color:{color}">{mark}</span> {escape(word)}</span>'
+
+
+def card(
+    title: str, chip: str = "", *, facts: Sequence[tuple[str, Any]] = (), body: Iterable[str] = (), foot: str = ""
+) -> Card:
+    """The template: a title with a state, named facts, HTML parts and a quiet last line.
+
+    Args:
+        title: plain text.
+        chip: a state word, or "".
+        facts: (name, value) pairs; empty values are left out.
+        body: HTML that is safe already; its plain text is the caller's business.
+        foot: plain text.
+    """
+    known = [(name, str(value)) for name, value in facts if value not in ("", None)]
+    rows = "".join(
+        f'<tr style="background:none"><th scope="row" style="{_NAME}">{escape(name)}</th>'
+        f'<td style="{_CELL};overflow-wrap:anywhere">{escape(printable(value))}</td></tr>'
+        for name, value in known
+    )
+    head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
+    table = f'<table style="border:none;border-collapse:collapse;margin:.3em 0">{rows}</table>' if rows else ""
+    last = f'<div style="{_QUIET}">{escape(printable(foot))}</div>' if foot else ""
+    html = f'<div class="miinb-card" style="{_BOX}">{head}{table}{"".join(body)}{last}</div>'
+    width = max((len(name) for name, _ in known), default=0)
+    lines = [f"{title} ({chip})" if chip else title, *(f"  {name:<{width}}  {value}" for name, value in known), foot]
+    return html, printable("\n".join(line for line in lines if line))
+
+
+def _grid(table: Table) -> str:
+    head = "".join(
+        f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{escape(str(c))}</th>' for c in table.columns
+    )
+    rows = "".join(
+        '<tr style="background:none">'
+        + "".join(f'<td style="{_CELL};overflow-wrap:anywhere">{escape(printable(str(cell)))}</td>' for cell in row)
+        + "</tr>"
+        for row in table.rows
+    )
+    return f'<table style="border:none;border-collapse:collapse;margin:.3em 0"><tr>{head}</tr>{rows}</table>'
+
+
+def table_card(table: Table) -> Card:
+    """A table of plain values."""
+    html, _ = card(table.title, body=[_grid(table)] if table.rows else [], foot=table.note)
+    return html, printable(str(table))
+
+
+def session_card(session: Session) -> Card:
+    """A deployment: what it serves, how, and where it stands. Asks the server only if it is alive."""
+    facts: list[tuple[str, Any]] = [("model", session.model), ("task", session.task), ("engine", session.engine)]
+    chip = session.state
+    if chip not in ("stopped", "failed", "lost"):
+        try:
+            facts = _status_facts(session.status())
+        except Exception:  # a card never fails: the deployment may end at this moment
+            chip = session.state
+    foot = f'session.generate("…")   or   %mii gen "…" -d {session.name}' if chip == "ready" else ""
+    return card(f"Session {session.name}", chip, facts=facts, foot=foot)
+
+
+def _status_facts(status: Status) -> list[tuple[str, Any]]:
+    memory = sum(rank.memory_bytes for rank in status.ranks)
+    work = f"{status.requests} done, {status.in_flight} in flight, {status.queued} waiting"
+    return [
+        ("model", status.model),
+        ("task", status.task),
+        ("engine", f"{status.engine}, {status.dtype} on {status.device}"),
+        ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
+        ("memory", size(memory) if memory else ""),
+        ("up", duration(status.uptime_s) + (", persistent" if status.persist else "")),
+        ("requests", work),
+        (
+            "phase",
+            f"{status.phase.name} {status.phase.text}".strip() if status.phase and status.state == "starting" else "",
+        ),
+    ]
+
+
+def status_card(status: Status) -> Card:
+    """A deployment at this moment."""
+    return card(f"Deployment {status.name}", status.state, facts=[*_status_facts(status), ("address", status.address)])
+
+
+def plan_card(plan: Plan) -> Card:
+    """What was chosen and why, a line each; warnings last."""
+    table = Table(("what", "choice", "why"), [(line.what, line.choice, line.reason) for line in plan.lines])
+    warnings = [f"<div>⚠ {escape(printable(text))}</div>" for text in plan.warnings]
+    html, head = card(f"Plan: {plan.engine}, {plan.dtype} on {plan.device}", body=[_grid(table), *warnings])
+    return html, printable(f"{head}\n{plan}")
+
+
+def timing_line(result: Result) -> str:
+    """ "42 tokens · first token 35 ms · 88 tokens/s · 0.51 s · length"."""
+    tokens, timing = result.usage.output_tokens, result.timing
+    parts = [f"{tokens} token{'s' * (tokens != 1)}"]
+    if timing.ttft_s:
+        parts.append(f"first token {duration(timing.ttft_s)}")
+    if timing.e2e_s and tokens > 1:
+        rate = 1 / timing.tpot_s if timing.tpot_s and len(result.texts) == 1 else tokens / timing.e2e_s
+        parts.append(f"{rate:.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
+    if timing.e2e_s:
+        parts.append(f"{duration(timing.e2e_s)} in all")
+    parts.append(finish_words(result.finish_reasons))
+    return " · ".join(part for part in parts if part)
+
+
+def finish_words(reasons: Sequence[str]) -> str:
+    """Why the answers ended, in words."""
+    words = {"stop": "ended by itself", "length": "reached max_new_tokens", "cancelled": "stopped"}
+    return ", ".join(dict.fromkeys(words.get(reason, reason) for reason in reasons))
+
+
+def result_card(result: Result) -> Card:
+    """An answer, or several, and how long it took. Static: it needs no kernel and no widgets."""
+    texts = list(result.texts)
+    if len(texts) == 1:
+        body = [pre(texts[0])]
+        plain = texts[0]
+    else:
+        body = [f'<div style="{_QUIET}">{i + 1} of {len(texts)}</div>{pre(text)}' for i, text in enumerate(texts)]
+        plain = "\n\n".join(f"[{i + 1} of {len(texts)}]\n{text}" for i, text in enumerate(texts))
+    line = timing_line(result)
+    html, _ = card("", body=body, foot=line)
+    return html, printable(f"{plain}\n({line})")
+
+
+def live_card(text: str, line: str) -> Card:
+    """An answer that still grows."""
+    html, _ = card("", body=[pre(text)] if text else [], foot=line)
+    return html, printable(f"{text}\n({line})")
+
+
+def runs_card(runs: Runs) -> Card:
+    """The summary of benchmark runs, the columns that people look at first."""
+    frame = runs.summary
+    wanted = {
+        "arm": "arm",
+        "concurrency": "in flight",
+        "rate_rps": "requests/s asked",
+        "n": "requests",
+        "n_failed": "failed",
+        "ttft_p50_s": "first token (median)",
+        "tpot_p50_s": "per token (median)",
+        "e2e_p50_s": "whole (median)",
+        "output_tok_s": "tokens/s",
+        "usd_per_mtok": "US$ per million tokens",
+        "speedup": "speed-up",
+        "outputs_equal": "same answers",
+    }
+    columns = [name for name in wanted if name in frame.columns and not frame[name].isna().all()]
+    rows = [[_shown(name, row[name]) for name in columns] for _, row in frame.iterrows()]
+    table = Table(
+        [wanted[name] for name in columns], rows, title="Benchmark", note=f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    )
+    return table_card(table)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None or value != value:  # NaN is not itself
+        return "–"
+    if name.endswith("_s") and name != "output_tok_s":
+        return duration(float(value))
+    if name == "speedup":
+        return f"{value:.2f}x" if value >= 1 else f"{value:.2f}x (slower)"
+    if name == "usd_per_mtok":
+        return f"{value:.3g}"
+    if name == "outputs_equal":
+        return "yes" if value else "no"
+    return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def bundle(made: Card) -> Mapping[str, str]:
+    """The MIME bundle of a card, for `_repr_mimebundle_`."""
+    return {"text/html": made[0], "text/plain": made[1]}

@@ -1,0 +1,158 @@
+"""Parts of panels: named controls with tooltips, the parameters of a generation, links that save text."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import Any
+
+import ipywidgets as W
+
+from miinb.commands.options import escapes
+
+_NARROW = {"width": "15em"}
+_STYLE = {"description_width": "9.5em"}
+
+
+def named(widget: Any, css: str) -> Any:
+    """Give a widget the class that tests and style sheets find it by."""
+    widget.add_class(f"miinb-{css}")
+    return widget
+
+
+def button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None], **traits: Any) -> Any:
+    """A button with a tooltip."""
+    made = named(W.Button(description=text, tooltip=tooltip, **traits), css)
+    made.layout.width = "auto"
+    made.on_click(on_click)
+    return made
+
+
+def save_link(text: str, filename: str, label: str) -> str:
+    """HTML of a link that saves this text; the text travels inside it."""
+    data = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    href = f"data:application/octet-stream;base64,{data}"
+    return f'<a download="{escape(filename)}" href="{href}" class="miinb-save">{escape(label)}</a>'
+
+
+class GenerationControls:
+    """The parameters of one generation as controls, with transformers' names.
+
+    Attributes:
+        box: the widget that holds them.
+    """
+
+    def __init__(self) -> None:
+        def make(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
+            return named(kind(description=name, tooltip=tooltip, style=_STYLE, **traits), name.replace("_", "-"))
+
+        self.max_new_tokens = make(
+            W.BoundedIntText, "max_new_tokens", "Most new tokens", value=128, min=1, max=1 << 20, layout=_NARROW
+        )
+        self.do_sample = make(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one", indent=True)
+        self.temperature = make(
+            W.BoundedFloatText,
+            "temperature",
+            "Above 1 more random, below 1 less",
+            value=1.0,
+            min=0.01,
+            max=100,
+            step=0.1,
+        )
+        self.top_p = make(
+            W.BoundedFloatText,
+            "top_p",
+            "Draw among tokens of this total probability",
+            value=1.0,
+            min=0.01,
+            max=1,
+            step=0.05,
+        )
+        self.top_k = make(W.BoundedIntText, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=1 << 20)
+        self.repetition_penalty = make(
+            W.BoundedFloatText,
+            "repetition_penalty",
+            "Above 1: fewer repetitions",
+            value=1.0,
+            min=0.01,
+            max=100,
+            step=0.05,
+        )
+        self.seed = make(W.BoundedIntText, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
+        self.lock = make(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer", indent=True)
+        self.lock.add_class("miinb-lock-seed")
+        self.stop = make(
+            W.Textarea,
+            "stop",
+            "Texts that end the answer, one a line; \\n is a line end",
+            rows=2,
+            placeholder="one a line",
+        )
+        for control in (self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed):
+            control.layout.width = _NARROW["width"]
+        grid = W.Box(
+            [
+                self.max_new_tokens,
+                self.do_sample,
+                self.temperature,
+                self.top_p,
+                self.top_k,
+                self.repetition_penalty,
+                self.seed,
+                self.lock,
+                self.stop,
+            ],
+            layout={"flex_flow": "row wrap"},
+        )
+        self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
+        self.do_sample.observe(self._sampling_changed, "value")
+        self._sampling_changed()
+
+    def _sampling_changed(self, _: Any = None) -> None:
+        """Controls that greedy decoding does not read are off."""
+        for control in (self.temperature, self.top_p, self.top_k, self.seed, self.lock):
+            control.disabled = not self.do_sample.value
+
+    def values(self) -> dict[str, Any]:
+        """Parameters for `Session.stream`; draws a new seed first unless it is locked."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens.value}
+        if self.repetition_penalty.value != 1.0:
+            chosen["repetition_penalty"] = self.repetition_penalty.value
+        if stops := [escapes(line) for line in self.stop.value.split("\n") if line]:
+            chosen["stop"] = stops
+        if self.do_sample.value:
+            if not self.lock.value:
+                self.seed.value = random.randrange(1 << 31)
+            chosen |= {"do_sample": True, "seed": self.seed.value}
+            for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+                if (value := getattr(self, name).value) != neutral:
+                    chosen[name] = value
+        return chosen
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Set the controls to the parameters of an earlier answer."""
+        self.max_new_tokens.value = values["max_new_tokens"]
+        self.do_sample.value = values.get("do_sample", False)
+        for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
+            getattr(self, name).value = values.get(name, neutral)
+        self.seed.value = values.get("seed", self.seed.value)
+        lines = (
+            text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") for text in values.get("stop", ())
+        )
+        self.stop.value = "\n".join(lines)
+
+    def close(self) -> None:
+        """Detach the observer."""
+        self.do_sample.unobserve_all()
+
+
+def close_tree(widget: Any) -> None:
+    """Close a widget with everything in it: children, layouts and styles are widgets of their own."""
+    for child in getattr(widget, "children", ()):
+        close_tree(child)
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if isinstance(part, W.Widget):
+            part.close()
+    widget.close()

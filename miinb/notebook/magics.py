@@ -1,0 +1,216 @@
+"""`%load_ext miinb`: the magics %mii, %%mii, %miinb, %%miinb, their completion, and the looks of miinb's objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, magics_class, no_var_expand
+from traitlets import Bool, Float, Int, Unicode
+
+from miinb import commands
+from miinb.commands.options import Names, Option
+from miinb.errors import InvalidValue, MiinbError, did_you_mean
+from miinb.messages import Plan, Status
+from miinb.notebook import cards
+from miinb.notebook.expansion import expand
+from miinb.notebook.streaming import CellScreen
+
+NAMES = ("mii", "miinb")
+
+#: Options of every command in a notebook.
+EXTRA = (
+    Option("output", "keep the value in this variable", short="o"),
+    Option("quiet", "show nothing", read=None, short="q"),
+    Option("raw", "leave {name} as it is", read=None),
+    Option("show", "print the prompt after {name} was replaced", read=None),
+)
+
+
+@magics_class
+class MiiMagics(Magics):  # type: ignore[misc]
+    """The magics; their settings are `%config MiiMagics`."""
+
+    default_session = Unicode("", help="Deployment for commands without -d; empty: the only one.").tag(config=True)
+    max_new_tokens = Int(0, min=0, help="Most new tokens of an answer; 0: the library's default.").tag(config=True)
+    stream_hz = Float(10.0, min=0.2, max=50, help="Updates a second of an answer that grows.").tag(config=True)
+    short_errors = Bool(True, help="One line for miinb's errors; off: the whole traceback.").tag(config=True)
+    price_usd_per_gpu_hour = Float(0.0, min=0, help="Your price, for benchmarks; 0: none.").tag(config=True)
+    start_timeout_s = Float(0.0, min=0, help="Seconds that a start may take; 0: the default.").tag(config=True)
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self.context = commands.Context(prog="%mii")
+        self.context.screen = CellScreen(live=_has_front_end(shell), hz=lambda: self.stream_hz)
+        self._hidden: list[Any] = []
+        self.observe(self._settings_changed, list(self.context.settings.__dataclass_fields__))
+        self.observe(lambda change: setattr(MiinbError, "short", change["new"]), "short_errors")
+
+    def _settings_changed(self, change: Any) -> None:
+        setattr(self.context.settings, change["name"], change["new"])
+
+    @no_var_expand  # type: ignore[untyped-decorator]
+    def mii(self, line: str, cell: str | None = None) -> Any:
+        """Commands of miinb; `%mii help` lists them, `%mii help COMMAND` explains one.
+
+        `%%mii [NAME] [OPTIONS]` takes the cell as a prompt.
+        """
+        silent = line.rstrip().endswith(";")  # a quoted text ends with its quote
+        words = commands.split(line.rstrip().removesuffix(";"))
+        words = self._cell_words(words) if cell is not None else words or ["help"]
+        command = commands.find(words[0])
+        if commands.wants_help(words[1:]):
+            print(commands.help_text("%mii", command.name, EXTRA))
+            return None
+        values = commands.parse(command, words[1:], prog="%mii", extra=EXTRA)
+        values["quiet"] = values["quiet"] or silent
+        if not values["raw"]:
+            values = {name: self._expanded(value) for name, value in values.items()}
+            cell = cell if cell is None else expand(cell, self.shell.user_ns)
+        if values["show"] and cell is not None:
+            print(cell, end="" if cell.endswith("\n") else "\n")
+        variable = values["output"]
+        if variable is not None and not variable.isidentifier():
+            raise InvalidValue(f"--output: {variable!r} cannot be a variable's name.")
+        value = commands.execute(self.context, command, values, cell)
+        if variable is not None:
+            self.shell.user_ns[variable] = value
+        return self._for_cell(value, shown=command.streams or values["quiet"])
+
+    def _cell_words(self, words: list[str]) -> list[str]:
+        """`%%mii [NAME] [OPTIONS]` is `gen -d NAME OPTIONS`; a command's name goes before a deployment's."""
+        if not words or words[0].startswith("-"):
+            return ["gen", *words]
+        if words[0] in commands.COMMANDS:
+            return words
+        known = sorted({*self.context.sessions, *self.context.names()})
+        if words[0] not in known:
+            hint = did_you_mean(words[0], [*known, *commands.COMMANDS])
+            raise InvalidValue(f"{words[0]!r} is neither a running deployment nor a command.", hint=hint)
+        return ["gen", "-d", *words]
+
+    def _expanded(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return expand(value, self.shell.user_ns)
+        if isinstance(value, list):
+            return [self._expanded(part) for part in value]
+        return value
+
+    def _for_cell(self, value: Any, *, shown: bool) -> Any:
+        """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""
+        if isinstance(value, str):
+            if not shown:
+                print(value)
+            return None
+        if shown and value is not None:
+            self._hide(value)
+        return value
+
+    def _hide(self, value: Any) -> None:
+        """Skip this object's display for the rest of this cell: `r = %mii gen …` and `_` work all the same."""
+        if not self._hidden:
+            self.shell.events.register("post_run_cell", self._unhide)
+        self._hidden.append(value)
+        formatter = self.shell.display_formatter.ipython_display_formatter
+        formatter.for_type(type(value), self._display_unless_hidden)
+
+    def _display_unless_hidden(self, value: Any) -> None:
+        if any(value is hidden for hidden in self._hidden):
+            if not _has_front_end(self.shell):  # a terminal has written "Out[1]: " by now
+                print(cards.timing_line(value) if hasattr(value, "timing") else "")
+        else:
+            self.shell.display_pub.publish(self.shell.display_formatter.mimebundle_formatter(value)[0])
+
+    def _unhide(self, *_: Any) -> None:
+        formatter = self.shell.display_formatter.ipython_display_formatter
+        for value in self._hidden:
+            formatter.type_printers.pop(type(value), None)
+        self._hidden.clear()
+        self.shell.events.unregister("post_run_cell", self._unhide)
+
+    def names(self, kind: Names) -> Iterable[str]:
+        """Names for completion; none when they cannot be had."""
+        try:
+            known = {
+                "deployments": self.context.names,
+                "runs": lambda: self.context.runs,
+                "commands": commands.COMMANDS.keys,
+            }
+            return known[kind]() if kind else ()
+        except Exception:  # completion must not fail while somebody types
+            return ()
+
+    def complete(self, text: str, *, cell: bool) -> tuple[list[str], str]:
+        """What may follow `text` (the line after the magic's name), and the fragment that it replaces."""
+        fragment = text.rpartition(" ")[2]
+        before = text[: len(text) - len(fragment)].split()
+        first: Iterable[str] = ()
+        extra: tuple[Option, ...] = EXTRA
+        if cell:
+            first = self.names("deployments")
+            if before and before[0] not in commands.COMMANDS:
+                before = ["gen", *before]
+            elif not before and fragment.startswith("-"):
+                before = ["gen"]
+        return commands.suggest(commands.COMMANDS, before, fragment, self.names, extra, first), fragment
+
+    @context_matcher(identifier="miinb")  # type: ignore[untyped-decorator]
+    def matcher(self, context: CompletionContext) -> SimpleMatcherResult:
+        """IPython's completion (matcher interface 2) inside the magics; silent everywhere else."""
+        line = context.text_until_cursor
+        for name in NAMES:
+            for prefix in (f"%%{name} ", f"%{name} "):
+                cell = prefix.startswith("%%")
+                place = line.rfind(prefix)
+                if place < 0 or (cell and (place or context.cursor_line)):
+                    continue
+                found, fragment = self.complete(line[place + len(prefix) :], cell=cell)
+                made = [SimpleCompletion(text=word, type="magic") for word in found]
+                return {"completions": made, "matched_fragment": fragment, "suppress": True, "ordered": True}
+        return {"completions": []}
+
+
+def _has_front_end(shell: InteractiveShell) -> bool:
+    """Whether the shell is a kernel, whose front end can replace output that was shown."""
+    return getattr(shell, "kernel", None) is not None
+
+
+_LOOKS: dict[type, Callable[[Any], cards.Card]] = {
+    commands.Table: cards.table_card,
+    Status: cards.status_card,
+    Plan: cards.plan_card,
+}
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """`%load_ext miinb`: registers the magics, completion and looks; silent."""
+    unload_ipython_extension(shell)
+    magics = MiiMagics(shell)
+    MiiMagics.mii.__doc__ = commands.overview("%mii")  # `%mii?` shows the table
+    shell.register_magics(magics)
+    for name in NAMES:
+        shell.register_magic_function(magics.mii, magic_kind="line_cell", magic_name=name)
+    shell.Completer.custom_matchers.append(magics.matcher)
+    formatter = shell.display_formatter.mimebundle_formatter
+    for kind, make in _LOOKS.items():
+        formatter.for_type(kind, lambda value, *_args, make=make, **_kwargs: cards.bundle(make(value)))
+    shell.miinb_magics = magics
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Take the magics, completion and looks away again. Deployments go on."""
+    magics = shell.__dict__.pop("miinb_magics", None)
+    if magics is None:
+        return
+    for kind in ("line", "cell"):
+        for name in NAMES:
+            shell.magics_manager.magics[kind].pop(name, None)
+    shell.magics_manager.registry.pop("MiiMagics", None)
+    shell.configurables[:] = [one for one in shell.configurables if one is not magics]
+    shell.Completer.custom_matchers[:] = [
+        one for one in shell.Completer.custom_matchers if getattr(one, "__self__", None) is not magics
+    ]
+    for shown in _LOOKS:
+        shell.display_formatter.mimebundle_formatter.type_printers.pop(shown, None)

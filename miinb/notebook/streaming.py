@@ -1,0 +1,83 @@
+"""Text that grows in a cell: one display, replaced at most some ten times a second, static at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from IPython.display import display
+
+from miinb.commands.screen import PlainScreen, TextStream
+from miinb.notebook import cards
+
+#: Bytes a second that updates may cost: Jupyter drops output above 1 MB/s, and each update carries the whole text.
+_BYTES_PER_S = 300_000
+
+
+class Throttle:
+    """Says when the next update is due: some ten times a second, less often for long texts."""
+
+    def __init__(self, hz: float = 10.0) -> None:
+        self._least = 1.0 / hz
+        self._next = 0.0
+
+    def due(self, text: str) -> bool:
+        """Whether to send this text now; its length sets the time of the next one."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + max(self._least, 2 * len(text) / _BYTES_PER_S)
+        return True
+
+
+class LiveDisplay:
+    """A place in the cell's output whose content is replaced."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, card: cards.Card) -> None:
+        """Put this card in the place, at once."""
+        data = dict(cards.bundle(card))
+        if self._handle is None:
+            self._handle = display(data, raw=True, display_id=True)
+        else:
+            self._handle.update(data, raw=True)
+
+
+class CellScreen:
+    """Shows things in the running cell; in a terminal's IPython, which cannot replace output, it prints."""
+
+    def __init__(self, *, live: bool, hz: Callable[[], float]) -> None:
+        self._live = live
+        self._hz = hz
+
+    def show(self, thing: Any) -> None:
+        """Text is printed, anything else displayed."""
+        if isinstance(thing, str):
+            print(thing)
+        else:
+            display(thing)
+
+    def stream(self, stream: TextStream) -> Any:
+        """Show an answer while it grows; its `Result`. The Stop button leaves the text so far."""
+        if not self._live:
+            return PlainScreen().stream(stream)
+        place, throttle = LiveDisplay(), Throttle(self._hz())
+        place.show(cards.live_card("", "waiting for the first token …"))
+        text, tokens, began = "", 0, time.monotonic()
+        try:
+            for chunk in stream:
+                text += chunk.text
+                tokens += len(chunk.token_ids)
+                if throttle.due(text):
+                    place.show(cards.live_card(text, f"{tokens} tokens · {time.monotonic() - began:.1f} s"))
+        except BaseException:
+            ended = "interrupted" if isinstance(sys.exception(), KeyboardInterrupt) else "failed"
+            place.show(cards.live_card(text, f"{ended} after {tokens} tokens"))
+            raise
+        result = stream.result
+        place.show(cards.result_card(result))
+        return result

@@ -1,0 +1,105 @@
+"""A stand-in for `Session` that answers from a list of words, for tests of commands and panels in milliseconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from miinb.config import parse_generation
+from miinb.messages import Chunk, RankStatus, Status, Timing, Usage
+
+
+@dataclass
+class Answer:
+    """The shape of `Result`."""
+
+    texts: list[str]
+    finish_reasons: list[str]
+    usage: Usage
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        return self.texts[0]
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from miinb.notebook import cards
+
+        return dict(cards.bundle(cards.result_card(self)))
+
+
+class Stream:
+    def __init__(self, words: list[str], delay_s: float, gate: threading.Event | None) -> None:
+        self._words, self._delay_s, self._gate = words, delay_s, gate
+        self.cancelled = threading.Event()
+        self.result: Any = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        sent: list[str] = []
+        for i, word in enumerate(self._words):
+            if self._gate is not None:
+                while not self._gate.wait(0.01) and not self.cancelled.is_set():
+                    pass
+            if self.cancelled.is_set():
+                break
+            time.sleep(self._delay_s)
+            sent.append(word)
+            yield Chunk(word, (i,))
+        reason = "cancelled" if self.cancelled.is_set() else "length"
+        timing = Timing(ttft_s=0.0352, tpot_s=0.0113, e2e_s=0.51)
+        self.result = Answer(["".join(sent)], [reason], Usage(5, len(sent)), timing)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+@dataclass
+class StandIn:
+    name: str = "tiny"
+    model: str = "/models/tiny"
+    task: str = "text-generation"
+    engine: str = "optimized"
+    state: str = "ready"
+    words: list[str] = field(default_factory=lambda: ["Once ", "upon ", "a ", "time"])
+    delay_s: float = 0.0
+    gate: threading.Event | None = None
+    calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
+
+    def stream(self, prompt: str, **params: Any) -> Stream:
+        parse_generation(params)
+        self.calls.append(("stream", prompt, params))
+        return Stream(self.words, self.delay_s, self.gate)
+
+    def generate(self, prompts: str | list[str], **params: Any) -> Answer:
+        parse_generation(params)
+        self.calls.append(("generate", prompts, params))
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        return Answer(["".join(self.words)] * count, ["length"] * count, Usage(5, 4 * count), Timing(e2e_s=0.5))
+
+    def chat(self, messages: list[dict[str, str]], **params: Any) -> Answer:
+        self.calls.append(("chat", messages, params))
+        return self.generate("")
+
+    def status(self) -> Status:
+        rank = RankStatus(0, 0, 12, "ready", memory_bytes=3 << 29)
+        return Status(
+            name=self.name,
+            state=self.state,
+            model=self.model,
+            task=self.task,
+            engine=self.engine,
+            dtype="fp32",
+            device="cpu",
+            address="unix:/run/tiny/rpc.sock",
+            pid=11,
+            persist=False,
+            uptime_s=75.0,
+            requests=3,
+            ranks=(rank,),
+        )
+
+    def stop(self) -> None:
+        self.state = "stopped"

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from IPython.core.completer import CompletionContext
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from standin import StandIn
+
+import miinb
+from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, MiinbError, UnknownOption
+from miinb.notebook.magics import load_ipython_extension, unload_ipython_extension
+
+
+class Shell(InteractiveShell):
+    """A shell whose cells raise what they raise."""
+
+    def run(self, cell: str) -> Any:
+        done = self.run_cell(cell, store_history=False)
+        done.raise_error()
+        return done.result
+
+
+@pytest.fixture
+def deployments(monkeypatch: pytest.MonkeyPatch) -> dict[str, StandIn]:
+    running = {"tiny": StandIn("tiny")}
+
+    def attach(name: str) -> StandIn:
+        if name not in running:
+            raise DeploymentNotFound(f"No running deployment is called {name!r}.")
+        return running[name]
+
+    monkeypatch.setattr(
+        miinb, "deployments", lambda: [s.status() for s in running.values() if s.state == "ready"], raising=False
+    )
+    monkeypatch.setattr(miinb, "attach", attach, raising=False)
+    return running
+
+
+@pytest.fixture
+def shell(deployments: dict[str, StandIn]) -> Iterator[Shell]:
+    Shell.clear_instance()
+    shell = Shell.instance()
+    shell.history_manager.enabled = False
+    load_ipython_extension(shell)
+    yield shell
+    unload_ipython_extension(shell)
+    Shell.clear_instance()
+
+
+def test_a_prompt_on_the_line_streams_and_gives_the_result(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output() as shown:
+        shell.run("r = %mii gen \"Hi, what's up?\" -n 4 --stop '\\n'")
+    assert shown.stdout == "Once upon a time\n"
+    assert shell.user_ns["r"].text == "Once upon a time"
+    assert deployments["tiny"].calls == [("stream", "Hi, what's up?", {"max_new_tokens": 4, "stop": ["\n"]})]
+
+
+def test_what_was_streamed_is_not_shown_twice_but_kept(shell: Shell) -> None:
+    with capture_output() as shown:
+        result = shell.run("%mii gen Hi")
+    assert shown.stdout.startswith("Once upon a time\nOut[0]: 4 tokens · first token 35 ms")
+    assert shown.stdout.count("Once upon") == 1
+    assert result.text == "Once upon a time"
+    with capture_output() as again:
+        shell.user_ns["kept"] = result
+        shell.run("kept")
+    assert "4 tokens" in again.stdout
+
+
+def test_cells_are_prompts_with_names_replaced(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    shell.user_ns["city"] = "Rome"
+    with capture_output():
+        shell.run('%%mii tiny -n 3 -o out\nSay {city} as {"json": {"city": 1}}\n  twice ;\n')
+        shell.run("%%mii --raw\nSay {city}")
+    assert deployments["tiny"].calls == [
+        ("stream", 'Say Rome as {"json": {"city": 1}}\n  twice ;', {"max_new_tokens": 3}),
+        ("stream", "Say {city}", {}),
+    ]
+    assert shell.user_ns["out"].text == "Once upon a time"
+
+
+def test_show_prints_the_final_prompt(shell: Shell) -> None:
+    shell.user_ns["city"] = "Rome"
+    with capture_output() as shown:
+        shell.run("%%mii --show\nSay {city}")
+    assert shown.stdout.startswith("Say Rome\nOnce upon a time\n")
+
+
+@pytest.mark.parametrize("line", ["r = %mii gen Hi;", "r = %mii gen -q Hi"])
+def test_quiet_shows_nothing(shell: Shell, line: str) -> None:
+    with capture_output() as shown:
+        shell.run(line)
+    assert (shown.stdout, shown.stderr, shown.outputs) == ("", "", [])
+
+
+def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output():
+        shell.run("%%mii gen --batch parts\none\nline\n---\ntwo")
+        shell.run("%%mii gen --batch lines\none\n\ntwo")
+    assert [prompts for _, prompts, _ in deployments["tiny"].calls] == [["one\nline", "two"], ["one", "two"]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "text"),
+    [
+        ("%mii strat x", InvalidValue, "Did you mean 'start'?"),
+        ("%mii gen Hi --max-new-token 3", UnknownOption, "Did you mean '--max-new-tokens'?"),
+        ("%mii gen Hi -n three", InvalidValue, "--max-new-tokens: 'three' is not a whole number"),
+        ("%mii gen Hi -n 0", InvalidRequest, "max_new_tokens"),
+        ("%mii gen Hi --temperature 0.5", InvalidValue, "--do-sample"),
+        ("%mii gen What's up", InvalidValue, "A quote is not closed"),
+        ("%mii gen", InvalidValue, "prompt is empty"),
+        ("%mii gen Hi -d tinny", DeploymentNotFound, "tinny"),
+        ("%mii gen Hi -o 3x", InvalidValue, "variable"),
+        ("%%mii tinny\nHi", InvalidValue, "Did you mean 'tiny'?"),
+        ("%%mii list\nHi", InvalidValue, "takes no cell"),
+        ("%%mii gen Hi\nHi", InvalidValue, "on the line and in the cell"),
+        ("%mii predict x", MiinbError, "not there yet"),
+        ("%mii start", InvalidValue, "which model"),
+        ("%%mii start\n{not json", InvalidValue, "not JSON"),
+        ("%mii plot nosuch", InvalidValue, "latency"),
+        ("%mii plot latency", InvalidValue, "no benchmark run yet"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_near_thing(shell: Shell, cell: str, error: type, text: str) -> None:
+    with capture_output() as shown, pytest.raises(error, match=re.escape(text)):
+        shell.run(cell)
+    assert len((shown.stdout + shown.stderr).strip().splitlines()) == 1
+
+
+def test_short_errors_can_be_turned_off(shell: Shell) -> None:
+    with capture_output() as shown:
+        shell.run("%config MiiMagics.short_errors = False")
+        with pytest.raises(InvalidValue):
+            shell.run("%mii strat")
+        shell.run("%config MiiMagics.short_errors = True")
+    assert "Traceback" in shown.stdout + shown.stderr
+
+
+def test_settings_act_at_once(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["other"] = StandIn("other")
+    with capture_output():
+        shell.run("%config MiiMagics.max_new_tokens = 7")
+        shell.run("%config MiiMagics.default_session = 'other'")
+        shell.run("%mii gen Hi")
+    assert deployments["other"].calls == [("stream", "Hi", {"max_new_tokens": 7})]
+
+
+def test_several_deployments_ask_for_a_choice_until_one_is_used(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["other"] = StandIn("other")
+    with capture_output(), pytest.raises(InvalidValue, match=r"other, tiny.*-d NAME"):
+        shell.run("%mii gen Hi")
+    with capture_output() as shown:
+        shell.run("%mii use other")
+        shell.run("%mii gen Hi")
+        shell.run("%mii stop other")
+        shell.run("%mii gen Hi")
+    assert len(deployments["other"].calls) == len(deployments["tiny"].calls) == 1
+    assert "Stopped other." in shown.stdout
+
+
+def test_nothing_running_says_how_to_start(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments.clear()
+    with capture_output(), pytest.raises(DeploymentNotFound, match="%mii start MODEL"):
+        shell.run("%mii gen Hi")
+
+
+def test_the_same_start_finds_the_running_one(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def session(**options: Any) -> StandIn:
+        made.append(options)
+        return StandIn(f"made-{len(made)}")
+
+    monkeypatch.setattr(miinb, "Session", session, raising=False)
+    shell.user_ns["folder"] = "/models/x"
+    with capture_output():
+        first = shell.run("%mii start {folder} --dtype fp32 --threads 2 --gpus '0,1;2,3'")
+        again = shell.run("%mii start {folder} --dtype fp32 --threads 2 --gpus '0,1;2,3'")
+        other = shell.run('%%mii start\n{"model": "/models/x", "dtype": "bf16"}')
+        first.state = "lost"
+        fresh = shell.run("%mii start {folder} --dtype fp32 --threads 2 --gpus '0,1;2,3'")
+    assert again is first
+    assert len({id(one) for one in (first, other, fresh)}) == 3
+    assert made[0] == {"model": "/models/x", "dtype": "fp32", "gpus": [[0, 1], [2, 3]], "options": {"threads": 2}}
+    assert made[1] == {"model": "/models/x", "dtype": "bf16"}
+
+
+def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output():
+        for line in ("chat Hello --system 'Be short'", "chat More", "reset", "chat Anew"):
+            shell.run(f"%mii {line}")
+    talks = [
+        [turn["content"] for turn in messages] for name, messages, _ in deployments["tiny"].calls if name == "chat"
+    ]
+    answer = "Once upon a time"
+    assert talks == [["Be short", "Hello"], ["Be short", "Hello", answer, "More"], ["Anew"]]
+
+
+def test_tables_are_cards(shell: Shell) -> None:
+    table = shell.run("%mii list -q")
+    data, _ = shell.display_formatter.format(table)
+    assert "<table" in data["text/html"]
+    assert "tiny" in data["text/plain"]
+
+
+@pytest.mark.parametrize("line", ["%mii help", "%mii", "%mii help gen", "%mii gen --help", "%mii gen -h"])
+def test_help(shell: Shell, line: str) -> None:
+    with capture_output() as shown:
+        shell.run(line)
+    assert ("--max-new-tokens" if "gen" in line else "restart") in shown.stdout
+
+
+def test_question_mark_shows_the_commands(shell: Shell) -> None:
+    assert "bench" in shell.inspector.info(shell.find_line_magic("mii"))["docstring"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%mii st", {"start", "status", "stop"}),
+        ("%miinb lo", {"logs"}),
+        ("x = %mii ge", {"gen"}),
+        ("%mii gen -d ", {"tiny"}),
+        ("%mii stop ti", {"tiny"}),
+        ("%mii gen --max", {"--max-new-tokens"}),
+        ("%mii gen --max-new-tokens 3 --max", set()),
+        ("%mii start m --dtype b", {"bf16"}),
+        ("%mii plot th", {"throughput"}),
+        ("%mii help ben", {"bench"}),
+        ("%%mii ti", {"tiny"}),
+        ("%%mii tiny --seed 1 --top", {"--top-k", "--top-p"}),
+        ("%%mii --out", {"--output"}),
+    ],
+)
+def test_completion(shell: Shell, text: str, expected: set[str]) -> None:
+    _, found = shell.complete("", text, len(text))
+    assert set(found) == expected
+
+
+@pytest.mark.parametrize("text", ["st", "x = mii st", "%%mii\nst", "%miix st", "%time st"])
+def test_completion_stays_out_of_other_code(shell: Shell, text: str) -> None:
+    lines = text.split("\n")
+    context = CompletionContext("st", text, len(lines[-1]), len(lines) - 1, None)
+    assert shell.miinb_magics.matcher(context) == {"completions": []}
+
+
+def test_unload_takes_everything_away_and_reload_works(shell: Shell) -> None:
+    matchers = len(shell.Completer.custom_matchers)
+    load_ipython_extension(shell)
+    assert len(shell.Completer.custom_matchers) == matchers
+    unload_ipython_extension(shell)
+    assert shell.find_line_magic("mii") is None
+    assert shell.find_cell_magic("miinb") is None
+    assert len(shell.Completer.custom_matchers) == matchers - 1
+    assert not [one for one in shell.configurables if type(one).__name__ == "MiiMagics"]
