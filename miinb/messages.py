@@ -208,6 +208,11 @@ class Plan:
         rows = [f"{line.what:<{width}}  {line.choice}: {line.reason}" for line in self.lines]
         return "\n".join(rows + [f"warning: {text}" for text in self.warnings])
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        from miinb.notebook import cards
+
+        return cards.bundle(cards.plan_card(self))
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -290,3 +295,8 @@ class Status:
         plain["ranks"] = tuple(from_dict(RankStatus, rank) for rank in plain.get("ranks", ()))
         plain["phase"] = from_dict(Phase, plain["phase"]) if plain.get("phase") else None
         return from_dict(cls, plain)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        from miinb.notebook import cards
+
+        return cards.bundle(cards.status_card(self))

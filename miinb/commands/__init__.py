@@ -148,12 +148,7 @@ COMMANDS: dict[str, Command] = {
         Command("env", "show versions and hardware", measuring.env),
         Command("doctor", "check that this machine is ready", measuring.doctor),
         Command("config", "show the settings", measuring.settings),
-        Command(
-            "demo",
-            "the guided first run, on a small real model",
-            measuring.demo,
-            (Option("words", "options of the demo", positional=True, many=True),),
-        ),
+        Command("demo", "the guided first run, on a small real model", measuring.demo),
         Command(
             "help", "show all commands, or one", _help, (Option("command", "which", positional=True, names="commands"),)
         ),

@@ -194,10 +194,12 @@ def chat(context: Context, values: Values, body: str | None) -> Result:
     if values["system"]:
         turns = [{"role": "system", "content": values["system"]}, *(t for t in turns if t["role"] != "system")]
     turns.append({"role": "user", "content": text})
-    result: Result = session.chat(turns, **_generation(context, values))
+    options = _generation(context, values)
+    if values.get("quiet"):
+        result: Result = session.chat(turns, **options)
+    else:
+        result = context.screen.stream(session.stream(turns, **options))
     context.chats[session.name] = [*turns, {"role": "assistant", "content": result.text}]
-    if not values.get("quiet"):
-        context.screen.show(result)
     return result
 
 

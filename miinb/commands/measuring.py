@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-#: Kinds of charts, as `miinb.bench.charts` names them.
+#: Kinds of charts; `bench.charts` has one for each (it loads matplotlib, so the names stand here too, held by a test).
 CHARTS = (
     "latency",
     "throughput",
@@ -65,16 +65,15 @@ def compare(context: Context, values: Values, body: str | None) -> Runs:
 def plot(context: Context, values: Values, body: str | None) -> Any:
     """A chart of a benchmark run; the figure."""
     kind = values["kind"] or "latency"
-    runs = context.run(values["run"])
+    measured = context.run(values["run"])
+    if not values["save"] and not context.in_notebook:
+        raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     from miinb.bench import charts
 
-    axes = getattr(charts, kind)(runs.requests if kind in ("ecdf", "waterfall") else runs.summary)
-    figure = axes.get_figure()
+    figure = charts.draw(kind, measured).get_figure()
     if values["save"]:
-        figure.savefig(values["save"], bbox_inches="tight")
+        charts.save(figure, values["save"])
         context.screen.show(f"Saved {values['save']}.")
-    elif not context.in_notebook:
-        raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     return figure
 
 
@@ -131,20 +130,22 @@ def _flat(value: Any) -> str:
 
 
 def gpus(context: Context, values: Values, body: str | None) -> Table:
-    """Memory of the GPUs, or the CPU that stands in for them."""
+    """The GPUs and their free memory."""
     from miinb import hardware
 
-    found = hardware.gpus()
+    machine = hardware.detect()
     gib = 1 << 30
     rows = [
-        (gpu.index, gpu.name, f"{gpu.used_bytes / gib:.1f} of {gpu.total_bytes / gib:.1f} GiB used") for gpu in found
+        (gpu.index, gpu.name, f"{gpu.free_bytes / gib:.1f} of {gpu.memory_bytes / gib:.1f} GiB free")
+        for gpu in machine.gpus
     ]
+    cpu = f"{machine.cpu}, {machine.cores} cores, {machine.free_bytes / gib:.1f} of {machine.memory_bytes / gib:.1f} GiB free"
     return Table(
         ("gpu", "name", "memory"),
         rows,
         title="GPUs" if rows else "",
-        note="" if rows else "There is no GPU here; models run on the CPU.",
-        records=[dataclasses.asdict(gpu) for gpu in found],
+        note=f"driver {machine.driver}" if rows else f"There is no GPU here; models run on the CPU: {cpu}.",
+        records=machine.gpus,
     )
 
 
@@ -162,11 +163,11 @@ def settings(context: Context, values: Values, body: str | None) -> Table:
     return Table(("setting", "value"), rows, title="Settings", note=note)
 
 
-def demo(context: Context, values: Values, body: str | None) -> Any:
-    """The guided first run; the words after it are the demo's own."""
+def demo(context: Context, values: Values, body: str | None) -> None:
+    """The guided first run."""
     from miinb.demo import main
 
-    return main(list(values["words"] or ()))
+    main([])
 
 
 def later(context: Context, values: Values, body: str | None) -> None:

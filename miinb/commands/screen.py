@@ -91,5 +91,10 @@ class Table:
     def __repr__(self) -> str:
         return str(self)
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        from miinb.notebook import cards
+
+        return cards.bundle(cards.table_card(self))
+
     def __len__(self) -> int:
         return len(self.rows)

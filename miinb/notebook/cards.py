@@ -7,7 +7,7 @@ Text of models, paths and errors is untrusted: it is escaped here and nowhere el
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from miinb.commands.screen import Table, printable
 from miinb.messages import Plan, Status
 
 if TYPE_CHECKING:
-    from miinb.bench.records import Runs
     from miinb.results import Result
     from miinb.session import Session
 
@@ -205,45 +204,6 @@ def live_card(text: str, line: str) -> Card:
     return html, printable(f"{text}\n({line})")
 
 
-def runs_card(runs: Runs) -> Card:
-    """The summary of benchmark runs, the columns that people look at first."""
-    frame = runs.summary
-    wanted = {
-        "arm": "arm",
-        "concurrency": "in flight",
-        "rate_rps": "requests/s asked",
-        "n": "requests",
-        "n_failed": "failed",
-        "ttft_p50_s": "first token (median)",
-        "tpot_p50_s": "per token (median)",
-        "e2e_p50_s": "whole (median)",
-        "output_tok_s": "tokens/s",
-        "usd_per_mtok": "US$ per million tokens",
-        "speedup": "speed-up",
-        "outputs_equal": "same answers",
-    }
-    columns = [name for name in wanted if name in frame.columns and not frame[name].isna().all()]
-    rows = [[_shown(name, row[name]) for name in columns] for _, row in frame.iterrows()]
-    table = Table(
-        [wanted[name] for name in columns], rows, title="Benchmark", note=f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    )
-    return table_card(table)
-
-
-def _shown(name: str, value: Any) -> str:
-    if value is None or value != value:  # NaN is not itself
-        return "–"
-    if name.endswith("_s") and name != "output_tok_s":
-        return duration(float(value))
-    if name == "speedup":
-        return f"{value:.2f}x" if value >= 1 else f"{value:.2f}x (slower)"
-    if name == "usd_per_mtok":
-        return f"{value:.3g}"
-    if name == "outputs_equal":
-        return "yes" if value else "no"
-    return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-def bundle(made: Card) -> Mapping[str, str]:
+def bundle(made: Card) -> dict[str, str]:
     """The MIME bundle of a card, for `_repr_mimebundle_`."""
     return {"text/html": made[0], "text/plain": made[1]}

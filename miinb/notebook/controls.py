@@ -90,6 +90,8 @@ class GenerationControls:
             rows=2,
             placeholder="one a line",
         )
+        self.chat = make(W.Checkbox, "chat", "Ask through the model's chat template", indent=True)
+        self.system = make(W.Text, "system", "Instructions before a chat's question", placeholder="Answer briefly.")
         for control in (self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed):
             control.layout.width = _NARROW["width"]
         grid = W.Box(
@@ -103,15 +105,19 @@ class GenerationControls:
                 self.seed,
                 self.lock,
                 self.stop,
+                self.chat,
+                self.system,
             ],
             layout={"flex_flow": "row wrap"},
         )
         self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
-        self.do_sample.observe(self._sampling_changed, "value")
-        self._sampling_changed()
+        self.do_sample.observe(self._switched, "value")
+        self.chat.observe(self._switched, "value")
+        self._switched()
 
-    def _sampling_changed(self, _: Any = None) -> None:
-        """Controls that greedy decoding does not read are off."""
+    def _switched(self, _: Any = None) -> None:
+        """Controls that would not be read are off."""
+        self.system.disabled = not self.chat.value
         for control in (self.temperature, self.top_p, self.top_k, self.seed, self.lock):
             control.disabled = not self.do_sample.value
 
@@ -131,6 +137,13 @@ class GenerationControls:
                     chosen[name] = value
         return chosen
 
+    def request(self, prompt: str) -> str | list[dict[str, str]]:
+        """What `Session.stream` gets for a prompt: the text itself, or a conversation."""
+        if not self.chat.value:
+            return prompt
+        system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
+        return [*system, {"role": "user", "content": prompt}]
+
     def load(self, values: Mapping[str, Any]) -> None:
         """Set the controls to the parameters of an earlier answer."""
         self.max_new_tokens.value = values["max_new_tokens"]
@@ -144,8 +157,9 @@ class GenerationControls:
         self.stop.value = "\n".join(lines)
 
     def close(self) -> None:
-        """Detach the observer."""
+        """Detach the observers."""
         self.do_sample.unobserve_all()
+        self.chat.unobserve_all()
 
 
 def close_tree(widget: Any) -> None:

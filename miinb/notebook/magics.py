@@ -1,8 +1,8 @@
-"""`%load_ext miinb`: the magics %mii, %%mii, %miinb, %%miinb, their completion, and the looks of miinb's objects."""
+"""`%load_ext miinb`: the magics %mii, %%mii, %miinb, %%miinb, and their completion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -13,7 +13,6 @@ from traitlets import Bool, Float, Int, Unicode
 from miinb import commands
 from miinb.commands.options import Names, Option
 from miinb.errors import InvalidValue, MiinbError, did_you_mean
-from miinb.messages import Plan, Status
 from miinb.notebook import cards
 from miinb.notebook.expansion import expand
 from miinb.notebook.streaming import CellScreen
@@ -177,15 +176,8 @@ def _has_front_end(shell: InteractiveShell) -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-_LOOKS: dict[type, Callable[[Any], cards.Card]] = {
-    commands.Table: cards.table_card,
-    Status: cards.status_card,
-    Plan: cards.plan_card,
-}
-
-
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """`%load_ext miinb`: registers the magics, completion and looks; silent."""
+    """`%load_ext miinb`: registers the magics and their completion; silent."""
     unload_ipython_extension(shell)
     magics = MiiMagics(shell)
     MiiMagics.mii.__doc__ = commands.overview("%mii")  # `%mii?` shows the table
@@ -193,14 +185,11 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     for name in NAMES:
         shell.register_magic_function(magics.mii, magic_kind="line_cell", magic_name=name)
     shell.Completer.custom_matchers.append(magics.matcher)
-    formatter = shell.display_formatter.mimebundle_formatter
-    for kind, make in _LOOKS.items():
-        formatter.for_type(kind, lambda value, *_args, make=make, **_kwargs: cards.bundle(make(value)))
     shell.miinb_magics = magics
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Take the magics, completion and looks away again. Deployments go on."""
+    """Take the magics and their completion away again. Deployments go on."""
     magics = shell.__dict__.pop("miinb_magics", None)
     if magics is None:
         return
@@ -212,5 +201,3 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     shell.Completer.custom_matchers[:] = [
         one for one in shell.Completer.custom_matchers if getattr(one, "__self__", None) is not magics
     ]
-    for shown in _LOOKS:
-        shell.display_formatter.mimebundle_formatter.type_printers.pop(shown, None)

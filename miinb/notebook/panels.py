@@ -37,6 +37,7 @@ class Answer:
     """One entry of a panel's history."""
 
     prompt: str
+    request: str | list[dict[str, str]]  # the prompt, or the conversation around it
     parameters: dict[str, Any]
     deployment: str
     text: str = ""
@@ -53,7 +54,12 @@ class Answer:
 
     def to_json(self) -> str:
         """Everything about the answer, for the download."""
-        known = {"deployment": self.deployment, "prompt": self.prompt, "parameters": self.parameters, "text": self.text}
+        known = {
+            "deployment": self.deployment,
+            "request": self.request,
+            "parameters": self.parameters,
+            "text": self.text,
+        }
         if self.result is not None:
             known |= {"usage": asdict(self.result.usage), "timing": asdict(self.result.timing)}
         return json.dumps(known, indent=2, ensure_ascii=False)
@@ -145,10 +151,11 @@ class TextPanel(W.VBox):  # type: ignore[misc]
         with self._lock:
             if self._worker is not None:
                 return
-            if not self.prompt.value.strip():
+            text = self.prompt.value
+            if not text.strip():
                 self._say("Write a prompt first.")
                 return
-            self._begin(Answer(self.prompt.value, self.controls.values(), self.deployment.value))
+            self._begin(Answer(text, self.controls.request(text), self.controls.values(), self.deployment.value))
 
     def regenerate(self, _: Any = None) -> None:
         """The last prompt again, with the parameters as they stand."""
@@ -240,7 +247,7 @@ class TextPanel(W.VBox):  # type: ignore[misc]
         session = self._sessions.get(answer.deployment)
         if session is None:
             session = self._sessions[answer.deployment] = miinb.attach(answer.deployment)
-        stream = session.stream(answer.prompt, **answer.parameters)
+        stream = session.stream(answer.request, **answer.parameters)
         with self._lock:
             self._stream = stream
             if self._stop.is_set():  # Stop came before there was something to stop
@@ -341,7 +348,7 @@ class Snapshot:
         return self.text
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return dict(cards.bundle((self.html, self.text)))
+        return cards.bundle((self.html, self.text))
 
 
 #: Panels by kind, and the tasks' kinds (`panel()` without one).

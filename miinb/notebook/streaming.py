@@ -40,7 +40,7 @@ class LiveDisplay:
 
     def show(self, card: cards.Card) -> None:
         """Put this card in the place, at once."""
-        data = dict(cards.bundle(card))
+        data = cards.bundle(card)
         if self._handle is None:
             self._handle = display(data, raw=True, display_id=True)
         else:

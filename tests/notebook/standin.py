@@ -28,7 +28,7 @@ class Answer:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from miinb.notebook import cards
 
-        return dict(cards.bundle(cards.result_card(self)))
+        return cards.bundle(cards.result_card(self))
 
 
 class Stream:

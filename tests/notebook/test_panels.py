@@ -97,11 +97,10 @@ def test_updates_are_few_however_many_tokens_come(shown: TextPanel, session: Sta
 
 
 def test_an_error_is_one_escaped_line_and_frees_the_panel(shown: TextPanel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(prompt: str, **_: Any) -> None:
+    def refuse(self: StandIn, prompt: str, **_: Any) -> None:
         raise QueueFull("1024 <requests> wait.", hint="Try again later.")
 
-    monkeypatch.setattr(StandIn, "stream", refuse.__get__("Hi"))
-    monkeypatch.setattr(StandIn, "stream", lambda self, prompt, **kw: refuse(prompt))
+    monkeypatch.setattr(StandIn, "stream", refuse)
     answered(shown)
     assert "QueueFull: 1024 &lt;requests&gt; wait. Try again later." in shown.status.value
     assert not shown.run.disabled
@@ -141,6 +140,15 @@ def test_history_brings_prompt_parameters_and_answer_back(shown: TextPanel, sess
     assert "another" in shown.output.value
 
 
+def test_chat_goes_through_the_template(shown: TextPanel, session: StandIn) -> None:
+    assert shown.controls.system.disabled
+    shown.controls.chat.value = True
+    shown.controls.system.value = "Be short."
+    answered(shown, "Why?")
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    assert session.calls[0][1] == turns
+
+
 def test_an_empty_prompt_asks_for_one(shown: TextPanel, session: StandIn) -> None:
     shown.run.click()
     assert "Write a prompt first" in shown.status.value
@@ -164,7 +172,7 @@ def test_every_control_has_a_name_a_tooltip_and_a_hook(shown: TextPanel) -> None
 
 
 def test_close_ends_the_request_and_leaves_no_widget(session: StandIn) -> None:
-    before = set(W.Widget._instances if hasattr(W.Widget, "_instances") else W.widgets.widget._instances)
+    before = set(W.widgets.widget._instances)
     made = panel(session)
     session.gate = threading.Event()
     made.prompt.value = "Hi"

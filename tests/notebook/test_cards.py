@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+from standin import Answer, StandIn
+
+from miinb.commands import Table
+from miinb.messages import Plan, PlanLine, Timing, Usage
+from miinb.notebook import cards
+
+EVIL = "<img src=x onerror=alert(1)>\x1b]0;title\x07&amp;\r"
+
+
+class Tags(HTMLParser):
+    """Collects tags, and checks that they close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag != "hr":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def all_cards() -> list[cards.Card]:
+    session = StandIn(name=EVIL, model=EVIL)
+    plan = Plan(EVIL, "cpu", "fp32", lines=(PlanLine(EVIL, EVIL, EVIL),), warnings=(EVIL,))
+    answer = Answer([EVIL, EVIL], ["stop", "length"], Usage(1, 2), Timing(e2e_s=0.5))
+    return [
+        cards.session_card(session),
+        cards.status_card(session.status()),
+        cards.plan_card(plan),
+        cards.result_card(answer),
+        cards.live_card(EVIL, EVIL),
+        cards.table_card(Table((EVIL,), [(EVIL,)], title=EVIL, note=EVIL)),
+    ]
+
+
+@pytest.mark.parametrize("card", all_cards())
+def test_nothing_untrusted_becomes_markup_or_drives_a_terminal(card: cards.Card) -> None:
+    html, text = card
+    tags = Tags()
+    tags.feed(html)
+    assert tags.seen <= {"div", "b", "span", "table", "tr", "th", "td", "pre"}
+    assert not tags.open
+    assert "&amp;amp;" in html
+    assert not {"\x1b", "\x07", "\r"} & set(html + text)
+
+
+@pytest.mark.parametrize("card", all_cards())
+def test_colors_come_from_the_page(card: cards.Card) -> None:
+    assert "background:#" not in card[0]
+    assert "background:none" in card[0] or "background" not in card[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0008, "0.8 ms"),
+        (0.0352, "35 ms"),
+        (0.9999, "1.00 s"),
+        (1.416, "1.42 s"),
+        (125, "2 min 5 s"),
+        (7300, "2 h 1 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert cards.duration(seconds) == text
+
+
+def test_sizes() -> None:
+    assert [cards.size(n) for n in (0, 2048, 3 << 29, 99 << 30)] == ["0 bytes", "2.0 KiB", "1.5 GiB", "99 GiB"]
+
+
+def test_a_result_says_how_long_it_took_and_why_it_ended() -> None:
+    answer = Answer(["hello"], ["length"], Usage(5, 42), Timing(ttft_s=0.035, tpot_s=0.0113, e2e_s=0.5))
+    _, text = cards.result_card(answer)
+    assert text == "hello\n(42 tokens · first token 35 ms · 88 tokens/s · 500 ms in all · reached max_new_tokens)"
+
+
+def test_a_stopped_session_is_not_asked() -> None:
+    session = StandIn(state="stopped")
+    session.status = None  # type: ignore[assignment,method-assign]
+    assert "(stopped)" in cards.session_card(session)[1]

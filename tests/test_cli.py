@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import miinb
+from miinb import cli, commands
+from miinb.commands import measuring
+from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
+from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "elsewhere"),
+    [
+        (DEPLOYMENT, DeploymentConfig, {"model", "options"}),
+        (ENGINE, EngineOptions, set()),
+        (GENERATION, GenerationParams, set()),
+        (BENCH, BenchConfig, {"prompts"}),
+    ],
+)
+def test_every_field_is_an_option(options: tuple, config: type, elsewhere: set[str]) -> None:
+    assert {option.target for option in options} == set(config.model_fields) - elsewhere
+
+
+def test_options_do_not_clash_and_every_command_builds_its_help() -> None:
+    for name in commands.COMMANDS:
+        assert name in commands.help_text("miinb", name)
+
+
+def test_the_contract_names_every_command() -> None:
+    wanted = (
+        "start attach list use status stop restart keep logs gen chat predict bench compare plot runs panel models "
+        "check gpus env doctor config help reset demo"
+    )
+    assert set(commands.COMMANDS) == set(wanted.split())
+
+
+def test_values_have_the_types_of_their_fields() -> None:
+    words = ["m", "--gpus", "0,1;2,3", "--tensor-parallel", "2", "--idle-timeout-s", "5", "--no-prefix-cache"]
+    values = commands.parse(commands.find("start"), words, prog="miinb")
+    assert values["gpus"] == [[0, 1], [2, 3]]
+    assert (values["tensor_parallel"], values["idle_timeout_s"], values["prefix_cache"]) == (2, 5.0, False)
+    values = commands.parse(commands.find("bench"), ["-s", "a,b", "--concurrency", "1,4"], prog="miinb")
+    assert (values["deployments"], values["concurrency"]) == (["a", "b"], [1, 4])
+    words = ["--stop", r"\n", "--stop", r"a\\n", "--logit-bias", "5=-1", "--presence-penalty", "-0.5"]
+    values = commands.parse(commands.find("gen"), words, prog="miinb")
+    assert values["stop"] == ["\n", r"a\n"]
+    assert (values["logit_bias"], values["presence_penalty"]) == ({5: -1.0}, -0.5)
+
+
+def test_charts_of_the_command_are_the_charts_that_exist() -> None:
+    from miinb.bench import charts
+
+    assert set(measuring.CHARTS) == set(charts.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        ([], 2, "miinb COMMAND"),
+        (["--help"], 0, "bench"),
+        (["--version"], 0, miinb.__version__),
+        (["help", "gen"], 0, "--max-new-tokens"),
+        (["gen", "--help"], 0, "--max-new-tokens"),
+        (["strat"], 2, "Did you mean 'start'?"),
+        (["start"], 2, "which model"),
+        (["start", "m", "--dtyp", "fp32"], 2, "Did you mean '--dtype'?"),
+        (["gen", "Hi", "-o", "x"], 2, "no option '-o'"),
+        (["panel"], 2, "need a notebook"),
+        (["check", "m"], 1, "not there yet"),
+        (["stop", "no-such-deployment"], 1, "no-such-deployment"),
+    ],
+)
+def test_exit_codes_and_messages(words: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == code
+    shown = capsys.readouterr()
+    assert text in (shown.out if not words or code == 0 else shown.err)
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["gpus", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+
+
+def test_the_program_starts_light() -> None:
+    probe = "import sys; from miinb import cli; cli.main(['help']); print([m for m in ('torch', 'IPython', 'pandas') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
