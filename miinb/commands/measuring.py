@@ -108,9 +108,9 @@ def runs(context: Context, values: Values, body: str | None) -> Any:
 
 def models(context: Context, values: Values, body: str | None) -> Any:
     """Families and tasks, and what is optimized."""
-    import miinb
+    from miinb.models import families
 
-    return miinb.models()
+    return families()
 
 
 def env(context: Context, values: Values, body: str | None) -> Table:
@@ -139,12 +139,14 @@ def gpus(context: Context, values: Values, body: str | None) -> Table:
         (gpu.index, gpu.name, f"{gpu.free_bytes / gib:.1f} of {gpu.memory_bytes / gib:.1f} GiB free")
         for gpu in machine.gpus
     ]
-    cpu = f"{machine.cpu}, {machine.cores} cores, {machine.free_bytes / gib:.1f} of {machine.memory_bytes / gib:.1f} GiB free"
+    memory = f"{machine.free_bytes / gib:.1f} of {machine.memory_bytes / gib:.1f} GiB free"
     return Table(
         ("gpu", "name", "memory"),
         rows,
         title="GPUs" if rows else "",
-        note=f"driver {machine.driver}" if rows else f"There is no GPU here; models run on the CPU: {cpu}.",
+        note=f"driver {machine.driver}"
+        if rows
+        else f"There is no GPU here; models run on the CPU: {machine.cpu}, {machine.cores} cores, {memory}.",
         records=machine.gpus,
     )
 

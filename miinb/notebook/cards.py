@@ -102,7 +102,7 @@ def card(
 
 def _grid(table: Table) -> str:
     head = "".join(
-        f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{escape(str(c))}</th>' for c in table.columns
+        f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{escape(printable(str(c)))}</th>' for c in table.columns
     )
     rows = "".join(
         '<tr style="background:none">'

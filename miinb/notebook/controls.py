@@ -12,8 +12,8 @@ import ipywidgets as W
 
 from miinb.commands.options import escapes
 
-_NARROW = {"width": "15em"}
-_STYLE = {"description_width": "9.5em"}
+_LAYOUT = {"width": "19em"}
+_STYLE = {"description_width": "10em"}
 
 
 def named(widget: Any, css: str) -> Any:
@@ -37,6 +37,12 @@ def save_link(text: str, filename: str, label: str) -> str:
     return f'<a download="{escape(filename)}" href="{href}" class="miinb-save">{escape(label)}</a>'
 
 
+def _control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
+    """A labeled control; its class is the name with dashes."""
+    css = name.replace("_", "-").replace(" ", "-")
+    return named(kind(description=name, tooltip=tooltip, style=_STYLE, layout=_LAYOUT, **traits), css)
+
+
 class GenerationControls:
     """The parameters of one generation as controls, with transformers' names.
 
@@ -45,71 +51,32 @@ class GenerationControls:
     """
 
     def __init__(self) -> None:
-        def make(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
-            return named(kind(description=name, tooltip=tooltip, style=_STYLE, **traits), name.replace("_", "-"))
-
-        self.max_new_tokens = make(
-            W.BoundedIntText, "max_new_tokens", "Most new tokens", value=128, min=1, max=1 << 20, layout=_NARROW
+        whole, real, most = W.BoundedIntText, W.BoundedFloatText, 1 << 20
+        self.max_new_tokens = _control(whole, "max_new_tokens", "Most new tokens", value=128, min=1, max=most)
+        self.do_sample = _control(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one")
+        self.temperature = _control(
+            real, "temperature", "Above 1 more random, below 1 less", value=1.0, min=0.01, max=100, step=0.1
         )
-        self.do_sample = make(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one", indent=True)
-        self.temperature = make(
-            W.BoundedFloatText,
-            "temperature",
-            "Above 1 more random, below 1 less",
-            value=1.0,
-            min=0.01,
-            max=100,
-            step=0.1,
+        self.top_p = _control(
+            real, "top_p", "Draw among tokens of this total probability", value=1.0, min=0.01, max=1, step=0.05
         )
-        self.top_p = make(
-            W.BoundedFloatText,
-            "top_p",
-            "Draw among tokens of this total probability",
-            value=1.0,
-            min=0.01,
-            max=1,
-            step=0.05,
+        self.top_k = _control(whole, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=most)
+        self.repetition_penalty = _control(
+            real, "repetition_penalty", "Above 1: fewer repetitions", value=1.0, min=0.01, max=100, step=0.05
         )
-        self.top_k = make(W.BoundedIntText, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=1 << 20)
-        self.repetition_penalty = make(
-            W.BoundedFloatText,
-            "repetition_penalty",
-            "Above 1: fewer repetitions",
-            value=1.0,
-            min=0.01,
-            max=100,
-            step=0.05,
+        self.seed = _control(whole, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
+        self.lock = _control(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer")
+        self.stop = _control(
+            W.Textarea, "stop strings", "Texts that end the answer; \\n is a line end", rows=2, placeholder="one a line"
         )
-        self.seed = make(W.BoundedIntText, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
-        self.lock = make(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer", indent=True)
-        self.lock.add_class("miinb-lock-seed")
-        self.stop = make(
-            W.Textarea,
-            "stop",
-            "Texts that end the answer, one a line; \\n is a line end",
-            rows=2,
-            placeholder="one a line",
+        self.chat = _control(W.Checkbox, "chat", "Ask through the model's chat template")
+        self.system = _control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
+        columns = (
+            (self.max_new_tokens, self.repetition_penalty, self.stop),
+            (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
+            (self.chat, self.system),
         )
-        self.chat = make(W.Checkbox, "chat", "Ask through the model's chat template", indent=True)
-        self.system = make(W.Text, "system", "Instructions before a chat's question", placeholder="Answer briefly.")
-        for control in (self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed):
-            control.layout.width = _NARROW["width"]
-        grid = W.Box(
-            [
-                self.max_new_tokens,
-                self.do_sample,
-                self.temperature,
-                self.top_p,
-                self.top_k,
-                self.repetition_penalty,
-                self.seed,
-                self.lock,
-                self.stop,
-                self.chat,
-                self.system,
-            ],
-            layout={"flex_flow": "row wrap"},
-        )
+        grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
         self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
         self.do_sample.observe(self._switched, "value")
         self.chat.observe(self._switched, "value")

@@ -12,6 +12,7 @@ from standin import StandIn
 
 import miinb
 from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, MiinbError, UnknownOption
+from miinb.messages import Status
 from miinb.notebook.magics import load_ipython_extension, unload_ipython_extension
 
 
@@ -33,10 +34,11 @@ def deployments(monkeypatch: pytest.MonkeyPatch) -> dict[str, StandIn]:
             raise DeploymentNotFound(f"No running deployment is called {name!r}.")
         return running[name]
 
-    monkeypatch.setattr(
-        miinb, "deployments", lambda: [s.status() for s in running.values() if s.state == "ready"], raising=False
-    )
-    monkeypatch.setattr(miinb, "attach", attach, raising=False)
+    def found() -> list[Status]:
+        return [one.status() for one in running.values() if one.state == "ready"]
+
+    monkeypatch.setitem(vars(miinb), "deployments", found)
+    monkeypatch.setitem(vars(miinb), "attach", attach)
     return running
 
 
@@ -176,7 +178,7 @@ def test_the_same_start_finds_the_running_one(shell: Shell, monkeypatch: pytest.
         made.append(options)
         return StandIn(f"made-{len(made)}")
 
-    monkeypatch.setattr(miinb, "Session", session, raising=False)
+    monkeypatch.setitem(vars(miinb), "Session", session)
     shell.user_ns["folder"] = "/models/x"
     with capture_output():
         first = shell.run("%mii start {folder} --dtype fp32 --threads 2 --gpus '0,1;2,3'")
@@ -194,9 +196,7 @@ def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn
     with capture_output():
         for line in ("chat Hello --system 'Be short'", "chat More", "reset", "chat Anew"):
             shell.run(f"%mii {line}")
-    talks = [
-        [turn["content"] for turn in messages] for name, messages, _ in deployments["tiny"].calls if name == "chat"
-    ]
+    talks = [[turn["content"] for turn in messages] for _, messages, _ in deployments["tiny"].calls]
     answer = "Once upon a time"
     assert talks == [["Be short", "Hello"], ["Be short", "Hello", answer, "More"], ["Anew"]]
 

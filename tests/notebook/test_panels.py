@@ -17,7 +17,7 @@ from miinb.notebook.panels import TextPanel, panel
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     one = StandIn()
-    monkeypatch.setattr(miinb, "deployments", lambda: [one.status()], raising=False)
+    monkeypatch.setitem(vars(miinb), "deployments", lambda: [one.status()])
     return one
 
 
