@@ -22,7 +22,10 @@ Card = tuple[str, str]
 
 _LINE = "1px solid rgba(128,128,128,.35)"
 _BOX = f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;line-height:1.45"
-_PRE = "white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:0;background:none;color:inherit;font-size:1em"
+_PRE = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;"
+    "margin:0;padding:0;background:none;color:inherit;font-size:1em"
+)
 _QUIET = "opacity:.72;font-size:.92em"
 _CELL = "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;max-width:48em"
 _NAME = f"{_CELL};font-weight:normal;opacity:.72"
@@ -67,6 +70,11 @@ def pre(text: str) -> str:
     return f'<pre style="{_PRE}">{escape(printable(text))}</pre>'
 
 
+def box(html: str) -> str:
+    """Safe HTML in a card's frame."""
+    return f'<div class="miinb-card" style="{_BOX}">{html}</div>'
+
+
 def state(word: str) -> str:
     """A state as HTML: mark, color and word."""
     mark, color = _STATES.get(word, ("●", "#808080"))
@@ -94,7 +102,7 @@ def card(
     head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
     table = f'<table style="border:none;border-collapse:collapse;margin:.3em 0">{rows}</table>' if rows else ""
     last = f'<div style="{_QUIET}">{escape(printable(foot))}</div>' if foot else ""
-    html = f'<div class="miinb-card" style="{_BOX}">{head}{table}{"".join(body)}{last}</div>'
+    html = box(f"{head}{table}{''.join(body)}{last}")
     width = max((len(name) for name, _ in known), default=0)
     lines = [f"{title} ({chip})" if chip else title, *(f"  {name:<{width}}  {value}" for name, value in known), foot]
     return html, printable("\n".join(line for line in lines if line))

@@ -34,7 +34,8 @@ def save_link(text: str, filename: str, label: str) -> str:
     """HTML of a link that saves this text; the text travels inside it."""
     data = base64.b64encode(text.encode("utf-8", "replace")).decode()
     href = f"data:application/octet-stream;base64,{data}"
-    return f'<a download="{escape(filename)}" href="{href}" class="miinb-save">{escape(label)}</a>'
+    name = f'download="{escape(filename)}" class="miinb-save" style="text-decoration:underline"'
+    return f'<a {name} href="{href}">{escape(label)}</a>'
 
 
 def _control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:

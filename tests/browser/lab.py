@@ -59,8 +59,14 @@ class Lab:
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"]
-        command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
-        command += [f"--LabApp.workspaces_dir={self.folder}/spaces", f"--LabApp.user_settings_dir={self.folder}/settings"]
+        command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
+        command += [
+            f"--LabApp.workspaces_dir={self.folder}/spaces",
+            f"--LabApp.user_settings_dir={self.folder}/settings",
+        ]
+        quiet = self.folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
         self._log = (self.folder / "lab.log").open("wb")
         self._server = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=self._log, stderr=self._log)
         self.url = self._wait_for_url()

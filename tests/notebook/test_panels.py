@@ -11,7 +11,8 @@ from standin import StandIn
 
 import miinb
 from miinb.errors import InvalidValue, QueueFull
-from miinb.notebook.panels import TextPanel, panel
+from miinb.notebook.panels import panel
+from miinb.notebook.text_panel import TextPanel
 
 
 @pytest.fixture
@@ -86,14 +87,14 @@ def test_clicks_from_two_threads_start_one_request(shown: TextPanel, session: St
 
 
 def test_updates_are_few_however_many_tokens_come(shown: TextPanel, session: StandIn) -> None:
-    session.words = ["word "] * 400
+    session.words = ["chapter "] * 400
     session.delay_s = 0.001
     updates: list[Any] = []
     shown.output.observe(updates.append, "value")
     began = time.monotonic()
     answered(shown)
     assert len(updates) <= 10 * (time.monotonic() - began) + 4
-    assert shown.output.value.count("word") == 400
+    assert shown.output.value.count("chapter") == 400
 
 
 def test_an_error_is_one_escaped_line_and_frees_the_panel(shown: TextPanel, monkeypatch: pytest.MonkeyPatch) -> None:
