@@ -73,9 +73,8 @@ class GenerationControls:
         self.chat = _control(W.Checkbox, "chat", "Ask through the model's chat template")
         self.system = _control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
         columns = (
-            (self.max_new_tokens, self.repetition_penalty, self.stop),
+            (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
-            (self.chat, self.system),
         )
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
         self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
