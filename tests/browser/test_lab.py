@@ -1,0 +1,153 @@
+"""A user's hour in a minute: a real JupyterLab, a real deployment, real clicks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from lab import CHROMIUM, FLAGS, Lab, Notebook
+from playwright.sync_api import Page, sync_playwright
+
+from miinb.demo import tiny_model
+
+pytestmark = pytest.mark.browser
+
+PROBE = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
+CELLS = [
+    "%load_ext miinb",
+    "slow = %mii start slow --name slow --load-format dummy --dtype fp32 --threads 1 --max-length 1024",
+    "panel = slow.panel()\npanel",
+    "%mii gen Hi -n 900 --ignore-eos",
+    "print(slow.status().state, slow.status().in_flight)",
+    f'r = %mii gen "{PROBE}" -n 3 --return-full-text\nfrom miinb.notebook import cards\ncards.pre("x")\nr',
+    "import time; time.sleep(60)",
+]
+
+
+def slow_model(folder: Path) -> None:
+    """The tiny model's tokenizer with a configuration of so many layers that answers take seconds."""
+    shutil.copytree(tiny_model(), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 48, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    lab = Lab()
+    try:
+        slow_model(lab.folder / "slow")
+        lab.write("session.ipynb", CELLS)
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser.new_page(viewport={"width": 1200, "height": 1600})
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def notebook(lab: Lab, page: Page) -> Notebook:
+    notebook = Notebook(lab, page, "session.ipynb")
+    notebook.run(0)
+    notebook.run(1)
+    notebook.run(2)
+    notebook.find("panel").wait_for(timeout=30_000)
+    return notebook
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def servers(lab: Lab) -> list[int]:
+    """Processes of deployments whose state is in this lab's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "miinb.server" in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            try:
+                if process.environ().get("XDG_RUNTIME_DIR") == str(lab.folder / "run"):
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+    return found
+
+
+def test_generate_grows_and_stop_ends_it(notebook: Notebook) -> None:
+    notebook.find("max-new-tokens").locator("input").fill("900")
+    notebook.find("prompt").locator("textarea").fill("Once upon a time")
+    notebook.find("generate").click()
+    output = notebook.find("output")
+    until(lambda: len(output.inner_text()) > 20, "no text came")
+    first = len(output.inner_text())
+    until(lambda: len(output.inner_text()) > first, "the text did not grow")
+    notebook.find("stop").click()
+    until(lambda: "stopped" in notebook.find("status").inner_text(), "Stop did not end it", 5)
+    assert notebook.find("generate").is_enabled()
+    assert "0" in notebook.run(4)[0]["text"]
+
+
+def test_a_click_is_served_while_a_cell_runs(notebook: Notebook) -> None:
+    notebook.start(6)
+    notebook.find("max-new-tokens").locator("input").fill("5")
+    notebook.find("generate").click()
+    until(lambda: "5 tokens" in notebook.find("status").inner_text(), "the click waited for the cell")
+    notebook.command("kernelmenu:interrupt")
+    notebook.ready()
+
+
+def test_pinned_answers_are_static_output_of_the_cell(notebook: Notebook) -> None:
+    notebook.find("pin").click()
+    until(lambda: "> Once upon a time" in notebook.text(2), "nothing was pinned")
+    (pinned,) = [one["data"] for one in notebook.outputs(2) if "Once upon" in str(one["data"].get("text/html"))]
+    assert "application/vnd.jupyter.widget-view+json" not in pinned
+
+
+def test_text_of_a_model_is_no_markup(notebook: Notebook) -> None:
+    notebook.find("prompt").locator("textarea").fill(PROBE)
+    notebook.find("generate").click()
+    until(lambda: "5 tokens" in notebook.find("status").inner_text(), "no answer")
+    notebook.find("pin").click()
+    until(lambda: "> <img" in notebook.text(2), "nothing was pinned")
+    notebook.run(5)
+    assert "<img" in notebook.text(5)
+    assert notebook.page.evaluate("window.pwned") is None
+
+
+def test_stop_button_of_the_notebook_ends_the_cell_and_not_the_server(notebook: Notebook, lab: Lab) -> None:
+    before = servers(lab)
+    notebook.start(3)
+    until(lambda: "tokens ·" in notebook.text(3), "no text came")
+    notebook.command("kernelmenu:interrupt")
+    until(lambda: "Interrupted" in notebook.text(3), "the cell went on")
+    notebook.ready()
+    assert "interrupted after" in notebook.text(3)
+    until(lambda: "ready 0" in notebook.run(4)[0]["text"], "the slot is not free")
+    assert servers(lab) == before
+
+
+def test_controls_are_labelled(notebook: Notebook) -> None:
+    tree = notebook.find("panel").aria_snapshot()
+    for text in ('button "Generate"', 'button "Stop"', 'textbox "Prompt"', 'combobox "Deployment"', "status"):
+        assert text in tree
+
+
+def test_after_a_restart_of_the_kernel_no_process_is_left(notebook: Notebook, lab: Lab) -> None:
+    assert servers(lab)
+    notebook.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
+    until(lambda: not servers(lab), "processes are left", 15)
+    assert not list((lab.folder / "run" / "miinb").iterdir())

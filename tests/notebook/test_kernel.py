@@ -1,0 +1,144 @@
+"""The magics in a real kernel with a real deployment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from miinb.demo import tiny_model
+
+
+class Kernel:
+    """Runs cells and collects what they send."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def run(self, cell: str, timeout_s: float = 90) -> list[tuple[str, dict[str, Any]]]:
+        """(type, content) of the messages that a cell sends, without the status ones."""
+        seen: list[tuple[str, dict[str, Any]]] = []
+        quiet = ("status", "execute_input")
+
+        def hook(message: dict[str, Any]) -> None:
+            if message["msg_type"] not in quiet:
+                seen.append((message["msg_type"], message["content"]))
+
+        reply = self.client.execute_interactive(cell, output_hook=hook, timeout=timeout_s, store_history=True)
+        seen.append(("reply", reply["content"]))
+        return seen
+
+    def text(self, cell: str) -> str:
+        """What a cell prints; its failure fails the test."""
+        seen = self.run(cell)
+        assert seen[-1][1]["status"] == "ok", seen
+        return "".join(content["text"] for kind, content in seen if kind == "stream")
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    folder = Path(tempfile.mkdtemp(prefix="mii", dir="/tmp"))  # short: unix sockets live in it
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "IPYTHONDIR": str(folder / "ipython"), "OMP_NUM_THREADS": "1"}
+    manager, client = start_new_kernel(kernel_name="python3", env=env, startup_timeout=60)
+    kernel = Kernel(client)
+    try:
+        assert kernel.text("%load_ext miinb") == ""
+        kernel.run(f"folder = {str(tiny_model())!r}")
+        seen = kernel.run("%mii start {folder} --name tiny --dtype fp32 --threads 1")
+        card = next(content["data"] for kind, content in seen if kind == "execute_result")
+        assert "Session tiny (ready)" in card["text/plain"]
+        yield kernel
+        assert "Stopped tiny." in kernel.text("%mii stop")
+        assert "No deployment is running" in kernel.text("print(get_ipython().run_line_magic('mii', 'list'))")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kinds(seen: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    return [kind for kind, _ in seen]
+
+
+def test_a_prompt_grows_in_one_display_and_stays_static(kernel: Kernel) -> None:
+    began = time.monotonic()
+    seen = kernel.run('%mii gen "Once upon a time," -n 400 --ignore-eos')
+    elapsed = time.monotonic() - began
+    assert kinds(seen).count("display_data") == 1
+    updates = [content for kind, content in seen if kind == "update_display_data"]
+    assert 2 <= len(updates) <= 10 * elapsed + 3
+    assert len({content["transient"]["display_id"] for content in updates}) == 1
+    assert "400 tokens · first token" in updates[-1]["data"]["text/plain"]
+    assert "reached max_new_tokens" in updates[-1]["data"]["text/html"]
+    assert "execute_result" not in kinds(seen)
+
+
+def test_results_are_values(kernel: Kernel) -> None:
+    assert kernel.text("r = %mii gen -q Hi -n 3\nprint(r.usage.output_tokens)") == "3\n"
+    assert kinds(kernel.run("%mii gen Hi -n 3 -q")) == ["reply"]
+    assert kernel.text("print(_.usage.output_tokens)") == "3\n"
+    assert kinds(kernel.run("%mii gen Hi -n 3 -o kept;")) == ["reply"]
+    assert "3 tokens" in kernel.run("kept")[0][1]["data"]["text/plain"]
+
+
+def test_cells_under_other_magics(kernel: Kernel) -> None:
+    assert "Wall time" in kernel.text("%%time\nx = get_ipython().run_cell_magic('mii', '-n 2', 'Hi')")
+    assert kernel.text("%%capture shown\n%mii list") == ""
+    assert "tiny" in kernel.text("shown()\nprint(shown.outputs[0].data['text/plain'])")
+
+
+def test_it_works_while_the_event_loop_runs(kernel: Kernel) -> None:
+    cell = "import miinb\ns = miinb.attach('tiny')\na = await s.agenerate('Hi', max_new_tokens=2)\n"
+    assert kernel.text(cell + "b = s.generate('Hi', max_new_tokens=2)\nprint(a.text == b.text)") == "True\n"
+
+
+def test_errors_are_one_line_and_fail_the_cell(kernel: Kernel) -> None:
+    for cell, name in (
+        ("%mii gen Hi --temprature 1", "UnknownOption"),
+        ("%mii gen Hi -d nowhere", "DeploymentNotFound"),
+        ("%mii gen Hi -n 100000", "PromptTooLong"),
+        ("%mii start /no/such/folder", "ModelNotFound"),
+        ("s.generate('Hi', max_new_tokens=0)", "InvalidRequest"),
+    ):
+        seen = kernel.run(cell)
+        (error,) = [content for kind, content in seen if kind == "error"]
+        assert error["ename"] == name
+        assert len(error["traceback"]) == 1
+        assert seen[-1][1]["status"] == "error"
+        assert "stream" not in kinds(seen)
+
+
+def test_commands_of_the_shell_stay_quiet(kernel: Kernel) -> None:
+    assert kernel.text("!echo hello").strip() == "hello"
+
+
+def test_completion_and_help_over_the_wire(kernel: Kernel) -> None:
+    reply = kernel.client.complete("%mii gen --max", reply=True, timeout=30)["content"]
+    assert reply["matches"] == ["--max-new-tokens"]
+    assert "%mii gen --max"[reply["cursor_start"] : reply["cursor_end"]] == "--max"
+    reply = kernel.client.complete("%%mii ti", reply=True, timeout=30)["content"]
+    assert reply["matches"] == ["tiny"]
+    reply = kernel.client.inspect("%mii", reply=True, timeout=30)["content"]
+    assert "bench" in reply["data"]["text/plain"]
+
+
+def test_cards_of_the_real_objects(kernel: Kernel) -> None:
+    for cell, text in (
+        ("s", "Session tiny (ready)"),
+        ("s.status()", "Deployment tiny"),
+        ("s.plan()", "Plan: optimized"),
+    ):
+        (content,) = [content for kind, content in kernel.run(cell) if kind == "execute_result"]
+        assert text in content["data"]["text/plain"]
+        assert "miinb-card" in content["data"]["text/html"]
+
+
+def test_the_kernel_never_loads_torch(kernel: Kernel) -> None:
+    assert kernel.text("import sys; print('torch' in sys.modules)") == "False\n"
