@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,9 @@ class Result:
         return "\n\n".join(self.texts)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/html": f"<pre>{html.escape(str(self))}</pre>", "text/plain": str(self)}
+        from miinb.notebook.cards import bundle, result_card
+
+        return bundle(result_card(self))
 
 
 def merge(results: Sequence[Result]) -> Result:
