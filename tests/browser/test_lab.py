@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ def servers(lab: Lab) -> list[int]:
 
 
 def test_generate_grows_and_stop_ends_it(notebook: Notebook) -> None:
+    notebook.page.get_by_text("Parameters", exact=True).click()
     notebook.find("max-new-tokens").locator("input").fill("900")
     notebook.find("prompt").locator("textarea").fill("Once upon a time")
     notebook.find("generate").click()
@@ -142,7 +144,9 @@ def test_stop_button_of_the_notebook_ends_the_cell_and_not_the_server(notebook: 
 
 def test_controls_are_labelled(notebook: Notebook) -> None:
     tree = notebook.find("panel").aria_snapshot()
-    for text in ('button "Generate"', 'button "Stop"', 'textbox "Prompt"', 'combobox "Deployment"', "status"):
+    names = ("Generate", "Stop", "Regenerate", "Clear", "Pin")
+    assert not [name for name in names if not re.search(f'- button ".*{name}"', tree)]
+    for text in ('textbox "Prompt"', 'combobox "Deployment"', 'spinbutton "max_new_tokens"', "status:"):
         assert text in tree
 
 
