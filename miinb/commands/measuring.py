@@ -117,7 +117,9 @@ def env(context: Context, values: Values, body: str | None) -> Table:
     """Versions and hardware, as a benchmark records them."""
     from miinb.bench.environment import environment
 
-    rows = [(key, _flat(value)) for key, value in environment().items()]
+    known = environment()
+    known["memory"] = f"{known.pop('memory_bytes') / (1 << 30):.1f} GiB"
+    rows = [(key, text) for key, value in known.items() if (text := _flat(value))]
     return Table(("what", "value"), rows, title="Environment")
 
 

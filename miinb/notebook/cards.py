@@ -136,8 +136,9 @@ def session_card(session: Session) -> Card:
             facts = _status_facts(session.status())
         except Exception:  # a card never fails: the deployment may end at this moment
             chip = session.state
-    foot = f'session.generate("…")   or   %mii gen "…" -d {session.name}' if chip == "ready" else ""
-    return card(f"Session {session.name}", chip, facts=facts, foot=foot)
+    title = f"Session {session.name}"
+    foot = f'session.generate("…"), session.panel(), or %mii gen "…" -d {session.name}' if chip == "ready" else ""
+    return card(title, chip, facts=facts, foot=foot)[0], card(title, chip, facts=facts)[1]
 
 
 def _status_facts(status: Status) -> list[tuple[str, Any]]:
