@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 Card = tuple[str, str]
 
 _LINE = "1px solid rgba(128,128,128,.35)"
-_BOX = f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;line-height:1.45"
+_BOX = f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;overflow-x:auto;line-height:1.45"
 _PRE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;"
     "margin:0;padding:0;background:none;color:inherit;font-size:1em"
 )
 _QUIET = "opacity:.72;font-size:.92em"
-_CELL = "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;max-width:48em"
+_CELL = "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;max-width:48em;overflow-wrap:break-word"
 _NAME = f"{_CELL};font-weight:normal;opacity:.72"
 #: A mark and a color for each state; the word beside them says the same.
 _STATES = {
@@ -96,7 +96,7 @@ def card(
     known = [(name, str(value)) for name, value in facts if value not in ("", None)]
     rows = "".join(
         f'<tr style="background:none"><th scope="row" style="{_NAME}">{escape(name)}</th>'
-        f'<td style="{_CELL};overflow-wrap:anywhere">{escape(printable(value))}</td></tr>'
+        f'<td style="{_CELL}">{escape(printable(value))}</td></tr>'
         for name, value in known
     )
     head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
@@ -114,7 +114,7 @@ def _grid(table: Table) -> str:
     )
     rows = "".join(
         '<tr style="background:none">'
-        + "".join(f'<td style="{_CELL};overflow-wrap:anywhere">{escape(printable(str(cell)))}</td>' for cell in row)
+        + "".join(f'<td style="{_CELL}">{escape(printable(str(cell)))}</td>' for cell in row)
         + "</tr>"
         for row in table.rows
     )

@@ -76,7 +76,7 @@ class CellScreen:
                     place.show(cards.live_card(text, f"{tokens} tokens · {time.monotonic() - began:.1f} s"))
         except BaseException:
             ended = "interrupted" if isinstance(sys.exception(), KeyboardInterrupt) else "failed"
-            place.show(cards.live_card(text, f"{ended} after {tokens} tokens"))
+            place.show(cards.live_card(text, f"{ended} after {tokens} tokens") if text else ("", ""))
             raise
         result = stream.result
         place.show(cards.result_card(result))

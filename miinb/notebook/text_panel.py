@@ -100,6 +100,7 @@ class TextPanel(W.VBox):  # type: ignore[misc]
         super().__init__(rows)
         self.add_class("miinb-panel")
         self._show_past()
+        self._set_busy(False)
 
     def _make_controls(self, session: Session) -> None:
         self.deployment = named(
@@ -280,9 +281,10 @@ class TextPanel(W.VBox):  # type: ignore[misc]
         self.status.value = f'<div role="status" aria-live="polite">{escape(printable(text))}</div>'
 
     def _set_busy(self, busy: bool) -> None:
-        for control in (self.run, self.again, self.clear, self.past, self.previous, self.next):
-            control.disabled = busy
+        self.run.disabled = self.clear.disabled = busy
         self.halt.disabled = not busy
+        for control in (self.again, self.pinning, self.past, self.previous, self.next):
+            control.disabled = busy or not self.history
         if not busy and self.deployment.value:
             names = self._names(self.deployment.value)
             if tuple(names) != tuple(self.deployment.options):
