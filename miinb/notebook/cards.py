@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 Card = tuple[str, str]
 
 _LINE = "1px solid rgba(128,128,128,.35)"
-_BOX = f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;overflow-x:auto;line-height:1.45"
+_BOX = (
+    f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;overflow-x:auto;line-height:1.45"
+)
 _PRE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;"
     "margin:0;padding:0;background:none;color:inherit;font-size:1em"
 )
 _QUIET = "opacity:.72;font-size:.92em"
-_CELL = "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;max-width:48em;overflow-wrap:break-word"
+_CELL = (
+    "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;"
+    "max-width:48em;overflow-wrap:break-word"
+)
 _NAME = f"{_CELL};font-weight:normal;opacity:.72"
 #: A mark and a color for each state; the word beside them says the same.
 _STATES = {
