@@ -55,7 +55,7 @@ def _run(words: list[str]) -> int:
     if values.get("json"):
         print(json.dumps(_plain(value), default=str, indent=2))
     elif value is not None and not command.streams:
-        print(_described(value))
+        commands.PlainScreen().show(_described(value))
     return 0
 
 

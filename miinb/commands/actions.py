@@ -134,10 +134,10 @@ def keep(context: Context, values: Values, body: str | None) -> str:
     return f"{session.name} now outlives this notebook; end it with: {context.prog} stop {session.name}"
 
 
-def logs(context: Context, values: Values, body: str | None) -> None:
+def logs(context: Context, values: Values, body: str | None) -> str:
     """The end of a deployment's logs."""
     session = context.session(values["name"] or values["deployment"])
-    context.screen.show(session.logs(values["lines"] or 50, rank=values["rank"]))
+    return session.logs(values["lines"] or 50, rank=values["rank"])
 
 
 def _text(context: Context, values: Values, body: str | None, command: str) -> str:

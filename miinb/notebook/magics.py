@@ -101,7 +101,7 @@ class MiiMagics(Magics):  # type: ignore[misc]
         """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""
         if isinstance(value, str):
             if not shown:
-                print(value)
+                self.context.screen.show(value)
             return None
         if shown and value is not None:
             self._hide(value)

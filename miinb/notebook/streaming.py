@@ -9,7 +9,7 @@ from typing import Any
 
 from IPython.display import display
 
-from miinb.commands.screen import PlainScreen, TextStream
+from miinb.commands.screen import PlainScreen, TextStream, printable
 from miinb.notebook import cards
 
 #: Bytes a second that updates may cost: Jupyter drops output above 1 MB/s, and each update carries the whole text.
@@ -57,7 +57,7 @@ class CellScreen:
     def show(self, thing: Any) -> None:
         """Text is printed, anything else displayed."""
         if isinstance(thing, str):
-            print(thing)
+            print(printable(thing))
         else:
             display(thing)
 
