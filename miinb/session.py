@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _NAME_TRIES = 5
 _BAR = "{desc} {bar} {elapsed}"
+_PHASES = ("start", "load", "inject", "capture", "verify", "ready")
 
 
 class Session:
@@ -224,8 +225,8 @@ class Session:
         """Predictions of an encoder task, one list for each input, in order."""
         return self._client.predict(inputs, **options)
 
-    def stream(self, prompt: str, **parameters: Any) -> Stream:
-        """An iterator of `Chunk`; `.cancel()` ends it, `.result` holds the whole at the end."""
+    def stream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> Stream:
+        """Chunks of the answer to a prompt or a conversation; `.cancel()` ends it, `.result` holds the whole."""
         stream = self._client.stream(prompt, **parameters)
         _end_with_cell(stream)
         return stream
@@ -380,17 +381,16 @@ def _progress(name: str) -> Iterator[Callable[[Phase], None]]:
     from tqdm.auto import tqdm
 
     in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
-    bar = tqdm(total=1, leave=False, disable=not (in_notebook or sys.stderr.isatty()), bar_format=_BAR)
+    off = not (in_notebook or sys.stderr.isatty())
+    with tqdm(total=len(_PHASES), leave=False, disable=off, bar_format=_BAR) as bar:
 
-    def on_phase(phase: Phase) -> None:
-        bar.total = max(1, phase.total)
-        bar.n = min(phase.done, bar.total)
-        bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
+        def on_phase(phase: Phase) -> None:
+            if phase.name in _PHASES:
+                bar.n = _PHASES.index(phase.name) + min(1.0, phase.done / max(1, phase.total))
+            bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
 
-    try:
         yield on_phase
-    finally:
-        bar.close()
+        bar.n = len(_PHASES)  # a full bar goes away, that of a failed start stays
 
 
 def _shell() -> Any:

@@ -38,7 +38,7 @@ def start(context: Context, values: Values, body: str | None) -> Session:
     for name, config in context.configs.items():
         if config == options and context.sessions[name].state not in ENDED:
             return context.sessions[name]
-    session = miinb.Session(**options)
+    session: Session = miinb.Session(**options)
     context.sessions[session.name] = session
     context.configs[session.name] = options
     return session
@@ -58,7 +58,7 @@ def attach(context: Context, values: Values, body: str | None) -> Session:
     """Join a running deployment."""
     import miinb
 
-    session = miinb.attach(_needed(values, "name", "attach"))
+    session: Session = miinb.attach(_needed(values, "name", "attach"))
     context.sessions[session.name] = session
     return session
 

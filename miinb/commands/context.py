@@ -92,7 +92,8 @@ class Context:
             self.forget(name)
         import miinb
 
-        self.sessions[name] = session = miinb.attach(name)
+        session: Session = miinb.attach(name)
+        self.sessions[name] = session
         return session
 
     def _only(self) -> str:
