@@ -153,10 +153,12 @@ class Client:
                     if any(future.exception() for future in state.done):
                         break
             except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
                 tokens = group.cancel()
                 raise Interrupted(f"stopped after {tokens} tokens; the deployment lives on.") from None
             failed = [future for future in futures if future.done() and future.exception()]
             if failed:
+                pool.shutdown(wait=False, cancel_futures=True)
                 group.cancel()
                 failed[0].result()
         return merge([future.result() for future in futures])

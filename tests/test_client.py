@@ -91,6 +91,13 @@ def test_leaving_a_stream_cancels_it(frontend: FrontendProcess, client: Client) 
     assert client.records.iloc[-1]["status"] == "cancelled"
 
 
+def test_a_forgotten_stream_is_canceled(frontend: FrontendProcess, client: Client) -> None:
+    stream = client.stream("SLOW abc", max_new_tokens=1000)
+    next(stream)
+    del stream
+    wait_for(lambda: frontend.running() == 0, "the end")
+
+
 def test_cancel_from_another_thread_ends_the_iteration(client: Client) -> None:
     stream = client.stream("SLOW abc", max_new_tokens=1000)
     threading.Timer(0.2, stream.cancel).start()

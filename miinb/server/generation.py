@@ -6,11 +6,11 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from miinb.config import MAX_SEED, GenerationParams
-from miinb.errors import InvalidRequest, PromptTooLong, from_name
+from miinb.errors import InvalidRequest, MiinbError, PromptTooLong, from_name
 from miinb.messages import (
     Chunk,
     Event,
@@ -99,12 +99,11 @@ class Generation:
 
     def __init__(self, replica: Replica, pace_s: Callable[[], float]) -> None:
         self.seed = 0
-        self.started = False  # a token has come
-        self.output_tokens = 0
         self._replica = replica
         self._rows: dict[int, Row] = {}
         self._pace_s = pace_s
-        self._pending: list[Event] = []
+        self._touched: dict[int, Row] = {}  # rows with events since the last look
+        self._failure: MiinbError | None = None
         self._arrived = asyncio.Event()
         self._not_before = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -163,16 +162,23 @@ class Generation:
 
     def _push(self, event: Event | PredictedEvent) -> None:
         """Takes an event from the balancer; tokens of a paced stream wait for its turn."""
+        if isinstance(event, PredictedEvent):
+            return
+        row = self._touched[event.row_id] = self._rows[event.row_id]
         if type(event) is TokensEvent:
-            self._pending.append(event)
+            row.new_ids += event.token_ids
+            row.logprobs += event.logprobs
             if self._timer is not None or self._arrived.is_set():
                 return
             wait_s = self._not_before - time.monotonic()
             if wait_s > 0:
                 self._timer = asyncio.get_running_loop().call_later(wait_s, self._arrived.set)
                 return
-        elif not isinstance(event, PredictedEvent):
-            self._pending.append(event)
+        elif isinstance(event, FinishedEvent):
+            row.finished = event
+        elif isinstance(event, FailedEvent):
+            self._failure = from_name(event.error, event.message)
+            self._failure.hint = event.hint
         self._arrived.set()
 
     async def events(self) -> AsyncIterator[Chunk | SequenceEnd | RequestEnd]:
@@ -181,17 +187,23 @@ class Generation:
         Raises:
             MiinbError: a row failed; the others are canceled.
         """
-        while any(row.finished is None for row in self._rows.values()):
+        running = set(self._rows)
+        while running:
             await self._arrived.wait()
             self._arrived.clear()
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            for row in self._take_pending():
+            if self._failure is not None:
+                raise self._failure
+            touched, self._touched = self._touched, {}
+            for row in touched.values():
                 begin = time.perf_counter()
                 events = list(row.advance())
                 self._detokenize_s += time.perf_counter() - begin
-                if row.stopped and row.finished is None:
+                if row.finished is not None:
+                    running.discard(row.row_id)
+                elif row.stopped and events:
                     self._replica.stop(row.row_id)
                 for event in events:
                     yield event
@@ -199,27 +211,9 @@ class Generation:
             self._not_before = math.ceil((time.monotonic() + pace_s) / TICK_S) * TICK_S if pace_s else 0.0
         yield self._end()
 
-    def _take_pending(self) -> Sequence[Row]:
-        touched: dict[int, Row] = {}
-        pending, self._pending = self._pending, []
-        for event in pending:
-            row = touched[event.row_id] = self._rows[event.row_id]
-            if isinstance(event, TokensEvent):
-                self.started = True
-                row.new_ids += event.token_ids
-                row.logprobs += event.logprobs
-            elif isinstance(event, FinishedEvent):
-                row.finished = event
-            elif isinstance(event, FailedEvent):
-                error = from_name(event.error, event.message)
-                error.hint = event.hint
-                raise error
-        return tuple(touched.values())
-
     def _end(self) -> RequestEnd:
         rows = self._rows.values()
         ends = [row.finished for row in rows if row.finished is not None]
-        self.output_tokens = sum(row.output_tokens for row in rows)
         return RequestEnd(
             Usage(self._prompt_tokens, self.output_tokens, max(end.cached_tokens for end in ends)),
             Timing(
@@ -230,6 +224,11 @@ class Generation:
             ),
             self.seed,
         )
+
+    @property
+    def output_tokens(self) -> int:
+        """New tokens so far, of all sequences."""
+        return sum(row.output_tokens for row in self._rows.values())
 
     def cancel(self) -> None:
         """End every row that still runs; safe to call at any time."""

@@ -79,7 +79,8 @@ class Inference:
         counters = self.counters
         counters.requests += 1
         counters.in_flight += 1
-        left_s = min(context.time_remaining() or MAX_DEADLINE_S, MAX_DEADLINE_S)
+        remaining_s = context.time_remaining()
+        left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), MAX_DEADLINE_S)
         try:
             async with asyncio.timeout(left_s):
                 await run(data, context, time.monotonic() + left_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -22,6 +23,7 @@ from miinb import errors
 from miinb.client import Client
 from miinb.rpc import codec
 from miinb.rpc import inference_pb2 as pb
+from miinb.server import service
 from tests.frontend_process import ROOT, FrontendProcess, make, wait_for
 from tests.tiny_tokenizers import byte_level
 
@@ -404,3 +406,13 @@ def test_predict_goes_to_the_replica_and_back(fresh: Any) -> None:
             client.generate("abc")
         assert client.query({"query": "abc"}).response == [{"label": "length", "score": 3.0}]
         assert len(client.query({"query": ["abc", "d"]}).response) == 2
+
+
+def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeverRead:
+        async def write(self, data: bytes) -> None:
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(service, "MAX_UNREAD_S", 0.01)
+    with pytest.raises(errors.Cancelled, match="did not read"):
+        asyncio.run(service.write(NeverRead(), b""))
