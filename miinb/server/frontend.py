@@ -32,7 +32,7 @@ from miinb.server.text import TextCodec
 from miinb.tasks import find_task
 
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
-ACTIVITY_S = 1.0
+TICK_S = 1.0
 PR_SET_PDEATHSIG = 1
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
@@ -136,7 +136,7 @@ class Frontend:
         signals: asyncio.Queue[None] = asyncio.Queue()
         loop.add_signal_handler(signal.SIGTERM, signals.put_nowait, None)
         self._status.send({"ready": await self.start()})
-        activity = asyncio.ensure_future(self._report_activity())
+        activity = asyncio.ensure_future(self._every_second())
         await signals.get()
         log.info("draining for at most %.0f s", self._drain_s)
         await self._health.enter_graceful_shutdown()
@@ -152,16 +152,18 @@ class Frontend:
         for file in ("rpc.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
 
-    async def _report_activity(self) -> None:
+    async def _every_second(self) -> None:
+        """Tell the supervisor what has changed; end what nobody reads."""
         last = None
         while True:
+            self._service.end_unread()
             counters = self._service.counters
             now = (counters.in_flight, counters.queued, counters.requests, len(self._balancer.replicas))
             if now != last:
                 names = ("in_flight", "queued", "requests", "replicas")
                 self._status.send({"activity": dict(zip(names, now, strict=True))})
                 last = now
-            await asyncio.sleep(ACTIVITY_S)
+            await asyncio.sleep(TICK_S)
 
 
 def die_with_parent() -> None:

@@ -48,6 +48,28 @@ class Counters:
     output_tokens: int = 0
 
 
+class Writer:
+    """Writes the messages of one call and knows since when its client has not taken one (None: it has)."""
+
+    def __init__(self, context: Any, task: asyncio.Task[Any] | None) -> None:
+        self.since: float | None = None
+        self.given_up = False
+        self._context = context
+        self._task = task
+
+    async def write(self, data: bytes) -> None:
+        """Write one message; waits while the client's window is full."""
+        self.since = time.monotonic()
+        await self._context.write(data)
+        self.since = None
+
+    def give_up(self) -> None:
+        """End the call."""
+        self.given_up = True
+        if self._task is not None:
+            self._task.cancel()
+
+
 class Inference:
     """The service's methods over the replicas of a balancer."""
 
@@ -55,7 +77,7 @@ class Inference:
         self.counters = Counters()
         self._balancer = balancer
         self._name = name
-        self._waiting: set[Generation] = set()
+        self._writers: set[Writer] = set()
 
     def handlers(self) -> Any:
         """The methods for `grpc.aio.Server.add_generic_rpc_handlers`; requests stay bytes, so that junk is ours."""
@@ -74,30 +96,45 @@ class Inference:
     async def _predict(self, data: bytes, context: Any) -> None:
         await self._serve(self._run_predict, data, context)
 
-    async def _serve(self, run: Callable[[bytes, Any, float], Awaitable[None]], data: bytes, context: Any) -> None:
+    def end_unread(self) -> None:
+        """End the calls whose clients have stopped reading; to be called about once a second.
+
+        (A timer for each write would cost a quarter of the frontend's time under load.)
+        """
+        limit = time.monotonic() - MAX_UNREAD_S
+        for writer in tuple(self._writers):
+            if writer.since is not None and writer.since < limit:
+                writer.give_up()
+
+    async def _serve(self, run: Callable[[bytes, Writer, float], Awaitable[None]], data: bytes, context: Any) -> None:
         """Counts, times and answers one request; the client's deadline holds in the queue too."""
         counters = self.counters
         counters.requests += 1
         counters.in_flight += 1
         remaining_s = context.time_remaining()
         left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), MAX_DEADLINE_S)
+        writer = Writer(context, asyncio.current_task())
+        self._writers.add(writer)
         try:
             async with asyncio.timeout(left_s):
-                await run(data, context, time.monotonic() + left_s)
+                await run(data, writer, time.monotonic() + left_s)
             return
         except asyncio.CancelledError:
             counters.cancelled += 1
-            raise
+            if not writer.given_up:
+                raise
+            error: Exception = Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.")
         except TimeoutError:
-            error: Exception = DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
+            error = DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
         except Exception as failure:
             error = failure
         finally:
             counters.in_flight -= 1
+            self._writers.discard(writer)
         counters.failed += 1
         await abort(context, error)
 
-    async def _run_generate(self, data: bytes, context: Any, deadline: float) -> None:
+    async def _run_generate(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
         counters = self.counters
         counters.queued += 1
@@ -112,7 +149,7 @@ class Inference:
                 if waiting:
                     counters.queued -= 1
                     waiting = False
-                await write(context, codec.encode_event(event))
+                await writer.write(codec.encode_event(event))
         finally:
             if waiting:
                 counters.queued -= 1
@@ -124,7 +161,7 @@ class Inference:
         streams = self.counters.in_flight
         return max(PACE_S, streams / MAX_CHUNKS_S) if streams > MANY_STREAMS else 0.0
 
-    async def _run_predict(self, data: bytes, context: Any, deadline: float) -> None:
+    async def _run_predict(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
         inputs, options = codec.decode_predict(data)
         replica = await self._balancer.pick(1)
@@ -144,7 +181,7 @@ class Inference:
             error.hint = event.hint
             raise error
         if isinstance(event, PredictedEvent):
-            await write(context, codec.encode_predicted(event))
+            await writer.write(codec.encode_predicted(event))
 
     async def _describe(self, data: bytes, context: Any) -> bytes:
         try:
@@ -161,19 +198,6 @@ class Inference:
                 "counters": dataclasses.asdict(self.counters),
             }
         )
-
-
-async def write(context: Any, data: bytes) -> None:
-    """Write one message of a stream.
-
-    Raises:
-        Cancelled: the client has not read for `MAX_UNREAD_S`.
-    """
-    try:
-        async with asyncio.timeout(MAX_UNREAD_S):
-            await context.write(data)
-    except TimeoutError:
-        raise Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.") from None
 
 
 async def abort(context: Any, error: BaseException) -> None:

@@ -24,6 +24,7 @@ from miinb.client import Client
 from miinb.rpc import codec
 from miinb.rpc import inference_pb2 as pb
 from miinb.server import service
+from miinb.server.balancer import Balancer
 from tests.frontend_process import ROOT, FrontendProcess, make, wait_for
 from tests.tiny_tokenizers import byte_level
 
@@ -409,10 +410,29 @@ def test_predict_goes_to_the_replica_and_back(fresh: Any) -> None:
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NeverRead:
+    aborted: list[tuple[object, ...]] = []
+
+    class NeverReads:
         async def write(self, data: bytes) -> None:
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(service, "MAX_UNREAD_S", 0.01)
-    with pytest.raises(errors.Cancelled, match="did not read"):
-        asyncio.run(service.write(NeverRead(), b""))
+        async def abort(self, *status: object) -> None:
+            aborted.append(status)
+
+        def time_remaining(self) -> None:
+            return None
+
+    async def call() -> None:
+        inference = service.Inference(Balancer(lambda _: None, max_queue=1), "name")
+        task = asyncio.ensure_future(inference._serve(lambda data, writer, _: writer.write(data), b"", NeverReads()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        inference.end_unread()
+        assert not aborted
+        monkeypatch.setattr(service, "MAX_UNREAD_S", -1.0)
+        inference.end_unread()
+        await task
+        assert (inference.counters.in_flight, inference.counters.cancelled) == (0, 1)
+
+    asyncio.run(call())
+    assert aborted[0][0] is grpc.StatusCode.CANCELLED
