@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import mmap
@@ -21,13 +22,14 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint: its shape (as PyTorch has it), the format's dtype name, its size and its file."""
+    """One tensor of a checkpoint: its shape (as PyTorch has it), the format's dtype name, and where its bytes are."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
     file: Path
+    offset: int = 0
 
     @property
     def elements(self) -> int:
@@ -74,7 +76,7 @@ def read_safetensors(file: Path) -> list[TensorEntry]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = [_safetensors_entry(name, fields, file) for name, fields in header.items()]
+        entries = [_safetensors_entry(name, fields, file, 8 + length) for name, fields in header.items()]
         end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise _broken(file, "its header is damaged") from None
@@ -83,9 +85,9 @@ def read_safetensors(file: Path) -> list[TensorEntry]:
     return entries
 
 
-def _safetensors_entry(name: str, fields: dict[str, Any], file: Path) -> TensorEntry:
+def _safetensors_entry(name: str, fields: dict[str, Any], file: Path, data: int) -> TensorEntry:
     start, end = fields["data_offsets"]
-    entry = TensorEntry(name, tuple(fields["shape"]), fields["dtype"], end - start, file)
+    entry = TensorEntry(name, tuple(fields["shape"]), fields["dtype"], end - start, file, data + start)
     if entry.elements * _BITS[entry.dtype] != 8 * entry.size_bytes:
         raise ValueError(name)
     return entry
@@ -149,11 +151,12 @@ def _parse_gguf(data: mmap.mmap, size: int, file: Path) -> tuple[dict[str, Any],
             raise BrokenCheckpoint(f"{file}: tensor {name} has a GGUF type that is not supported.")
         bytes_ = math.prod(shape) // block * block_bytes
         end = max(end, offset + bytes_)
-        entries.append(TensorEntry(name, shape[::-1], kind, bytes_, file))
+        entries.append(TensorEntry(name, shape[::-1], kind, bytes_, file, offset))
     alignment = metadata.get("general.alignment", 32)
-    if -(-cursor.at // alignment) * alignment + end > size:
+    start = -(-cursor.at // alignment) * alignment
+    if start + end > size:
         raise _broken(file, "tensor data is missing at its end")
-    return metadata, entries
+    return metadata, [dataclasses.replace(entry, offset=start + entry.offset) for entry in entries]
 
 
 class _Cursor:
