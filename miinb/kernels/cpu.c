@@ -49,6 +49,15 @@ INLINE void store(void *p, int64_t i, float f, int half) {
     ((float *)p)[i] = f;
 }
 
+/* Keeps a vector in a register: the compiler would load it anew for every product, and loads are what runs out. */
+#if defined(__x86_64__)
+#define KEEP(v) __asm__("" : "+x"(v))
+#elif defined(__aarch64__)
+#define KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KEEP(v)
+#endif
+
 /* bf16 is the upper half of fp32: of 2 * LANES numbers in memory, the even ones move up and the odd ones are there
    already. That is two operations where restoring the order would take five, so the other side of every product is
    put in this order ("split") once instead: by `split` in blocks of BLOCK numbers, what is left over as it is. */
@@ -145,6 +154,8 @@ INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb
     }
     for (int m = 0; m < mb; m++) {
       vec low = *(const vec *)(x + m * k + i), high = *(const vec *)(x + m * k + i + LANES);
+      KEEP(low);
+      KEEP(high);
       for (int n = 0; n < nb; n++) {
         sums[m][n] += first[n] * low;
         if (mb * nb > 4)
@@ -221,7 +232,7 @@ INLINE void linear_part(const linear_args *a, const float *x, int64_t m, int nb,
 
 INLINE void linear_rows(const linear_args *a, const void *x, int64_t m, int half) {
   float *wide = NULL;
-  if (half && !(wide = malloc(sizeof(float) * m * a->k))) abort();
+  if (half && posix_memalign((void **)&wide, 64, sizeof(float) * m * a->k)) abort();
   if (half && m <= 4)
     for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
 #pragma omp parallel
@@ -391,14 +402,31 @@ INLINE float score_of(const attention_args *a, const float *q, const char *k, in
   return a->softcap > 0 ? a->softcap * tanhf(score / a->softcap) : score;
 }
 
-INLINE void add_value(const attention_args *a, float *out, const char *v, float weight, int half) {
+/* out += weights[p] * value of p, for `count` positions whose values are `stride` bytes apart. The sums of a few blocks
+   of the head stay in registers while the positions go by. */
+INLINE void add_block(float *out, const char *v, int64_t stride, const float *weights, int64_t count, int64_t i,
+                      int blocks, int half) {
+  vec sums[2 * 4];
+  for (int b = 0; b < 2 * blocks; b++) sums[b] = *(vec *)(out + i + b * LANES);
+  for (int64_t p = 0; p < count; p++, v += stride)
+    for (int b = 0; b < blocks; b++) {
+      const int64_t at = i + b * BLOCK;
+      vec first = half ? even((const bf16 *)v + at) : *(const vec *)((const float *)v + at);
+      vec second = half ? odd((const bf16 *)v + at) : *(const vec *)((const float *)v + at + LANES);
+      sums[2 * b] += first * weights[p];
+      sums[2 * b + 1] += second * weights[p];
+    }
+  for (int b = 0; b < 2 * blocks; b++) *(vec *)(out + i + b * LANES) = sums[b];
+}
+
+INLINE void add_values(const attention_args *a, float *out, const char *v, int64_t stride, const float *weights,
+                       int64_t count, int half) {
   const int64_t size = a->head_size;
   int64_t i = 0;
-  for (; i + BLOCK <= size; i += BLOCK) {
-    *(vec *)(out + i) += (half ? even((const bf16 *)v + i) : *(const vec *)((const float *)v + i)) * weight;
-    *(vec *)(out + i + LANES) += (half ? odd((const bf16 *)v + i) : *(const vec *)((const float *)v + i + LANES)) * weight;
-  }
-  for (; i < size; i++) out[i] += load(v, i, half) * weight;
+  for (; i + 4 * BLOCK <= size; i += 4 * BLOCK) add_block(out, v, stride, weights, count, i, 4, half);
+  for (; i + BLOCK <= size; i += BLOCK) add_block(out, v, stride, weights, count, i, 1, half);
+  for (; i < size; i++)
+    for (int64_t p = 0; p < count; p++) out[i] += load(v + p * stride, i, half) * weights[p];
 }
 
 /* Head h of the one query of a row, over its context. scores: room for the context's length. */
@@ -428,7 +456,8 @@ INLINE void attend(const attention_args *a, int64_t row, int64_t h, float *score
   for (int64_t p = first; p < length;) {
     int64_t end = (p / tokens + 1) * tokens < length ? (p / tokens + 1) * tokens : length;
     const char *v = entry(a, a->v, row, kv, p / tokens, half) + p % tokens * stride;
-    for (; p < end; p++, v += stride) add_value(a, out, v, scores[p], half);
+    add_values(a, out, v, stride, scores + p, end - p, half);
+    p = end;
   }
   for (int64_t i = 0; i < size; i++) {
     int64_t in = i % BLOCK, from = half && i - in + BLOCK <= size ? i - in + in / 2 + in % 2 * LANES : i;
