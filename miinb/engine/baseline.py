@@ -103,7 +103,12 @@ def load_baseline(
     loaded = load_model(model, config, info)
     report(Phase("load", 1, 1))
     attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
-    plan = info.plan.with_line("engine", "transformers", f"eager, attention {attention}")
+    plan = info.plan.with_line(
+        "engine",
+        "transformers",
+        f"eager, attention {attention}",
+        weights_bytes=sum(parameter.nbytes for parameter in loaded.parameters()),
+    )
     if not TASKS[info.task].streams:
         return PredictExecutor(loaded, model, config, dataclasses.replace(info, plan=plan))
     cache = "dynamic cache"

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from miinb.config import DeploymentConfig
-from miinb.errors import MiinbError, UnsupportedModel
+from miinb.config import DeploymentConfig, GenerationParams
+from miinb.errors import MiinbError, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
 from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
     from miinb.engine.executor import Executor
@@ -85,7 +86,6 @@ class Reports:
 def named_error(error: BaseException) -> MiinbError:
     """The error of miinb's tree that says best what ended start-up."""
     from miinb.engine.executor import is_out_of_memory
-    from miinb.errors import OutOfMemory, RankFailed
 
     if isinstance(error, MiinbError):
         return error
@@ -144,6 +144,28 @@ class Server:
         return {**self.executor.status(), "device_memory_bytes": memory, "uptime_s": time.monotonic() - self._started}
 
 
+def warm_up(executor: Executor) -> None:
+    """Generate a few tokens: the first steps of a process build what all later ones use.
+
+    Raises:
+        OutOfMemory: not even that fits.
+    """
+    info = executor.info
+    if not TASKS[info.task].streams:
+        return
+    params = GenerationParams(max_new_tokens=4, ignore_eos=True, seed=0)
+    prompt = [0] * min(16, info.max_length - params.max_new_tokens)
+    executor.submit(SequenceRequest(-1, prompt, params, time.monotonic()))
+    events: list[object] = []
+    while executor.busy:
+        executor.step(events.append, lambda: None)
+    failure = events[-1]
+    if isinstance(failure, FailedEvent):
+        log.warning("the first tokens failed: %s: %s", failure.error, failure.message)
+        if failure.error == OutOfMemory.__name__:
+            raise OutOfMemory(failure.message, hint="Take a smaller model, max_length or max_batch.")
+
+
 def serve(order: Order, reports: Reports) -> None:
     """Load, connect, and run.
 
@@ -166,6 +188,8 @@ def serve(order: Order, reports: Reports) -> None:
         report=reports.phase,
     )
     try:
+        reports.phase(Phase("verify", text="first tokens"))
+        warm_up(executor)
         # What start-up made lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
