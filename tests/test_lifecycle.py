@@ -69,6 +69,7 @@ class Kernel:
         deadline = time.monotonic() + timeout_s
         while True:
             found = self.client.get_iopub_msg(timeout=max(0.1, deadline - time.monotonic()))
+            assert found["msg_type"] != "error", found["content"]
             if found["msg_type"] == "stream" and word in found["content"]["text"]:
                 return
 
@@ -140,6 +141,7 @@ def test_stop_button_then_shutdown(kernel: Callable[[], Kernel], run_dir: Path) 
         # the rank sleeps while the button is pressed, so that the stream is certainly in its middle
         message = one.begin(code.replace("print(", f"import os; os.kill({before[1]}, 19); print("))
         one.wait_for("got")
+        time.sleep(0.5)  # the cell goes on from its print to where it waits
         one.manager.interrupt_kernel()
         answer = one.finish(message, timeout_s=10.0)
         os.kill(before[1], signal.SIGCONT)
