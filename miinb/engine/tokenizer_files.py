@@ -14,14 +14,16 @@ from miinb.models import ModelInfo
 def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool = False, dummy: bool = False) -> None:
     """Write the model's tokenizer to `target`, which is made if it is not there.
 
-    A folder that has tokenizer.json is copied; older forms and GGUF are converted by transformers. A configuration
-    alone (`dummy`) gets a stand-in that turns every byte of text into a token and every token into some text.
+    A tokenizer.json that transformers takes as it is gets copied. For every other tokenizer class (and GGUF)
+    transformers may build another pipeline than the file says, so it loads the tokenizer and saves what it has built:
+    the frontend's token ids are then those of AutoTokenizer. A configuration alone (`dummy`) gets a stand-in that turns
+    every byte of text into a token and every token into some text.
 
     Raises:
         BrokenCheckpoint: there is no tokenizer, or transformers cannot read it.
     """
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if info.format != "gguf" and (info.folder / "tokenizer.json").exists():
+    if info.format != "gguf" and _taken_as_it_is(info.folder):
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (info.folder / name).exists():
                 shutil.copyfile(info.folder / name, target / name)
@@ -30,6 +32,20 @@ def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool =
         template = _convert(info, target, trust_remote_code=trust_remote_code, dummy=dummy)
     if template:
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+#: Tokenizer classes that are their tokenizer.json and nothing else.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _taken_as_it_is(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").exists() or not config.exists():
+        return False
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _GENERIC
+    except (ValueError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{config} is damaged ({error}).", hint="Fetch the model again.") from None
 
 
 def _chat_template(folder: Path) -> str | None:

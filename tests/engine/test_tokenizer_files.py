@@ -1,0 +1,38 @@
+"""The frontend tokenizes with the exported files as AutoTokenizer does with the model's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from miinb.engine.tokenizer_files import export_tokenizer
+from miinb.server.text import TextCodec
+from tests.tiny_tokenizers import TEXT, byte_level, sentence_piece
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", None])
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_exported_files_tokenize_as_transformers(tmp_path: Path, make: Any, tokenizer_class: str | None) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make(tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["tokenizer_class"] = tokenizer_class
+    if tokenizer_class is None:  # then the model's type decides
+        del config["tokenizer_class"]
+        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    file.write_text(json.dumps(config))
+    info: Any = SimpleNamespace(format="safetensors", folder=folder, source=folder, files=(), vocab_size=500)
+    export_tokenizer(info, tmp_path / "exported")
+    codec, reference = TextCodec.load(tmp_path / "exported"), AutoTokenizer.from_pretrained(folder)
+    for text in (*TEXT[:3], "Hello  world", " leading"):
+        assert codec.encode(text) == reference(text).input_ids
+    if reference.chat_template:
+        chat = [{"role": "user", "content": "Hi"}]
+        rendered = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert codec.render_chat(chat) == rendered
