@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +14,7 @@ from miinb import cli, commands
 from miinb.commands import measuring
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
+from miinb.demo import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,38 @@ def test_exit_codes_and_messages(words: list[str], code: int, text: str, capsys:
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["gpus", "--json"]) == 0
     assert isinstance(json.loads(capsys.readouterr().out), list)
+
+
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="mii", dir="/tmp")  # short: unix sockets live in it
+    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    cli.main(["stop", "--all"])
+    shutil.rmtree(folder)
+
+
+def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(words) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    start = ["start", str(tiny_model()), "--name", "cli", "--dtype", "fp32", "--idle-timeout-s", "90"]
+    assert "Session cli (ready)" in said(*start)
+    assert cli.main(start) == 1
+    assert "cli" in capsys.readouterr().err
+    assert "yes" in said("list").splitlines()[2]  # persistent
+    (listed,) = json.loads(said("list", "--json"))
+    assert (listed["name"], listed["state"], listed["persist"]) == ("cli", "ready", True)
+    words = ["gen", "Once upon a time,", "-n", "12"]
+    assert said(*words) == said(*words, "-d", "cli", "--no-stream")
+    assert cli.main(["gen", "Hi", "-n", "9999"]) == 1
+    assert "max_new_tokens" in capsys.readouterr().err
+    assert "compiled" in said("logs") or "ready" in said("logs")
+    assert "optimized" in said("status", "cli")
+    assert said("stop") == "Stopped cli.\n"
+    assert "No deployment is running" in said("list")
 
 
 def test_the_program_starts_light() -> None:

@@ -76,7 +76,7 @@ class MiiMagics(Magics):  # type: ignore[misc]
         value = commands.execute(self.context, command, values, cell)
         if variable is not None:
             self.shell.user_ns[variable] = value
-        return self._for_cell(value, shown=command.streams or values["quiet"])
+        return self._for_cell(value, streamed=command.streams, quiet=values["quiet"])
 
     def _cell_words(self, words: list[str]) -> list[str]:
         """`%%mii [NAME] [OPTIONS]` is `gen -d NAME OPTIONS`; a command's name goes before a deployment's."""
@@ -97,30 +97,32 @@ class MiiMagics(Magics):  # type: ignore[misc]
             return [self._expanded(part) for part in value]
         return value
 
-    def _for_cell(self, value: Any, *, shown: bool) -> Any:
+    def _for_cell(self, value: Any, *, streamed: bool, quiet: bool) -> Any:
         """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""
         if isinstance(value, str):
-            if not shown:
+            if not quiet:
                 self.context.screen.show(value)
             return None
-        if shown and value is not None:
-            self._hide(value)
+        if value is not None and (streamed or quiet):
+            self._hide(value, "" if quiet else cards.timing_line(value))
         return value
 
-    def _hide(self, value: Any) -> None:
-        """Skip this object's display for the rest of this cell: `r = %mii gen …` and `_` work all the same."""
+    def _hide(self, value: Any, line: str) -> None:
+        """Skip this object's display for the rest of this cell: `r = %mii gen …` and `_` work all the same.
+
+        A terminal has written "Out[1]: " by then; there the line stands after it.
+        """
         if not self._hidden:
             self.shell.events.register("post_run_cell", self._unhide)
         self._hidden.append(value)
-        formatter = self.shell.display_formatter.ipython_display_formatter
-        formatter.for_type(type(value), self._display_unless_hidden)
 
-    def _display_unless_hidden(self, value: Any) -> None:
-        if any(value is hidden for hidden in self._hidden):
-            if not _has_front_end(self.shell):  # a terminal has written "Out[1]: " by now
-                print(cards.timing_line(value) if hasattr(value, "timing") else "")
-        else:
-            self.shell.display_pub.publish(self.shell.display_formatter.mimebundle_formatter(value)[0])
+        def show(shown: Any) -> None:
+            if not any(shown is hidden for hidden in self._hidden):
+                self.shell.display_pub.publish(self.shell.display_formatter.mimebundle_formatter(shown)[0])
+            elif not _has_front_end(self.shell):
+                print(line)
+
+        self.shell.display_formatter.ipython_display_formatter.for_type(type(value), show)
 
     def _unhide(self, *_: Any) -> None:
         formatter = self.shell.display_formatter.ipython_display_formatter

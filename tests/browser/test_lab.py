@@ -100,7 +100,7 @@ def test_generate_grows_and_stop_ends_it(notebook: Notebook) -> None:
     notebook.find("stop").click()
     until(lambda: "stopped" in notebook.find("status").inner_text(), "Stop did not end it", 5)
     assert notebook.find("generate").is_enabled()
-    assert "0" in notebook.run(4)[0]["text"]
+    until(lambda: "ready 0" in notebook.run(4)[0]["text"], "the slot is not free")
 
 
 def test_a_click_is_served_while_a_cell_runs(notebook: Notebook) -> None:
