@@ -232,8 +232,9 @@ class StepExecutor:
         elif needs == Needs.NOTHING:
             chosen = Sampled(*self.runner.greedy(batch))
         else:
-            places = [row.length - 1 for row in rows]  # the scheduler has counted the new token already
-            chosen = self._sampler.choose(self.runner.forward(batch), rows, places, slots, needs)
+            logits = self.runner.forward(batch)
+            places = batch.positions[batch.logit_rows] + 1
+            chosen = self._sampler.choose(logits, rows, places, slots, needs)
         if self._ahead:
             self._inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
         return self._take_off(plan, rows, chosen)

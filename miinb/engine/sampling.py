@@ -92,7 +92,7 @@ class Sampler:
         values = (*draw, *penalties, top_k, params.seed or 0 if params.do_sample else 0)
         if values != self._written[slot]:
             self._written[slot] = values
-            self._numbers[slot] = torch.tensor(values[:6])
+            self._numbers[slot] = self._send(values[:6], torch.float32)
             self._top_k[slot] = top_k
             self._seed[slot] = values[7]
         if needs & Needs.PENALTY:
@@ -101,7 +101,7 @@ class Sampler:
     def _count(self, row: Row) -> None:
         """Count the row's tokens from scratch."""
         in_prompt, counts = self._counters()
-        ids = torch.tensor(row.token_ids, device=self.device)
+        ids = self._send(row.token_ids, torch.int64)
         in_prompt[row.slot].zero_()[ids[: row.prompt_tokens]] = True
         counts[row.slot] = torch.bincount(ids[row.prompt_tokens :], minlength=self.vocab_size).float()
 
@@ -121,15 +121,18 @@ class Sampler:
             needs |= table[row.slot]
         return Needs(needs)
 
-    def choose(
-        self, logits: Tensor, rows: Sequence[Row], positions: Sequence[int], slots: Tensor, needs: Needs
-    ) -> Sampled:
+    def _send(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        """These numbers on the device, without waiting for it: it is busy with the step before."""
+        pinned = self.device.type == "cuda"
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.device, non_blocking=True)
+
+    def choose(self, logits: Tensor, rows: Sequence[Row], positions: Tensor, slots: Tensor, needs: Needs) -> Sampled:
         """The next token of each row.
 
         Args:
             logits: [L, vocab].
             rows: the L rows.
-            positions: the place in its sequence of each row's new token.
+            positions: [L] int64 on the device: the place in its sequence of each row's new token.
             slots: [L] int64 on the device: the rows' slots.
             needs: `self.needs(rows)`.
         """
@@ -142,12 +145,11 @@ class Sampler:
         if needs & Needs.PENALTY:
             self._penalize(scores, slots)
         if needs & Needs.MIN_NEW:
-            self._ban_end(scores, rows, positions)
+            self._ban_end(scores, rows)
         if needs & Needs.SAMPLE:
             temperature, top_p, min_p = self._numbers[slots, :3].unbind(1)
-            place = torch.tensor(positions, device=self.device)
             top_k = self._top_k[slots]
-            token_ids, finite = sample(scores, self._seed[slots], place, temperature, top_k, top_p, min_p)
+            token_ids, finite = sample(scores, self._seed[slots], positions, temperature, top_k, top_p, min_p)
             chosen = Sampled(token_ids, finite)
         else:
             chosen = greedy(scores)
@@ -167,8 +169,8 @@ class Sampler:
                 places.append(i)
                 ids.append(token_id)
                 biases.append(bias)
-        at = torch.tensor([places, ids], device=self.device)
-        scores.index_put_((at[0], at[1]), torch.tensor(biases, device=self.device), accumulate=True)
+        at = self._send([places, ids], torch.int64)
+        scores.index_put_((at[0], at[1]), self._send(biases, torch.float32), accumulate=True)
 
     def _penalize(self, scores: Tensor, slots: Tensor) -> None:
         in_prompt, new_counts = self._counters()
@@ -179,15 +181,16 @@ class Sampler:
         torch.where(seen, penalized, scores, out=scores)
         scores -= counts * frequency + (counts > 0) * presence
 
-    def _ban_end(self, scores: Tensor, rows: Sequence[Row], positions: Sequence[int]) -> None:
+    def _ban_end(self, scores: Tensor, rows: Sequence[Row]) -> None:
         places: list[int] = []
         ids: list[int] = []
         for i, row in enumerate(rows):
-            if positions[i] - row.prompt_tokens < row.request.params.min_new_tokens:
+            new = row.length - 1 - row.prompt_tokens  # the scheduler has counted the token to come already
+            if new < row.request.params.min_new_tokens:
                 places += [i] * len(row.eos)
                 ids += row.eos
         if places:
-            at = torch.tensor([places, ids], device=self.device)
+            at = self._send([places, ids], torch.int64)
             scores[at[0], at[1]] = -torch.inf
 
     def _add_logprobs(self, chosen: Sampled, raw: Tensor, rows: Sequence[Row]) -> None:

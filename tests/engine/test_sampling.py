@@ -21,7 +21,7 @@ def row(slot: int, prompt: list[int], new: list[int], **params) -> Row:
         SequenceRequest(slot, prompt, GenerationParams(**({"seed": 7} | params)), 0.0), slot, frozenset({EOS, EOS + 1})
     )
     made.token_ids += new
-    made.length = len(made.token_ids)
+    made.length = len(made.token_ids) + 1  # the scheduler counts the token to come
     made.slot = slot
     return made
 
@@ -31,7 +31,7 @@ def choose(rows: list[Row], logits: torch.Tensor, sampler: Sampler | None = None
     for one in rows:
         sampler.admit(one)
     slots = torch.tensor([one.slot for one in rows])
-    return sampler.choose(logits, rows, [one.length for one in rows], slots, sampler.needs(rows))
+    return sampler.choose(logits, rows, torch.tensor([one.length - 1 for one in rows]), slots, sampler.needs(rows))
 
 
 def reference_scores(one: Row, logits: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_presence_and_frequency_count_new_tokens_only_and_as_they_come():
     sampler.admit(one)
     picked = []
     for _ in range(4):
-        chosen = sampler.choose(logits, [one], [one.length], torch.tensor([0]), sampler.needs([one]))
+        chosen = sampler.choose(logits, [one], torch.tensor([one.length - 1]), torch.tensor([0]), sampler.needs([one]))
         picked.append(int(chosen.token_ids))
         one.token_ids.append(picked[-1])
         one.length += 1
