@@ -48,6 +48,7 @@ class StepBatch:
         slots: [T] int64, page * page_tokens + offset: where each token's key and value go.
         logit_rows: [L] int64, the tokens (indexes into T) whose logits are wanted.
         max_query: at least the most tokens of a row; 1 for pure decoding.
+        bucket: rows that the memory behind these views is padded to for a CUDA graph; 0: it is not.
     """
 
     token_ids: Tensor
@@ -58,6 +59,7 @@ class StepBatch:
     slots: Tensor
     logit_rows: Tensor
     max_query: int
+    bucket: int = 0
 
     @classmethod
     def of_rows(cls, rows: Sequence[StepRow], page_tokens: int, device: torch.device | str = "cpu") -> StepBatch:

@@ -137,7 +137,7 @@ class StepExecutor:
             # Where a page is a whole slot (on a CPU) no prompt fills it, so none could be shared.
             prefix_cache=options.prefix_cache and cache.page_tokens < info.max_length,
         )
-        self._inputs = StepInputs(
+        self.inputs = StepInputs(
             max_batch=self.scheduler.max_batch,
             max_step_tokens=options.max_step_tokens,
             max_length=info.max_length,
@@ -222,8 +222,8 @@ class StepExecutor:
             return None
 
     def _compute(self, plan: StepPlan) -> Flight:
-        batch = self._inputs.write(plan)
-        slots = self._inputs.sample_slots
+        batch = self.inputs.write(plan)
+        slots = self.inputs.sample_slots
         rows = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
         needs = self._sampler.needs(rows)
         if not rows:
@@ -236,7 +236,7 @@ class StepExecutor:
             places = batch.positions[batch.logit_rows] + 1
             chosen = self._sampler.choose(logits, rows, places, slots, needs)
         if self._ahead:
-            self._inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
+            self.inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
         return self._take_off(plan, rows, chosen)
 
     def _take_off(self, plan: StepPlan, rows: list[Row], chosen: Sampled) -> Flight:

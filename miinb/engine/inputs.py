@@ -1,12 +1,15 @@
 """A step's inputs: from the scheduler's plan to tensors on the device, through buffers that live as long as the engine.
 
-The device's buffers keep their addresses, so that a CUDA graph may read them. On a GPU the host's side is pinned and
-there are two of it, taken in turns: the copy of one step may still be under way while the next step is written.
+The device's buffers keep their addresses, so that a CUDA graph may read them, and lie one behind the other, so that a
+step is one copy. On a GPU the host's side is pinned and there are two of it, taken in turns: the copy of one step may
+still be under way while the next step is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,17 +20,31 @@ from miinb.engine.rows import Row, StepPlan
 #: Rows of the block table are as wide as the longest row of the step, in such steps: few shapes, so few kernels.
 TABLE_STEP = 16
 
+#: In memory's order: the block table, of which a step uses a part, is the last.
 _FIELDS = {
     "token_ids": torch.int64,
     "positions": torch.int64,
     "cache_slots": torch.int64,
-    "query_start": torch.int32,
-    "lengths": torch.int32,
     "logit_rows": torch.int64,
     "row_slots": torch.int64,
     "sample_slots": torch.int64,
+    "query_start": torch.int32,
+    "lengths": torch.int32,
     "block_table": torch.int32,
 }
+
+
+class _Buffer:
+    """One piece of memory with every field in it, as tensors and as numpy arrays."""
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device | str, *, pinned: bool = False) -> None:
+        counts = {name: sizes[name] * dtype.itemsize for name, dtype in _FIELDS.items()}
+        ends = dict(zip(counts, accumulate(-(-count // 16) * 16 for count in counts.values()), strict=True))
+        self.memory = torch.zeros(max(ends.values()), dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.starts = {name: end - -(-counts[name] // 16) * 16 for name, end in ends.items()}
+        self.fields = {
+            name: self.memory[start : start + counts[name]].view(_FIELDS[name]) for name, start in self.starts.items()
+        }
 
 
 class StepInputs:
@@ -41,6 +58,8 @@ class StepInputs:
         device: where the step is computed.
 
     Attributes:
+        buckets: numbers of rows that there are CUDA graphs for, ascending. A step of single tokens is padded to the
+            next one: rows of length 0 whose key and value go nowhere.
         sample_slots: of the last step written: the slots of the rows that get a token, [L] int64 on the device.
         last_tokens: [max_batch] int64 on the device: each slot's newest token, written by the executor.
     """
@@ -54,16 +73,10 @@ class StepInputs:
         per_token = {"token_ids", "positions", "cache_slots"}
         sizes = {name: max_step_tokens if name in per_token else max_batch + 1 for name in _FIELDS}
         sizes["block_table"] = max_batch * self._width
-        self._host = [
-            {name: torch.zeros(sizes[name], dtype=dtype, pin_memory=pinned) for name, dtype in _FIELDS.items()}
-            for _ in range(2 if pinned else 1)
-        ]
-        self._views = [{name: tensor.numpy() for name, tensor in host.items()} for host in self._host]
-        self._device = (
-            {name: torch.zeros_like(tensor, device=device) for name, tensor in self._host[0].items()}
-            if pinned
-            else self._host[0]
-        )
+        self._host = [_Buffer(sizes, "cpu", pinned=pinned) for _ in range(2 if pinned else 1)]
+        self._views = [{name: tensor.numpy() for name, tensor in host.fields.items()} for host in self._host]
+        self._device = _Buffer(sizes, device) if pinned else self._host[0]
+        self.buckets: Sequence[int] = ()
         self._copies = pinned
         self._turn = 0
         self._page_tokens = page_tokens
@@ -84,6 +97,9 @@ class StepInputs:
         starts, counts = np.array(plan.starts), np.array(plan.counts)
         ends = counts.cumsum()
         tokens = int(ends[-1])
+        samples = np.array(plan.samples)
+        logits = int(samples.sum())
+        bucket = self._bucket(rows) if tokens == rows == logits else 0
         row_of = self._places[:rows] if tokens == rows else np.repeat(self._places[:rows], counts)
         positions = self._places[:tokens] + (starts - ends + counts)[row_of]
         out["positions"][:tokens] = positions
@@ -93,15 +109,39 @@ class StepInputs:
         out["query_start"][1 : rows + 1] = ends
         out["lengths"][:rows] = starts + counts
         out["row_slots"][:rows] = slots
-        out["block_table"][: rows * width].reshape(rows, width)[:] = self._tables[slots, :width]
-        samples = np.array(plan.samples)
-        logits = int(samples.sum())
+        # Pages of a place side by side: a graph knows the distance between places, but not how many a step has.
+        stride = bucket or rows
+        out["block_table"][: width * stride].reshape(width, stride)[:, :rows] = self._tables[slots, :width].T
         out["logit_rows"][:logits] = (ends - 1)[samples]
         out["sample_slots"][:logits] = slots[samples]
         if not logits:  # chunks alone; kernels do not like empty batches, so one row's logits are made and forgotten
             out["logit_rows"][0] = tokens - 1
         unknown = self._write_tokens(plan, out["token_ids"])
-        return self._to_device(rows, tokens, logits, width, unknown, int(counts.max()))
+        if bucket > rows:
+            self._pad(out, rows, bucket)
+        return self._to_device(rows, tokens, logits, width, unknown, int(counts.max()), bucket)
+
+    def _bucket(self, rows: int) -> int:
+        at = bisect_left(self.buckets, rows)
+        return self.buckets[at] if at < len(self.buckets) else 0
+
+    def _pad(self, out: Mapping[str, np.ndarray], rows: int, bucket: int) -> None:
+        for name in ("token_ids", "positions", "row_slots", "lengths"):
+            out[name][rows:bucket] = 0
+        out["cache_slots"][rows:bucket] = -1
+        out["query_start"][rows + 1 : bucket + 1] = self._places[rows + 1 : bucket + 1]
+        out["logit_rows"][rows:bucket] = self._places[rows:bucket]
+
+    def bucket_batch(self, bucket: int) -> StepBatch:
+        """The batch that a CUDA graph of so many rows reads: the same memory in every step, padded and all."""
+        used = dict.fromkeys(_FIELDS, bucket) | {"query_start": bucket + 1, "block_table": bucket * self._width}
+        return self._batch(used, bucket, self._width, 1, bucket)
+
+    def look_up(self, count: int) -> None:
+        """Put each slot's newest token in the place of the leading `count` tokens that the host does not know."""
+        ids = self._device.fields["token_ids"][:count]
+        slots = self._device.fields["row_slots"][:count]
+        torch.where(ids < 0, self.last_tokens[slots], ids, out=ids)
 
     def _write_tables(self, rows: Sequence[Row]) -> tuple[np.ndarray, int]:
         """Bring the rows' page tables up to date. Returns the rows' slots and the width that the step needs."""
@@ -140,26 +180,30 @@ class StepInputs:
         out[: len(singles)] = singles
         return unknown
 
-    def _to_device(self, rows: int, tokens: int, logits: int, width: int, unknown: int, max_query: int) -> StepBatch:
-        used = dict.fromkeys(("token_ids", "positions", "cache_slots"), tokens)
-        used |= {"query_start": rows + 1, "lengths": rows, "row_slots": rows, "block_table": rows * width}
-        used |= {"logit_rows": max(logits, 1), "sample_slots": logits}
-        device = {name: self._device[name][:size] for name, size in used.items()}
+    def _to_device(
+        self, rows: int, tokens: int, logits: int, width: int, unknown: int, max_query: int, bucket: int
+    ) -> StepBatch:
+        table = width * (bucket or rows)
         if self._copies:
-            host = self._host[self._turn]
-            for name, size in used.items():
-                device[name].copy_(host[name][:size], non_blocking=True)
-        if unknown:
-            ids = device["token_ids"][:unknown]
-            torch.where(ids < 0, self.last_tokens[device["row_slots"][:unknown]], ids, out=ids)
-        self.sample_slots = device["sample_slots"]
+            end = self._device.starts["block_table"] + 4 * table
+            self._device.memory[:end].copy_(self._host[self._turn].memory[:end], non_blocking=True)
+        if unknown and not bucket:  # a graph looks them up itself
+            self.look_up(unknown)
+        self.sample_slots = self._device.fields["sample_slots"][:logits]
+        used = dict.fromkeys(("token_ids", "positions", "cache_slots"), tokens)
+        used |= {"query_start": rows + 1, "lengths": rows, "block_table": table, "logit_rows": max(logits, 1)}
+        return self._batch(used, rows, width, max_query, bucket)
+
+    def _batch(self, used: Mapping[str, int], rows: int, width: int, max_query: int, bucket: int) -> StepBatch:
+        fields = self._device.fields
         return StepBatch(
-            token_ids=device["token_ids"],
-            positions=device["positions"],
-            query_start=device["query_start"],
-            lengths=device["lengths"],
-            block_table=device["block_table"].view(rows, width),
-            slots=device["cache_slots"],
-            logit_rows=device["logit_rows"],
+            token_ids=fields["token_ids"][: used["token_ids"]],
+            positions=fields["positions"][: used["positions"]],
+            query_start=fields["query_start"][: used["query_start"]],
+            lengths=fields["lengths"][: used["lengths"]],
+            block_table=fields["block_table"][: used["block_table"]].view(width, bucket or rows)[:, :rows].t(),
+            slots=fields["cache_slots"][: used["cache_slots"]],
+            logit_rows=fields["logit_rows"][: used["logit_rows"]],
             max_query=max_query,
+            bucket=bucket,
         )

@@ -20,6 +20,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.executor import Executor, StepExecutor
+from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.parallel import Group, init_distributed
 from miinb.engine.policies import POLICIES
@@ -229,7 +230,27 @@ def _step_executor(
     plan = _verified(plan, decoder, size.page_tokens, config)
     cache = KVCache(local, size, DTYPES[place.dtype], place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
-    return StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
+    executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
+    if place.device.type == "cuda":
+        _capture(executor, decoder, cache, config, report)
+    return executor
+
+
+def _capture(
+    executor: StepExecutor, decoder: Decoder, cache: KVCache, config: DeploymentConfig, report: Report
+) -> None:
+    """CUDA graphs for the executor's decode steps, and the plan's line on them."""
+    if not config.options.cuda_graphs:
+        line = ("graphs", "off", "asked for")
+    elif decoder.group is not None:
+        line = ("graphs", "off", "not captured over several GPUs yet")
+    else:
+        report(Phase("capture"))
+        rows = min(executor.info.max_batch, config.options.max_step_tokens)
+        runner = GraphRunner(decoder, cache, executor.inputs, rows)
+        executor.runner = runner
+        line = ("graphs", "on", str(runner))
+    executor.info = dataclasses.replace(executor.info, plan=executor.info.plan.with_line(*line))
 
 
 def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, Plan]:

@@ -101,7 +101,7 @@ def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, A
         q.stride(0),
         *block_table.stride(),
         scale * _LOG2E,
-        SPLITS=splits,
+        splits,
         BLOCK_G=block_g,
         **settings,
         **_blocks(q),
@@ -172,9 +172,9 @@ def _softmax_step(
 @jit
 def _decode(
     q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, partial, weights, counters, q_stride,
-    table_stride, page_stride, scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    table_stride, page_stride, scale, splits, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program a row, KV head and part of the context; the last to finish of a row and head merges the parts.
@@ -195,7 +195,7 @@ def _decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    span = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    span = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
     parts = tl.cdiv(length - first, tl.maximum(span, 1))
     begin = first + split * span
     end = tl.minimum(begin + span, length)
@@ -216,14 +216,14 @@ def _decode(
         if split == 0:
             tl.store(to, (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=mask)
     elif split < parts:
-        at = (unit * SPLITS + split).to(tl.int64) * BLOCK_G
+        at = (unit * splits + split).to(tl.int64) * BLOCK_G
         tl.store(partial + (at + g)[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
         tl.store(weights + at * 2 + g, top)
         tl.store(weights + at * 2 + BLOCK_G + g, total)
         tl.debug_barrier()  # all threads have written before one of them says so
         if tl.atomic_add(counters + unit, 1, sem="acq_rel") == parts - 1:
             tl.store(counters + unit, 0)
-            base = (unit * SPLITS).to(tl.int64) * BLOCK_G
+            base = (unit * splits).to(tl.int64) * BLOCK_G
             result = _merge(partial + base * HEAD_SIZE, weights + base * 2, parts, g, d, mask, HEAD_SIZE, BLOCK_G)
             tl.store(to, result.to(out.dtype.element_ty), mask=mask)
 
