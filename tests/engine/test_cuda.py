@@ -1,0 +1,114 @@
+"""The whole engine on a GPU against transformers: kernels, CUDA graphs, launch-ahead. Run with `-m gpu`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miinb import models
+from miinb.config import EngineOptions, GenerationParams
+from miinb.engine import parity
+from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.executor import StepExecutor
+from miinb.engine.graphs import GraphRunner, capture_order
+from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.policies import POLICIES
+from miinb.engine.weights import DTYPES, load_weights
+from miinb.messages import EngineInfo, Plan, SequenceRequest, TokensEvent
+from tests.engine.conftest import CONFIGS
+
+Tiny = Callable[[str], tuple[Any, Path]]
+PROMPTS = [[(17 * i + j * j) % 98 + 3 for j in range(n)] for i, n in enumerate((17, 1, 30, 64))]
+
+
+def load(folder: Path, dtype: str) -> tuple[Decoder, KVCache]:
+    info, device = models.inspect(folder), torch.device("cuda", 0)
+    policy = POLICIES[info.family]
+    spec = policy.spec(info.config)
+    decoder = Decoder(spec, load_weights(info, policy, spec, dtype=dtype, device=device))
+    return decoder, KVCache(spec, CacheSize(48, 16, 128, 6, 0), DTYPES[dtype], device)
+
+
+def executor_of(decoder: Decoder, cache: KVCache, *, graphs: bool) -> StepExecutor:
+    info = EngineInfo(
+        replica=0, model="", task="text-generation", engine="optimized", dtype="", device="cuda",
+        vocab_size=decoder.spec.vocab_size, max_length=128, max_batch=6, eos_token_ids=(), tokenizer_folder="",
+        plan=Plan("optimized", "cuda", ""),
+    )  # fmt: skip
+    executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=EngineOptions(max_step_tokens=64))
+    if graphs:
+        executor.runner = GraphRunner(decoder, cache, executor.inputs, 6)
+        assert executor.inputs.buckets == [1, 2, 4, 6]
+    return executor
+
+
+def generate(executor: StepExecutor, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in prompts]
+
+    def take(event: object) -> None:
+        if isinstance(event, TokensEvent):
+            out[event.row_id].extend(event.token_ids)
+
+    for row, prompt in enumerate(prompts):
+        settings = GenerationParams(**{"max_new_tokens": 60, "ignore_eos": True, "seed": row} | params)
+        executor.submit(SequenceRequest(row, prompt, settings, time.monotonic()))
+    while executor.busy:
+        executor.step(take, lambda: None)
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_equal_transformers(tiny: Tiny, name: str) -> None:
+    model, folder = tiny(name)
+    decoder, cache = load(folder, "fp32")
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        new = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, eos_token_id=-1
+        )
+        expected.append(new[0, len(prompt) :].tolist())
+    executor = executor_of(decoder, cache, graphs=True)
+    assert generate(executor, PROMPTS) == expected, "ragged batch"
+    assert generate(executor, PROMPTS[:1]) == expected[:1], "alone"
+    assert generate(executor_of(decoder, cache, graphs=False), PROMPTS) == expected, "without graphs"
+
+
+@pytest.mark.gpu
+def test_sampled_rows_are_alike_alone_and_in_a_batch(tiny: Tiny) -> None:
+    decoder, cache = load(tiny("llama")[1], "fp32")
+    executor = executor_of(decoder, cache, graphs=True)
+    together = generate(executor, PROMPTS, do_sample=True, temperature=0.8, top_p=0.9, top_k=40)
+    assert generate(executor, PROMPTS[:1], do_sample=True, temperature=0.8, top_p=0.9, top_k=40) == together[:1]
+    assert together != generate(executor, PROMPTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3"])
+def test_bf16_error_is_near_the_baselines(tiny: Tiny, name: str) -> None:
+    model, folder = tiny(name)
+    prompt = PROMPTS[3]
+    ids = torch.tensor([prompt], device="cuda")
+    with torch.inference_mode():
+        exact = model.double()(ids.cpu()).logits[0]
+        model.float()
+        theirs = type(model).from_pretrained(folder, dtype=torch.bfloat16).cuda()(ids).logits[0]
+    decoder, cache = load(folder, "bf16")
+    batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0])], 16, "cuda")
+    batch.logit_rows = torch.arange(len(prompt), device="cuda")
+    ours = decoder.forward(batch, cache)
+    error, allowed = ((logits.double().cpu() - exact).norm() / exact.norm() for logits in (ours, theirs))
+    assert error <= 1.5 * allowed
+    assert parity.check(decoder, 16).passed
+
+
+def test_capture_order_begins_with_the_largest_and_then_the_small() -> None:
+    assert capture_order(1) == [1]
+    assert capture_order(6) == [6, 1, 2, 4]
+    assert capture_order(40) == [40, 1, 2, 4, 8, 16, 32]
