@@ -22,7 +22,8 @@ from miinb.kernels.dispatch import (
 
 _LOG2E = 1.4426950408889634
 _BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
-_DECODE_PROGRAMS = 128  # about one for each multiprocessor of an H100
+_DECODE_PROGRAMS = 512  # at most so many where there are enough rows and keys: about four for each multiprocessor
+_LEAST_KEYS = 128  # of one part of a context: merging more parts costs more than they gain
 _PREFILL_ROWS = 64
 
 
@@ -102,6 +103,7 @@ def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, A
         *block_table.stride(),
         scale * _LOG2E,
         splits,
+        _LEAST_KEYS,
         BLOCK_G=block_g,
         **settings,
         **_blocks(q),
@@ -172,9 +174,9 @@ def _softmax_step(
 @jit
 def _decode(
     q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, partial, weights, counters, q_stride,
-    table_stride, page_stride, scale, splits, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    table_stride, page_stride, scale, splits, least, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program a row, KV head and part of the context; the last to finish of a row and head merges the parts.
@@ -195,7 +197,7 @@ def _decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    span = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
+    span = tl.cdiv(tl.maximum(tl.cdiv(length - first, splits), least), BLOCK_N) * BLOCK_N
     parts = tl.cdiv(length - first, tl.maximum(span, 1))
     begin = first + split * span
     end = tl.minimum(begin + span, length)

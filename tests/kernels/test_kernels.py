@@ -38,9 +38,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # a program takes it 30 ms
         monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 20)
+    monkeypatch.setattr(attention, "_LEAST_KEYS", 32)  # so that contexts of tests have parts
 
 
 if INTERPRETED:  # numpy 2.4 no longer turns one-element arrays into loop bounds as Triton 3.6's interpreter asks it to
