@@ -9,8 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miinb import errors, models
+    from miinb import constants, errors, models
+    from miinb.bench.records import load_runs
+    from miinb.bench.runner import compare
+    from miinb.compat import deploy, mii_query_handle, terminate
     from miinb.diagnosis import doctor
+    from miinb.session import Session, attach, deployments
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from miinb.messages import EngineInfo, Phase, Plan, Status
 if TYPE_CHECKING:
     import pandas
 
+    from miinb.bench.records import Runs
     from miinb.results import ConversationReply, Reply, Result
     from miinb.streams import Stream
 
@@ -253,7 +253,7 @@ class Session:
 
     # Measuring and showing
 
-    def bench(self, workload: Any = None, **fields: Any) -> Any:
+    def bench(self, workload: Any = None, **fields: Any) -> Runs:
         """Measure it under a workload (`miinb.config.BenchConfig`'s fields): `Runs`."""
         from miinb.bench.runner import bench
 
@@ -261,7 +261,9 @@ class Session:
 
     def panel(self, kind: str | None = None) -> Any:
         """A widget to try the model with; `kind` None chooses by the task."""
-        return importlib.import_module("miinb.notebook.panels").panel(self, kind)
+        from miinb.notebook.panels import panel
+
+        return panel(self, kind)
 
     # Its life
 
@@ -318,10 +320,9 @@ class Session:
         return f"Session({self.name!r}, model={self.model!r}, engine={self.engine!r}, state={self.state!r})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        try:
-            html, text = importlib.import_module("miinb.notebook.cards").session_card(self)
-        except ModuleNotFoundError:
-            return {"text/plain": repr(self)}
+        from miinb.notebook.cards import session_card
+
+        html, text = session_card(self)
         return {"text/html": html, "text/plain": text}
 
     def _describe(self) -> EngineInfo:

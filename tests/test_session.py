@@ -91,7 +91,7 @@ def test_it_says_what_it_is(session: miinb.Session) -> None:
     assert session.load_s > 0
     assert session.config.dtype == "fp32"
     assert "'tiny'" in repr(session)
-    assert "tiny" in session._repr_mimebundle_()["text/plain"]
+    assert set(session._repr_mimebundle_()) == {"text/html", "text/plain"}
 
 
 def test_every_listener_is_local(session: miinb.Session) -> None:
