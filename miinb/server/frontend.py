@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -33,7 +32,6 @@ from miinb.tasks import find_task
 
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
 TICK_S = 1.0
-PR_SET_PDEATHSIG = 1
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
 DEFAULT_MAX_BATCH = 1024
@@ -166,18 +164,9 @@ class Frontend:
             await asyncio.sleep(TICK_S)
 
 
-def die_with_parent() -> None:
-    """End this process when the supervisor ends, also if it has already ended."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent == 1 or os.getppid() != parent:
-        sys.exit("the supervisor is gone")
-
-
 def main() -> None:
     """Read the JSON line of stdin and serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button of a notebook is not for the server
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     status = StatusPipe()
     try:

@@ -16,7 +16,6 @@ from miinb.server.process import Process
 
 FRONTEND = "miinb.server.frontend"
 WORKER = "miinb.server.worker"
-_LONG_S = 3600.0
 
 
 class Launch:
@@ -39,11 +38,11 @@ class Launch:
             _write_token(folder / "token")
 
     def frontend(self) -> Process:
-        """Start the frontend. It drains for as long as the supervisor lets it."""
+        """Start the frontend."""
         return Process(
             "The frontend",
             self._modules["frontend"],
-            {**self._line, "drain_s": _LONG_S},
+            self._line,
             log=self.folder / "logs" / "frontend.log",
             env={**self._environment(), "CUDA_VISIBLE_DEVICES": ""},
         )

@@ -7,7 +7,6 @@ the supervisor go through the pipe `MIINB_STATUS_FD`. docs/internals.md has the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import logging
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from miinb.engine.executor import Executor
 
 log = logging.getLogger("miinb.worker")
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,21 +219,12 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, and end now if it has died already."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def _terminate(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
 def main() -> int:
     """Run one rank. Exit code 0: told to end, or the frontend is gone; 1: it failed, and the supervisor knows why."""
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button is not for this process
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)

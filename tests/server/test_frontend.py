@@ -356,21 +356,6 @@ def test_a_second_sigterm_does_not_wait(fresh: Any) -> None:
             _ = stream.result
 
 
-def test_the_frontend_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
-    byte_level(tmp_path / "tokenizer")
-    code = (
-        "import sys, time; from pathlib import Path; from tests.frontend_process import FrontendProcess\n"
-        "print(FrontendProcess(Path(sys.argv[1])).process.pid, flush=True); time.sleep(60)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    assert parent.stdout is not None
-    with parent.stdout as out:
-        pid = int(out.readline())
-        parent.kill()
-        parent.wait(10)
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "its end")
-
-
 def test_activity_is_told(fresh: Any) -> None:
     frontend = fresh()
     frontend.rank()
