@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from IPython.core.completer import CompletionContext
+from IPython.core.completer import CompletionContext, provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from standin import StandIn
@@ -228,7 +228,6 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
         ("%mii gen -d ", {"tiny"}),
         ("%mii stop ti", {"tiny"}),
         ("%mii gen --max", {"--max-new-tokens"}),
-        ("%mii gen --max-new-tokens 3 --max", set()),
         ("%mii start m --dtype b", {"bf16"}),
         ("%mii plot th", {"throughput"}),
         ("%mii help ben", {"bench"}),
@@ -238,8 +237,14 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
     ],
 )
 def test_completion(shell: Shell, text: str, expected: set[str]) -> None:
-    _, found = shell.complete("", text, len(text))
-    assert set(found) == expected
+    with provisionalcompleter():
+        assert {found.text for found in shell.Completer.completions(text, len(text))} == expected
+
+
+def test_an_option_is_offered_once_unless_it_may_be_repeated(shell: Shell) -> None:
+    complete = shell.miinb_magics.complete
+    assert complete("gen --max-new-tokens 3 --max", cell=False) == ([], "--max")
+    assert complete("gen --stop a --sto", cell=False) == (["--stop"], "--sto")
 
 
 @pytest.mark.parametrize("text", ["st", "x = mii st", "%%mii\nst", "%miix st", "%time st"])
