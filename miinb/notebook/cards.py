@@ -114,16 +114,18 @@ def card(
 
 
 def _grid(table: Table) -> str:
-    head = "".join(
-        f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{escape(printable(str(c)))}</th>' for c in table.columns
-    )
+    head = "".join(f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{_cell(c)}</th>' for c in table.columns)
     rows = "".join(
-        '<tr style="background:none">'
-        + "".join(f'<td style="{_CELL}">{escape(printable(str(cell)))}</td>' for cell in row)
-        + "</tr>"
+        '<tr style="background:none">' + "".join(f'<td style="{_CELL}">{_cell(cell)}</td>' for cell in row) + "</tr>"
         for row in table.rows
     )
     return f'<table style="border:none;border-collapse:collapse;margin:.3em 0"><tr>{head}</tr>{rows}</table>'
+
+
+def _cell(value: Any) -> str:
+    """A value as HTML; short ones ("8 s") stay on one line."""
+    text = escape(printable(str(value)))
+    return f'<span style="white-space:nowrap">{text}</span>' if len(text) <= 16 else text
 
 
 def table_card(table: Table) -> Card:
