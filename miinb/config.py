@@ -70,6 +70,8 @@ def _explain(failure: ValidationError, cls: type[BaseModel], error: type[MiinbEr
     if isinstance(cause := first.get("ctx", {}).get("error"), MiinbError):
         return error(cause.message, hint=cause.hint)
     text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own validators name their field
+        return error(f"{text}.")
     given = "" if first["type"] == "missing" else f", not {_short(first.get('input'))}"
     return error(f"{field or cls.__name__}: {text}{given}.")
 
@@ -221,10 +223,14 @@ def _number_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+#: What a greedy choice would ignore, and so is refused without `do_sample=True`.
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+
+
 class GenerationParams(Frozen):
     """Parameters of one text generation: transformers' names, meanings and (but for `do_sample`) defaults.
 
-    `temperature`, `top_k`, `top_p`, `min_p` act only with `do_sample=True`, as in transformers.
+    `temperature`, `top_k`, `top_p`, `min_p` need `do_sample=True`; transformers would ignore them without it.
     Without a seed the server draws one, and the record keeps it.
     """
 
@@ -271,6 +277,10 @@ class GenerationParams(Frozen):
             )
         if self.num_return_sequences > 1 and not self.do_sample:
             raise InvalidValueError("num_return_sequences: greedy decoding has one answer; set do_sample=True")
+        if not self.do_sample:
+            for name in SAMPLING_ONLY:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise InvalidValueError(f"{name}: acts only with do_sample=True")
         return self
 
 

@@ -54,6 +54,7 @@ def test_config_survives_json() -> None:
         ({"num_beams": 4}, "num_beams"),
         ({"temprature": 0.5}, "temprature"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"top_p": 0.9}, "top_p"),
     ],
 )
 def test_wrong_generation_parameters_are_refused_by_name(values: dict[str, object], field: str) -> None:
@@ -65,6 +66,13 @@ def test_generation_accepts_usual_spellings() -> None:
     import numpy as np
 
     params = parse_generation(
-        {"stop": "\n", "temperature": 1, "max_new_tokens": np.int64(5), "top_k": None, "num_beams": 1}
+        {
+            "stop": "\n",
+            "do_sample": False,
+            "temperature": 1,
+            "max_new_tokens": np.int64(5),
+            "top_k": None,
+            "num_beams": 1,
+        }
     )
     assert params == GenerationParams(stop=["\n"], temperature=1.0, max_new_tokens=5)

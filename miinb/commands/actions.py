@@ -154,9 +154,6 @@ def _text(context: Context, values: Values, body: str | None, command: str) -> s
 
 def _generation(context: Context, values: Values) -> dict[str, Any]:
     options = given(values, GENERATION)
-    idle = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in options]
-    if idle and not options.get("do_sample"):
-        raise InvalidValue(f"--{idle[0].replace('_', '-')} acts only together with --do-sample.")
     if context.settings.max_new_tokens:
         options.setdefault("max_new_tokens", context.settings.max_new_tokens)
     return options

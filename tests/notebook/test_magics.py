@@ -113,7 +113,7 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%mii gen Hi --max-new-token 3", UnknownOption, "Did you mean '--max-new-tokens'?"),
         ("%mii gen Hi -n three", InvalidValue, "--max-new-tokens: 'three' is not a whole number"),
         ("%mii gen Hi -n 0", InvalidRequest, "max_new_tokens"),
-        ("%mii gen Hi --temperature 0.5", InvalidValue, "--do-sample"),
+        ("%mii gen Hi --temperature 0.5", InvalidRequest, "do_sample=True"),
         ("%mii gen What's up", InvalidValue, "A quote is not closed"),
         ("%mii gen", InvalidValue, "prompt is empty"),
         ("%mii gen Hi -d tinny", DeploymentNotFound, "tinny"),
