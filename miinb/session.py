@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
-from miinb import hardware, models, planner, registry
+from miinb import cell, hardware, models, planner, registry
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
 from miinb.errors import DeploymentExists, Unavailable
-from miinb.messages import EngineInfo, Phase, Plan, Status
+from miinb.messages import EngineInfo, Plan, Status
 
 if TYPE_CHECKING:
     import pandas
@@ -30,8 +27,9 @@ if TYPE_CHECKING:
     from miinb.streams import Stream
 
 _NAME_TRIES = 5
-_BAR = "{desc} {bar} {elapsed}"
-_PHASES = ("start", "load", "inject", "capture", "verify", "ready")
+
+#: This process's sessions by instance id: joining a deployment twice gives one session with all its records.
+_sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
 
 
 class Session:
@@ -128,7 +126,7 @@ class Session:
         for attempt in range(_NAME_TRIES):
             name = self._config.name or registry.unique_name(wanted)
             try:
-                with _progress(name) as on_phase:
+                with cell.progress(name) as on_phase:
                     return Deployment.start(resolved, name=name, task=task, on_phase=on_phase)
             except DeploymentExists:  # another process took the free name first
                 if self._config.name or attempt == _NAME_TRIES - 1:
@@ -140,6 +138,7 @@ class Session:
         self._state = "ready"
         self._client = Client(deployment.entry.address)
         self._info: EngineInfo | None = None
+        _sessions[deployment.entry.instance_id] = self
 
     # What it is
 
@@ -228,7 +227,7 @@ class Session:
     def stream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> Stream:
         """Chunks of the answer to a prompt or a conversation; `.cancel()` ends it, `.result` holds the whole."""
         stream = self._client.stream(prompt, **parameters)
-        _end_with_cell(stream)
+        cell.end_with_cell(stream)
         return stream
 
     def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
@@ -332,13 +331,17 @@ class Session:
 
 
 def attach(name: str) -> Session:
-    """A session of the running deployment of that name; it does not end with this process.
+    """A session of the running deployment of that name: this process's own if it has one, so that records are shared.
+
+    A deployment of another process does not end with this one.
 
     Raises:
         DeploymentNotFound: there is none; the near name is in the hint.
         VersionMismatch: another version of miinb started it.
     """
-    return Session._of(Deployment.join(name))
+    deployment = Deployment.join(name)
+    own = _sessions.get(deployment.entry.instance_id)
+    return own if own is not None and own._state != "stopped" else Session._of(deployment)
 
 
 def deployments() -> list[Status]:
@@ -351,50 +354,3 @@ def deployments() -> list[Status]:
             if entry.alive:
                 found.append(without_answer(entry))
     return found
-
-
-#: Streams that cells have opened and may have left open.
-_open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-
-
-def _end_with_cell(stream: Stream) -> None:
-    """See that the Stop button ends the stream also when it hits the cell's own code between two chunks.
-
-    The traceback that IPython keeps would hold the abandoned iterator, and so its slot in the model.
-    """
-    shell = _shell() if "IPython" in sys.modules else None
-    if shell is None or threading.current_thread() is not threading.main_thread():
-        return
-    shell.events.register("post_run_cell", _cell_ended)  # once: the same function is not added again
-    _open_streams.add(stream)
-
-
-def _cell_ended(result: Any) -> None:
-    if isinstance(result.error_in_exec, KeyboardInterrupt):
-        for stream in list(_open_streams):
-            stream.cancel()
-    _open_streams.clear()
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[Phase], None]]:
-    """A progress bar of the start's phases: a widget in a notebook, text in a terminal, nothing in a pipe."""
-    from tqdm.auto import tqdm
-
-    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
-    off = not (in_notebook or sys.stderr.isatty())
-    with tqdm(total=len(_PHASES), leave=False, disable=off, bar_format=_BAR) as bar:
-
-        def on_phase(phase: Phase) -> None:
-            if phase.name in _PHASES:
-                bar.n = _PHASES.index(phase.name) + min(1.0, phase.done / max(1, phase.total))
-            bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
-
-        yield on_phase
-        bar.n = len(_PHASES)  # a full bar goes away, that of a failed start stays
-
-
-def _shell() -> Any:
-    from IPython.core.getipython import get_ipython
-
-    return get_ipython()

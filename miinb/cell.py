@@ -1,0 +1,64 @@
+"""What a session does with the notebook cell that it is called from: the start's progress bar, and the Stop button."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from miinb.messages import Phase
+
+if TYPE_CHECKING:
+    from miinb.streams import Stream
+
+_BAR = "{desc} {bar} {elapsed}"
+_PHASES = ("start", "load", "inject", "capture", "verify", "ready")
+
+#: Streams that cells have opened and may have left open.
+_open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def end_with_cell(stream: Stream) -> None:
+    """See that the Stop button ends the stream also when it hits the cell's own code between two chunks.
+
+    The traceback that IPython keeps would hold the abandoned iterator, and so its slot in the model.
+    """
+    shell = _shell() if "IPython" in sys.modules else None
+    if shell is None or threading.current_thread() is not threading.main_thread():
+        return
+    shell.events.register("post_run_cell", _cell_ended)  # once: the same function is not added again
+    _open_streams.add(stream)
+
+
+def _cell_ended(result: Any) -> None:
+    if isinstance(result.error_in_exec, KeyboardInterrupt):
+        for stream in list(_open_streams):
+            stream.cancel()
+    _open_streams.clear()
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[Phase], None]]:
+    """A progress bar of the start's phases: a widget in a notebook, text in a terminal, nothing in a pipe."""
+    from tqdm.auto import tqdm
+
+    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
+    off = not (in_notebook or sys.stderr.isatty())
+    with tqdm(total=len(_PHASES), leave=False, disable=off, bar_format=_BAR) as bar:
+
+        def on_phase(phase: Phase) -> None:
+            if phase.name in _PHASES:
+                bar.n = _PHASES.index(phase.name) + min(1.0, phase.done / max(1, phase.total))
+            bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
+
+        yield on_phase
+        bar.n = len(_PHASES)  # a full bar goes away, that of a failed start stays
+
+
+def _shell() -> Any:
+    from IPython.core.getipython import get_ipython
+
+    return get_ipython()
