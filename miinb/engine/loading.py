@@ -27,16 +27,12 @@ from miinb.engine.policies import POLICIES
 from miinb.engine.spec import DecoderSpec
 from miinb.engine.tokenizer_files import export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, weights_bytes
-from miinb.errors import InvalidValue, ModelError, OutOfMemory, UnsupportedModel
+from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
 
 Report = Callable[[Phase], None]
-
-
-class ParityFailed(ModelError):
-    """The fused path computed something else than the reference, and `options.parity` is "raise"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +271,7 @@ def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: Deployment
 
     Raises:
         UnsupportedModel: it failed (the caller falls back).
-        ParityFailed: it failed, and falling back was not wanted.
+        RankFailed: it failed, and falling back was not wanted.
     """
     if config.options.parity == "off":
         return plan.with_line("parity", "off", "asked for")
@@ -284,7 +280,7 @@ def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: Deployment
         return plan.with_line("parity", "passed", str(result))
     message = f"The fused layers differ from their reference: {result}."
     if config.options.parity == "raise":
-        raise ParityFailed(message, hint="options={'parity': 'fallback'} serves with plain transformers instead.")
+        raise RankFailed(message, hint="options={'parity': 'fallback'} serves with plain transformers instead.")
     raise UnsupportedModel(message)
 
 

@@ -121,8 +121,9 @@ def test_pinned_answers_are_static_output_of_the_cell(notebook: Notebook) -> Non
 
 def test_text_of_a_model_is_no_markup(notebook: Notebook) -> None:
     notebook.find("prompt").locator("textarea").fill(PROBE)
+    notebook.find("max-new-tokens").locator("input").fill("6")  # its status differs from that of the answer before
     notebook.find("generate").click()
-    until(lambda: "5 tokens" in notebook.find("status").inner_text(), "no answer")
+    until(lambda: "6 tokens" in notebook.find("status").inner_text(), "no answer")
     notebook.find("pin").click()
     until(lambda: "> <img" in notebook.text(2), "nothing was pinned")
     notebook.run(5)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.engine import loading, parity
+from miinb.engine import parity
 from miinb.engine.executor import Executor
 from miinb.engine.loading import load_executor
-from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError
+from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError, RankFailed
 from miinb.messages import Phase, SequenceRequest, TokensEvent
 from tests.engine.conftest import build
 
@@ -84,7 +84,7 @@ def test_parity_failure_falls_back_or_raises(tiny: Tiny, tmp_path: Path, monkeyp
     executor, _ = load(folder, tmp_path)
     assert executor.info.engine == executor.info.plan.engine == "baseline"
     assert "differ from their reference" in executor.info.plan.warnings[0]
-    with pytest.raises(loading.ParityFailed):
+    with pytest.raises(RankFailed):
         load(folder, tmp_path, options={"parity": "raise", "threads": 1})
     executor, _ = load(folder, tmp_path, options={"parity": "off", "threads": 1})
     assert executor.info.engine == "optimized"

@@ -76,7 +76,9 @@ def test_a_message_above_the_limit_is_the_requests_fault() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        GenerateRequest("prompt é\n", GenerationParams(temperature=0.7, seed=2**63 - 1, stop=["a"]), request_id="x"),
+        GenerateRequest(
+            "prompt é\n", GenerationParams(do_sample=True, temperature=0.7, seed=2**63 - 1, stop=["a"]), request_id="x"
+        ),
         GenerateRequest("p", GenerationParams(logit_bias={5: -1.0, 0: 2.0}, do_sample=True)),
         GenerateRequest(None, GenerationParams(), ({"role": "user", "content": "Hi"},)),
     ],
