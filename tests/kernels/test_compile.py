@@ -14,9 +14,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
-from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope  # noqa: E402
+from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample  # noqa: E402
 
-OPERATORS = (activation, attention, head, linear, norm, rope)
+OPERATORS = (activation, attention, head, linear, norm, rope, sample)
 
 
 def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -64,6 +64,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "prefill": attention_call(32, 8, 128, 200),
     "prefill alibi": attention_call(16, 16, 64, 200, alibi=t(16, dtype=torch.float32)),
     "prefill softcap": attention_call(8, 4, 256, 200, softcap=50.0, window=4096),
+    "sample": lambda: sample.sample(
+        t(1, 128256),
+        *(ids(1, dtype=torch.int64),) * 2,
+        t(1, dtype=torch.float32),
+        ids(1),
+        *(t(1, dtype=torch.float32),) * 2,
+    ),
     "argmax": lambda: head.argmax(t(1, 128256)),
 }
 
