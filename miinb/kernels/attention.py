@@ -22,8 +22,9 @@ from miinb.kernels.dispatch import (
 
 _LOG2E = 1.4426950408889634
 _BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
-_DECODE_PROGRAMS = 512  # at most so many where there are enough rows and keys: about four for each multiprocessor
-_LEAST_KEYS = 128  # of one part of a context: merging more parts costs more than they gain
+_ROW_PROGRAMS = 256  # decode: at most so many for one row, about two for each multiprocessor of an H100,
+_DECODE_PROGRAMS = 512  # and so many for all rows, as far as there are keys for them
+_LEAST_KEYS = 64  # of one part of a context; more in longer ones, as merging many parts costs more than it gains
 _PREFILL_ROWS = 64
 
 
@@ -91,7 +92,7 @@ def paged_attention(
 def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], max_query: int) -> None:
     q, block_table, lengths = tensors[0], tensors[3], tensors[5]
     heads, kv_heads, rows = settings["HEADS"], settings["KV_HEADS"], lengths.shape[0]
-    splits = min(max(_DECODE_PROGRAMS // (rows * kv_heads), 1), 32)
+    splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), 1), 32)
     block_g = max(power_of_2(heads // kv_heads), 16)
     parts = rows * kv_heads * splits
     _decode[(rows, kv_heads, splits)](
@@ -197,8 +198,10 @@ def _decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    span = tl.cdiv(tl.maximum(tl.cdiv(length - first, splits), least), BLOCK_N) * BLOCK_N
-    parts = tl.cdiv(length - first, tl.maximum(span, 1))
+    keys = length - first
+    fewest = tl.minimum(tl.maximum(keys // 16, least), 4 * least)
+    span = tl.cdiv(tl.maximum(tl.cdiv(keys, splits), fewest), BLOCK_N) * BLOCK_N
+    parts = tl.cdiv(keys, span)
     begin = first + split * span
     end = tl.minimum(begin + span, length)
     query = tl.load(q + row.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
