@@ -48,6 +48,8 @@ def sample(
             return sample_cpu.sample(logits, seed, position, temperature, top_k, top_p, min_p)
         return reference.sample(logits, seed, position, temperature, top_k, top_p, min_p)
     rows, vocab = logits.shape
+    logits, seed, position = logits.contiguous(), seed.contiguous(), position.contiguous()
+    temperature, top_k, top_p, min_p = (values.contiguous() for values in (temperature, top_k, top_p, min_p))
     noisy = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
     token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     finite = torch.empty(rows, dtype=torch.bool, device=logits.device)
@@ -133,7 +135,7 @@ def _draw(
             best = tl.maximum(most, best)
         below = _score(logits, row * vocab + drawn, True, heat)
         above = _mass_above(logits, row, vocab, heat, top, below, False, BLOCK)
-        tried = (above >= mass * everything) & (mass < 1.0)
+        tried = (above > 0.0) & (above >= mass * everything) & (mass < 1.0)  # above the largest is nothing
     tl.store(token_ids + row, drawn)
 
 

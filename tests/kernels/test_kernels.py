@@ -246,6 +246,8 @@ def test_sample() -> None:
     top_k = torch.tensor([0, 0, 0, 1, 5, 0, 0, 0, 2000, 30, 50, 0], dtype=torch.int32)
     top_p = torch.tensor([1, 1, 1, 1, 1, 0.3, 0.9, 1, 1, 0.8, 0.95, 1])
     min_p = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0.2, 0, 0.05, 0.01, 0])
+    numbers = torch.stack((temperature, top_p, min_p, torch.zeros(rows)), 1)  # columns, as the engine keeps them
+    temperature, top_p, min_p, _ = numbers.to(DEVICE).unbind(1)
     arguments = [t.to(DEVICE) for t in (logits, seed, position, temperature, top_k, top_p, min_p)]
     ids, finite = sample(*arguments)
     expected, expected_finite = reference.sample(*(t.cpu() for t in arguments))
