@@ -141,11 +141,10 @@ def table(runs: Runs, floors_s: dict[str, float]) -> str:
         per_token = rows.groupby("arm", sort=False)["tpot_s"].median()
         first = rows.groupby("arm", sort=False)["ttft_s"].median()
         for arm in per_token.index:
-            ratio = per_token["baseline"] / per_token[arm] if "baseline" in per_token.index else float("nan")
+            ratio = f"{per_token['baseline'] / per_token[arm]:.2f}x" if "baseline" in per_token.index else "-"
             share = 100 * floors_s[str(model)] / per_token[arm]
             lines.append(
-                f"{model:<14} {arm:<14} {1e3 * first[arm]:>9.2f} {1e3 * per_token[arm]:>9.3f} "
-                f"{ratio:>6.2f}x {share:>10.0f}"
+                f"{model:<14} {arm:<14} {1e3 * first[arm]:>9.2f} {1e3 * per_token[arm]:>9.3f} {ratio:>7} {share:>10.0f}"
             )
         lines.append(f"{model:<14} {'floor':<14} {'':>9} {1e3 * floors_s[str(model)]:>9.3f}")
     return "\n".join(lines)
