@@ -255,7 +255,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """One rank as the supervisor sees it. `gpu` is the physical index, None on a CPU."""
+    """One rank as the supervisor sees it. `gpu` is the physical index, None on a CPU.
+
+    `memory_bytes` is what it has reserved on its GPU at the end of its start; on a CPU, what is resident now.
+    """
 
     replica: int
     rank: int

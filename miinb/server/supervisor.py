@@ -324,10 +324,10 @@ class Supervisor:
 
     def _rank_status(self, child: Process) -> RankStatus:
         state = "ready" if child.ready is not None else (child.phase.name if child.phase else "start")
-        memory = 0
+        facts: dict[str, Any] = {}
         with contextlib.suppress(psutil.Error):
-            memory = psutil.Process(child.pid).memory_info().rss
-        facts = {**(child.ready or {}), "state": state, "pid": child.pid, "memory_bytes": memory}
+            facts["memory_bytes"] = psutil.Process(child.pid).memory_info().rss
+        facts |= {**(child.ready or {}), "state": state, "pid": child.pid}  # a rank on a GPU tells its memory there
         gpu = self.launch.gpu(child.replica or 0, child.rank)
         return from_dict(RankStatus, {**facts, "replica": child.replica, "rank": child.rank, "gpu": gpu})
 

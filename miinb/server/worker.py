@@ -135,10 +135,14 @@ class Server:
             self.socket.send(FailedEvent(request.row_id, type(error).__name__, error.message, error.hint))
 
     def _status(self) -> dict[str, Any]:
-        import torch
+        return {**self.executor.status(), **device_memory(), "uptime_s": time.monotonic() - self._started}
 
-        memory = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        return {**self.executor.status(), "device_memory_bytes": memory, "uptime_s": time.monotonic() - self._started}
+
+def device_memory() -> dict[str, int]:
+    """What this process has reserved on its GPU; empty on a CPU."""
+    import torch
+
+    return {"memory_bytes": torch.cuda.memory_reserved()} if torch.cuda.is_available() else {}
 
 
 def warm_up(executor: Executor) -> None:
@@ -202,6 +206,7 @@ def serve(order: Order, reports: Reports) -> None:
                 "device": info.device,
                 "weights_bytes": plan.weights_bytes,
                 "kv_cache_bytes": plan.kv_cache_bytes,
+                **device_memory(),
             }
         )
         log.info("ready after %.1f s\n%s", info.load_s, plan)
