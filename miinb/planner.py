@@ -129,7 +129,7 @@ def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: H
     if choice.device == "cpu" and asked == "fp16":
         fast = hardware.cpu_flags & {"avx2", "avx512_bf16", "amx_bf16", "bf16"}
         used = "bf16" if fast else "fp32"
-        reason = f"fp16 ({origin}) is slow or wrong on a CPU: {used} has " + ("its speed" if fast else "full precision")
+        reason = f"fp16 ({origin}) is slow on a CPU: {used} " + ("has its size" if fast else "is as exact")
         return choice.with_line("dtype", used, reason, dtype=used)
     if choice.device == "cuda" and asked == "bf16" and any(gpu.capability < (8, 0) for gpu in hardware.gpus):
         if config.dtype == "auto":

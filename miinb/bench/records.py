@@ -47,7 +47,8 @@ DEFINITIONS: dict[str, str] = {
         "price_usd_per_gpu_hour * n_gpus / 3600 / output_tok_s * 1e6; empty without the user's price; a machine "
         "without a GPU counts as one"
     ),
-    "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap",
+    "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap, "
+    "requests that ran together drawn together",
     "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
     "equal_share": "share of the baseline's output tokens before the first difference, mean over the answers",
 }

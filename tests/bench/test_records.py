@@ -90,6 +90,9 @@ def test_speedup_and_its_interval() -> None:
     assert 1.8 < low < 2.0 < high < 2.2
     assert ratio_of_medians(slow, fast) == (ratio, low, high)
     assert math.isnan(ratio_of_medians(slow[:2], fast[:2])[1])
+    together = np.repeat([1.0, 2.0, 4.0], 8)  # three batches of eight: the interval knows three times, not 24
+    assert ratio_of_medians(together, np.ones(24), block=8)[1:] == (1.0, 4.0)
+    assert math.isnan(ratio_of_medians(together[:8], np.ones(8), block=8)[1])
     assert all(math.isnan(value) for value in ratio_of_medians(slow, fast[:0]))
 
 
