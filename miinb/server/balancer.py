@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,12 +27,16 @@ class Replica:
 
     Attributes:
         text: its tokenizer, or None for a task that does not stream text.
+        heard: it has sent something since the last `Balancer.silent()`.
+        asked_at: when it was asked for a sign of life that has not come; None: it owes none.
     """
 
     channel: RankChannel
     info: EngineInfo
     text: TextCodec | None
     rows: dict[int, Sink] = field(default_factory=dict)
+    heard: bool = False
+    asked_at: float | None = None
 
     def submit(self, request: SequenceRequest | PredictRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
@@ -116,6 +121,20 @@ class Balancer:
             )
         return replica
 
+    def silent(self) -> dict[int, float]:
+        """Replicas with rows that do not answer, and for how many seconds; to be called about once a second."""
+        now = time.monotonic()
+        found = {}
+        for replica in self._replicas.values():
+            if replica.heard or not replica.rows:
+                replica.heard, replica.asked_at = False, None
+            elif replica.asked_at is None:
+                replica.asked_at = now
+                replica.channel.send(EngineStatus())
+            else:
+                found[replica.info.replica] = now - replica.asked_at
+        return found
+
     def close(self) -> None:
         """Close every connection."""
         for channel in tuple(self._open):
@@ -125,6 +144,8 @@ class Balancer:
         """Hand each event to its row's sink. At full load this runs for every token of every stream."""
         replica = self._replicas.get(channel)
         rows = replica.rows if replica is not None else {}
+        if replica is not None:
+            replica.heard = True
         for message in messages:
             if type(message) is TokensEvent:
                 if (sink := rows.get(message.row_id)) is not None:

@@ -24,6 +24,7 @@ from grpc_health.v1._async import HealthServicer
 from miinb.config import DeploymentConfig
 from miinb.messages import EngineInfo
 from miinb.rpc import codec
+from miinb.rpc.address import unix_address
 from miinb.server import ipc
 from miinb.server.balancer import Balancer
 from miinb.server.service import MAX_REQUEST_BYTES, Inference, TokenCheck
@@ -114,7 +115,7 @@ class Frontend:
         await ipc.listen(self._folder / "engine.sock", self._balancer.make_channel)
         socket = self._folder / "rpc.sock"
         socket.unlink(missing_ok=True)
-        address = f"unix:{socket}"
+        address = unix_address(socket)
         server = self._server(None)
         server.add_insecure_port(address)
         socket.chmod(0o600)
@@ -161,6 +162,8 @@ class Frontend:
                 names = ("in_flight", "queued", "requests", "replicas")
                 self._status.send({"activity": dict(zip(names, now, strict=True))})
                 last = now
+            for replica, seconds in self._balancer.silent().items():
+                self._status.send({"silent": {"replica": replica, "seconds": seconds}})
             await asyncio.sleep(TICK_S)
 
 

@@ -18,7 +18,14 @@ from miinb.messages import Phase, from_dict
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 #: Signs of a lack of memory in a log, when the process could not say so itself.
-_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "memoryerror", "std::bad_alloc")
+_MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "memoryerror",
+    "std::bad_alloc",
+    "failed to map segment",
+)
 
 
 class Process:

@@ -31,6 +31,7 @@ from miinb.messages import RankStatus, Status, from_dict
 from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
 from miinb.server.process import Process, machine_oom_kills
+from miinb.server.watchdog import Watchdog
 
 MAX_RESTARTS = 3
 DRAIN_S = 10.0  # for SIGTERM
@@ -70,6 +71,7 @@ class Supervisor:
         self.children: list[Process] = []
         self.selector = selectors.DefaultSelector()
         self.oom_kills = machine_oom_kills()
+        self.watchdog = Watchdog()
         self.control = ControlSocket(self.folder / "control.sock", self.selector, self._answer)
         self.entry = registry.Entry(
             name=order.name,
@@ -177,6 +179,8 @@ class Supervisor:
         for report in child.reports():
             if "activity" in report:
                 self._active(report["activity"])
+            elif "silent" in report:
+                self._suspect(**report["silent"])
             elif "phase" in report and child.replica == 0 and child.rank == 0 and self.state == "starting":
                 tell({"phase": report["phase"]})
         if child.failure is not None and self.state == "starting" and self.restarts == 0:
@@ -205,6 +209,14 @@ class Supervisor:
             self.last_active = math.inf if busy else time.monotonic()
         self.activity = activity
 
+    def _suspect(self, replica: int, seconds: float) -> None:
+        """A replica owes an answer. One that hangs is killed, and so started again."""
+        ranks = [child for child in self.children if child.replica == replica and child.ready is not None]
+        if ranks and self.watchdog.hangs(replica, seconds, [child.pid for child in ranks]):
+            log(f"replica {replica} has not answered for {seconds:.0f} s: it hangs and is killed")
+            for child in ranks:
+                child.signal_group(signal.SIGKILL)
+
     def _ended(self, child: Process) -> None:
         child.reports()
         self._forget(child)
@@ -223,6 +235,7 @@ class Supervisor:
         self.restarts += 1
         log(f"{dead.label} ended (exit code {dead.exit_code}); restart {self.restarts} of {MAX_RESTARTS}")
         alone = dead.replica is not None
+        self.watchdog.forget(dead.replica)
         self._end_children([c for c in self.children if not alone or c.replica == dead.replica])
         replicas = [dead.replica] if dead.replica is not None else list(range(self.config.replicas))
         if not alone:

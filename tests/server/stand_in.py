@@ -45,7 +45,15 @@ def main() -> None:
         in_flight += 1
         tell(activity={"in_flight": in_flight, "queued": 0, "requests": in_flight})
 
+    silent_s = -19.0
+
+    def silent(*_: object) -> None:
+        nonlocal silent_s
+        silent_s += 20.0
+        tell(silent={"replica": 0, "seconds": silent_s})
+
     signal.signal(signal.SIGUSR1, busier)
+    signal.signal(signal.SIGUSR2, silent)
     tell(ready={} if rank else {"address": "unix:" + line["folder"] + "/rpc.sock"})
     while True:
         time.sleep(600)

@@ -137,11 +137,27 @@ def test_a_dead_rank_is_started_again_three_times() -> None:
 def test_a_dead_frontend_takes_all_with_it_and_all_come_back() -> None:
     one = start()
     before = ranks(one)
-    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) == one.entry.pid]
-    (frontend,) = set(children) - set(before)
-    os.kill(frontend, signal.SIGKILL)
+    os.kill(_frontend(one), signal.SIGKILL)
     until(lambda: one.status().state == "ready" and ranks(one) != before)
     assert gone(before[0])
+
+
+def test_a_replica_that_hangs_is_started_again() -> None:
+    one = start()
+    before = ranks(one)
+    os.kill(before[0], signal.SIGSTOP)
+    frontend = _frontend(one)
+    for _ in range(3):  # it tells of 1, 21 and 41 s of silence
+        os.kill(frontend, signal.SIGUSR2)
+        time.sleep(0.1)
+    until(lambda: ranks(one) not in ([], before) and one.status().state == "ready")
+    assert "it hangs and is killed" in one.logs(5, None)
+
+
+def _frontend(one: Deployment) -> int:
+    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) == one.entry.pid]
+    (frontend,) = set(children) - set(ranks(one))
+    return frontend
 
 
 def _parent(process: Path) -> int:

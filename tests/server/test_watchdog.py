@@ -1,0 +1,38 @@
+"""A rank that hangs is told from one that computes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from miinb.server import watchdog
+from miinb.server.watchdog import IDLE_S, MAX_SILENT_S, Watchdog
+
+
+def test_a_rank_without_cpu_time_hangs() -> None:
+    dog = Watchdog()
+    assert not any(dog.hangs(0, seconds, [1 << 22]) for seconds in (1.0, 2.0, IDLE_S))
+    assert dog.hangs(0, 1.0 + IDLE_S, [1 << 22])
+
+
+def test_a_rank_that_computes_does_not_hang_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter(range(10_000))
+    monkeypatch.setattr(watchdog, "_cpu_s", lambda pid: float(next(used)))
+    dog = Watchdog()
+    assert not any(dog.hangs(0, float(second), [1]) for second in range(1, int(MAX_SILENT_S)))
+    assert dog.hangs(0, MAX_SILENT_S, [1])
+
+
+def test_each_silence_counts_from_its_start() -> None:
+    dog = Watchdog()
+    assert not dog.hangs(0, 1.0, [])
+    assert not dog.hangs(0, 9.0, [])
+    assert not dog.hangs(0, 0.5, [])  # it has answered meanwhile
+    assert not dog.hangs(0, IDLE_S, [])
+    dog.forget(0)
+    assert not dog.hangs(0, 1.0 + IDLE_S, [])
+
+
+def test_cpu_time_is_read() -> None:
+    assert watchdog._cpu_s(os.getpid()) > 0
