@@ -66,6 +66,8 @@ def read_safetensors(file: Path) -> list[TensorEntry]:
     Raises:
         BrokenCheckpoint: the file is truncated or its header is damaged; the message names it.
     """
+    if not file.is_file():
+        raise _broken(file, "it is no file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

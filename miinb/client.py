@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 300.0
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
+MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
 MAX_INPUTS = 1024  # of one predict call
 
 CHANNEL_OPTIONS = (
@@ -65,10 +67,16 @@ class Client:
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def close(self) -> None:
         """Close the channel; calls that still run end as canceled."""
+        self._closed = True
         self._channel.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("The deployment was stopped.", hint="Start it again with restart().")
 
     # Text
 
@@ -103,6 +111,8 @@ class Client:
         return self._open(request, self._limit(timeout_s), 1)
 
     def _requests(self, prompts: str | Sequence[str], parameters: Mapping[str, Any]) -> list[GenerateRequest]:
+        if not isinstance(prompts, Iterable):
+            raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint="Give a text or several.")
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         params = parse_generation(parameters)
         if not given:
@@ -125,12 +135,13 @@ class Client:
 
     def _limit(self, timeout_s: float | None) -> float:
         limit = self._timeout_s if timeout_s is None else timeout_s
-        if not 0 < limit < float("inf"):
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
             raise InvalidRequest(f"timeout_s: {limit!r} is no positive number of seconds.")
         return limit
 
     def _open(self, request: GenerateRequest, timeout_s: float, batch_size: int) -> Stream:
         def call(data: bytes, left_s: float) -> Any:
+            self._check_open()
             return self._generate(data, timeout=left_s, metadata=self._metadata)
 
         return Stream(call, request, timeout_s, lambda row: self._record({**row, "batch_size": batch_size}))
@@ -184,6 +195,7 @@ class Client:
         plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
         if not plain or not all(isinstance(row, Mapping) for row in plain):
             raise InvalidRequest(f"inputs: give a dictionary with {', '.join(names)}, or a list of them.")
+        self._check_open()
         data = codec.encode_predict(plain, options, uuid.uuid4().hex)
         begin = time.perf_counter()
         try:
@@ -266,7 +278,7 @@ class Client:
     async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
         """`stream` as an asynchronous iterator; leaving it cancels the request."""
         with self.stream(prompt, **parameters) as stream:
-            while (chunk := await asyncio.to_thread(next, stream, None)) is not None:
+            while (chunk := await _run(lambda: next(stream, None))) is not None:
                 yield chunk
 
     # The deployment
@@ -281,6 +293,7 @@ class Client:
 
     def description(self, *, timeout_s: float = 10.0) -> dict[str, Any]:
         """Everything that Describe says: name, version, info, replicas, counters."""
+        self._check_open()
         try:
             return codec.decode_description(self._describe(b"", timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as failure:
@@ -335,9 +348,19 @@ def _channel(address: str) -> Any:
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
+async def _run(work: Callable[[], _T]) -> _T:
+    """The result of a call that waits, in a thread of a pool that holds many (the loop's own has six on two cores)."""
+    return await asyncio.get_running_loop().run_in_executor(_pool(), work)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_AWAITED, "miinb-await")
+
+
 async def _in_thread(work: Callable[[], _T], group: StreamGroup) -> _T:
     try:
-        return await asyncio.to_thread(work)
+        return await _run(work)
     except asyncio.CancelledError:
         group.cancel()
         raise

@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "session": ("cell", *CORE, "rpc", "results", "client", "registry", "deployment", "planner", "hardware"),
     "constants": (),
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
-    "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware"),
+    "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.headline": ("bench", "engine", "config", "messages", "errors", "models"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from miinb import client as client_module
 from miinb import errors
 from miinb.client import Client
 from miinb.results import Result
@@ -52,6 +53,8 @@ def test_a_list_keeps_its_order(client: Client) -> None:
         ({"prompts": "a", "max_length": 3}, "max_new_tokens"),
         ({"prompts": "a", "timeout_s": 0}, "timeout_s"),
         ({"prompts": "a", "timeout_s": float("nan")}, "timeout_s"),
+        ({"prompts": "a", "timeout_s": "3"}, "timeout_s"),
+        ({"prompts": None}, "prompts"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(client: Client, arguments: dict[str, object], named: str) -> None:
@@ -167,6 +170,23 @@ def test_awaitable_calls(frontend: FrontendProcess, client: Client) -> None:
 
     asyncio.run(cell())
     wait_for(lambda: frontend.running() == 0, "the end")
+
+
+def test_many_awaitable_calls_run_at_once() -> None:
+    together = threading.Barrier(40)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(client_module._run(lambda: together.wait(20)) for _ in range(40)))
+
+    asyncio.run(all_of_them())
+
+
+def test_a_closed_client_says_so(frontend: FrontendProcess) -> None:
+    with frontend.client() as client:
+        pass
+    for ask in (lambda: client.generate("a"), lambda: client.stream("a"), client.describe, lambda: client.predict("a")):
+        with pytest.raises(errors.Unavailable, match="was stopped"):
+            ask()
 
 
 def test_miis_query(client: Client) -> None:

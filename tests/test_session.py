@@ -29,6 +29,7 @@ from miinb.errors import (
     UnknownOption,
     UnsupportedModel,
 )
+from miinb.rpc.address import socket_path
 
 PROMPT = "Once upon a time,"
 TINY: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "options": {"threads": 1}, "start_timeout_s": 120.0}
@@ -44,7 +45,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def session(state: Path) -> Iterator[miinb.Session]:
-    with miinb.Session(tiny_model(), name="tiny", port=0, **TINY) as found:
+    with miinb.Session(tiny_model(), name="a/tiny", port=0, **TINY) as found:
         yield found
     assert not list(state.iterdir())
 
@@ -54,6 +55,12 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.05)
+
+
+def _folder(session: miinb.Session) -> Path:
+    socket = socket_path(session.address)
+    assert socket is not None
+    return socket.parent
 
 
 def test_it_answers(session: miinb.Session) -> None:
@@ -74,7 +81,7 @@ async def _answer(session: miinb.Session) -> str:
 
 def test_it_says_what_it_is(session: miinb.Session) -> None:
     assert (session.name, session.engine, session.task, session.state) == (
-        "tiny",
+        "a/tiny",
         "optimized",
         "text-generation",
         "ready",
@@ -90,7 +97,7 @@ def test_it_says_what_it_is(session: miinb.Session) -> None:
     assert "==> rank-0-0.log <==" in session.logs()
     assert session.load_s > 0
     assert session.config.dtype == "fp32"
-    assert "'tiny'" in repr(session)
+    assert "'a/tiny'" in repr(session)
     assert set(session._repr_mimebundle_()) == {"text/html", "text/plain"}
 
 
@@ -107,7 +114,7 @@ def test_every_listener_is_local(session: miinb.Session) -> None:
     ]
     assert found
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    folder = Path(session.address.removeprefix("unix:")).parent
+    folder = _folder(session)
     assert folder.stat().st_mode & 0o777 == 0o700
     for name in ("rpc.sock", "control.sock", "token"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
@@ -116,7 +123,7 @@ def test_every_listener_is_local(session: miinb.Session) -> None:
 def test_no_secret_is_shown(session: miinb.Session) -> None:
     import psutil
 
-    folder = Path(session.address.removeprefix("unix:")).parent
+    folder = _folder(session)
     token = (folder / "token").read_text()
     family = psutil.Process(session.pid)
     for process in [family, *family.children(recursive=True)]:
@@ -127,19 +134,19 @@ def test_no_secret_is_shown(session: miinb.Session) -> None:
 
 
 def test_others_find_it_and_join_it(session: miinb.Session) -> None:
-    (status,) = [one for one in miinb.deployments() if one.name == "tiny"]
+    (status,) = [one for one in miinb.deployments() if one.name == "a/tiny"]
     assert status.state == "ready"
-    joined = miinb.attach("tiny")
+    joined = miinb.attach("a/tiny")
     assert joined.generate(PROMPT, max_new_tokens=3).text
     assert joined is session  # one session a deployment in this process, so that no record is missed
     assert miinb.Session._of(joined._deployment).plan().dtype == "fp32"  # as another process would see it
-    with pytest.raises(DeploymentNotFound, match="Did you mean 'tiny'"):
-        miinb.attach("tinny")
+    with pytest.raises(DeploymentNotFound, match="Did you mean 'a/tiny'"):
+        miinb.attach("a/tinny")
 
 
 def test_its_name_is_taken(session: miinb.Session) -> None:
-    with pytest.raises(DeploymentExists, match="'tiny'"):
-        miinb.Session(tiny_model(), name="tiny", **TINY)
+    with pytest.raises(DeploymentExists, match="'a/tiny'"):
+        miinb.Session(tiny_model(), name="a/tiny", **TINY)
     assert session.state == "ready"
 
 
@@ -162,7 +169,7 @@ def test_restart_and_stop(session: miinb.Session) -> None:
     session.restart()
     assert session.pid != pid
     assert session.instance_id != instance
-    assert session.name == "tiny"
+    assert session.name == "a/tiny"
     assert session.generate(PROMPT, max_new_tokens=3).text
     last = session.stop()
     assert last is not None
@@ -181,6 +188,8 @@ def broken(folder: Path, change: str) -> Path:
         weights.write_bytes(b"\xff" * 100)
     elif change == "family":
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_family"}))
+    elif change == "tokenizer":
+        (folder / "tokenizer.json").write_text("{")
     elif change == "shapes":
         (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     return folder
@@ -193,6 +202,7 @@ def broken(folder: Path, change: str) -> Path:
         ("header", BrokenCheckpoint, "model.safetensors"),
         ("family", UnsupportedModel, "no_such_family"),
         ("shapes", BrokenCheckpoint, ""),
+        ("tokenizer", BrokenCheckpoint, "tokenizer.json"),
     ],
 )
 def test_models_that_cannot_work(state: Path, tmp_path: Path, change: str, error: type[MiinbError], words: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from miinb.bench.records import NAN
 from miinb.errors import InvalidValue, MiinbError
+from miinb.rpc.address import socket_path
 
 TASKS = ("text-generation", "conversational")
 
@@ -50,8 +51,8 @@ class Arm:
     @property
     def tokenizer_folder(self) -> Path | None:
         """The deployment's tokenizer files, which synthetic prompts are sized with; None if they are elsewhere."""
-        address = str(getattr(self.session, "address", "") or "")
-        folder = Path(address.removeprefix("unix:")).parent / "tokenizer" if address.startswith("unix:") else None
+        socket = socket_path(str(getattr(self.session, "address", "") or ""))
+        folder = socket.parent / "tokenizer" if socket is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
     def note_memory(self) -> None:

@@ -29,6 +29,7 @@ from miinb.client import Client
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError
 from miinb.messages import GenerateRequest, RequestEnd
+from miinb.rpc.address import unix_address
 
 START_S = 60.0
 CONNECTIONS = 8
@@ -81,7 +82,7 @@ def processes(line: Mapping[str, Any]) -> Iterator[tuple[str, psutil.Process, ps
             if process.stdin is not None:
                 process.stdin.write(json.dumps(values).encode() + b"\n")
                 process.stdin.flush()
-        address = f"unix:{folder}/rpc.sock"
+        address = unix_address(Path(folder, "rpc.sock"))
         _wait_ready(address)
         yield address, psutil.Process(started[0].pid), psutil.Process(started[1].pid)
     finally:

@@ -79,7 +79,7 @@ class Scheduler:
             QueueFull: `max_queue` rows wait.
         """
         check_request(request, self.max_length, self.vocab_size)
-        if len(self._waiting) >= self.max_queue:
+        if len(self._waiting) >= self.max_queue + len(self._slots):  # what arrives between two steps waits for slots
             raise QueueFull(f"{len(self._waiting)} rows wait already.", hint="Try again later.")
         params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,24 @@ def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool =
         BrokenCheckpoint: there is no tokenizer, or transformers cannot read it.
     """
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as folder:
+        made = Path(folder)
+        _write(info, made, trust_remote_code=trust_remote_code, dummy=dummy)
+        _check(made / "tokenizer.json", info)
+        for file in made.iterdir():  # the frontend may be reading those of another replica
+            os.replace(file, target / file.name)
+
+
+def _check(file: Path, info: ModelInfo) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise BrokenCheckpoint(f"tokenizer.json of {info.source} is damaged ({error}).", hint=_AGAIN) from None
+
+
+def _write(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: bool) -> None:
     if info.format != "gguf" and _taken_as_it_is(info.folder):
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (info.folder / name).exists():
@@ -34,6 +54,7 @@ def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool =
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+_AGAIN = "Fetch the model again."
 #: Tokenizer classes that are their tokenizer.json and nothing else.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -45,7 +66,7 @@ def _taken_as_it_is(folder: Path) -> bool:
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _GENERIC
     except (ValueError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{config} is damaged ({error}).", hint="Fetch the model again.") from None
+        raise BrokenCheckpoint(f"{config} is damaged ({error}).", hint=_AGAIN) from None
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -58,7 +79,7 @@ def _chat_template(folder: Path) -> str | None:
         try:
             template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
         except ValueError as error:
-            raise BrokenCheckpoint(f"{folder / name} is damaged ({error}).", hint="Fetch the model again.") from None
+            raise BrokenCheckpoint(f"{folder / name} is damaged ({error}).", hint=_AGAIN) from None
         if isinstance(template, list):  # several named ones
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default", template[0]["template"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -162,3 +163,18 @@ def test_chat_template_comes_from_where_versions_keep_it(tiny: Tiny, tmp_path: P
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     load(folder, tmp_path)
     assert (tmp_path / "state" / "tokenizer" / "chat_template.jinja").read_text() == "D"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"), ({"hidden_size": "x"}, "cannot be")],
+)
+def test_a_configuration_that_makes_no_sense(tiny: Tiny, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    from miinb import models
+    from miinb.engine.loading import _spec
+    from miinb.engine.policies import POLICIES
+
+    info = models.inspect(str(tiny("llama")[1]))
+    values = {name: value for name, value in ({**info.config, "head_dim": None} | change).items() if value is not None}
+    with pytest.raises(BrokenCheckpoint, match=words):
+        _spec(POLICIES["llama"], dataclasses.replace(info, config=values))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from miinb.engine.tokenizer_files import export_tokenizer
+from miinb.errors import BrokenCheckpoint
 from miinb.server.text import TextCodec
 from tests.tiny_tokenizers import TEXT, byte_level, sentence_piece
 
@@ -36,3 +37,14 @@ def test_exported_files_tokenize_as_transformers(tmp_path: Path, make: Any, toke
         chat = [{"role": "user", "content": "Hi"}]
         rendered = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert codec.render_chat(chat) == rendered
+
+
+def test_a_damaged_tokenizer_is_found_before_the_frontend_reads_it(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:-100])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    info: Any = SimpleNamespace(format="safetensors", folder=folder, source=folder, files=(), vocab_size=500)
+    with pytest.raises(BrokenCheckpoint, match=r"tokenizer\.json of .*model is damaged"):
+        export_tokenizer(info, tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
