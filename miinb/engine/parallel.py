@@ -67,7 +67,7 @@ def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, devic
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
-        init_method=rendezvous.as_uri(),
+        init_method=f"file://{rendezvous}",  # not as_uri(): torch does not decode it, and would wait for ever
         rank=rank,
         world_size=ranks,
         auto_mpi_discovery=False,

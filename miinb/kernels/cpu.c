@@ -138,11 +138,11 @@ INLINE void part(int64_t n, int64_t block, int64_t *start, int64_t *end) {
 /* ---- linear ------------------------------------------------------------------------------------------------- */
 
 #define MB 4 /* rows of x in a tile, so that a weight is used for several */
-#define NB 4 /* rows of weights in a tile: 4 for one row of x, 2 for more; the sums stay in registers */
+#define NB 8 /* rows of weights in a tile: 8, 4 or 2, so that there are eight sums, which stay in registers */
 
 /* out[m][n]: products of mb rows of x (split if the weights are bf16) with nb rows of weights. */
 INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb, int half, float out[MB][NB]) {
-  vec sums[MB][NB] = {{{0}}}, more[MB][NB] = {{{0}}};
+  vec sums[MB][NB] = {{{0}}};
   int64_t i = 0;
   for (; i + BLOCK <= k; i += BLOCK) {
     vec first[NB], second[NB];
@@ -156,18 +156,13 @@ INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb
       vec low = *(const vec *)(x + m * k + i), high = *(const vec *)(x + m * k + i + LANES);
       KEEP(low);
       KEEP(high);
-      for (int n = 0; n < nb; n++) {
-        sums[m][n] += first[n] * low;
-        if (mb * nb > 4)
-          sums[m][n] += second[n] * high;
-        else
-          more[m][n] += second[n] * high; /* few sums: two chains each hide the latency */
-      }
+      for (int n = 0; n < nb; n++) sums[m][n] += first[n] * low;
+      for (int n = 0; n < nb; n++) sums[m][n] += second[n] * high;
     }
   }
   for (int m = 0; m < mb; m++)
     for (int n = 0; n < nb; n++) {
-      float s = sum_vec(sums[m][n] + more[m][n]);
+      float s = sum_vec(sums[m][n]);
       for (int64_t j = i; j < k; j++) s += x[m * k + j] * load(w[n], j, half);
       out[m][n] = s;
     }
@@ -197,9 +192,11 @@ INLINE void linear_block(const linear_args *a, const float *x, int64_t m0, int64
     w[j] = (const char *)a->w + row[j] * a->k * bytes;
   }
   float out[MB][NB];
-  for (int64_t m = m0; m < m1; m += MB) {
+  int count;
+  for (int64_t m = m0; m < m1; m += count) {
     const float *rows = x + m * a->k;
-    int count = m1 - m < MB ? (int)(m1 - m) : MB;
+    int64_t left = m1 - m;
+    count = left < MB ? (int)left : left == MB + 1 || left == MB + 2 ? 3 : MB; /* no tile of a single row at the end */
     if (count == 1) tile(rows, a->k, w, 1, nb, half, out);
     if (count == 2) tile(rows, a->k, w, 2, nb, half, out);
     if (count == 3) tile(rows, a->k, w, 3, nb, half, out);
@@ -242,6 +239,8 @@ INLINE void linear_rows(const linear_args *a, const void *x, int64_t m, int half
       for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
     }
     if (m == 1)
+      linear_part(a, half ? wide : x, m, 8, half);
+    else if (m == 2)
       linear_part(a, half ? wide : x, m, 4, half);
     else
       linear_part(a, half ? wide : x, m, 2, half);

@@ -206,14 +206,40 @@ class CpuKernels:
         softcap: float | None = None,
         max_query: int,
     ) -> Tensor:
-        """See `attention.paged_attention`; chunks of prompts are PyTorch's, whose blocks suit them."""
+        """See `attention.paged_attention`; chunks of prompts are PyTorch's, whose blocks suit them.
+
+        Rows of one token are this library's in every step, so that a row's answer does not depend on its neighbors.
+        """
+        rows = lengths.shape[0]
+        singles = rows if max_query == 1 and q.shape[0] == rows else _leading_singles(query_start)
+        if singles == rows:
+            out = torch.empty_like(q)
+        else:
+            out = reference.paged_attention(
+                q, k_cache, v_cache, block_table[singles:], query_start[singles:], lengths[singles:],
+                scale=scale, window=window, alibi=alibi, softcap=softcap, max_query=max_query,
+            )  # fmt: skip
+        if singles:
+            self._attend(
+                q[:singles], k_cache, v_cache, block_table[:singles], lengths[:singles], out,
+                scale, window, alibi, softcap,
+            )  # fmt: skip
+        return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        out: Tensor,
+        scale: float,
+        window: int | None,
+        alibi: Tensor | None,
+        softcap: float | None,
+    ) -> None:
         rows, heads, head_size = q.shape
-        if max_query > 1 or rows != lengths.shape[0]:
-            options: dict[str, Any] = {"scale": scale, "window": window, "alibi": alibi, "softcap": softcap}
-            return reference.paged_attention(
-                q, k_cache, v_cache, block_table, query_start, lengths, max_query=max_query, **options
-            )
-        out = torch.empty_like(q)
         self._attention(
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -233,7 +259,12 @@ class CpuKernels:
             alibi.data_ptr() if alibi is not None else None,
             self._half,
         )
-        return out
+
+
+def _leading_singles(query_start: Tensor) -> int:
+    """Rows of one token that come before the first longer one."""
+    starts = query_start.tolist()
+    return next((i for i in range(len(starts) - 1) if starts[i + 1] != i + 1), len(starts) - 1)
 
 
 def _fastest(run: Any) -> float:

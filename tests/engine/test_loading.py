@@ -178,3 +178,23 @@ def test_a_configuration_that_makes_no_sense(tiny: Tiny, tmp_path: Path, change:
     values = {name: value for name, value in ({**info.config, "head_dim": None} | change).items() if value is not None}
     with pytest.raises(BrokenCheckpoint, match=words):
         _spec(POLICIES["llama"], dataclasses.replace(info, config=values))
+
+
+def test_answers_in_bf16_do_not_depend_on_the_batch(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    executor, _ = load(folder, tmp_path, dtype="bf16", max_batch=8)
+    if not any("every step" in line.reason for line in executor.info.plan.lines):
+        pytest.skip("PyTorch's linear layers, which this CPU makes the faster ones, differ by batch size")
+    prompts = [[5 + i] * (1 + 7 * i) for i in range(8)]
+    alone = [answer(executor, prompt, 20) for prompt in prompts]
+    params = GenerationParams(max_new_tokens=20, ignore_eos=True, seed=0)
+    for row_id, prompt in enumerate(prompts):
+        executor.submit(SequenceRequest(row_id, prompt, params, time.monotonic()))
+    together: list[list[int]] = [[] for _ in prompts]
+    while executor.busy:
+        executor.step(
+            lambda event: together[event.row_id].extend(event.token_ids) if isinstance(event, TokensEvent) else None,
+            lambda: None,
+        )
+    assert together == alone

@@ -145,3 +145,30 @@ def test_build_is_made_once(tmp_path: Path) -> None:
     assert cpu_build.build(tmp_path) == first
     assert first.stat().st_mtime_ns == made
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".so"] == ["lock"]
+
+
+def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels) -> None:
+    """Bit for bit: else an answer in bf16 would change with what else is asked at that moment."""
+    x, packed = random(kernels, 13, 200), PackedLinear(random(kernels, 24, 200), random(kernels, 24))
+    alone = torch.cat([kernels.linear(row[None], packed) for row in x])
+    gated = torch.cat([kernels.gated_linear(row[None], packed, "silu") for row in x])
+    for rows in range(2, 14):
+        assert torch.equal(kernels.linear(x[:rows], packed), alone[:rows])
+        assert torch.equal(kernels.gated_linear(x[:rows], packed, "silu"), gated[:rows])
+
+
+def test_a_decoding_row_does_not_depend_on_prompts_in_its_step(kernels: CpuKernels) -> None:
+    k, v = random(kernels, 3, 40, 2, 16), random(kernels, 40, 3, 2, 16).transpose(0, 1).contiguous()
+    q = random(kernels, 2 + 9, 4, 16)
+    table, lengths = torch.tensor([[0], [1], [2]], dtype=torch.int32), torch.tensor([30, 7, 20], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2, 11], dtype=torch.int32)
+    for window in (None, 5):
+        mixed = kernels.paged_attention(q, k, v, table, starts, lengths, scale=0.25, window=window, max_query=9)
+        alone = kernels.paged_attention(
+            q[:2], k, v, table[:2], starts[:3], lengths[:2], scale=0.25, window=window, max_query=1
+        )
+        chunk = reference.paged_attention(
+            q[2:], k, v, table[2:], torch.tensor([0, 9]), lengths[2:], scale=0.25, window=window
+        )
+        assert torch.equal(mixed[:2], alone)
+        assert torch.equal(mixed[2:], chunk)
