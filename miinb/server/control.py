@@ -21,7 +21,7 @@ class ControlSocket:
     Args:
         path: of the socket; its folder keeps other users out.
         selector: the loop's; its data is the function to call.
-        answer: gives the reply to a question; a `ValueError` or `TypeError` of it goes back as "error".
+        answer: gives the reply to a question; a `ValueError`, `TypeError` or `OSError` of it goes back as "error".
     """
 
     def __init__(self, path: Path, selector: selectors.BaseSelector, answer: Answer) -> None:
@@ -59,7 +59,7 @@ class ControlSocket:
     def _reply(self, line: bytes) -> dict[str, Any]:
         try:
             return self._answer(json.loads(line))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             return {"error": str(error)}
 
     def _drop(self, connection: socket.socket) -> None:

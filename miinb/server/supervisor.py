@@ -101,10 +101,11 @@ class Supervisor:
                 for key, _ in self.selector.select(self._patience()):
                     key.data()
                 self._watch_time()
-        except Exception:
+        except Exception as error:
             details = traceback.format_exc()
             log(details)
-            self._fail({"error": "StartError", "message": "The supervisor failed.", "hint": "", "details": details})
+            message = f"The supervisor failed: {error}."
+            self._fail({"error": "StartError", "message": message, "hint": "", "details": details})
             raise
         finally:
             self._end_children(self.children)
@@ -305,12 +306,12 @@ class Supervisor:
     def _keep(self) -> None:
         if self.persist:
             return
-        self.persist = True
+        kept = dataclasses.replace(self.entry, persist=True)
+        kept.save(self.folder)  # first: on a full disk it stays as it was
+        self.entry, self.persist = kept, True
         self.last_active = max(self.last_active, time.monotonic())
         for descriptor in self.owner_fds:
             self._forget_descriptor(descriptor)
-        self.entry = dataclasses.replace(self.entry, persist=True)
-        self.entry.save(self.folder)
 
     def status(self) -> Status:
         """The deployment at this moment."""
@@ -353,7 +354,8 @@ def tell(line: Mapping[str, Any]) -> None:
 
 def log(text: str) -> None:
     """One line into supervisor.log."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk is no reason to end
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def read_order() -> Order:

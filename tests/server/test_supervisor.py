@@ -12,13 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from miinb import deployment, registry
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment
-from miinb.errors import BrokenCheckpoint, DeploymentExists, MiinbError, OutOfMemory, RankFailed, StartTimeout
+from miinb.errors import (
+    BrokenCheckpoint,
+    DeploymentExists,
+    MiinbError,
+    OutOfMemory,
+    RankFailed,
+    StartError,
+    StartTimeout,
+    Unavailable,
+)
 from miinb.messages import Phase
 
 HERE = Path(__file__).parent
@@ -242,6 +252,40 @@ def test_a_forked_child_of_the_kernel_ends_nothing() -> None:
     with kernel("child") as (_, pids):
         time.sleep(1.0)
         assert not any(gone(pid) for pid in pids)
+
+
+def test_a_full_disk_is_told_and_harms_nothing() -> None:
+    import resource
+
+    one = start()
+    limits = resource.prlimit(one.entry.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    with pytest.raises(Unavailable, match="File too large"):
+        one.keep()
+    assert one.owned
+    assert not one.status().persist
+    resource.prlimit(one.entry.pid, resource.RLIMIT_FSIZE, limits)
+    one.keep()
+    assert one.status().persist
+    one.stop()
+
+
+def test_a_start_on_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    spawn = deployment._spawn
+
+    def cramped(*arguments: Any, **named: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            return spawn(*arguments, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(deployment, "_spawn", cramped)
+    with pytest.raises(StartError, match="File too large"):
+        start()
+    assert registry.entries() == []
 
 
 def test_a_kept_deployment_outlives_its_kernel() -> None:
