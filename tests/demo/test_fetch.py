@@ -129,3 +129,13 @@ def test_without_network_the_tiny_model_takes_its_place(
     assert str(cache_folder()).startswith(str(tmp_path))
     assert default_model(quiet=True) == str(tiny_model())
     assert "tiny model inside the package takes its place" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_no_model_and_the_tiny_one_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("MIINB_DEMO_MODEL", raising=False)
+    assert default_model(quiet=True) == str(tiny_model())
+    assert "could not be kept" in capsys.readouterr().out
