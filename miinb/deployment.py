@@ -29,6 +29,7 @@ from miinb.config import DeploymentConfig
 from miinb.errors import (
     DeploymentNotFound,
     Interrupted,
+    InvalidValue,
     MiinbError,
     StartError,
     StartTimeout,
@@ -183,10 +184,17 @@ class Deployment:
         self.entry = dataclasses.replace(self.entry, persist=True)
 
     def logs(self, lines: int, rank: int | None) -> str:
-        """The last lines of every log, or of one rank's (counted over all replicas)."""
+        """The last lines of every log, or of one rank's (counted over all replicas).
+
+        Raises:
+            InvalidValue: there is no such rank.
+        """
         files = sorted(Path(self.entry.folder, "logs").glob("*.log"))
         if rank is not None:
-            files = [file for file in files if file.name.startswith("rank-")][rank : rank + 1]
+            ranks = [file for file in files if file.name.startswith("rank-")]
+            if ranks and not 0 <= rank < len(ranks):
+                raise InvalidValue(f"rank: there is no rank {rank}.", hint=f"Known: 0 to {len(ranks) - 1}.")
+            files = ranks[rank : rank + 1]
         parts = [f"==> {file.name} <==\n{_tail(file, lines)}" for file in files]
         if not parts:
             self._look_for_failure()

@@ -95,6 +95,8 @@ def test_it_says_what_it_is(session: miinb.Session) -> None:
     assert {"engine", "dtype", "max_length"} <= {line.what for line in plan.lines}
     assert len({line.what for line in plan.lines}) == len(plan.lines)
     assert "==> rank-0-0.log <==" in session.logs()
+    with pytest.raises(InvalidValue, match="no rank 7"):
+        session.logs(rank=7)
     assert session.load_s > 0
     assert session.config.dtype == "fp32"
     assert "'a/tiny'" in repr(session)
