@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from miinb import commands
@@ -53,18 +51,10 @@ def _run(words: list[str]) -> int:
     values = commands.parse(command, words[1:], prog="miinb")
     value = commands.execute(commands.Context(), command, values)
     if values.get("json"):
-        print(json.dumps(_plain(value), default=str, indent=2))
+        print(commands.as_json(value))
     elif value is not None and not command.streams:
         commands.PlainScreen().show(_described(value))
     return 0
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, commands.Table):
-        return [_plain(record) for record in value.records]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _described(value: Any) -> str:

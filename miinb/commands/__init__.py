@@ -9,7 +9,7 @@ from miinb.commands import actions, measuring
 from miinb.commands.context import Context, Settings
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, Option, words
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
-from miinb.commands.screen import PlainScreen, Screen, Table
+from miinb.commands.screen import PlainScreen, Screen, Table, as_json
 from miinb.errors import InvalidValue, did_you_mean
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Screen",
     "Settings",
     "Table",
+    "as_json",
     "execute",
     "find",
     "help_text",

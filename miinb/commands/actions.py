@@ -192,8 +192,10 @@ def chat(context: Context, values: Values, body: str | None) -> Result:
         turns = [{"role": "system", "content": values["system"]}, *(t for t in turns if t["role"] != "system")]
     turns.append({"role": "user", "content": text})
     options = _generation(context, values)
-    if values.get("quiet"):
+    if values.get("quiet") or options.get("num_return_sequences", 1) > 1:  # the texts of several would mix
         result: Result = session.chat(turns, **options)
+        if not values.get("quiet"):
+            context.screen.show(result)
     else:
         result = context.screen.stream(session.stream(turns, **options))
     context.chats[session.name] = [*turns, {"role": "assistant", "content": result.text}]

@@ -73,7 +73,8 @@ def plot(context: Context, values: Values, body: str | None) -> Any:
     figure = charts.draw(kind, measured).get_figure()
     if values["save"]:
         charts.save(figure, values["save"])
-        context.screen.show(f"Saved {values['save']}.")
+        if not values.get("quiet"):
+            context.screen.show(f"Saved {values['save']}.")
     return figure
 
 

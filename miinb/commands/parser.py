@@ -46,7 +46,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {text}.", hint=f"See {self.prog} --help.")
 
 
-def build(command: Command, *, prog: str, extra: Sequence[Option] = ()) -> argparse.ArgumentParser:
+def _as_written(text: str) -> str:
+    return text
+
+
+def build(
+    command: Command, *, prog: str, extra: Sequence[Option] = (), expand: Callable[[str], str] = _as_written
+) -> argparse.ArgumentParser:
     """The argparse parser of a command. `extra` are options of the place (notebook or terminal)."""
     epilog = "\n".join(
         part
@@ -65,11 +71,11 @@ def build(command: Command, *, prog: str, extra: Sequence[Option] = ()) -> argpa
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option in (*command.options, *extra):
-        _add(parser, option)
+        _add(parser, option, expand)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, option: Option) -> None:
+def _add(parser: argparse.ArgumentParser, option: Option, expand: Callable[[str], str]) -> None:
     text = option.help.replace("%", "%%")
     if option.read is None:
         parser.add_argument(
@@ -78,7 +84,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         return
 
     def read(value: str) -> Any:
-        return read_value(option, value)
+        return read_value(option, expand(value))
 
     shown = "{" + ",".join(option.choices) + "}" if option.choices else option.name.upper()
     if option.positional:
@@ -93,15 +99,22 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     )
 
 
-def parse(command: Command, words: Sequence[str], *, prog: str, extra: Sequence[Option] = ()) -> dict[str, Any]:
-    """Values by field name; None for what was not given.
+def parse(
+    command: Command,
+    words: Sequence[str],
+    *,
+    prog: str,
+    extra: Sequence[Option] = (),
+    expand: Callable[[str], str] = _as_written,
+) -> dict[str, Any]:
+    """Values by field name; None for what was not given. `expand` sees each value's text before it is read.
 
     Raises:
         UnknownOption: no such option; the near one is in the hint.
         InvalidValue: a value of the wrong form.
         ConfigError: a word too many or a value missing.
     """
-    parser = build(command, prog=prog, extra=extra)
+    parser = build(command, prog=prog, extra=extra, expand=expand)
     values, rest = parser.parse_known_args(list(words))
     for word in rest:
         if word.startswith("-"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,3 +100,16 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def as_json(value: Any) -> str:
+    """A command's value as JSON; of a table its records."""
+    return json.dumps(_plain(value), default=str, indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Table):
+        return [_plain(record) for record in value.records]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return dict(value) if isinstance(value, Mapping) else value

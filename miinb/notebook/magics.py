@@ -63,25 +63,31 @@ class MiiMagics(Magics):  # type: ignore[misc]
         if commands.wants_help(words[1:]):
             print(commands.help_text("%mii", command.name, EXTRA))
             return None
-        values = commands.parse(command, words[1:], prog="%mii", extra=EXTRA)
+        expanded = _as_written if _is_raw(words) else self._expanded
+        values = commands.parse(command, words[1:], prog="%mii", extra=EXTRA, expand=expanded)
         values["quiet"] = values["quiet"] or silent
-        if not values["raw"]:
-            values = {name: self._expanded(value) for name, value in values.items()}
-            cell = cell if cell is None else expand(cell, self.shell.user_ns)
-        if values["show"] and cell is not None:
-            print(cell, end="" if cell.endswith("\n") else "\n")
+        cell = cell if cell is None else expanded(cell)
+        if values["show"]:
+            shown = cell if cell is not None else " ".join(values.get("prompt") or ())
+            print(shown.removesuffix("\n"))
         variable = values["output"]
         if variable is not None and not variable.isidentifier():
             raise InvalidValue(f"--output: {variable!r} cannot be a variable's name.")
         value = commands.execute(self.context, command, values, cell)
         if variable is not None:
             self.shell.user_ns[variable] = value
+        if values.get("json") and not values["quiet"]:
+            print(commands.as_json(value))
+            self._hide(value, "")
+            return value
         return self._for_cell(value, streamed=command.streams, quiet=values["quiet"])
 
     def _cell_words(self, words: list[str]) -> list[str]:
         """`%%mii [NAME] [OPTIONS]` is `gen -d NAME OPTIONS`; a command's name goes before a deployment's."""
         if not words or words[0].startswith("-"):
             return ["gen", *words]
+        if not _is_raw(words):
+            words = [self._expanded(words[0]), *words[1:]]
         if words[0] in commands.COMMANDS:
             return words
         known = sorted({*self.context.sessions, *self.context.names()})
@@ -90,12 +96,8 @@ class MiiMagics(Magics):  # type: ignore[misc]
             raise InvalidValue(f"{words[0]!r} is neither a running deployment nor a command.", hint=hint)
         return ["gen", "-d", *words]
 
-    def _expanded(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return expand(value, self.shell.user_ns)
-        if isinstance(value, list):
-            return [self._expanded(part) for part in value]
-        return value
+    def _expanded(self, text: str) -> str:
+        return expand(text, self.shell.user_ns)
 
     def _for_cell(self, value: Any, *, streamed: bool, quiet: bool) -> Any:
         """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""
@@ -171,6 +173,14 @@ class MiiMagics(Magics):  # type: ignore[misc]
                 made = [SimpleCompletion(text=word, type="magic") for word in found]
                 return {"completions": made, "matched_fragment": fragment, "suppress": True, "ordered": True}
         return {"completions": []}
+
+
+def _is_raw(words: list[str]) -> bool:
+    return "--raw" in words[: words.index("--") if "--" in words else None]
+
+
+def _as_written(text: str) -> str:
+    return text
 
 
 def _has_front_end(shell: InteractiveShell) -> bool:

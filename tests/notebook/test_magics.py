@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +84,35 @@ def test_cells_are_prompts_with_names_replaced(shell: Shell, deployments: dict[s
         ("stream", "Say {city}", {}),
     ]
     assert shell.user_ns["out"].text == "Once upon a time"
+
+
+def test_names_are_replaced_in_every_option_before_it_is_read(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    shell.user_ns |= {"n": 5, "where": "tiny", "dashed": "--quiet", "variable": "kept"}
+    with capture_output() as shown:
+        shell.run('%mii gen {dashed} -n {n} -d {where} --logit-bias "{n}=-1" -o {variable}')
+        shell.run("%%mii {where} --max-new-tokens={n}\nHi")
+        with pytest.raises(InvalidValue, match=re.escape("'{n}' is not a whole number")):
+            shell.run("%mii gen Hi -n {n} --raw")
+    assert deployments["tiny"].calls == [
+        ("stream", "--quiet", {"max_new_tokens": 5, "logit_bias": {5: -1.0}}),
+        ("stream", "Hi", {"max_new_tokens": 5}),
+    ]
+    assert shell.user_ns["kept"].text in shown.stdout
+
+
+def test_json_is_printed(shell: Shell) -> None:
+    with capture_output() as shown:
+        shell.run("s = %mii status --json")
+        shell.run("%mii list --json -o found -q")
+    assert json.loads(shown.stdout.partition("Out[")[0])["name"] == shell.user_ns["s"].name == "tiny"
+    assert len(shell.user_ns["found"]) == 1
+
+
+def test_show_prints_the_prompt_of_a_line_too(shell: Shell) -> None:
+    shell.user_ns["city"] = "Rome"
+    with capture_output() as shown:
+        shell.run("r = %mii gen --show Say {city}")
+    assert shown.stdout.startswith("Say Rome\nOnce upon a time\n")
 
 
 def test_show_prints_the_final_prompt(shell: Shell) -> None:
@@ -199,6 +229,13 @@ def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn
     talks = [[turn["content"] for turn in messages] for _, messages, _ in deployments["tiny"].calls]
     answer = "Once upon a time"
     assert talks == [["Be short", "Hello"], ["Be short", "Hello", answer, "More"], ["Anew"]]
+
+
+def test_several_answers_of_a_chat_do_not_mix(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output() as shown:
+        shell.run("r = %mii chat Hi --do-sample --num-return-sequences 2")
+    assert deployments["tiny"].calls[0][0] == "chat"
+    assert shown.outputs or shown.stdout
 
 
 def test_tables_are_cards(shell: Shell) -> None:
