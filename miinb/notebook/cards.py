@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, printable
+from miinb.errors import MiinbError
 from miinb.messages import Plan, Status
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def table_card(table: Table) -> Card:
 
 def session_card(session: Session) -> Card:
     """A deployment: what it serves, how, and where it stands. Asks the server only if it is alive."""
-    facts: list[tuple[str, Any]] = [("model", session.model), ("task", session.task), ("engine", session.engine)]
+    facts: list[tuple[str, Any]] = [("model", session.model), ("task", _task(session)), ("engine", session.engine)]
     chip = session.state
     if chip not in ("stopped", "failed", "lost"):
         try:
@@ -146,6 +147,14 @@ def session_card(session: Session) -> Card:
     title = f"Session {session.name}"
     foot = f'session.generate("…"), session.panel(), or %mii gen "…" -d {session.name}' if chip == "ready" else ""
     return card(title, chip, facts=facts, foot=foot)[0], card(title, chip, facts=facts)[1]
+
+
+def _task(session: Session) -> str:
+    """The session's task; "" when it was never asked for and the deployment has ended."""
+    try:
+        return session.task
+    except MiinbError:
+        return ""
 
 
 def _status_facts(status: Status) -> list[tuple[str, Any]]:

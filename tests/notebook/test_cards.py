@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from typing import Any, cast
 
 import pytest
 from standin import Answer, StandIn
 
 from miinb.commands import Table
+from miinb.errors import Unavailable
 from miinb.messages import Plan, PlanLine, Timing, Usage
 from miinb.notebook import cards
 
@@ -89,3 +91,17 @@ def test_a_stopped_session_is_not_asked() -> None:
     session = StandIn(state="stopped")
     session.status = None  # type: ignore[assignment,method-assign]
     assert "(stopped)" in cards.session_card(session)[1]
+
+
+def test_the_card_of_a_session_that_has_ended_does_not_fail() -> None:
+    class Ended:
+        name, model, engine, state = "gone", "/models/tiny", "optimized", "lost"
+
+        @property
+        def task(self) -> str:
+            raise Unavailable("The deployment does not answer.")
+
+    html, text = cards.session_card(cast(Any, Ended()))
+    assert text.startswith("Session gone (lost)")
+    assert "task" not in text
+    assert "lost" in html
