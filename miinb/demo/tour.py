@@ -85,7 +85,7 @@ def answer(session: Session, prompt: str, max_new_tokens: int) -> None:
     for chunk in stream:
         print(chunk.text, end="", flush=True)
     usage, timing = stream.result.usage, stream.result.timing
-    rate = f", then {1 / timing.tpot_s:.0f} tokens/s" if timing.tpot_s > 0 else ""
+    rate = f", {usage.output_tokens / timing.e2e_s:.0f} tokens/s in all" if timing.e2e_s > 0 else ""
     print(f"\n[{usage.output_tokens} tokens, the first after {1000 * timing.ttft_s:.0f} ms{rate}]")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, printable
@@ -135,9 +136,19 @@ def table_card(table: Table) -> Card:
     return html, printable(str(table))
 
 
+def _at_home(path: str) -> str:
+    """A path with "~" for the home folder: shorter, and a shared notebook does not tell whose it is."""
+    home = str(Path.home())
+    return "~" + path.removeprefix(home) if path.startswith(home + "/") else path
+
+
 def session_card(session: Session) -> Card:
     """A deployment: what it serves, how, and where it stands. Asks the server only if it is alive."""
-    facts: list[tuple[str, Any]] = [("model", session.model), ("task", _task(session)), ("engine", session.engine)]
+    facts: list[tuple[str, Any]] = [
+        ("model", _at_home(session.model)),
+        ("task", _task(session)),
+        ("engine", session.engine),
+    ]
     chip = session.state
     if chip not in ("stopped", "failed", "lost"):
         try:
@@ -161,7 +172,7 @@ def _status_facts(status: Status) -> list[tuple[str, Any]]:
     memory = sum(rank.memory_bytes for rank in status.ranks)
     work = f"{status.requests} done, {status.in_flight} in flight, {status.queued} waiting"
     return [
-        ("model", status.model),
+        ("model", _at_home(status.model)),
         ("task", status.task),
         ("engine", f"{status.engine}, {status.dtype} on {status.device}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
@@ -189,13 +200,13 @@ def plan_card(plan: Plan) -> Card:
 
 
 def timing_line(result: Result) -> str:
-    """ "42 tokens · first token 35 ms · 88 tokens/s · 0.51 s · length"."""
+    """ "42 tokens · first token 35 ms · 84 tokens/s · 0.50 s · length"."""
     tokens, timing = result.usage.output_tokens, result.timing
     parts = [f"{tokens} token{'s' * (tokens != 1)}"]
     if timing.ttft_s:
         parts.append(f"first token {duration(timing.ttft_s)}")
     if timing.e2e_s and tokens > 1:
-        rate = 1 / timing.tpot_s if timing.tpot_s and len(result.texts) == 1 else tokens / timing.e2e_s
+        rate = tokens / timing.e2e_s  # not 1 / tpot_s: chunks that arrive merged make that too short
         parts.append(f"{rate:.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
     if timing.e2e_s:
         parts.append(f"{duration(timing.e2e_s)} in all")

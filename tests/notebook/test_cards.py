@@ -84,7 +84,7 @@ def test_sizes() -> None:
 def test_a_result_says_how_long_it_took_and_why_it_ended() -> None:
     answer = Answer(["hello"], ["length"], Usage(5, 42), Timing(ttft_s=0.035, tpot_s=0.0113, e2e_s=0.5))
     _, text = cards.result_card(answer)
-    assert text == "hello\n(42 tokens · first token 35 ms · 88 tokens/s · 500 ms in all · reached max_new_tokens)"
+    assert text == "hello\n(42 tokens · first token 35 ms · 84 tokens/s · 500 ms in all · reached max_new_tokens)"
 
 
 def test_a_stopped_session_is_not_asked() -> None:
