@@ -109,6 +109,8 @@ class EngineOptions(Frozen):
         kv_cache_bytes: optimized: memory of the KV cache; None lets the planner choose.
         prefix_cache: optimized: keep the pages of finished prompts and reuse equal prefixes.
         max_step_tokens: optimized: most tokens in one step (prefill chunks share it with decode rows).
+        speculative: optimized: "prompt_lookup" guesses the next tokens from equal text in prompt and answer and computes
+            several in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off".
@@ -120,6 +122,7 @@ class EngineOptions(Frozen):
     kv_cache_bytes: Annotated[Int, Field(ge=1 << 16)] | None = None
     prefix_cache: bool = True
     max_step_tokens: Annotated[Int, Field(ge=16, le=65536)] = 2048
+    speculative: Literal["off", "prompt_lookup"] = "off"
     max_queue: Annotated[Int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[Int, Field(ge=1, le=1024)] | None = None
     parity: Literal["fallback", "raise", "off"] = "fallback"
@@ -181,6 +184,8 @@ class DeploymentConfig(Frozen):
     def _together(self) -> Self:
         if self.options.compile and self.engine != "baseline":
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
+        if self.options.speculative != "off" and self.engine != "optimized":
+            raise InvalidValueError("options.speculative: only for engine='optimized'")
         if self.gpus is not None and self.device == "cpu":
             raise InvalidValueError("gpus: not together with device='cpu'")
         if self.gpus is not None:
@@ -252,6 +257,7 @@ class GenerationParams(Frozen):
     eos_token_id: Annotated[list[int] | None, BeforeValidator(_number_list)] = None
     logit_bias: dict[int, float] | None = None
     return_full_text: bool = False
+    speculative: bool = True  # False: not for this request, where the deployment speculates
 
     @field_validator("stop")
     @classmethod

@@ -26,11 +26,17 @@ def from_dict(cls: type[_T], values: Mapping[str, Any]) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request, summed over its sequences (the prompt counts once)."""
+    """Token counts of one request, summed over its sequences (the prompt counts once).
+
+    `cached_tokens` of the prompt were not computed, as an earlier request's were the same. Of `draft_tokens` that
+    speculation proposed the model confirmed `accepted_tokens`; they are among the output tokens.
+    """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,9 @@ class FinishedEvent:
     prefill_s: float
     prompt_tokens: int
     output_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the cache
+    draft_tokens: int = 0  # proposed by speculation, and accepted
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ _ENGINE_HELP = {
     "kv_cache_bytes": "memory of the KV cache",
     "prefix_cache": "do not reuse equal beginnings of prompts",
     "max_step_tokens": "most tokens in one step",
+    "speculative": "guess several tokens at once from equal text; the answers stay the same",
     "max_queue": "most requests that wait",
     "threads": "CPU threads of one rank",
     "parity": "what a failed self-check at the start does",
@@ -139,6 +140,7 @@ _GENERATION_HELP = {
     "eos_token_id": "end tokens, by id: 2,50256",
     "logit_bias": "added to the logits of tokens, by id: 50=-1,60=2",
     "return_full_text": "put the prompt before the answer",
+    "speculative": "do not guess tokens for this request",
 }
 _BENCH_HELP = {
     "prompt_tokens": "length of the synthetic prompts",

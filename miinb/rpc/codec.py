@@ -221,6 +221,8 @@ def encode_event(event: StreamEvent) -> bytes:
                 prompt_tokens=event.usage.prompt_tokens,
                 output_tokens=event.usage.output_tokens,
                 cached_tokens=event.usage.cached_tokens,
+                draft_tokens=event.usage.draft_tokens,
+                accepted_tokens=event.usage.accepted_tokens,
                 queue_s=event.timing.queue_s,
                 tokenize_s=event.timing.tokenize_s,
                 model_s=event.timing.model_s,
@@ -249,7 +251,7 @@ def decode_event(data: bytes) -> StreamEvent:
     if kind == "end":
         end = message.end
         return RequestEnd(
-            Usage(end.prompt_tokens, end.output_tokens, end.cached_tokens),
+            Usage(end.prompt_tokens, end.output_tokens, end.cached_tokens, end.draft_tokens, end.accepted_tokens),
             Timing(queue_s=end.queue_s, tokenize_s=end.tokenize_s, model_s=end.model_s, detokenize_s=end.detokenize_s),
             end.seed,
         )

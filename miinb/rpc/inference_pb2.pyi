@@ -77,7 +77,7 @@ class SequenceEnd(_message.Message):
     def __init__(self, index: _Optional[int] = ..., finish_reason: _Optional[str] = ..., output_tokens: _Optional[int] = ...) -> None: ...
 
 class RequestEnd(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queue_s", "tokenize_s", "model_s", "detokenize_s", "seed")
+    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queue_s", "tokenize_s", "model_s", "detokenize_s", "seed", "draft_tokens", "accepted_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,8 @@ class RequestEnd(_message.Message):
     MODEL_S_FIELD_NUMBER: _ClassVar[int]
     DETOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -94,7 +96,9 @@ class RequestEnd(_message.Message):
     model_s: float
     detokenize_s: float
     seed: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., model_s: _Optional[float] = ..., detokenize_s: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    draft_tokens: int
+    accepted_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., model_s: _Optional[float] = ..., detokenize_s: _Optional[float] = ..., seed: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
     __slots__ = ("inputs", "options", "blobs", "request_id")

@@ -215,7 +215,13 @@ class Generation:
         rows = self._rows.values()
         ends = [row.finished for row in rows if row.finished is not None]
         return RequestEnd(
-            Usage(self._prompt_tokens, self.output_tokens, max(end.cached_tokens for end in ends)),
+            Usage(
+                self._prompt_tokens,
+                self.output_tokens,
+                cached_tokens=max(end.cached_tokens for end in ends),
+                draft_tokens=sum(end.draft_tokens for end in ends),
+                accepted_tokens=sum(end.accepted_tokens for end in ends),
+            ),
             Timing(
                 queue_s=max(end.queue_s for end in ends),
                 tokenize_s=self._tokenize_s,

@@ -132,7 +132,7 @@ def test_junk_is_an_invalid_request_or_a_request(data: bytes) -> None:
     [
         Chunk("日本", (1, 2), 3, (TokenLogprob(1, -0.5, ((1, -0.5), (7, -2.0))), TokenLogprob(2, -1.0))),
         SequenceEnd(2, "stop", 7),
-        RequestEnd(Usage(3, 4, 1), Timing(queue_s=0.1, tokenize_s=0.2, model_s=0.3, detokenize_s=0.4), 2**63 - 1),
+        RequestEnd(Usage(3, 4, 1, 4, 3), Timing(queue_s=0.1, tokenize_s=0.2, model_s=0.3, detokenize_s=0.4), 2**63 - 1),
     ],
 )
 def test_stream_events(event: codec.StreamEvent) -> None:
