@@ -109,8 +109,8 @@ class EngineOptions(Frozen):
         kv_cache_bytes: optimized: memory of the KV cache; None lets the planner choose.
         prefix_cache: optimized: keep the pages of finished prompts and reuse equal prefixes.
         max_step_tokens: optimized: most tokens in one step (prefill chunks share it with decode rows).
-        speculative: optimized: "prompt_lookup" guesses the next tokens from equal text in prompt and answer and computes
-            several in one step; the answers stay the same.
+        speculative: optimized: "prompt_lookup" guesses the next tokens from equal text before and computes several
+            in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off".
