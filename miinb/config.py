@@ -113,7 +113,8 @@ class EngineOptions(Frozen):
             in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
-        parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off".
+        parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
+            (weights are then not checked for NaN either).
     """
 
     compile: bool = False

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
 from miinb.engine.executor import Emit, Executor, Poll, request_error
+from miinb.engine.finite import check_finite
 from miinb.engine.generation import BaselineRow, generate, measure_caches
 from miinb.engine.pipelines import PredictExecutor
 from miinb.engine.rows import check_request
@@ -102,6 +103,9 @@ def load_baseline(
     report(Phase("load", 0, 1, f"{model.family} with transformers"))
     loaded = load_model(model, config, info)
     report(Phase("load", 1, 1))
+    if config.options.parity != "off" and config.load_format != "dummy":
+        report(Phase("verify"))
+        check_finite(loaded.parameters(), model, DTYPES[info.dtype])
     attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
     plan = info.plan.with_line(
         "engine",

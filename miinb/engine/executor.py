@@ -21,7 +21,7 @@ from miinb.engine.decoder import Decoder, StepBatch
 from miinb.engine.inputs import StepInputs
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.rows import Row, StepPlan
-from miinb.engine.sampling import Needs, Sampled, Sampler, read_logprobs
+from miinb.engine.sampling import Landing, Needs, Sampled, Sampler, read_logprobs
 from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest, MiinbError, OutOfMemory
 from miinb.messages import EngineInfo, Event, FinishReason, PredictedEvent, PredictRequest, SequenceRequest
@@ -92,9 +92,7 @@ class Flight:
 
     plan: StepPlan
     rows: list[Row]  # those that get a token
-    chosen: Sampled  # on the device
-    token_ids: Tensor  # on the host once `landed`
-    finite: Tensor
+    chosen: Sampled  # on the host once `landed`
     landed: torch.cuda.Event | None
 
 
@@ -147,15 +145,7 @@ class StepExecutor:
         self._sampler = Sampler(self.scheduler.max_batch, info.vocab_size, self.device)
         self._flight: Flight | None = None
         self._steps = 0
-        self._landing = [self._landing_place() for _ in range(2)]
-
-    def _landing_place(self) -> tuple[Tensor, Tensor]:
-        pinned = self.device.type == "cuda"
-        size = self.scheduler.max_batch
-        return (
-            torch.zeros(size, dtype=torch.int64, pin_memory=pinned),
-            torch.zeros(size, dtype=torch.bool, pin_memory=pinned),
-        )
+        self._landing = [Landing(self.scheduler.max_batch, self.device) for _ in range(2)]
 
     def submit(self, request: SequenceRequest) -> None:
         """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
@@ -241,21 +231,19 @@ class StepExecutor:
 
     def _take_off(self, plan: StepPlan, rows: list[Row], chosen: Sampled) -> Flight:
         self._steps += 1
+        chosen = self._landing[self._steps % 2].receive(chosen)
         if self.device.type != "cuda":
-            return Flight(plan, rows, chosen, chosen.token_ids, chosen.finite, None)
-        token_ids, finite = (place[: len(rows)] for place in self._landing[self._steps % 2])
-        token_ids.copy_(chosen.token_ids, non_blocking=True)
-        finite.copy_(chosen.finite, non_blocking=True)
+            return Flight(plan, rows, chosen, None)
         landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         landed.record()
-        return Flight(plan, rows, chosen, token_ids, finite, landed)
+        return Flight(plan, rows, chosen, landed)
 
     def _land(self, flight: Flight) -> None:
         """Read a step's results."""
         if flight.landed is not None:
             flight.landed.synchronize()
         plan = flight.plan
-        token_ids, finite = flight.token_ids.tolist(), flight.finite.tolist()
+        token_ids, finite = flight.chosen.token_ids.tolist(), flight.chosen.finite.tolist()
         found = read_logprobs(flight.chosen, flight.rows)
         if len(flight.rows) == len(plan.rows):
             self.scheduler.complete(plan, token_ids, finite, time.monotonic(), found)

@@ -20,13 +20,14 @@ from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.executor import Executor, StepExecutor
+from miinb.engine.finite import check_finite
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.parallel import Group, init_distributed
 from miinb.engine.policies import POLICIES
 from miinb.engine.spec import DecoderSpec, Policy
 from miinb.engine.tokenizer_files import export_tokenizer
-from miinb.engine.weights import DTYPES, load_weights, weights_bytes
+from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
@@ -223,6 +224,8 @@ def _step_executor(
         weights_bytes=weights_bytes(weights),
     )
     report(Phase("verify"))
+    if config.options.parity != "off" and config.load_format != "dummy":
+        check_finite(tensors(weights), model, DTYPES[place.dtype])
     plan = _verified(plan, decoder, size.page_tokens, config)
     cache = KVCache(local, size, DTYPES[place.dtype], place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)

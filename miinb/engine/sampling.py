@@ -8,6 +8,7 @@ Log-probabilities are those of the model itself, before any of this.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
@@ -45,6 +46,40 @@ class Sampled:
     logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     top_ids: Tensor | None = None
+
+
+class Landing:
+    """Host memory that a step's choice is copied to without waiting; of a CPU it is the choice itself.
+
+    Args:
+        max_batch: most rows of a step.
+        device: where the choices are made.
+    """
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._max_batch = max_batch
+        self._memory: dict[str, Tensor] = {}
+
+    def receive(self, chosen: Sampled) -> Sampled:
+        """The same choice on the host; its numbers are there once the stream has come to this point."""
+        if not self._on_gpu:
+            return chosen
+        copied = {
+            field.name: self._copy(field.name, part)
+            for field in dataclasses.fields(chosen)
+            if (part := getattr(chosen, field.name)) is not None
+        }
+        return Sampled(**copied)
+
+    def _copy(self, name: str, part: Tensor) -> Tensor:
+        """A copy in pinned memory that is kept for later steps; only between contiguous tensors it does not wait."""
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < part.numel():
+            each = part.shape[1] if part.dim() > 1 else 1
+            memory = self._memory[name] = torch.empty(self._max_batch * each, dtype=part.dtype, pin_memory=True)
+        place = memory[: part.numel()].view(part.shape)
+        return place.copy_(part.contiguous(), non_blocking=True)
 
 
 def greedy(logits: Tensor) -> Sampled:
@@ -102,8 +137,9 @@ class Sampler:
         """Count the row's tokens from scratch."""
         in_prompt, counts = self._counters()
         ids = self._send(row.token_ids, torch.int64)
-        in_prompt[row.slot].zero_()[ids[: row.prompt_tokens]] = True
-        counts[row.slot] = torch.bincount(ids[row.prompt_tokens :], minlength=self.vocab_size).float()
+        in_prompt[row.slot].zero_().index_fill_(0, ids[: row.prompt_tokens], True)
+        new = ids[row.prompt_tokens :]  # bincount would wait for the device, to learn the largest id
+        counts[row.slot].zero_().index_add_(0, new, torch.ones(len(new), device=self.device))
 
     def _counters(self) -> tuple[Tensor, Tensor]:
         """[max_batch, vocab]: whether in the prompt (bool), how often among the new tokens (fp32); made when needed."""
@@ -138,8 +174,9 @@ class Sampler:
         """
         if needs == Needs.NOTHING:
             return greedy(logits)
-        raw = logits.float()
-        scores = raw.clone()
+        # The draw reads logits of any dtype; a copy is made only where something is changed in them.
+        changed = needs & (Needs.BIAS | Needs.PENALTY | Needs.MIN_NEW)
+        scores = logits.to(torch.float32, copy=True) if changed else logits
         if needs & Needs.BIAS:
             self._add_biases(scores, rows)
         if needs & Needs.PENALTY:
@@ -157,7 +194,7 @@ class Sampler:
             ones = torch.ones(len(rows), device=self.device)
             self._counters()[1].index_put_((slots, chosen.token_ids), ones, accumulate=True)
         if needs & Needs.LOGPROBS:
-            self._add_logprobs(chosen, raw, rows)
+            self._add_logprobs(chosen, logits, rows)
         return chosen
 
     def _add_biases(self, scores: Tensor, rows: Sequence[Row]) -> None:
@@ -193,15 +230,20 @@ class Sampler:
             at = self._send([places, ids], torch.int64)
             scores[at[0], at[1]] = -torch.inf
 
-    def _add_logprobs(self, chosen: Sampled, raw: Tensor, rows: Sequence[Row]) -> None:
-        logprobs = raw.log_softmax(-1)
+    def _add_logprobs(self, chosen: Sampled, logits: Tensor, rows: Sequence[Row]) -> None:
+        logprobs = logits.log_softmax(-1, dtype=torch.float32)
         most = max(row.request.params.logprobs or 0 for row in rows)
         chosen.logprobs = logprobs.gather(1, chosen.token_ids[:, None])[:, 0]
         chosen.top_logprobs, chosen.top_ids = logprobs.topk(min(most, self.vocab_size), -1)
 
 
 def read_logprobs(chosen: Sampled, rows: Sequence[Row]) -> dict[int, TokenLogprob]:
-    """The log-probabilities of the rows that asked for them, by place; reads from the device."""
+    """The log-probabilities of the rows that asked for them, by place.
+
+    Args:
+        chosen: as `Landing.receive` gave it.
+        rows: the rows of the step that got a token.
+    """
     if chosen.logprobs is None or chosen.top_logprobs is None or chosen.top_ids is None:
         return {}
     ids, own = chosen.token_ids.tolist(), chosen.logprobs.tolist()

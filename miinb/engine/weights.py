@@ -218,16 +218,17 @@ def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: 
 
 def weights_bytes(weights: DecoderWeights) -> int:
     """Bytes of a rank's weights; a tied head counts once."""
-    seen: Mapping[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(weights)}
+    seen: Mapping[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(weights)}
     return sum(seen.values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in weights or in a part of them; a tied head comes twice."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
+            yield from tensors(getattr(value, name))

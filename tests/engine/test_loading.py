@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from miinb import models
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.engine import parity
 from miinb.engine.executor import Executor
+from miinb.engine.finite import check_finite
 from miinb.engine.loading import load_executor
 from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError, RankFailed
 from miinb.messages import Phase, SequenceRequest, TokensEvent
@@ -66,6 +69,32 @@ def test_both_engines_give_the_same_tokens(tiny: Tiny, tmp_path: Path, name: str
     assert fused.info.eos_token_ids == (2,)
     assert (tmp_path / "state" / "tokenizer" / "tokenizer.json").exists()
     assert answer(fused, [5, 6, 7], 24) == answer(plain, [5, 6, 7], 24)
+
+
+@pytest.mark.parametrize("engine", ["optimized", "baseline"])
+def test_weights_of_nan_end_the_start_with_the_tensor_s_name(tiny: Tiny, tmp_path: Path, engine: str) -> None:
+    folder = tmp_path / "nan"
+    shutil.copytree(tiny("llama")[1], folder)
+    stand_in_tokenizer(folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"  # in no layer that the parity check computes
+    weights[name][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BrokenCheckpoint, match=name):
+        load(folder, tmp_path, engine=engine)
+    executor, _ = load(folder, tmp_path, engine=engine, options={"parity": "off", "threads": 1})
+    assert executor.info.engine == engine
+
+
+def test_weights_beyond_the_dtype_s_range_are_told_from_broken_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    values = {"a": torch.full((3,), 3e38), "b": torch.full((3,), 1e5)}
+    save_file(values, tmp_path / "model.safetensors")
+    info = models.inspect(tmp_path)
+    check_finite(values.values(), info, torch.float32)  # only the sum is infinite
+    with pytest.raises(BrokenCheckpoint, match=r"a of .* beyond the range of float16") as caught:
+        check_finite([value.half() for value in values.values()], info, torch.float16)
+    assert "bf16" in caught.value.hint
 
 
 def test_no_fused_form_falls_back_and_says_so(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from miinb.config import GenerationParams
 from miinb.engine.rows import Row
-from miinb.engine.sampling import Needs, Sampler, read_logprobs
+from miinb.engine.sampling import Landing, Needs, Sampler, read_logprobs
 from miinb.messages import SequenceRequest
 
 transformers = pytest.importorskip("transformers")
@@ -181,3 +181,34 @@ def test_greedy_rows_need_nothing():
     one = row(0, [1], [])
     sampler.admit(one)
     assert sampler.needs([one]) == Needs.NOTHING
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device():
+    device = torch.device("cuda", 0)
+    sampler, landing = Sampler(8, VOCAB, device), Landing(8, device)
+    rows = [
+        row(0, [1, 2], [3], repetition_penalty=1.2, frequency_penalty=0.5, logprobs=3, min_new_tokens=4),
+        row(1, [4], [], do_sample=True, top_k=7, top_p=0.8, logit_bias={4: 1.0}),
+    ]
+    logits = torch.randn(2, VOCAB, device=device)
+    positions, slots = torch.tensor([3, 1], device=device), torch.tensor([0, 1], device=device)
+
+    def step(rows):
+        for one in rows:
+            sampler.admit(one)
+        return landing.receive(sampler.choose(logits, rows, positions, slots, sampler.needs(rows)))
+
+    step(rows)  # compiles, and makes the counters
+    others = [row(0, [7, 8], [9], presence_penalty=0.2, logprobs=5), row(1, [6], [], do_sample=True, top_p=0.5)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chosen = step(others)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    found = read_logprobs(chosen, others)
+    wanted = logits.log_softmax(-1)[0].topk(5)
+    assert [token for token, _ in found[0].top] == wanted.indices.tolist()
+    assert found[0].logprob == pytest.approx(float(logits.log_softmax(-1)[0, found[0].token_id]), abs=1e-5)
