@@ -24,7 +24,7 @@ from miinb.tasks import TASKS, find_task, tasks_of
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 
 #: Families (config.json's model_type) that the optimized engine has a policy for; `engine/policies` holds them.
-OPTIMIZED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+OPTIMIZED = ("gpt2", "gptj", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3")
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 #: config.json's names of one fact, by family; the first that is there counts.

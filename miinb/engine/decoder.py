@@ -211,8 +211,9 @@ class Decoder:
         y, stream = self._norm(w.attn_norm, x, residual)
         a = self._attention(index, y, batch, cache)
         if self.spec.block == "serial":
+            stream = y if self.spec.residual_from_norm else stream
             y, stream = self._norm(w.mlp_norm, self._reduce(a), stream)
-            return self._reduce(self._mlp(w, y)), stream
+            return self._reduce(self._mlp(w, y)), y if self.spec.residual_from_norm else stream
         if w.mlp_norm is not None:
             y, _ = self._norm(w.mlp_norm, stream)
         return self._reduce(self._mlp(w, y, residual=a)), stream  # one reduction for both branches

@@ -22,12 +22,21 @@ class Region:
         shape: of the whole tensor.
         rows, columns: what is wanted of it; columns are None for a vector.
         transposed: the checkpoint has it as [in, out].
+        head_size: the rows are q, k and v, so many rows each, of one head after another; `sorted` puts all q first.
     """
 
     shape: tuple[int, ...]
     rows: slice
     columns: slice | None = None
     transposed: bool = False
+    head_size: int = 0
+
+    def sorted(self, rows: Tensor) -> Tensor:
+        """The rows that were read, in the order in which the fused layer has them."""
+        if not self.head_size:
+            return rows
+        by_head = rows.reshape(-1, 3, self.head_size, *rows.shape[1:])
+        return by_head.transpose(0, 1).reshape(rows.shape)
 
 
 class Reader(Protocol):
@@ -42,6 +51,13 @@ class Reader(Protocol):
         ...
 
 
+def _without(prefix: str, name: str) -> str:
+    """A tensor's name without the prefix or the part of it that the checkpoint has ("decoder." of "model.decoder.")."""
+    for part in prefix.split(".")[:-1]:
+        name = name.removeprefix(f"{part}.")
+    return name
+
+
 class SafetensorsReader:
     """Reads slices of safetensors files, which are mapped, not loaded."""
 
@@ -51,7 +67,7 @@ class SafetensorsReader:
         files = {file: stack.enter_context(safe_open(file, framework="pt")) for file in info.files}
         self._source = info.source
         self._tensors = {
-            entry.name.removeprefix(prefix): (entry.name, files[entry.file], entry.shape)
+            _without(prefix, entry.name): (entry.name, files[entry.file], entry.shape)
             for entry in info.tensors.values()
         }
 
@@ -68,11 +84,11 @@ class SafetensorsReader:
             raise _misshapen(stored, tuple(shape), region, self._source)
         part = file.get_slice(stored)
         if region.columns is None:
-            target.copy_(part[region.rows])
+            target.copy_(region.sorted(part[region.rows]))
         elif region.transposed:
             target.copy_(part[region.columns, region.rows].t())
         else:
-            target.copy_(part[region.rows, region.columns])
+            target.copy_(region.sorted(part[region.rows, region.columns]))
 
 
 #: GGUF's names of the modules of a LLaMA-like family.

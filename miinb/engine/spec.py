@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from miinb.errors import UnsupportedModel
 
+#: `DecoderSpec.max_length` of a family whose positions have no end (ALiBi).
+NO_LIMIT = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -50,6 +53,7 @@ class DecoderSpec:
         qk_norm: queries and keys of each head are normalized (Qwen3).
         block: "serial" (attention, then MLP), "parallel" (both read one norm, GPT-J), "parallel_norms" (each has its
             own norm, GPT-NeoX), "post" (norms follow the residual additions, OPT-350m).
+        residual_from_norm: what is added to a serial branch's result is the branch's normalized input (BLOOM's option).
         qkv_bias, out_bias, mlp_bias, head_bias: which linear layers have one.
         tied: the head is the embedding.
         embed_norm: the embedding is normalized (BLOOM).
@@ -78,6 +82,7 @@ class DecoderSpec:
     softcap: float | None = None
     qk_norm: bool = False
     block: Literal["serial", "parallel", "parallel_norms", "post"] = "serial"
+    residual_from_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -118,12 +123,14 @@ class Source:
         split: how ranks share it: "column" (output rows), "row" (input columns, summed afterwards), None (all of it).
         sections: how many matrices one module holds, one below the other (GPT-2's c_attn: 3).
         transposed: the checkpoint has [in, out] (GPT-2's Conv1D).
+        by_head: the one module holds q, k and v of the first head, then of the second, ... (BLOOM, GPT-NeoX).
     """
 
     modules: tuple[str, ...]
     split: Literal["column", "row"] | None = None
     sections: int = 1
     transposed: bool = False
+    by_head: bool = False
 
 
 def whole(*modules: str) -> Source:
@@ -131,9 +138,9 @@ def whole(*modules: str) -> Source:
     return Source(modules)
 
 
-def column(*modules: str, sections: int = 1, transposed: bool = False) -> Source:
+def column(*modules: str, sections: int = 1, transposed: bool = False, by_head: bool = False) -> Source:
     """Each rank computes its share of the outputs."""
-    return Source(modules, "column", sections, transposed)
+    return Source(modules, "column", sections, transposed, by_head)
 
 
 def row(*modules: str, transposed: bool = False) -> Source:

@@ -84,12 +84,13 @@ class _Builder:
         for module, total, offset, share in _matrices(source, sizes, shares, layer):
             rows = slice(offset + share.start, offset + share.stop)
             end = at + share.stop - share.start
-            region = Region((total, width), rows, columns, source.transposed)
+            head_size = unit if source.by_head else 0
+            region = Region((total, width), rows, columns, source.transposed, head_size)
             self.fill(weight[at:end], f"{module}.weight", region)
             if has_bias:
                 self.consumed.add(f"{module}.bias")
             if bias is not None:
-                self.fill(bias[at:end], f"{module}.bias", Region((total,), rows))
+                self.fill(bias[at:end], f"{module}.bias", Region((total,), rows, head_size=head_size))
             at = end
         return PackedLinear(weight, bias)
 
@@ -110,9 +111,14 @@ class _Builder:
         )
 
     def head(self, embed: Tensor) -> PackedLinear:
-        if self.spec.tied:
-            return PackedLinear(embed[self.share(self.spec.vocab_size)])
-        return self.linear("head")
+        if not self.spec.tied:
+            return self.linear("head")
+        share, bias = self.share(self.spec.vocab_size), None
+        if self.spec.head_bias:
+            bias = self.empty(share.stop - share.start)
+            (module,) = self.policy.weights["head"].modules
+            self.fill(bias, f"{module}.bias", Region((self.spec.vocab_size,), share))
+        return PackedLinear(embed[share], bias)
 
 
 def linear_shape(spec: DecoderSpec, part: str) -> tuple[list[int], int, bool, int]:
@@ -136,6 +142,10 @@ def _matrices(
 ) -> Iterator[tuple[str, int, int, slice]]:
     """For each matrix of a fused layer: its module, the module's rows, where it begins in them, the rank's share."""
     modules = [module.format(i=layer) for module in source.modules]
+    if source.by_head:  # whole heads, each with its share of every matrix
+        parts = len(sizes)
+        yield modules[0], sum(sizes), 0, slice(parts * shares[0].start, parts * shares[0].stop)
+        return
     if source.sections == 1:
         for module, size, share in zip(modules, sizes, shares, strict=True):
             yield module, size, 0, share

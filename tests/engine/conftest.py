@@ -23,6 +23,16 @@ BASE = {
     "tie_word_embeddings": False,
 }
 GPT2 = {"vocab_size": 101, "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 128}
+GPTJ = {"vocab_size": 101, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
+BLOOM = {"vocab_size": 101, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+OPT = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 72,
+    "max_position_embeddings": 128,
+}
 
 #: Name: transformers' configuration class and what it is given. Odd head sizes, GQA, MQA, tied and untied heads.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,6 +58,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", BASE | {"head_dim": 20, "tie_word_embeddings": True}),
     "gpt2": ("GPT2Config", GPT2),
     "gpt2-untied": ("GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"}),
+    "gptj": ("GPTJConfig", GPTJ),
+    "gptj-odd": ("GPTJConfig", GPTJ | {"n_head": 8, "rotary_dim": 2, "n_inner": 50, "tie_word_embeddings": True}),
+    "bloom": ("BloomConfig", BLOOM),
+    "bloom-6-heads": (
+        "BloomConfig",
+        BLOOM | {"n_head": 6, "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False},
+    ),
+    "opt": ("OPTConfig", OPT),
+    "opt-350m": ("OPTConfig", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-bare": (
+        "OPTConfig",
+        OPT
+        | {
+            "enable_bias": False,
+            "activation_function": "gelu",
+            "num_attention_heads": 6,
+            "tie_word_embeddings": False,
+            "_remove_final_layer_norm": True,
+        },
+    ),
 }
 
 

@@ -100,7 +100,7 @@ def test_small_pages_in_any_order_give_the_same(tiny: Tiny, name: str) -> None:
     assert torch.allclose(step(decoder, paged, rows), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj", "bloom", "opt", "opt-350m"])
 def test_bf16_error_is_not_above_transformers_own(tiny: Tiny, name: str) -> None:
     model, folder = tiny(name)
     tokens = prompts()[2]
@@ -225,9 +225,23 @@ class ThreadGroup:
         return torch.cat(self._exchange(x), -1)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("llama", 2), ("llama-tied-mqa", 2), ("gpt2", 3), ("qwen3", 2)])
+RANKS = [
+    ("llama", 2),
+    ("llama-tied-mqa", 2),
+    ("gpt2", 3),
+    ("qwen3", 2),
+    ("gptj", 4),
+    ("gptj-odd", 2),
+    ("bloom", 2),
+    ("bloom-6-heads", 3),
+    ("opt", 2),
+    ("opt-350m", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), RANKS)
 def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int) -> None:
-    sizes = {"vocab_size": 102} | ({"n_inner": 48} if name == "gpt2" else {})
+    sizes = {"vocab_size": 108} | ({"n_inner": 48} if name == "gpt2" else {})
     model = build(name, tmp_path, sizes)
     info = models.inspect(tmp_path)
     policy = POLICIES[info.family]

@@ -34,7 +34,7 @@ def packed(n: int, k: int, bias: bool) -> linear.PackedLinear:
 def rope_call(heads: int, kv_heads: int, size: int, **options: Any) -> Callable[[], Any]:
     cache, table = t(4, 16, kv_heads, size), t(64, size // 2, dtype=torch.float32)
     tables = (None, None) if options.pop("plain", False) else (table, table)
-    options |= {"heads": heads, "kv_heads": kv_heads, "head_size": size, "rotary_dim": size}
+    options = {"rotary_dim": size} | options | {"heads": heads, "kv_heads": kv_heads, "head_size": size}
     tokens = ids(1, dtype=torch.int64)
     return lambda: rope.rope_append(
         t(1, (heads + 2 * kv_heads) * size), tokens, *tables, cache, cache, tokens, **options
@@ -57,10 +57,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gated": lambda: linear.gated_linear(t(3, 64), packed(2 * 2048, 64, False), "silu"),
     "rope": rope_call(32, 8, 128),
     "rope norm": rope_call(16, 8, 128, q_norm=t(128), k_norm=t(128)),
-    "rope interleaved": rope_call(16, 16, 256, interleaved=True),
+    "rope interleaved": rope_call(16, 16, 256, interleaved=True, rotary_dim=64),
     "append": rope_call(12, 12, 64, plain=True),
     "decode": attention_call(32, 8, 128, 1),
     "decode window": attention_call(9, 3, 80, 1, window=100),
+    "decode alibi": attention_call(16, 16, 64, 1, alibi=t(16, dtype=torch.float32)),
+    "decode wide": attention_call(16, 16, 256, 1),
     "prefill": attention_call(32, 8, 128, 200),
     "prefill alibi": attention_call(16, 16, 64, 200, alibi=t(16, dtype=torch.float32)),
     "prefill softcap": attention_call(8, 4, 256, 200, softcap=50.0, window=4096),

@@ -121,6 +121,7 @@ ROPE = [
     (4, 2, 16, 16, False, False),
     (3, 1, 20, 12, False, False),
     (2, 2, 16, 8, True, False),
+    (3, 3, 10, 4, True, False),
     (4, 2, 24, 24, False, True),
     (3, 3, 12, 0, False, False),
 ]
@@ -157,10 +158,11 @@ def test_rope_append(
 ATTENTION = [
     # heads, kv_heads, head_size, window, alibi, softcap
     (4, 2, 16, None, False, None),
-    (2, 2, 20, None, False, None),
+    (2, 2, 20, 25, False, None),
     (6, 1, 16, 9, False, None),
     (4, 4, 8, None, True, None),
     (3, 1, 32, 70, False, 5.0),
+    (2, 1, 80, 40, True, None),
 ]
 
 
