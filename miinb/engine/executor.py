@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from miinb.config import EngineOptions
-from miinb.engine.decoder import Decoder, StepBatch
-from miinb.engine.inputs import StepInputs
+from miinb.engine.compute import STEP_ERRORS, Runner, StepCompute, is_device_lost, is_out_of_memory, sampled_rows
+from miinb.engine.decoder import Decoder
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.rows import Row, StepPlan
-from miinb.engine.sampling import Landing, Needs, Sampled, Sampler, read_logprobs
+from miinb.engine.sampling import Landing, Sampled, read_logprobs
 from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest, MiinbError, OutOfMemory
 from miinb.messages import EngineInfo, Event, FinishReason, PredictedEvent, PredictRequest, SequenceRequest
@@ -60,32 +59,6 @@ class Executor(Protocol):
         """Let go of the device's memory."""
 
 
-class Runner(Protocol):
-    """Runs the decoder on a step's batch: `EagerRunner`, or a runner of captured CUDA graphs."""
-
-    def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [L, vocab]."""
-
-    def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Most likely tokens [L] int64, and [L] bool: whether the row's logits are finite."""
-
-
-class EagerRunner:
-    """Calls the decoder."""
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder = decoder
-        self._cache = cache
-
-    def forward(self, batch: StepBatch) -> Tensor:
-        """See `Runner`."""
-        return self._decoder.forward(batch, self._cache)
-
-    def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """See `Runner`."""
-        return self._decoder.greedy(batch, self._cache)
-
-
 @dataclass(slots=True)
 class Flight:
     """A launched step whose results have not been read."""
@@ -121,7 +94,6 @@ class StepExecutor:
         self.info = info
         self.device = cache.k[0].device
         self._cache = cache
-        self.runner: Runner = runner or EagerRunner(decoder, cache)
         self._ahead = self.device.type == "cuda" if launch_ahead is None else launch_ahead
         self.scheduler = Scheduler(
             pages=cache.pages,
@@ -135,14 +107,16 @@ class StepExecutor:
             # Where a page is a whole slot (on a CPU) no prompt fills it, so none could be shared.
             prefix_cache=options.prefix_cache and cache.page_tokens < info.max_length,
         )
-        self.inputs = StepInputs(
+        self.compute = StepCompute(
+            decoder,
+            cache,
             max_batch=self.scheduler.max_batch,
-            max_step_tokens=options.max_step_tokens,
             max_length=info.max_length,
-            page_tokens=cache.page_tokens,
-            device=self.device,
+            max_step_tokens=options.max_step_tokens,
+            vocab_size=info.vocab_size,
+            keeps_tokens=self._ahead,
+            runner=runner,
         )
-        self._sampler = Sampler(self.scheduler.max_batch, info.vocab_size, self.device)
         self._flight: Flight | None = None
         self._steps = 0
         self._landing = [Landing(self.scheduler.max_batch, self.device) for _ in range(2)]
@@ -198,38 +172,18 @@ class StepExecutor:
     def _launch(self, plan: StepPlan) -> Flight | None:
         """Start a step; None if it raised, and then the rows concerned have failed."""
         try:
-            for page in self.scheduler.take_blank():
-                for layer in (*self._cache.k, *self._cache.v):
-                    layer[page].zero_()
-            for row in plan.admitted:
-                self._sampler.admit(row)
-            return self._compute(plan)
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            self.compute.blank(self.scheduler.take_blank())
+            needs = self.compute.admit(plan)
+            return self._take_off(plan, self.compute.run(plan, needs))
+        except STEP_ERRORS as error:
             if self.device.type == "cuda" and is_device_lost(error):
                 raise  # nothing on this GPU works any more in this process; the supervisor starts another
             log.exception("a step of %d rows and %d tokens raised", len(plan.rows), plan.tokens)
             self._blame(plan, error)
             return None
 
-    def _compute(self, plan: StepPlan) -> Flight:
-        batch = self.inputs.write(plan)
-        slots = self.inputs.sample_slots
-        rows = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
-        needs = self._sampler.needs(rows)
-        if not rows:
-            self.runner.greedy(batch)
-            chosen = Sampled(slots, slots.bool())
-        elif needs == Needs.NOTHING:
-            chosen = Sampled(*self.runner.greedy(batch))
-        else:
-            logits = self.runner.forward(batch)
-            places = batch.positions[batch.logit_rows] + 1
-            chosen = self._sampler.choose(logits, rows, places, slots, needs)
-        if self._ahead:
-            self.inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
-        return self._take_off(plan, rows, chosen)
-
-    def _take_off(self, plan: StepPlan, rows: list[Row], chosen: Sampled) -> Flight:
+    def _take_off(self, plan: StepPlan, chosen: Sampled) -> Flight:
+        rows = sampled_rows(plan)
         self._steps += 1
         chosen = self._landing[self._steps % 2].receive(chosen)
         if self.device.type != "cuda":
@@ -264,16 +218,6 @@ class StepExecutor:
         admitted = set(plan.admitted)
         fresh = [row for row, count in zip(plan.rows, plan.counts, strict=True) if count > 1 or row in admitted]
         self.scheduler.abandon(plan, set(fresh or plan.rows), request_error(error))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether a CUDA error makes every later call in this process fail too."""
-    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def request_error(error: Exception) -> MiinbError:

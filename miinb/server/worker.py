@@ -82,7 +82,7 @@ class Reports:
 
 def named_error(error: BaseException) -> MiinbError:
     """The error of miinb's tree that says best what ended start-up."""
-    from miinb.engine.executor import is_out_of_memory
+    from miinb.engine.compute import is_out_of_memory
 
     if isinstance(error, MiinbError):
         return error

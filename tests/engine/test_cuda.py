@@ -42,8 +42,8 @@ def executor_of(decoder: Decoder, cache: KVCache, *, graphs: bool) -> StepExecut
     )  # fmt: skip
     executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=EngineOptions(max_step_tokens=64))
     if graphs:
-        executor.runner = GraphRunner(decoder, cache, executor.inputs, 6)
-        assert executor.inputs.buckets == [1, 2, 4, 6]
+        executor.compute.runner = GraphRunner(decoder, cache, executor.compute.inputs, 6)
+        assert executor.compute.inputs.buckets == [1, 2, 4, 6]
     return executor
 
 
