@@ -231,6 +231,10 @@ def _number_list(value: object) -> object:
 
 #: What a greedy choice would ignore, and so is refused without `do_sample=True`.
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+#: What beam search cannot be combined with, by the value that it has otherwise.
+_NOT_WITH_BEAMS = {"do_sample": False, "logprobs": None}
+#: What only beam search has.
+_BEAMS_ONLY = ("length_penalty", "early_stopping")
 
 
 class GenerationParams(Frozen):
@@ -253,6 +257,9 @@ class GenerationParams(Frozen):
     stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
     seed: Annotated[Int, Field(ge=0, le=MAX_SEED)] | None = None
     num_return_sequences: Annotated[Int, Field(ge=1, le=64)] = 1
+    num_beams: Annotated[Int, Field(ge=1, le=64)] = 1  # above 1: beam search, by the baseline engine alone
+    length_penalty: Annotated[Float, Field(ge=-100, le=100)] = 1.0
+    early_stopping: bool | Literal["never"] = False
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
     eos_token_id: Annotated[list[int] | None, BeforeValidator(_number_list)] = None
@@ -282,18 +289,32 @@ class GenerationParams(Frozen):
             raise InvalidValueError(
                 f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens ({self.max_new_tokens})"
             )
-        if self.num_return_sequences > 1 and not self.do_sample:
-            raise InvalidValueError("num_return_sequences: greedy decoding has one answer; set do_sample=True")
+        self._check_beams()
         if not self.do_sample:
             for name in SAMPLING_ONLY:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise InvalidValueError(f"{name}: acts only with do_sample=True")
         return self
 
+    def _check_beams(self) -> None:
+        if self.num_beams == 1:
+            for name in _BEAMS_ONLY:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise InvalidValueError(f"{name}: acts only with num_beams above 1")
+            if self.num_return_sequences > 1 and not self.do_sample:
+                raise InvalidValueError("num_return_sequences: greedy decoding has one answer; set do_sample=True")
+            return
+        for name, value in _NOT_WITH_BEAMS.items():
+            if getattr(self, name) != value:
+                raise InvalidValueError(f"{name}: not together with num_beams above 1")
+        if self.num_return_sequences > self.num_beams:
+            raise InvalidValueError(
+                f"num_return_sequences: {self.num_return_sequences} is above num_beams ({self.num_beams})"
+            )
+
 
 #: transformers' generation arguments that have no meaning here, and what to do instead.
 REFUSED_GENERATION = {
-    "num_beams": "Beam search is not served; use do_sample=True with num_return_sequences.",
     "max_length": "Use max_new_tokens (the new tokens alone).",
     "streamer": "Use stream(...), which yields chunks.",
     "pad_token_id": "Batches are packed; nothing is padded.",
@@ -309,10 +330,8 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     """
     for name in values:
         if name in REFUSED_GENERATION:
-            if name == "num_beams" and values[name] == 1:
-                continue
             raise InvalidRequest(f"{name} cannot be set.", hint=REFUSED_GENERATION[name])
-    kept = {name: value for name, value in values.items() if value is not None and name != "num_beams"}
+    kept = {name: value for name, value in values.items() if value is not None}
     return GenerationParams.parse(kept, error=InvalidRequest)
 
 

@@ -112,6 +112,7 @@ class SequenceRequest:
     params: GenerationParams  # seed is set; stop strings are the frontend's business
     t_submit: float  # time.monotonic() when the frontend accepted the request
     deadline: float | None = None  # time.monotonic() after which it must not start
+    index: int = 0  # its place among the request's sequences
 
 
 @dataclass(slots=True)  # not frozen: that makes it six times cheaper to create, and there is one a row and step

@@ -19,6 +19,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
+from miinb.engine.beam_search import search
 from miinb.engine.executor import Emit, Executor, Poll, request_error
 from miinb.engine.finite import check_finite
 from miinb.engine.generation import BaselineRow, generate, measure_caches
@@ -198,7 +199,10 @@ class BatchExecutor:
         if self._running:
             self._batches += 1
             try:
-                generate(self.model, self._running, self, between, self.cache)
+                if self._running[0].params.num_beams > 1:
+                    search(self.model, self._running, self, between)
+                else:
+                    generate(self.model, self._running, self, between, self.cache)
             except (RuntimeError, ValueError, IndexError, MemoryError) as error:
                 log.exception("a batch of %d rows raised", len(self._running))
                 for row in self._running:

@@ -123,6 +123,10 @@ class StepExecutor:
 
     def submit(self, request: SequenceRequest) -> None:
         """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
+        if request.params.num_beams > 1:
+            raise InvalidRequest(
+                "num_beams: the optimized engine has no beam search.", hint="A session with engine='baseline' has."
+            )
         self.scheduler.submit(request)
 
     def predict(self, request: PredictRequest) -> None:

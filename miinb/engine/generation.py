@@ -41,8 +41,11 @@ class BaselineRow:
         self.t_start = 0.0
         self.t_first = 0.0
 
-    def key(self) -> tuple[str, int, frozenset[int]]:
-        """Rows of equal keys may share a batch."""
+    def key(self) -> tuple[object, ...]:
+        """Rows of equal keys may share a batch; under beam search those are the answers to one prompt."""
+        if self.params.num_beams > 1:
+            alike = self.params.model_dump_json(exclude=PER_ROW - {"max_new_tokens"})
+            return alike, tuple(self.request.token_ids), self.eos
         # transformers would count the padding among the tokens that a repetition penalty has seen.
         same_length = len(self.request.token_ids) if self.params.repetition_penalty != 1.0 else 0
         return self.params.model_dump_json(exclude=PER_ROW), same_length, self.eos

@@ -158,7 +158,7 @@ class Generation:
             row_id = next_row_id()
             stops = StopFinder(params.stop)
             self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), prefix)
-            self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline), self._push)
+            self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline, index), self._push)
 
     def _push(self, event: Event | PredictedEvent) -> None:
         """Takes an event from the balancer; tokens of a paced stream wait for its turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -248,6 +249,55 @@ def test_a_full_queue_refuses(llama):
     executor.cancel(0, "cancelled")
     executor.submit(request(1, [5], 1))
     assert set(run(executor)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": -1.0, "early_stopping": True},
+        {"num_beams": 2, "repetition_penalty": 1.4, "min_new_tokens": 5},
+    ],
+)
+def test_beam_search_is_transformers_own(llama, executor, params):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    eos = [EOS, *range(90, VOCAB)]  # likely enough to end some beams
+    n = params.get("num_return_sequences", 1)
+    for place, prompt in enumerate(PROMPTS):
+        for index in range(n):
+            request_ = request(place * n + index, prompt, 12, **params, eos_token_id=eos)
+            executor.submit(dataclasses.replace(request_, index=index))
+    events, reasons = run(executor), set()
+    for place, prompt in enumerate(PROMPTS):
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0, **params
+        )
+        for index in range(n):
+            got = events[place * n + index]
+            answer = wanted[index, len(prompt) :].tolist()
+            ends = [i for i, token in enumerate(answer) if token in eos]
+            assert tokens(got) == (answer[: ends[0] + 1] if ends else answer)
+            assert got[-1].finish_reason == ("stop" if ends else "length")
+            reasons.add(got[-1].finish_reason)
+    assert "stop" in reasons
+
+
+def test_a_beam_search_is_cancelled_and_its_nan_is_told(executor):
+    executor.submit(request(0, PROMPTS[0], 40, num_beams=2, ignore_eos=True))
+    polls = []
+
+    def poll():
+        polls.append(1)
+        if len(polls) == 3:
+            executor.cancel(0, "cancelled")
+
+    events = run(executor, poll)
+    assert [event.finish_reason for event in events[0]] == ["cancelled"]
+    assert len(polls) == 3
+    with torch.no_grad():
+        executor.model.model.embed_tokens.weight[13] = torch.nan
+    executor.submit(request(1, [5, 13], 4, num_beams=2))
+    assert [event.error for event in run(executor)[1]] == ["NonFinite"]
 
 
 def test_a_static_cache_gives_the_same_tokens(llama, executor):

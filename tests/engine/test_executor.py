@@ -235,6 +235,8 @@ def test_what_cannot_be_served_is_refused_at_once():
         executor.submit(request(0, [1, VOCAB], 2))
     with pytest.raises(InvalidRequest, match="logit_bias"):
         executor.submit(request(0, [1], 2, logit_bias={VOCAB: 1.0}))
+    with pytest.raises(InvalidRequest, match="num_beams"):
+        executor.submit(request(0, [5], num_beams=2))
     with pytest.raises(InvalidRequest, match="eos_token_id"):
         executor.submit(request(0, [1], 2, eos_token_id=[-1]))
     assert not executor.busy

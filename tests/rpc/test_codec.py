@@ -106,7 +106,7 @@ def test_a_lone_surrogate_is_refused_before_the_wire() -> None:
         ('{"logit_bias": {"x": 1}}', "logit_bias"),
         ('{"stop": ' + str(["s"] * 1000).replace("'", '"') + "}", "stop"),
         ('{"temprature": 1}', "temperature"),
-        ('{"num_beams": 4}', "num_beams"),
+        ('{"num_beams": 4, "do_sample": true}', "num_beams"),
         ("[1]", "parameters_json"),
         ("{", "parameters_json"),
         ("[" * 100_000, "parameters_json"),

@@ -1,0 +1,67 @@
+"""Beam search through transformers' own `generate`: one prompt a search, its answers shown when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from miinb.engine.generation import BaselineRow, Sink, Watcher, pad_left, processors_of
+from miinb.errors import NonFinite
+
+
+class _Ear(transformers.StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+    """Called by transformers after each step: lets cancels in, and ends the search when no row waits for it."""
+
+    def __init__(self, rows: Sequence[BaselineRow], watcher: Watcher, sink: Sink, between: Callable[[], None]) -> None:
+        self._rows, self._watcher, self._sink, self._between = rows, watcher, sink, between
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Called by transformers with the candidates [beams, n]."""
+        if self._watcher.finite is not None and not bool(self._watcher.finite.all()):
+            for row in self._rows:
+                self._sink.fail(row, NonFinite("The model produced NaN or infinity for this request."))
+        self._between()
+        ended = all(row.ended for row in self._rows)
+        return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
+
+
+@torch.inference_mode()
+def search(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callable[[], None]) -> None:
+    """The best answers to one prompt.
+
+    Args:
+        model: the transformers model.
+        rows: of equal keys; a row gets the answer of rank `request.index`.
+        sink: gets tokens and failures.
+        between: called after each step.
+    """
+    params = rows[0].params
+    input_ids, mask = pad_left([rows[0].request.token_ids], model.device)
+    width = input_ids.shape[1]
+    watcher = Watcher(rows)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=params.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        num_beams=params.num_beams,
+        num_return_sequences=max(row.request.index for row in rows) + 1,
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+        eos_token_id=sorted(rows[0].eos) or None,
+        pad_token_id=0,
+    )
+    answers = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=processors_of(rows, watcher, width, model.device),
+        stopping_criteria=transformers.StoppingCriteriaList([_Ear(rows, watcher, sink, between)]),
+    )
+    for row in rows:
+        for token_id in answers[row.request.index, width:].tolist():
+            if not row.ended:  # after its last token comes padding
+                sink.take(row, token_id, ())
