@@ -24,7 +24,9 @@ from miinb.tasks import TASKS, find_task, tasks_of
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 
 #: Families (config.json's model_type) that the optimized engine has a policy for; `engine/policies` holds them.
-OPTIMIZED = ("gpt2", "gptj", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3")
+OPTIMIZED = (
+    "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "phi3",
+)  # fmt: skip
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 #: config.json's names of one fact, by family; the first that is there counts.
@@ -216,15 +218,11 @@ def estimate_parameters(config: Mapping[str, Any]) -> int:
     layers, hidden, heads, kv_heads, positions, vocab = (_first(config, keys) for keys in _KEYS.values())
     head_size = config.get("head_dim") or (hidden // heads if heads else 0)
     attention = hidden * head_size * (2 * heads + 2 * (kv_heads or heads))
-    gated = "silu" in str(config.get("hidden_act")) or config.get("model_type") in (
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-    )
+    family = config.get("model_type")
+    gated = "silu" in str(config.get("hidden_act")) or family in ("llama", "mistral", "qwen2", "qwen3", "phi3")
     inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden
-    learned = positions * hidden if config.get("model_type") in ("gpt2", "gpt_neo", "opt") else 0
-    tied = config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "gpt_neo", "opt", "bloom"))
+    learned = positions * hidden if family in ("gpt2", "gpt_neo", "opt") else 0
+    tied = config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "opt", "bloom"))
     return layers * (attention + (3 if gated else 2) * hidden * inner) + vocab * hidden * (1 if tied else 2) + learned
 
 
@@ -348,8 +346,7 @@ _ENCODER = ("text-classification", "token-classification", "question-answering",
 def families() -> FamilyTable:
     """The families that are tested; others that transformers knows run on the baseline engine."""
     encoders = ("bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra")
-    decoders = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3")
-    rows = [FamilyRow(name, _TEXT, name in OPTIMIZED) for name in decoders]
+    rows = [FamilyRow(name, _TEXT, True) for name in OPTIMIZED]
     return FamilyTable(rows + [FamilyRow(name, _ENCODER, False) for name in encoders])
 
 

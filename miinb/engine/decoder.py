@@ -6,7 +6,6 @@ synchronization and no shape that depends on data, so that it can be captured in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
-from miinb.engine.spec import DecoderSpec, Rotary
+from miinb.engine.positions import alibi_slopes, rotary_tables
+from miinb.engine.spec import DecoderSpec
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.head import greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
@@ -272,35 +272,3 @@ class Decoder:
 
     def _reduce(self, x: Tensor) -> Tensor:
         return x if self.group is None else self.group.all_reduce(x)
-
-
-def rotary_tables(rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, dim / 2] in fp32, one row a position."""
-    exponents = torch.arange(0, rotary.dim, 2, dtype=torch.int64).float() / rotary.dim
-    frequencies = 1.0 / (rotary.theta**exponents)
-    if rotary.scaling is not None:
-        frequencies = _scale_frequencies(frequencies, rotary)
-    angles = torch.arange(length).float()[:, None] * frequencies
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-def _scale_frequencies(frequencies: Tensor, rotary: Rotary) -> Tensor:
-    """Longer contexts: "linear" divides all frequencies, "llama3" the low ones, with a ramp between."""
-    values = rotary.scaling or {}
-    factor = float(values["factor"])
-    if values["rope_type"] == "linear":
-        return frequencies / factor
-    low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
-    turns = float(values["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * frequencies / factor + smooth * frequencies
-
-
-def alibi_slopes(spec: DecoderSpec, group: Group | None, device: torch.device) -> Tensor:
-    """The rank's ALiBi slopes [heads] in fp32: a geometric series; heads past a power of two take every other one."""
-    ranks, rank = (group.size, group.rank) if group is not None else (1, 0)
-    total = spec.heads * ranks
-    closest = 1 << int(math.log2(total))
-    slopes = [2 ** (-8 * (i + 1) / closest) for i in range(closest)]
-    slopes += [2 ** (-4 * (2 * i + 1) / closest) for i in range(total - closest)]
-    return torch.tensor(slopes[rank * spec.heads : (rank + 1) * spec.heads], dtype=torch.float32, device=device)

@@ -25,7 +25,7 @@ class Rotary:
         dim: leading elements of each head that are rotated (all of them, or fewer in GPT-J and GPT-NeoX).
         theta: base of the frequencies.
         interleaved: pairs are neighbors (GPT-J) rather than halves (GPT-NeoX, LLaMA).
-        scaling: config.json's rope parameters when they are not the default kind; "linear" and "llama3" are known.
+        scaling: config.json's rope parameters when they are not the default kind; `positions.py` has the kinds.
     """
 
     dim: int
@@ -168,24 +168,56 @@ class Policy:
     ignored: tuple[str, ...] = ()
 
 
-def rotary_of(config: Mapping[str, Any], dim: int, *, theta: float = 10000.0) -> Rotary:
+#: Kinds of rotary scaling whose angles depend on the position alone, and what config.json must say for each.
+ROTARY_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("factor", "short_factor"),
+}
+
+
+def rotary_of(
+    config: Mapping[str, Any], head_size: int, *, theta: float = 10000.0, part: float | None = None
+) -> Rotary:
     """The rotary embedding that config.json tells, in transformers' old (`rope_theta`, `rope_scaling`) or new words.
 
+    Args:
+        config: config.json's content.
+        head_size: elements of a head.
+        theta: the family's base, when config.json has none.
+        part: share of each head that is rotated, when `rope_parameters` does not say; None: the family rotates all.
+
     Raises:
-        UnsupportedModel: a kind of scaling that is not known here.
+        UnsupportedModel: a kind of scaling that is not known, or whose angles change with a sequence's length.
+        KeyError: config.json lacks a number of the scaling.
     """
-    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    values = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
+    base = float(values.get("rope_theta", config.get("rope_theta", theta)))
+    dim = head_size if part is None else int(head_size * values.get("partial_rotary_factor", part))
+    if dim % 2 or not dim:
+        raise UnsupportedModel(f"A rotary embedding of {dim} elements has no fused form.")
+    longest = config.get("max_position_embeddings", 0)
+    trained = config.get("original_max_position_embeddings") or values.get("original_max_position_embeddings", longest)
+    if kind in ("default", "dynamic"):  # dynamic is default up to max_position_embeddings, past which nothing is served
+        return Rotary(dim, base)
+    if kind not in ROTARY_SCALINGS:
         raise UnsupportedModel(f"Rotary scaling of kind {kind!r} has no fused form.")
-    base = values.get("rope_theta", config.get("rope_theta", theta))
-    values.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return Rotary(dim, float(base), scaling=None if kind == "default" else values | {"rope_type": kind})
+    if kind == "longrope" and longest > trained:
+        raise UnsupportedModel(f"Rotary scaling 'longrope' changes past {trained} tokens, which has no fused form.")
+    values["factor"] = values.get("factor") or (longest / trained if kind in ("yarn", "longrope") else values["factor"])
+    if kind == "longrope" and len(values["short_factor"]) != dim // 2:
+        raise ValueError(f"short_factor has {len(values['short_factor'])} numbers, not {dim // 2}")
+    numbers = {name: values[name] for name in ROTARY_SCALINGS[kind]}
+    numbers |= {"rope_type": kind, "original_max_position_embeddings": trained}
+    return Rotary(dim, base, scaling=values | numbers)
 
 
 #: transformers' names of activations: ours.
 ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

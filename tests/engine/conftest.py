@@ -25,6 +25,15 @@ BASE = {
 GPT2 = {"vocab_size": 101, "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 128}
 GPTJ = {"vocab_size": 101, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
 BLOOM = {"vocab_size": 101, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+NEO = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "attention_types": [[["global"], 1], [["local"], 2]],
+    "window_size": 7,
+    "max_position_embeddings": 128,
+}
 OPT = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -34,6 +43,11 @@ OPT = {
     "max_position_embeddings": 128,
 }
 
+
+def _rope(**values: Any) -> dict[str, Any]:
+    return BASE | {"rope_parameters": {"rope_theta": 500.0, "original_max_position_embeddings": 32} | values}
+
+
 #: Name: transformers' configuration class and what it is given. Odd head sizes, GQA, MQA, tied and untied heads.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", BASE),
@@ -41,18 +55,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-odd": ("LlamaConfig", BASE | {"head_dim": 10, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (
         "LlamaConfig",
-        BASE
-        | {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
+        _rope(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0),
     ),
+    "llama-linear-rope": ("LlamaConfig", _rope(rope_type="linear", factor=4.0)),
+    "llama-dynamic-rope": ("LlamaConfig", _rope(rope_type="dynamic", factor=4.0)),
+    "qwen2-yarn": ("Qwen2Config", _rope(rope_type="yarn", factor=4.0)),
     "mistral": ("MistralConfig", BASE | {"sliding_window": 7}),
     "qwen2": ("Qwen2Config", BASE | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", BASE | {"head_dim": 20, "tie_word_embeddings": True}),
@@ -64,6 +71,50 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom-6-heads": (
         "BloomConfig",
         BLOOM | {"n_head": 6, "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        BASE | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox-serial": (
+        "GPTNeoXConfig",
+        BASE
+        | {
+            "num_attention_heads": 3,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+            "hidden_act": "gelu_fast",
+        },
+    ),
+    "gpt_neo": ("GPTNeoConfig", NEO),
+    "gpt_neo-untied": (
+        "GPTNeoConfig",
+        NEO
+        | {
+            "num_heads": 6,
+            "intermediate_size": 50,
+            "attention_types": [[["local", "global", "local"], 1]],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("Phi3Config", BASE | {"sliding_window": 7, "pad_token_id": 0}),
+    "phi3-partial": (
+        "Phi3Config",
+        BASE
+        | {
+            "pad_token_id": 0,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5, 2.0],
+                "long_factor": [2.0, 3.0, 4.0],
+            },
+        },
     ),
     "opt": ("OPTConfig", OPT),
     "opt-350m": ("OPTConfig", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),

@@ -8,8 +8,10 @@ from typing import Any
 from miinb.engine.spec import DecoderSpec, Policy, activation_of, column, rotary_of, row, whole
 
 
-def spec(config: Mapping[str, Any], *, head_size: int | None = None, **changes: Any) -> DecoderSpec:
-    """The decoder of a LLaMA configuration; Mistral and Qwen give their `changes` to it."""
+def spec(
+    config: Mapping[str, Any], *, head_size: int | None = None, part: float | None = None, **changes: Any
+) -> DecoderSpec:
+    """The decoder of a LLaMA configuration; its relatives give their `changes` to it, `part` as in `rotary_of`."""
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or head_size or config["hidden_size"] // heads
     bias = bool(config.get("attention_bias", False))
@@ -27,7 +29,7 @@ def spec(config: Mapping[str, Any], *, head_size: int | None = None, **changes: 
         "activation": activation_of(config.get("hidden_act", "silu")),
         "gated": True,
         "scale": head_size**-0.5,
-        "rotary": rotary_of(config, head_size),
+        "rotary": rotary_of(config, head_size, part=part),
         "qkv_bias": bias,
         "out_bias": bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
