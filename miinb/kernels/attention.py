@@ -56,7 +56,8 @@ def paged_attention(
         window: each query sees its own and the `window - 1` positions before; None is all.
         alibi: [heads] fp32 slopes (Press et al., 2022): slope * (key position - query position) is added; or None.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2); None is off.
-        max_query: at least the longest row's queries. 1 is decode (T = R), which splits the context over programs.
+        max_query: at least the longest row's queries. 1 is decode (T = R). In other steps the rows of one query still
+            run as decode, which splits the context over programs, and the others as prefill.
 
     Returns:
         [T, heads, head_size].
@@ -84,12 +85,17 @@ def paged_attention(
         "HAS_ALIBI": alibi is not None,
     }
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    launch = _launch_decode if max_query == 1 else _launch_prefill
-    launch((q, k_cache, v_cache, block_table, query_start, lengths, alibi, out), scale, settings, max_query)
+    tensors = (q, k_cache, v_cache, block_table, query_start, lengths, alibi, out)
+    if max_query == 1:
+        _launch_decode(tensors, scale, settings, mixed=False)
+        return out
+    _launch_prefill(tensors, scale, settings)
+    if lengths.shape[0] > 1:
+        _launch_decode(tensors, scale, settings, mixed=True)
     return out
 
 
-def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], max_query: int) -> None:
+def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], *, mixed: bool) -> None:
     q, block_table, lengths = tensors[0], tensors[3], tensors[5]
     heads, kv_heads, rows = settings["HEADS"], settings["KV_HEADS"], lengths.shape[0]
     splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), 1), 32)
@@ -105,18 +111,20 @@ def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, A
         scale * _LOG2E,
         splits,
         _LEAST_KEYS,
+        MIXED=mixed,
         BLOCK_G=block_g,
         **settings,
         **_blocks(q),
     )
 
 
-def _launch_prefill(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], max_query: int) -> None:
-    q, block_table, lengths = tensors[0], tensors[3], tensors[5]
+def _launch_prefill(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any]) -> None:
+    q, block_table, rows = tensors[0], tensors[3], tensors[5].shape[0]
     group = settings["HEADS"] // settings["KV_HEADS"]
     block_m = max(_PREFILL_ROWS, power_of_2(group))
-    _prefill[(-(-max_query // (block_m // group)), settings["KV_HEADS"], lengths.shape[0])](
+    _prefill[(q.shape[0] // (block_m // group) + rows, settings["KV_HEADS"])](
         *tensors,
+        rows,
         q.stride(0),
         *block_table.stride(),
         scale * _LOG2E,
@@ -177,12 +185,13 @@ def _decode(
     q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, partial, weights, counters, q_stride,
     table_stride, page_stride, scale, splits, least, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, MIXED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a row, KV head and part of the context; the last to finish of a row and head merges the parts.
 
-    All query heads that share a KV head are the rows of one matrix product, so each key is read once.
+    All query heads that share a KV head are the rows of one matrix product, so each key is read once. Of a MIXED step,
+    rows of several queries are left to `_prefill`.
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -195,6 +204,12 @@ def _decode(
         slope = tl.load(alibi + head, mask=g < GROUP, other=0.0) * 1.4426950408889634
     wait_for_inputs(PDL)
     length = tl.load(lengths + row)
+    token = row
+    if MIXED:
+        token = tl.load(query_start + row)
+        alone = tl.load(query_start + row + 1) - token == 1
+        length = tl.where(alone, length, 0)
+        mask = mask & alone
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
@@ -204,7 +219,7 @@ def _decode(
     parts = tl.cdiv(keys, span)
     begin = first + split * span
     end = tl.minimum(begin + span, length)
-    query = tl.load(q + row.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+    query = tl.load(q + token.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -215,7 +230,7 @@ def _decode(
             query, top, total, acc, k_cache, v_cache, table, page_stride, start + tl.arange(0, BLOCK_N), end,
             position, slope, kv_head, scale, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, BLOCK_D,
         )
-    to = out + row.to(tl.int64) * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
+    to = out + token.to(tl.int64) * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
     unit = row * KV_HEADS + kv_head
     if parts <= 1:
         if split == 0:
@@ -254,21 +269,30 @@ def _merge(partial, weights, parts, g, d, mask, HEAD_SIZE: tl.constexpr, BLOCK_G
 
 @jit
 def _prefill(
-    q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, q_stride, table_stride, page_stride,
+    q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, rows, q_stride, table_stride, page_stride,
     scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a row of the batch, KV head and block of queries: (token, head of the group) pairs, tokens first."""
-    kv_head, row = tl.program_id(1), tl.program_id(2)
+    """One program a tile of a row's queries and KV head: (token, head of the group) pairs, tokens first.
+
+    Row r's tiles begin at number query_start[r] // TOKENS + r, so that as many programs do for any division of the
+    tokens into rows. Rows of one query are `_decode`'s.
+    """
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     wait_for_inputs(PDL)
+    row = -1
+    for some in range(0, rows, 256):
+        r = some + tl.arange(0, 256)
+        tiles_before = tl.load(query_start + r, mask=r < rows, other=1 << 30) // TOKENS + r
+        row += tl.sum((tiles_before <= tile).to(tl.int32), 0)
     start, stop = tl.load(query_start + row), tl.load(query_start + row + 1)
     length = tl.load(lengths + row)
-    begin = tl.program_id(0) * TOKENS
+    begin = (tile - start // TOKENS - row) * TOKENS
     token = begin + m // GROUP
     head = kv_head * GROUP + m % GROUP
     there = (m < TOKENS * GROUP) & (token < stop - start)
@@ -278,7 +302,7 @@ def _prefill(
         slope = tl.load(alibi + head) * 1.4426950408889634
     before = length - (stop - start)
     position = before + token
-    if begin < stop - start:
+    if (begin < stop - start) & (stop - start > 1):
         at = (start + token).to(tl.int64)[:, None]
         query = tl.load(q + at * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -181,7 +181,9 @@ def attention_inputs(
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "window", "alibi", "softcap"), ATTENTION)
 @pytest.mark.parametrize(
-    ("queries", "lengths"), [([1, 1, 1], [1, 130, 64]), ([5, 1, 66], [5, 100, 140])], ids=["decode", "prefill"]
+    ("queries", "lengths"),
+    [([1, 1, 1], [1, 130, 64]), ([1, 5, 1, 66], [130, 5, 100, 140]), ([70], [90])],
+    ids=["decode", "mixed", "prefill"],
 )
 def test_paged_attention(
     dtype: torch.dtype,
@@ -209,6 +211,14 @@ def test_decode_is_the_same_again_and_pads_with_zeros() -> None:
     again = paged_attention(*tensors, scale=0.3, max_query=1)  # the counters are back at zero
     assert torch.equal(first, again)
     assert not first[1].any()
+
+
+def test_mixed_steps_are_padded_with_rows_of_no_queries() -> None:
+    tensors = attention_inputs(4, 2, 16, torch.float32, [1, 7, 0, 0], [90, 30, 0, 0])
+    q = torch.cat((tensors[0], rand(24, 4, 16)))  # tokens of no row
+    out = paged_attention(q, *tensors[1:], scale=0.3, max_query=len(q))
+    expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]), scale=0.3)
+    same(out[:8], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
