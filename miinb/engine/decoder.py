@@ -48,7 +48,8 @@ class StepBatch:
         slots: [T] int64, page * page_tokens + offset: where each token's key and value go.
         logit_rows: [L] int64, the tokens (indexes into T) whose logits are wanted.
         max_query: at least the most tokens of a row; 1 for pure decoding.
-        bucket: rows that the memory behind these views is padded to for a CUDA graph; 0: it is not.
+        bucket: what the memory behind these views is padded to for a CUDA graph: rows in pure decoding, else tokens; 0:
+            it is not padded.
     """
 
     token_ids: Tensor
@@ -131,6 +132,10 @@ class DecoderWeights:
     project_out: PackedLinear | None = None
 
 
+#: The hidden states between layers: `x + residual`, [T, hidden] each, or x alone.
+Stream = tuple[Tensor, Tensor | None]
+
+
 class Operators(NamedTuple):
     """The operators that the forward pass calls; a CPU has its own, and `parity` puts the references in their place."""
 
@@ -179,16 +184,34 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         """Logits [L, vocab] of `batch.logit_rows`, in the weights' dtype; the cache gets the step's keys and values."""
-        logits = self.ops.linear(self._hidden(batch, cache), self.weights.head)
-        return logits if self.group is None else self.group.gather(logits)
+        return self.logits(self.body(batch, cache), batch.logit_rows)
 
     @torch.inference_mode()
     def greedy(self, batch: StepBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
         """The most likely next token of each of `batch.logit_rows`, as `kernels.head.greedy_head`: ids and finite."""
+        return self.best(self.body(batch, cache), batch.logit_rows)
+
+    @torch.inference_mode()
+    def body(self, batch: StepBatch, cache: KVCache) -> Stream:
+        """All layers: the stream of hidden states of every token, before the last norm."""
+        x, residual = self.embed(batch), None
+        for index in range(self.spec.layers):
+            x, residual = self.layer(index, x, residual, batch, cache)
+        return x, residual
+
+    @torch.inference_mode()
+    def logits(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Logits [L, vocab] of these tokens of the stream."""
+        logits = self.ops.linear(self._head_input(stream, rows), self.weights.head)
+        return logits if self.group is None else self.group.gather(logits)
+
+    @torch.inference_mode()
+    def best(self, stream: Stream, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `greedy`, of these tokens of the stream."""
         if self.group is not None:
-            logits = self.forward(batch, cache)
+            logits = self.logits(stream, rows)
             return logits.argmax(-1), torch.isfinite(logits.amax(-1))
-        return self.ops.greedy_head(self._hidden(batch, cache), self.weights.head)
+        return self.ops.greedy_head(self._head_input(stream, rows), self.weights.head)
 
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""
@@ -218,13 +241,9 @@ class Decoder:
             y, _ = self._norm(w.mlp_norm, stream)
         return self._reduce(self._mlp(w, y, residual=a)), stream  # one reduction for both branches
 
-    def _hidden(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        """[L, hidden]: what the head reads."""
-        x, residual = self.embed(batch), None
-        for index in range(self.spec.layers):
-            x, residual = self.layer(index, x, residual, batch, cache)
-        x = x[batch.logit_rows]
-        residual = residual[batch.logit_rows] if residual is not None else None
+    def _head_input(self, stream: Stream, rows: Tensor) -> Tensor:
+        """[L, hidden or embed size]: what the head reads."""
+        x, residual = stream[0][rows], stream[1][rows] if stream[1] is not None else None
         w = self.weights
         if w.norm is not None:
             x, _ = self._norm(w.norm, x, residual)

@@ -1,19 +1,23 @@
-"""CUDA graphs of decode steps: what Python costs a step becomes one launch.
+"""CUDA graphs of steps: what Python costs a step becomes one launch.
 
-A graph is keyed by its number of rows alone. Lengths, page tables and tokens are data that it reads from the memory of
-`inputs.StepInputs`, which has the same address in every step; a step of fewer rows is padded. Prompts run eagerly.
+A graph is keyed by its packed tokens alone: rows in a step that only decodes, tokens in one with prompts. Lengths, page
+tables and tokens are data that it reads from the memory of `inputs.StepInputs`, which has the same address in every
+step; a smaller step is padded. A decode graph ends in logits and tokens, a mixed one before the head, which then runs
+for the rows that need it. Steps with prompts for which padding would cost more than it saves run eagerly.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from miinb.engine.decoder import Decoder, StepBatch
-from miinb.engine.inputs import StepInputs
+from miinb.engine.decoder import Decoder, StepBatch, Stream
+from miinb.engine.inputs import SMALL_STEP, StepInputs
 from miinb.engine.kv_cache import KVCache
 from miinb.kernels.head import argmax
 
@@ -22,92 +26,145 @@ MOST_SECONDS = 3.0
 MOST_BYTES = 1 << 30
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(slots=True)
-class _Captured:
+class _Decode:
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # [rows, vocab]
     token_ids: Tensor  # [rows] int64
     finite: Tensor  # [rows] bool
 
 
+@dataclass(slots=True)
+class _Mixed:
+    graph: torch.cuda.CUDAGraph
+    stream: Stream  # [tokens, hidden]
+
+
 class GraphRunner:
-    """Runs decode steps as CUDA graphs, and all others eagerly (see `executor.Runner`).
+    """Runs steps as CUDA graphs where there is one, and all others eagerly (see `executor.Runner`).
 
     Args:
         decoder: the model.
         cache: its KV cache.
-        inputs: the steps' memory; its `buckets` are set to the graphs' sizes.
+        inputs: the steps' memory; its `buckets` and `mixed_buckets` are set to the graphs' sizes.
         max_batch: most rows of a step.
+        max_step_tokens: most tokens of a step.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, inputs: StepInputs, max_batch: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, inputs: StepInputs, max_batch: int, max_step_tokens: int
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._captured: dict[int, _Captured] = {}
+        self._decodes: dict[int, _Decode] = {}
+        self._mixed: dict[int, _Mixed] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.seconds = 0.0  # of the captures alone: the first start on a machine also compiles kernels
         self.bytes = 0
         free = torch.cuda.mem_get_info()[0]
-        for rows in capture_order(max_batch):
+        # The largest of all first: the others fit in its memory.
+        *small, largest = mixed_sizes(max_step_tokens)
+        captures: list[tuple[Callable[[StepInputs, int], None], int]] = [(self._capture_mixed, largest)]
+        captures += [(self._capture_decode, rows) for rows in capture_order(max_batch)]
+        captures += [(self._capture_mixed, tokens) for tokens in small]
+        for capture, size in captures:
             if self.seconds > MOST_SECONDS or self.bytes > MOST_BYTES:
                 break
-            self._captured[rows] = self._capture(inputs, rows)
+            capture(inputs, size)
             self.bytes = max(0, free - torch.cuda.mem_get_info()[0])
-        inputs.buckets = sorted(self._captured)
+        inputs.buckets = sorted(self._decodes)
+        inputs.mixed_buckets = sorted(self._mixed)
 
     def __str__(self) -> str:
-        sizes = ", ".join(map(str, sorted(self._captured)))
-        return f"decode steps of {sizes} rows, captured in {self.seconds:.1f} s, {self.bytes / 2**20:.0f} MiB"
+        rows, tokens = (", ".join(map(str, sorted(sizes))) for sizes in (self._decodes, self._mixed))
+        words = f"steps of {rows} rows" + (f" and of {tokens} tokens with prompts" if tokens else "")
+        return f"{words}, captured in {self.seconds:.1f} s, {self.bytes / 2**20:.0f} MiB"
 
     @torch.inference_mode()
-    def _capture(self, inputs: StepInputs, rows: int) -> _Captured:
-        batch = inputs.bucket_batch(rows)
-        batch.lengths.zero_()  # of padding alone: nothing is written to the cache
-        batch.slots.fill_(-1)
-        batch.positions.zero_()
+    def _capture_decode(self, inputs: StepInputs, rows: int) -> None:
+        batch = inputs.decode_batch(rows)
+        _blank(batch)
         for tensor in (batch.query_start, batch.logit_rows):
             tensor.copy_(torch.arange(tensor.shape[0]))
+
+        def step() -> tuple[Tensor, Tensor, Tensor]:
+            inputs.look_up(rows)
+            logits = self._decoder.forward(batch, self._cache)
+            return logits, *argmax(logits)
+
+        graph, results = self._record(step)
+        self._decodes[rows] = _Decode(graph, *results)
+
+    @torch.inference_mode()
+    def _capture_mixed(self, inputs: StepInputs, tokens: int) -> None:
+        batch = inputs.mixed_batch(tokens)
+        _blank(batch)
+        batch.query_start.zero_()
+        graph, stream = self._record(lambda: self._decoder.body(batch, self._cache))
+        self._mixed[tokens] = _Mixed(graph, stream)
+
+    def _record(self, step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """The graph of a step, and the tensors that a replay of it writes."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
-            self._step(inputs, batch, rows)  # compiles kernels, and allocates what must outlive a capture
+            step()  # compiles kernels, and allocates what must outlive a capture
             self._stream.synchronize()
             started = time.monotonic()
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool)
             try:
-                logits, token_ids, finite = self._step(inputs, batch, rows)
+                results = step()
             finally:
                 graph.capture_end()
             self.seconds += time.monotonic() - started
-        return _Captured(graph, logits, token_ids, finite)
-
-    def _step(self, inputs: StepInputs, batch: StepBatch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        inputs.look_up(rows)
-        logits = self._decoder.forward(batch, self._cache)
-        return logits, *argmax(logits)
+        return graph, results
 
     def forward(self, batch: StepBatch) -> Tensor:
         """See `executor.Runner`."""
-        captured = self._replay(batch)
-        if captured is None:
+        if not batch.bucket:
             return self._decoder.forward(batch, self._cache)
-        return captured.logits[: batch.lengths.shape[0]]
+        if batch.max_query == 1:
+            return self._decode(batch).logits[: batch.lengths.shape[0]]
+        return self._decoder.logits(self._body(batch), batch.logit_rows)
 
     def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """See `executor.Runner`."""
-        captured = self._replay(batch)
-        if captured is None:
+        if not batch.bucket:
             return self._decoder.greedy(batch, self._cache)
-        rows = batch.lengths.shape[0]
-        return captured.token_ids[:rows], captured.finite[:rows]
+        if batch.max_query == 1:
+            captured, rows = self._decode(batch), batch.lengths.shape[0]
+            return captured.token_ids[:rows], captured.finite[:rows]
+        return self._decoder.best(self._body(batch), batch.logit_rows)
 
-    def _replay(self, batch: StepBatch) -> _Captured | None:
-        """The results of the batch's graph, valid until the next step; None: it has none."""
-        captured = self._captured.get(batch.bucket)
-        if captured is not None:
-            captured.graph.replay()
+    def _decode(self, batch: StepBatch) -> _Decode:
+        """The results of the batch's graph, valid until the next step."""
+        captured = self._decodes[batch.bucket]
+        captured.graph.replay()
         return captured
+
+    def _body(self, batch: StepBatch) -> Stream:
+        """The stream of a step with prompts, valid until the next step."""
+        captured = self._mixed[batch.bucket]
+        captured.graph.replay()
+        return captured.stream
+
+
+def _blank(batch: StepBatch) -> None:
+    """Padding alone: nothing is written to the cache."""
+    batch.lengths.zero_()
+    batch.slots.fill_(-1)
+    batch.positions.zero_()
+
+
+def mixed_sizes(max_step_tokens: int) -> list[int]:
+    """Tokens of the graphs of steps with prompts, ascending: close together where a step is short."""
+    small = (32, 64, 128, 192, 256, 384, SMALL_STEP)
+    large = range(2 * SMALL_STEP, max_step_tokens, SMALL_STEP)
+    return sorted({n for n in (*small, *large) if n < max_step_tokens} | {max_step_tokens})
 
 
 def capture_order(max_batch: int) -> list[int]:

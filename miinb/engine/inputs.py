@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from miinb.engine.rows import Row, StepPlan
 
 #: Rows of the block table are as wide as the longest row of the step, in such steps: few shapes, so few kernels.
 TABLE_STEP = 16
+
+#: Steps of so many tokens are short: padding them to a graph costs less than launching their kernels one by one.
+SMALL_STEP = 512
 
 #: In memory's order: the block table, of which a step uses a part, is the last.
 _FIELDS = {
@@ -32,6 +36,16 @@ _FIELDS = {
     "lengths": torch.int32,
     "block_table": torch.int32,
 }
+
+
+class _Sizes(NamedTuple):
+    """How much of the buffers a step uses; `stride` is the distance between two places of the block table."""
+
+    tokens: int
+    rows: int
+    logits: int
+    width: int
+    stride: int
 
 
 class _Buffer:
@@ -60,6 +74,8 @@ class StepInputs:
     Attributes:
         buckets: numbers of rows that there are CUDA graphs for, ascending. A step of single tokens is padded to the
             next one: rows of length 0 whose key and value go nowhere.
+        mixed_buckets: numbers of tokens that there are CUDA graphs for, ascending: other steps are padded to one of
+            them (see `graphs.mixed_bucket`) with tokens of no row, and to `max_batch` rows without tokens.
         sample_slots: of the last step written: the slots of the rows that get a token, [L] int64 on the device.
         last_tokens: [max_batch] int64 on the device: each slot's newest token, written by the executor.
     """
@@ -77,6 +93,8 @@ class StepInputs:
         self._views = [{name: tensor.numpy() for name, tensor in host.fields.items()} for host in self._host]
         self._device = _Buffer(sizes, device) if pinned else self._host[0]
         self.buckets: Sequence[int] = ()
+        self.mixed_buckets: Sequence[int] = ()
+        self._max_batch = max_batch
         self._copies = pinned
         self._turn = 0
         self._page_tokens = page_tokens
@@ -99,7 +117,9 @@ class StepInputs:
         tokens = int(ends[-1])
         samples = np.array(plan.samples)
         logits = int(samples.sum())
-        bucket = self._bucket(rows) if tokens == rows == logits else 0
+        decode = tokens == rows == logits
+        bucket = next_bucket(rows, self.buckets) if decode else mixed_bucket(tokens, self.mixed_buckets)
+        padded_rows = (bucket if decode else self._max_batch) if bucket else rows
         row_of = self._places[:rows] if tokens == rows else np.repeat(self._places[:rows], counts)
         positions = self._places[:tokens] + (starts - ends + counts)[row_of]
         out["positions"][:tokens] = positions
@@ -110,32 +130,51 @@ class StepInputs:
         out["lengths"][:rows] = starts + counts
         out["row_slots"][:rows] = slots
         # Pages of a place side by side: a graph knows the distance between places, but not how many a step has.
-        stride = bucket or rows
-        out["block_table"][: width * stride].reshape(width, stride)[:, :rows] = self._tables[slots, :width].T
+        table = out["block_table"][: width * padded_rows].reshape(width, padded_rows)
+        table[:, :rows] = self._tables[slots, :width].T
         out["logit_rows"][:logits] = (ends - 1)[samples]
         out["sample_slots"][:logits] = slots[samples]
         if not logits:  # chunks alone; kernels do not like empty batches, so one row's logits are made and forgotten
             out["logit_rows"][0] = tokens - 1
         unknown = self._write_tokens(plan, out["token_ids"])
-        if bucket > rows:
-            self._pad(out, rows, bucket)
-        return self._to_device(rows, tokens, logits, width, unknown, int(counts.max()), bucket)
+        if bucket:
+            self._pad(out, rows, tokens, padded_rows, bucket, decode=decode)
+        self._send(width * padded_rows)
+        if unknown and not (decode and bucket):  # a graph of single tokens looks them up itself
+            self.look_up(unknown)
+        self.sample_slots = self._device.fields["sample_slots"][:logits]
+        sizes = _Sizes(tokens, rows, max(logits, 1), width, padded_rows)
+        return self._batch(sizes, int(counts.max()) if decode or not bucket else bucket, bucket)
 
-    def _bucket(self, rows: int) -> int:
-        at = bisect_left(self.buckets, rows)
-        return self.buckets[at] if at < len(self.buckets) else 0
+    def _pad(
+        self,
+        out: Mapping[str, np.ndarray],
+        rows: int,
+        tokens: int,
+        padded_rows: int,
+        padded_tokens: int,
+        *,
+        decode: bool,
+    ) -> None:
+        """Rows of length 0, with a token each (in decoding) or without, and tokens whose key and value go nowhere."""
+        for name in ("token_ids", "positions"):
+            out[name][tokens:padded_tokens] = 0
+        for name in ("row_slots", "lengths"):
+            out[name][rows:padded_rows] = 0
+        out["cache_slots"][tokens:padded_tokens] = -1
+        more = slice(rows + 1, padded_rows + 1)
+        out["query_start"][more] = self._places[more] if decode else tokens
+        if decode:
+            out["logit_rows"][rows:padded_rows] = self._places[rows:padded_rows]
 
-    def _pad(self, out: Mapping[str, np.ndarray], rows: int, bucket: int) -> None:
-        for name in ("token_ids", "positions", "row_slots", "lengths"):
-            out[name][rows:bucket] = 0
-        out["cache_slots"][rows:bucket] = -1
-        out["query_start"][rows + 1 : bucket + 1] = self._places[rows + 1 : bucket + 1]
-        out["logit_rows"][rows:bucket] = self._places[rows:bucket]
+    def decode_batch(self, rows: int) -> StepBatch:
+        """The batch that a CUDA graph of so many single tokens reads: the same memory in every step, padded and all."""
+        return self._batch(_Sizes(rows, rows, rows, self._width, rows), 1, rows)
 
-    def bucket_batch(self, bucket: int) -> StepBatch:
-        """The batch that a CUDA graph of so many rows reads: the same memory in every step, padded and all."""
-        used = dict.fromkeys(_FIELDS, bucket) | {"query_start": bucket + 1, "block_table": bucket * self._width}
-        return self._batch(used, bucket, self._width, 1, bucket)
+    def mixed_batch(self, tokens: int) -> StepBatch:
+        """The batch that a CUDA graph of so many tokens of any rows reads; its `logit_rows` are not padded."""
+        rows = self._max_batch
+        return self._batch(_Sizes(tokens, rows, 1, self._width, rows), tokens, tokens)
 
     def look_up(self, count: int) -> None:
         """Put each slot's newest token in the place of the leading `count` tokens that the host does not know."""
@@ -180,30 +219,35 @@ class StepInputs:
         out[: len(singles)] = singles
         return unknown
 
-    def _to_device(
-        self, rows: int, tokens: int, logits: int, width: int, unknown: int, max_query: int, bucket: int
-    ) -> StepBatch:
-        table = width * (bucket or rows)
+    def _send(self, table: int) -> None:
+        """Copy what was written, with so many elements of the block table, to the device."""
         if self._copies:
             end = self._device.starts["block_table"] + 4 * table
             self._device.memory[:end].copy_(self._host[self._turn].memory[:end], non_blocking=True)
-        if unknown and not bucket:  # a graph looks them up itself
-            self.look_up(unknown)
-        self.sample_slots = self._device.fields["sample_slots"][:logits]
-        used = dict.fromkeys(("token_ids", "positions", "cache_slots"), tokens)
-        used |= {"query_start": rows + 1, "lengths": rows, "block_table": table, "logit_rows": max(logits, 1)}
-        return self._batch(used, rows, width, max_query, bucket)
 
-    def _batch(self, used: Mapping[str, int], rows: int, width: int, max_query: int, bucket: int) -> StepBatch:
+    def _batch(self, sizes: _Sizes, max_query: int, bucket: int) -> StepBatch:
         fields = self._device.fields
+        tokens, rows, stride = sizes.tokens, sizes.rows, sizes.stride
         return StepBatch(
-            token_ids=fields["token_ids"][: used["token_ids"]],
-            positions=fields["positions"][: used["positions"]],
-            query_start=fields["query_start"][: used["query_start"]],
-            lengths=fields["lengths"][: used["lengths"]],
-            block_table=fields["block_table"][: used["block_table"]].view(width, bucket or rows)[:, :rows].t(),
-            slots=fields["cache_slots"][: used["cache_slots"]],
-            logit_rows=fields["logit_rows"][: used["logit_rows"]],
+            token_ids=fields["token_ids"][:tokens],
+            positions=fields["positions"][:tokens],
+            query_start=fields["query_start"][: rows + 1],
+            lengths=fields["lengths"][:rows],
+            block_table=fields["block_table"][: sizes.width * stride].view(sizes.width, stride)[:, :rows].t(),
+            slots=fields["cache_slots"][:tokens],
+            logit_rows=fields["logit_rows"][: sizes.logits],
             max_query=max_query,
             bucket=bucket,
         )
+
+
+def next_bucket(size: int, buckets: Sequence[int]) -> int:
+    """The least of the ascending buckets that holds `size`, or 0."""
+    at = bisect_left(buckets, size)
+    return buckets[at] if at < len(buckets) else 0
+
+
+def mixed_bucket(tokens: int, buckets: Sequence[int]) -> int:
+    """The bucket of a step with prompts, or 0 where computing the padding costs more than a graph saves."""
+    bucket = next_bucket(tokens, buckets)
+    return bucket if bucket <= SMALL_STEP or tokens * 8 >= bucket * 7 else 0

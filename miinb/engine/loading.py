@@ -259,7 +259,7 @@ def _capture(
     else:
         report(Phase("capture"))
         rows = min(executor.info.max_batch, config.options.max_step_tokens)
-        runner = GraphRunner(decoder, cache, executor.compute.inputs, rows)
+        runner = GraphRunner(decoder, cache, executor.compute.inputs, rows, config.options.max_step_tokens)
         executor.compute.runner = runner
         line = ("graphs", "on", str(runner))
     executor.info = dataclasses.replace(executor.info, plan=executor.info.plan.with_line(*line))

@@ -64,17 +64,9 @@ def paged_attention(
     """
     if not use_triton(q):
         return reference.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            block_table,
-            query_start,
-            lengths,
-            scale=scale,
-            window=window,
-            alibi=alibi,
-            softcap=softcap,
-        )
+            q, k_cache, v_cache, block_table, query_start, lengths,
+            scale=scale, window=window, alibi=alibi, softcap=softcap,
+        )  # fmt: skip
     settings = {
         "HEADS": q.shape[1],
         "KV_HEADS": k_cache.shape[2],
@@ -213,10 +205,7 @@ def _decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    keys = length - first
-    fewest = tl.minimum(tl.maximum(keys // 16, least), 4 * least)
-    span = tl.cdiv(tl.maximum(tl.cdiv(keys, splits), fewest), BLOCK_N) * BLOCK_N
-    parts = tl.cdiv(keys, span)
+    span, parts = _parts(length - first, splits, least, BLOCK_N)
     begin = first + split * span
     end = tl.minimum(begin + span, length)
     query = tl.load(q + token.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
@@ -246,6 +235,14 @@ def _decode(
             base = (unit * splits).to(tl.int64) * BLOCK_G
             result = _merge(partial + base * HEAD_SIZE, weights + base * 2, parts, g, d, mask, HEAD_SIZE, BLOCK_G)
             tl.store(to, result.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _parts(keys, splits, least, BLOCK_N: tl.constexpr):
+    """Keys in a part of a context, and the parts that there are."""
+    fewest = tl.minimum(tl.maximum(keys // 16, least), 4 * least)
+    span = tl.cdiv(tl.maximum(tl.cdiv(keys, splits), fewest), BLOCK_N) * BLOCK_N
+    return span, tl.cdiv(keys, span)
 
 
 @jit
@@ -285,11 +282,12 @@ def _prefill(
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     wait_for_inputs(PDL)
-    row = -1
+    r = tl.arange(0, 256)
+    begun = tl.zeros([256], tl.int32)  # rows whose tiles begin before this one or with it
     for some in range(0, rows, 256):
-        r = some + tl.arange(0, 256)
-        tiles_before = tl.load(query_start + r, mask=r < rows, other=1 << 30) // TOKENS + r
-        row += tl.sum((tiles_before <= tile).to(tl.int32), 0)
+        number = tl.load(query_start + some + r, mask=some + r < rows, other=1 << 30) // TOKENS + some + r
+        begun += (number <= tile).to(tl.int32)
+    row = tl.sum(begun, 0) - 1
     start, stop = tl.load(query_start + row), tl.load(query_start + row + 1)
     length = tl.load(lengths + row)
     begin = (tile - start // TOKENS - row) * TOKENS
