@@ -182,8 +182,7 @@ def _decode(
 ):
     """One program a row, KV head and part of the context; the last to finish of a row and head merges the parts.
 
-    All query heads that share a KV head are the rows of one matrix product, so each key is read once. Of a MIXED step,
-    rows of several queries are left to `_prefill`.
+    All query heads that share a KV head are the rows of one product. A MIXED step's longer rows are `_prefill`'s.
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -206,8 +205,7 @@ def _decode(
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
     span, parts = _parts(length - first, splits, least, BLOCK_N)
-    begin = first + split * span
-    end = tl.minimum(begin + span, length)
+    begin, end = first + split * span, tl.minimum(first + (split + 1) * span, length)
     query = tl.load(q + token.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -219,7 +217,7 @@ def _decode(
             query, top, total, acc, k_cache, v_cache, table, page_stride, start + tl.arange(0, BLOCK_N), end,
             position, slope, kv_head, scale, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, BLOCK_D,
         )
-    to = out + token.to(tl.int64) * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
+    to = out + (token.to(tl.int64) * HEADS + head[:, None]) * HEAD_SIZE + d[None, :]
     unit = row * KV_HEADS + kv_head
     if parts <= 1:
         if split == 0:
