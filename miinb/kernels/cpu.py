@@ -240,6 +240,7 @@ class CpuKernels:
         softcap: float | None,
     ) -> None:
         rows, heads, head_size = q.shape
+        block_table = block_table.contiguous()  # a step's is the transpose of what is in memory
         self._attention(
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -248,7 +249,7 @@ class CpuKernels:
             lengths.data_ptr(),
             out.data_ptr(),
             rows,
-            block_table.stride(0),
+            block_table.shape[1],
             k_cache.shape[1],
             heads,
             k_cache.shape[2],

@@ -1,10 +1,8 @@
-"""The fused decoder against transformers, family by family: logits, greedy tokens, ragged batches, chunked prompts."""
+"""The fused decoder: chunked prompts, the cache's size, GGUF. `test_families.py` compares it with transformers."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from miinb.engine.kv_cache import CacheSize, KVCache, size_cache
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import InvalidValue, OutOfMemory
-from tests.engine.conftest import CONFIGS, build
+from tests.engine.conftest import build
 
 Tiny = Callable[[str], tuple[Any, Path]]
 CPU = torch.device("cpu")
@@ -43,39 +41,6 @@ def step(decoder: Decoder, cache: KVCache, rows: list[StepRow]) -> Tensor:
     return decoder.forward(StepBatch.of_rows(rows, cache.page_tokens), cache)
 
 
-def generate(decoder: Decoder, cache: KVCache, batch: list[list[int]], new: int) -> list[list[int]]:
-    """Greedy continuations; row r has page r."""
-    rows = [StepRow(tokens, 0, [r]) for r, tokens in enumerate(batch)]
-    out: list[list[int]] = [[] for _ in batch]
-    for _ in range(new):
-        ids, finite = decoder.greedy(StepBatch.of_rows(rows, cache.page_tokens), cache)
-        assert finite.all()
-        for texts, token in zip(out, ids.tolist(), strict=True):
-            texts.append(token)
-        rows = [StepRow([out[r][-1]], row.start + len(row.token_ids), row.pages) for r, row in enumerate(rows)]
-    return out
-
-
-def reference_tokens(model: Any, prompt: list[int], new: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=-1)
-    return out[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_tokens_equal_transformers(tiny: Tiny, name: str) -> None:
-    model, folder = tiny(name)
-    decoder, cache = load(folder)
-    batch = prompts()
-    with torch.inference_mode():
-        wanted = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in batch])
-    got = step(decoder, cache, [StepRow(prompt, 0, [r]) for r, prompt in enumerate(batch)])
-    assert (got - wanted).abs().max() / wanted.abs().max() < 1e-4
-    expected = [reference_tokens(model, prompt, 64) for prompt in batch]
-    assert generate(decoder, cache, batch, 64) == expected, "ragged batch"
-    assert generate(decoder, cache, batch[:1], 64) == expected[:1], "alone"
-
-
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
 def test_chunked_prompts_share_steps_with_decoding(tiny: Tiny, name: str) -> None:
     _, folder = tiny(name)
@@ -86,34 +51,6 @@ def test_chunked_prompts_share_steps_with_decoding(tiny: Tiny, name: str) -> Non
     step(decoder, cache, [StepRow(second[11:12], 11, [2])])
     mixed = step(decoder, cache, [StepRow(first[-1:], len(first) - 1, [3]), StepRow(second[12:], 12, [2])])
     assert torch.allclose(mixed, whole, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_small_pages_in_any_order_give_the_same(tiny: Tiny, name: str) -> None:
-    _, folder = tiny(name)
-    decoder, cache = load(folder)
-    batch = [StepRow(prompt, 0, [r]) for r, prompt in enumerate(prompts())]
-    wanted = step(decoder, cache, batch)
-    _, paged = load(folder, page_tokens=8, pages=12)
-    tables = [[7, 2, 9], [0], [11, 4, 1, 5]]
-    rows = [StepRow(row.token_ids, 0, pages) for row, pages in zip(batch, tables, strict=True)]
-    assert torch.allclose(step(decoder, paged, rows), wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gptj", "bloom", "opt", "opt-350m"])
-def test_bf16_error_is_not_above_transformers_own(tiny: Tiny, name: str) -> None:
-    model, folder = tiny(name)
-    tokens = prompts()[2]
-    with torch.inference_mode():
-        exact = model(torch.tensor([tokens])).logits[0]
-        half = type(model)(model.config).eval()
-        half.load_state_dict(model.state_dict())
-        theirs = half.to(torch.bfloat16)(torch.tensor([tokens])).logits[0].float()
-    decoder, cache = load(folder, "bf16")
-    batch = StepBatch.of_rows([StepRow(tokens, 0, [0])], cache.page_tokens)
-    batch.logit_rows = torch.arange(len(tokens))
-    ours = decoder.forward(batch, cache).float()
-    assert (ours - exact).square().mean() <= 1.5**2 * (theirs - exact).square().mean()
 
 
 def test_cache_is_sized_by_memory_and_wishes(tiny: Tiny) -> None:
@@ -203,63 +140,3 @@ def gguf_name(name: str) -> str:
     ):
         name = name.replace(theirs, ours)
     return name
-
-
-class ThreadGroup:
-    """Ranks as threads of this process: the same collectives, without processes."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Tensor | None]) -> None:
-        self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
-
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.board[self.rank] = x.clone()
-        self.barrier.wait(60)
-        parts = [part for part in self.board if part is not None]
-        self.barrier.wait(60)
-        return parts
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._exchange(x), -1)
-
-
-RANKS = [
-    ("llama", 2),
-    ("llama-tied-mqa", 2),
-    ("gpt2", 3),
-    ("qwen3", 2),
-    ("gptj", 4),
-    ("gptj-odd", 2),
-    ("bloom", 2),
-    ("bloom-6-heads", 3),
-    ("opt", 2),
-    ("opt-350m", 2),
-]
-
-
-@pytest.mark.parametrize(("name", "ranks"), RANKS)
-def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int) -> None:
-    sizes = {"vocab_size": 108} | ({"n_inner": 48} if name == "gpt2" else {})
-    model = build(name, tmp_path, sizes)
-    info = models.inspect(tmp_path)
-    policy = POLICIES[info.family]
-    spec = policy.spec(info.config)
-    barrier, board = threading.Barrier(ranks), [None] * ranks
-    prompt = prompts()[0]
-
-    def run(rank: int) -> Tensor:
-        weights = load_weights(info, policy, spec, dtype="fp32", device=CPU, rank=rank, ranks=ranks)
-        local = spec.shard(ranks)
-        assert weights.layers[0].up.weight.shape[0] == (2 if spec.gated else 1) * spec.inner_size // ranks
-        decoder = Decoder(local, weights, group=ThreadGroup(rank, ranks, barrier, board))  # type: ignore[arg-type]
-        cache = KVCache(local, CacheSize(1, 128, 128, 1, 0), torch.float32, CPU)
-        return step(decoder, cache, [StepRow(prompt, 0, [0])])
-
-    with ThreadPoolExecutor(ranks) as pool:
-        outputs = list(pool.map(run, range(ranks)))
-    with torch.inference_mode():
-        wanted = model(torch.tensor([prompt])).logits[0, -1]
-    for got in outputs:
-        assert (got[0] - wanted).abs().max() / wanted.abs().max() < 1e-4

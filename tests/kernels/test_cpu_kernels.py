@@ -100,7 +100,7 @@ def test_attention_of_single_queries(
     width = 40 // page_tokens
     q = random(kernels, len(lengths), heads, head_size)
     k, v = (random(kernels, 3 * width, page_tokens, kv_heads, head_size) + n for n in (0, 1))
-    table = torch.randperm(3 * width, generator=torch.Generator().manual_seed(2)).view(3, width).int()
+    table = torch.randperm(3 * width, generator=torch.Generator().manual_seed(2)).view(width, 3).int().t()
     if options.get("alibi"):
         options = {"alibi": torch.rand(heads, generator=torch.Generator().manual_seed(3))}
     tail = (table, torch.arange(4, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32))
