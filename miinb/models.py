@@ -17,16 +17,14 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
 from miinb.config import LoadFormat
-from miinb.errors import BrokenCheckpoint, InvalidValue, ModelNotFound, UnsupportedModel, did_you_mean
+from miinb.engine.parameters import count_parameters
+from miinb.engine.policies import POLICIES, decoder_spec
+from miinb.engine.spec import DecoderSpec
+from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel, did_you_mean
 from miinb.tasks import TASKS, find_task, tasks_of
 
 #: Bytes of one number by miinb's dtype names.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
-
-#: Families (config.json's model_type) that the optimized engine has a policy for; `engine/policies` holds them.
-OPTIMIZED = (
-    "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "phi3",
-)  # fmt: skip
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 #: config.json's names of one fact, by family; the first that is there counts.
@@ -53,11 +51,14 @@ class ModelInfo:
         tasks: names of the tasks that its head serves.
         config: config.json as it is (for GGUF: the same made from the file's metadata).
         tensors: the checkpoint's tensors, by name.
-        parameters: number of parameters (tied ones once).
+        parameters: number of parameters (tied ones once): of the decoder's weights where the family has a policy, else
+            of the files.
         dtype: the checkpoint's main dtype, by miinb's names; "bf16" for quantized GGUF.
         context_length: most tokens of one sequence; 0 when the family has no limit.
         head_size: width of one attention head.
-        optimized: the optimized engine has a policy for the family.
+        spec: the decoder for the optimized engine; None where it has no form there.
+        unfused: why not, for a model that generates text: the family has no policy, or this configuration of it no
+            fused form (`UnsupportedModel`), or config.json lacks a part (`BrokenCheckpoint`).
     """
 
     source: str
@@ -77,7 +78,13 @@ class ModelInfo:
     heads: int
     kv_heads: int
     head_size: int
-    optimized: bool
+    spec: DecoderSpec | None = field(default=None, repr=False)
+    unfused: ModelError | None = None
+
+    @property
+    def optimized(self) -> bool:
+        """Whether the optimized engine has a form for it."""
+        return self.spec is not None
 
     @property
     def files(self) -> list[Path]:
@@ -173,17 +180,19 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     facts = {name: _first(config, keys) for name, keys in _KEYS.items()}
     heads = facts["heads"]
     architecture = (config.get("architectures") or [""])[0]
-    parameters = sum(entry.elements for entry in entries)
+    tasks = tasks_of(architecture) if architecture else ()
+    spec, unfused = _decoder(config, tasks, source)
+    parameters = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
     return ModelInfo(
         source=source,
         folder=folder,
         format=form,
         family=config["model_type"],
         architecture=architecture,
-        tasks=tasks_of(architecture) if architecture else (),
+        tasks=tasks,
         config=config,
         tensors={entry.name: entry for entry in entries},
-        parameters=parameters or estimate_parameters(config),
+        parameters=parameters or sum(entry.elements for entry in entries) or estimate_parameters(config),
         dtype=_main_dtype(config, entries),
         context_length=facts["context_length"],
         vocab_size=facts["vocab_size"],
@@ -192,8 +201,20 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         heads=heads,
         kv_heads=facts["kv_heads"] or heads,
         head_size=config.get("head_dim") or (facts["hidden_size"] // heads if heads else 0),
-        optimized=config["model_type"] in OPTIMIZED,
+        spec=spec,
+        unfused=unfused,
     )
+
+
+def _decoder(
+    config: Mapping[str, Any], tasks: tuple[str, ...], source: str
+) -> tuple[DecoderSpec | None, ModelError | None]:
+    if tasks and "text-generation" not in tasks:
+        return None, None
+    try:
+        return decoder_spec(config, source), None
+    except ModelError as error:
+        return None, error
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
@@ -214,16 +235,17 @@ def _main_dtype(config: Mapping[str, Any], entries: list[TensorEntry]) -> str:
 
 
 def estimate_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a decoder of this configuration, to about a percent (biases and norms are left out)."""
-    layers, hidden, heads, kv_heads, positions, vocab = (_first(config, keys) for keys in _KEYS.values())
+    """Parameters of a transformer of which there are no files and no policy: a guess from the usual names.
+
+    Biases and norms are left out.
+    """
+    layers, hidden, heads, kv_heads, _, vocab = (_first(config, keys) for keys in _KEYS.values())
     head_size = config.get("head_dim") or (hidden // heads if heads else 0)
     attention = hidden * head_size * (2 * heads + 2 * (kv_heads or heads))
-    family = config.get("model_type")
-    gated = "silu" in str(config.get("hidden_act")) or family in ("llama", "mistral", "qwen2", "qwen3", "phi3")
+    gated = "silu" in str(config.get("hidden_act"))
     inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden
-    learned = positions * hidden if family in ("gpt2", "gpt_neo", "opt") else 0
-    tied = config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "opt", "bloom"))
-    return layers * (attention + (3 if gated else 2) * hidden * inner) + vocab * hidden * (1 if tied else 2) + learned
+    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return layers * (attention + (3 if gated else 2) * hidden * inner) + embeddings
 
 
 def locate(model: str | Path, *, revision: str | None = None) -> Path:
@@ -346,7 +368,9 @@ _ENCODER = ("text-classification", "token-classification", "question-answering",
 def families() -> FamilyTable:
     """The families that are tested; others that transformers knows run on the baseline engine."""
     encoders = ("bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra")
-    rows = [FamilyRow(name, _TEXT, True) for name in OPTIMIZED]
+    decoders = ("falcon", "mpt", "codegen", "stablelm", "gpt_bigcode", "olmo")
+    rows = [FamilyRow(name, _TEXT, True) for name in POLICIES]
+    rows += [FamilyRow(name, _TEXT, False) for name in decoders if name not in POLICIES]
     return FamilyTable(rows + [FamilyRow(name, _ENCODER, False) for name in encoders])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from miinb.config import DeploymentConfig
-from miinb.errors import InvalidValue, OutOfMemory
+from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
 from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, ModelInfo
@@ -104,8 +104,11 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     if not TASKS[task].streams:
         reason = f"{task} has no fused engine yet: transformers runs it"
         return choice.with_line("engine", "baseline", reason, engine="baseline")
+    if isinstance(model.unfused, BrokenCheckpoint):
+        raise model.unfused
     if not model.optimized:
-        reason = f"no policy for {model.family} yet: transformers runs it"
+        why = model.unfused.message if model.unfused else f"There is no policy for {model.family}."
+        reason = f"plain transformers run it: {why}"
         return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
     return choice.with_line("engine", "optimized", f"fused decoder with the policy of {model.family}")
 

@@ -13,6 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 CORE = ("errors", "config", "messages", "tasks", "models")
 KERNEL_SIDE = ("client", "results", "streams", "session", "deployment", "registry", "planner", "hardware", "compat")
 
+#: The engine's description of decoders: data without torch, so that what a model needs is known before a start.
+POLICY_DATA = ("engine.policies", "engine.spec", "engine.parameters")
+
 #: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),
@@ -21,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "messages": ("config", "errors"),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
-    "models": ("errors", "config", "messages", "tasks", "checkpoint"),
+    "models": ("errors", "config", "messages", "tasks", "checkpoint", *POLICY_DATA),
     "rpc": ("messages", "errors", "config"),
     "kernels": (),
     "engine": ("kernels", "config", "tasks", "checkpoint", "models", "messages", "errors"),
@@ -139,12 +142,20 @@ def test_the_engine_is_imported_by_the_rank_alone(module: str) -> None:
     if module.split(".")[0] in ("engine", "kernels") or module in MAY_BE_HEAVY:
         return
     targets = internal(imports(MODULES[module], module, inside_functions=True))
-    wrong = [t for t in targets if t.split(".")[0] in ("engine", "kernels")]
-    assert not wrong, f"miinb.{module} imports {wrong}"
+    wrong = {t for t in targets if t.split(".")[0] in ("engine", "kernels")}
+    wrong -= set(POLICY_DATA) if module == "models" else set()
+    assert not wrong, f"miinb.{module} imports {sorted(wrong)}"
     if module.split(".")[0] != "server":
         assert not [t for t in targets if t.startswith("server")], (
             f"miinb.{module} imports the server; start it by module name"
         )
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith(POLICY_DATA)))
+def test_policies_are_data(module: str) -> None:
+    names = imports(MODULES[module], module, inside_functions=True)
+    assert not {name.split(".")[0] for name in names} & set(HEAVY)
+    assert all(target == "errors" or target.startswith(POLICY_DATA) for target in internal(names))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

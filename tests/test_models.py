@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import miinb.models as models
+from miinb.engine.policies import POLICIES
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel
 
 LLAMA = {
@@ -72,9 +73,10 @@ def write_gguf(file: Path, fields: dict[str, object], tensors: dict[str, tuple[i
 def test_facts_of_a_folder(folder: Path) -> None:
     info = models.inspect(folder)
     assert (info.family, info.layers, info.kv_heads, info.head_size, info.context_length) == ("llama", 2, 2, 2, 64)
-    assert info.parameters == 32 * 8 + 3
+    norms = 2 * 2 * 8 + 8
+    assert info.parameters == 2 * (8 * 2 * 12 + 3 * 8 * 16) + 2 * 32 * 8 + norms  # of the decoder, not of these files
     assert info.dtype == "bf16"
-    assert info.bytes_by_dtype == {"BF16": 2 * info.parameters}
+    assert info.bytes_by_dtype == {"BF16": 2 * (32 * 8 + 3)}
     assert info.weights_bytes("fp32") == 4 * info.parameters
     assert info.kv_bytes_per_token() == 2 * 2 * 2 * 2 * 2
     assert info.optimized
@@ -124,10 +126,39 @@ def test_no_weights_says_what_to_do(folder: Path) -> None:
     assert "dummy" in error.value.hint
     info = models.inspect(folder, load_format="dummy")
     assert info.format == "none"
-    assert info.parameters == 2 * (8 * 2 * 12 + 3 * 8 * 16) + 2 * 32 * 8
+    assert info.parameters == 2 * (8 * 2 * 12 + 3 * 8 * 16) + 2 * 32 * 8 + 2 * 2 * 8 + 8
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match="pickle"):
         models.inspect(folder)
+
+
+def test_a_family_without_a_policy_is_counted_from_its_files(folder: Path) -> None:
+    (folder / "config.json").write_text(
+        json.dumps(LLAMA | {"model_type": "newest", "architectures": ["NewForCausalLM"]})
+    )
+    info = models.inspect(folder)
+    assert info.parameters == 32 * 8 + 3
+    assert isinstance(info.unfused, UnsupportedModel)
+    assert "newest" in info.unfused.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"hidden_act": "mish"}, UnsupportedModel, "'mish' has no fused form"),
+        ({"rope_parameters": {"rope_type": "odd"}}, UnsupportedModel, "'odd' has no fused form"),
+        ({"num_attention_heads": 0}, BrokenCheckpoint, "cannot be used"),
+        ({"num_hidden_layers": None}, BrokenCheckpoint, "cannot be used"),
+    ],
+)
+def test_what_has_no_fused_form_is_known_from_the_configuration(
+    folder: Path, changes: dict[str, object], error: type[ModelError], words: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    info = models.inspect(folder)
+    assert not info.optimized
+    assert isinstance(info.unfused, error)
+    assert words in info.unfused.message
 
 
 def test_remote_code_is_refused_unless_asked(folder: Path) -> None:
@@ -207,7 +238,8 @@ def test_gguf_truncated_or_of_another_family(tmp_path: Path) -> None:
 
 def test_table_of_families_is_the_modules_call() -> None:
     table = models()  # type: ignore[operator]
-    assert {row.family for row in table if row.optimized} == set(models.OPTIMIZED)
+    assert {row.family for row in table if row.optimized} == set(POLICIES)
+    assert {row.family for row in table} > {"falcon", "bert"}
     assert "mistral" in repr(table)
 
 

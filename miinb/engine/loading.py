@@ -25,10 +25,10 @@ from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.parallel import Group, init_distributed
 from miinb.engine.policies import POLICIES
-from miinb.engine.spec import DecoderSpec, Policy
+from miinb.engine.spec import DecoderSpec
 from miinb.engine.tokenizer_files import export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
-from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
+from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
@@ -195,10 +195,9 @@ def _step_executor(
     Raises:
         UnsupportedModel: the family has no policy, its configuration no fused form, or the parity check failed.
     """
-    policy = POLICIES.get(model.family)
-    if policy is None:
-        raise UnsupportedModel(f"There is no policy for {model.family} yet.")
-    spec = _spec(policy, model)
+    if model.spec is None:
+        raise model.unfused or UnsupportedModel(f"{model.family} is no decoder.")
+    policy, spec = POLICIES[model.family], model.spec
     local = spec.shard(config.tensor_parallel)
     report(Phase("load", 0, spec.layers))
     weights = load_weights(
@@ -233,19 +232,6 @@ def _step_executor(
     if place.device.type == "cuda":
         _capture(executor, decoder, cache, config, report)
     return executor
-
-
-def _spec(policy: Policy, model: ModelInfo) -> DecoderSpec:
-    """The decoder's shape. Raises BrokenCheckpoint, UnsupportedModel."""
-    try:
-        return policy.spec(model.config)
-    except KeyError as missing:
-        raise BrokenCheckpoint(
-            f"config.json of {model.source} lacks {missing}.", hint="Fetch the model again."
-        ) from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        text = f"config.json of {model.source} cannot be used ({error})."
-        raise BrokenCheckpoint(text, hint="Fetch the model again.") from None
 
 
 def _capture(

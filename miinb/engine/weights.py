@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
-from miinb.engine.spec import DecoderSpec, Policy, Source
+from miinb.engine.spec import DecoderSpec, Policy, Source, linear_shape
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
@@ -119,22 +119,6 @@ class _Builder:
             (module,) = self.policy.weights["head"].modules
             self.fill(bias, f"{module}.bias", Region((self.spec.vocab_size,), share))
         return PackedLinear(embed[share], bias)
-
-
-def linear_shape(spec: DecoderSpec, part: str) -> tuple[list[int], int, bool, int]:
-    """Of a fused linear layer: rows of each matrix in it, columns, whether it has a bias, and the unit of shares."""
-    q, kv = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    hidden, inner = spec.hidden_size, spec.inner_size
-    embed = spec.embed_size or hidden
-    return {
-        "qkv": ([q, kv, kv], hidden, spec.qkv_bias, spec.head_size),
-        "out": ([hidden], q, spec.out_bias, spec.head_size),
-        "up": ([inner, inner] if spec.gated else [inner], hidden, spec.mlp_bias, 1),
-        "down": ([hidden], inner, spec.mlp_bias, 1),
-        "head": ([spec.vocab_size], embed, spec.head_bias, 1),
-        "project_in": ([hidden], embed, False, 1),
-        "project_out": ([embed], hidden, False, 1),
-    }[part]
 
 
 def _matrices(
