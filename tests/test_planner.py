@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from miinb.config import DeploymentConfig
+from miinb.engine.policies import decoder_spec
 from miinb.errors import InvalidValue, MiinbError, OutOfMemory, UnsupportedModel
 from miinb.hardware import Gpu, Hardware, _visible
 from miinb.messages import Plan
@@ -21,11 +22,15 @@ OLD_CPU = dataclasses.replace(CPU, cpu_flags=frozenset())
 GPUS = tuple(Gpu(n, n, "H100", 80 * GB, 78 * GB, (9, 0)) for n in range(2))
 TWO_GPUS = dataclasses.replace(CPU, gpus=GPUS)
 
+CONFIG = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+}  # fmt: skip
 LLAMA = ModelInfo(
     source="llama", folder=Path(), format="safetensors", family="llama", architecture="LlamaForCausalLM",
-    tasks=("text-generation", "conversational"), config={}, tensors={}, parameters=1_000_000_000, dtype="bf16",
+    tasks=("text-generation", "conversational"), config=CONFIG, tensors={}, parameters=1_000_000_000, dtype="bf16",
     context_length=8192, vocab_size=32000, layers=16, hidden_size=2048, heads=32, kv_heads=8, head_size=64,
-    optimized=True,
+    spec=decoder_spec(CONFIG, "llama"),
 )  # fmt: skip
 
 
@@ -76,13 +81,12 @@ def test_a_gpu_without_bf16() -> None:
 
 
 def test_fallbacks_say_so() -> None:
-    model = dataclasses.replace(LLAMA, family="falcon", optimized=False)
+    no_policy = UnsupportedModel("There is no policy for falcon yet.")
+    model = dataclasses.replace(LLAMA, family="falcon", spec=None, unfused=no_policy)
     choice = planned(model=model)
     assert choice.engine == "baseline"
     assert "no policy for falcon" in choice.warnings[0]
-    bert = dataclasses.replace(
-        LLAMA, family="bert", tasks=("fill-mask",), optimized=False, kv_heads=0, context_length=512
-    )
+    bert = dataclasses.replace(LLAMA, family="bert", tasks=("fill-mask",), spec=None, kv_heads=0, context_length=512)
     choice = planned(model=bert)
     assert (choice.engine, choice.max_length, choice.max_batch) == ("baseline", 512, 32)
     assert "fill-mask" in line(choice, "engine")
