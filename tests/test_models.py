@@ -142,6 +142,14 @@ def test_a_family_without_a_policy_is_counted_from_its_files(folder: Path) -> No
     assert "newest" in info.unfused.message
 
 
+def test_a_configuration_that_lacks_a_size_is_broken(folder: Path) -> None:
+    values = {name: value for name, value in LLAMA.items() if name != "num_hidden_layers"}
+    (folder / "config.json").write_text(json.dumps(values))
+    unfused = models.inspect(folder).unfused
+    assert isinstance(unfused, BrokenCheckpoint)
+    assert "lacks 'num_hidden_layers'" in unfused.message
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

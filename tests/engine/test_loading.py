@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -98,13 +97,12 @@ def test_weights_beyond_the_dtype_s_range_are_told_from_broken_ones(tmp_path: Pa
 
 
 def test_no_fused_form_falls_back_and_says_so(tiny: Tiny, tmp_path: Path) -> None:
-    folder = tmp_path / "yarn"
-    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
-    build("llama", folder, changes={"rope_parameters": scaling})
+    folder = tmp_path / "mish"
+    build("llama", folder, changes={"hidden_act": "mish"})
     stand_in_tokenizer(folder)
     executor, _ = load(folder, tmp_path)
     assert executor.info.engine == "baseline"
-    assert "yarn" in executor.info.plan.warnings[0]
+    assert "mish" in executor.info.plan.warnings[0]
 
 
 def test_parity_failure_falls_back_or_raises(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,21 +190,6 @@ def test_chat_template_comes_from_where_versions_keep_it(tiny: Tiny, tmp_path: P
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     load(folder, tmp_path)
     assert (tmp_path / "state" / "tokenizer" / "chat_template.jinja").read_text() == "D"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"), ({"hidden_size": "x"}, "cannot be")],
-)
-def test_a_configuration_that_makes_no_sense(tiny: Tiny, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    from miinb import models
-    from miinb.engine.loading import _spec
-    from miinb.engine.policies import POLICIES
-
-    info = models.inspect(str(tiny("llama")[1]))
-    values = {name: value for name, value in ({**info.config, "head_dim": None} | change).items() if value is not None}
-    with pytest.raises(BrokenCheckpoint, match=words):
-        _spec(POLICIES["llama"], dataclasses.replace(info, config=values))
 
 
 def test_answers_in_bf16_do_not_depend_on_the_batch(tiny: Tiny, tmp_path: Path) -> None:
