@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +18,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` 
 import grpc
 
 from miinb.config import GenerationParams, parse_generation
-from miinb.errors import Interrupted, InvalidRequest, Unavailable, did_you_mean
+from miinb.errors import Interrupted, InvalidRequest, Unavailable
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
-from miinb.results import ConversationReply, Reply, Result, frame_of, merge, predictions_of
+from miinb.results import Result, frame_of, merge, predictions_of
 from miinb.rpc import codec
 from miinb.streams import Stream, StreamGroup
 from miinb.tasks import find_task
@@ -86,7 +86,7 @@ class Client:
         Args:
             prompts: one prompt or several.
             timeout_s: limit of the whole call, seconds.
-            parameters: `miinb.config.GenerationParams`.
+            parameters: `miinb.config.GenerationParams`, and `session_id` of a conversation (see `create_session`).
 
         Raises:
             RequestError: a request was refused or failed; the others are canceled.
@@ -97,7 +97,10 @@ class Client:
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
     ) -> Result:
-        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template."""
+        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template.
+
+        Of a conversation that has outgrown the context the oldest turns are left out (`Result.dropped_messages`).
+        """
         return self._run_all([self._chat_request(messages, parameters)], timeout_s, StreamGroup())
 
     def stream(
@@ -114,24 +117,20 @@ class Client:
         if not isinstance(prompts, Iterable):
             raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint="Give a text or several.")
         given = [prompts] if isinstance(prompts, str) else list(prompts)
-        params = parse_generation(parameters)
+        params, session_id = _parameters(parameters)
         if not given:
             raise InvalidRequest("prompts: the list is empty.")
         for prompt in given:
             if not isinstance(prompt, str):
                 raise InvalidRequest(f"prompts: {type(prompt).__name__} is not text.", hint="Use chat() for messages.")
-        return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex) for prompt in given]
+        if session_id and len(given) > 1:
+            raise InvalidRequest("session_id: it goes with one prompt.")
+        return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex, session_id=session_id) for prompt in given]
 
     def _chat_request(self, messages: Any, parameters: Mapping[str, Any]) -> GenerateRequest:
-        params: GenerationParams = parse_generation(parameters)
-        rows = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else []
-        for row in rows:
-            known = isinstance(row, Mapping) and set(row) == {"role", "content"}
-            if not known or not all(isinstance(value, str) for value in row.values()):
-                rows = []
-        if not rows:
-            raise InvalidRequest('messages: give a list of {"role": text, "content": text}.')
-        return GenerateRequest(None, params, tuple(dict(row) for row in rows), request_id=uuid.uuid4().hex)
+        params, session_id = _parameters(parameters)
+        rows = tuple(_messages(messages))
+        return GenerateRequest(None, params, rows, request_id=uuid.uuid4().hex, session_id=session_id)
 
     def _limit(self, timeout_s: float | None) -> float:
         limit = self._timeout_s if timeout_s is None else timeout_s
@@ -185,11 +184,12 @@ class Client:
             options: the task's own (`top_k`, ...).
         """
         task = self.describe().task
-        return predictions_of(task, self._predict_raw(task, inputs, options, timeout_s).outputs)
+        return predictions_of(task, self.predicted(task, inputs, options, timeout_s).outputs)
 
-    def _predict_raw(
-        self, task: str, inputs: Any, options: Mapping[str, Any], timeout_s: float | None
+    def predicted(
+        self, task: str, inputs: Any, options: Mapping[str, Any], timeout_s: float | None = None
     ) -> PredictedEvent:
+        """`predict` as the server answers it, of a deployment whose task is known."""
         rows = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
         names = find_task(task).inputs
         plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
@@ -208,50 +208,34 @@ class Client:
             raise codec.error_of(failure) from None
         raise Unavailable("The answer ended too early.")
 
-    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
-        """MII's call: a request dictionary in, MII's reply fields out.
+    # Sessions
 
-        Args:
-            request: the task's keys, for text generation {"query": text or list of texts}.
-            parameters: generation parameters, or the options of an encoder task.
+    def create_session(self, session_id: str | int) -> None:
+        """Begin a conversation that the server remembers; `session_id=` of generate, chat and stream goes on with it.
+
+        Any client of the deployment may take part; turns wait for each other.
+
+        Raises:
+            InvalidRequest: it exists already.
+            QueueFull: too many are open.
         """
-        task = find_task(self.describe().task)
-        for name in request:
-            if name not in task.inputs:
-                raise InvalidRequest(f"{name}: not a key of {task.name}.", hint=did_you_mean(name, task.inputs))
-        first = task.inputs[0]
-        if first not in request:
-            raise InvalidRequest(f"{first}: the request lacks it.")
-        if task.name == "conversational":
-            return self._converse(request, parameters)
-        begin = time.perf_counter()
-        if task.streams:
-            result = self.generate(request[first], **{"return_full_text": True, **parameters})
-            return Reply(list(result.texts), time.perf_counter() - begin, result.timing.model_s)
-        single = all(isinstance(value, str) for value in request.values())
-        many = [dict(zip(request, values, strict=True)) for values in zip(*request.values(), strict=True)]
-        event = self._predict_raw(task.name, request if single else many, parameters, None)
-        response = event.outputs[0] if single else list(event.outputs)
-        return Reply(response, time.perf_counter() - begin, event.model_s)
+        self._change_session(codec.CREATE_SESSION, session_id)
 
-    def _converse(self, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> ConversationReply:
-        users = [*(request.get("past_user_inputs") or ()), request["text"]]
-        answers = list(request.get("generated_responses") or ())
-        if len(answers) != len(users) - 1:
-            raise InvalidRequest("past_user_inputs and generated_responses: their lengths differ.")
-        messages = []
-        for number, text in enumerate(users):
-            messages.append({"role": "user", "content": text})
-            messages += [{"role": "assistant", "content": text} for text in answers[number : number + 1]]
-        begin = time.perf_counter()
-        result = self.chat(messages, **parameters)
-        return ConversationReply(
-            conversation_id=str(request.get("conversation_id") or uuid.uuid4()),
-            past_user_inputs=users,
-            generated_responses=[*answers, result.text],
-            time_taken=time.perf_counter() - begin,
-            model_time_taken=result.timing.model_s,
-        )
+    def destroy_session(self, session_id: str | int) -> None:
+        """Forget a conversation.
+
+        Raises:
+            InvalidRequest: there is none of that id.
+        """
+        self._change_session(codec.DESTROY_SESSION, session_id)
+
+    def _change_session(self, method: str, session_id: str | int) -> None:
+        self._check_open()
+        data = codec.encode_session(_session_id(session_id))
+        try:
+            self._channel.unary_unary(method)(data, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise codec.error_of(failure) from None
 
     # The same, awaitable
 
@@ -341,6 +325,39 @@ class Client:
                 "replicas": values["replicas"],
             }
         return self._columns
+
+
+def _parameters(given: Mapping[str, Any]) -> tuple[GenerationParams, str]:
+    """The parameters of a generation, and the session that it belongs to ("" if none)."""
+    rest = dict(given)
+    session_id = rest.pop("session_id", None)
+    return parse_generation(rest), "" if session_id is None else _session_id(session_id)
+
+
+def _session_id(given: Any) -> str:
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
+        raise InvalidRequest(f"session_id: {type(given).__name__} {given!r:.40} is no name.", hint="Give a text.")
+    return str(given)
+
+
+def _messages(given: Any) -> Iterator[dict[str, str]]:
+    """The messages of a chat, as far as they are texts; which roles there are is the server's business.
+
+    Raises:
+        InvalidRequest: it is something else; the message says where.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)) or not given:
+        raise InvalidRequest('messages: give a list of {"role": text, "content": text}.')
+    for number, message in enumerate(given):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise InvalidRequest(f'messages[{number}]: give {{"role": text, "content": text}}.')
+        for name, value in message.items():
+            if name not in ("role", "content"):
+                raise InvalidRequest(f"messages[{number}]: {name!r:.40} is not served, only role and content are.")
+            if not isinstance(value, str):
+                hint = "Images and parts are not served." if isinstance(value, (list, tuple)) else ""
+                raise InvalidRequest(f"messages[{number}]: {name} is {type(value).__name__}, not text.", hint=hint)
+        yield {"role": message["role"], "content": message["content"]}
 
 
 def _channel(address: str) -> Any:

@@ -14,6 +14,7 @@ from miinb.constants import DeploymentType, TaskType
 from miinb.errors import InvalidRequest, InvalidValue, TargetError, UnknownOption, did_you_mean
 from miinb.results import ConversationReply, Reply
 from miinb.session import Session, attach
+from miinb.tasks import find_task
 
 #: `mii_config` keys and the `Session` argument that each becomes.
 RENAMED = {
@@ -122,61 +123,44 @@ def terminate(deployment_name: str) -> None:
 
 
 class QueryHandle:
-    """What `mii_query_handle` returns.
-
-    A conversation by `create_session(id)` puts the earlier prompts and answers before the next prompt.
-    """
+    """What `mii_query_handle` returns. Its sessions live in the server: every handle of a deployment shares them."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._histories: dict[str, str] = {}
 
-    def query(
-        self, request_dict: Mapping[str, Any], *, session_id: str | None = None, **query_kwargs: Any
-    ) -> Reply | ConversationReply:
+    def query(self, request_dict: Mapping[str, Any], **query_kwargs: Any) -> Reply | ConversationReply:
         """Ask the model: the request's keys by task ("query": a prompt or a list), all else are generation parameters.
 
+        With `session_id` what was said before in that session goes before the prompt (or is the conversation's
+        beginning). A turn that fails or is interrupted leaves the session as it was.
+
         Returns:
-            A reply: `response` (a list: prompt and new text of each), `time_taken` and `model_time_taken` (seconds).
+            A reply: `response` (a list: prompt and new text of each), `time_taken` and `model_time_taken` (seconds); of
+            the task conversational `conversation_id`, `past_user_inputs`, `generated_responses`, and the times.
 
         Raises:
             RequestError: a key or parameter is wrong (the message names it), or the request failed.
         """
-        if session_id is None:
-            return self._session.query(request_dict, **query_kwargs)
-        if session_id not in self._histories:
-            raise InvalidRequest(f"session_id: {session_id!r} does not exist.", hint="Call create_session first.")
-        prompt = request_dict.get("query")
-        if isinstance(prompt, (list, tuple)) and len(prompt) == 1:
-            prompt = prompt[0]
-        if not isinstance(prompt, str):
-            raise InvalidRequest("query: one prompt at a time with a session_id.")
-        history = self._histories[session_id]
-        reply = self._session.query({**request_dict, "query": [history + prompt]}, **query_kwargs)
-        if isinstance(reply, Reply):  # always, for text generation
-            self._histories[session_id] = reply.response[0]
-        return reply
+        return self._session.query(request_dict, **query_kwargs)
 
     def create_session(self, session_id: str) -> None:
-        """Begin a conversation.
+        """Begin a session.
 
         Raises:
-            InvalidRequest: it exists, or the task is not text-generation.
+            InvalidRequest: it exists already, or the task does not generate text.
+            QueueFull: too many are open.
         """
-        if self._session.task != "text-generation":
-            raise InvalidRequest(f"session_id: only for text-generation, not {self._session.task}.")
-        if session_id in self._histories:
-            raise InvalidRequest(f"session_id: {session_id!r} exists already.")
-        self._histories[session_id] = ""
+        if not find_task(self._session.task).streams:
+            raise InvalidRequest(f"session_id: only for tasks that generate text, not {self._session.task}.")
+        self._session.create_session(session_id)
 
     def destroy_session(self, session_id: str) -> None:
-        """Forget a conversation.
+        """Forget a session.
 
         Raises:
             InvalidRequest: there is none of that name.
         """
-        if self._histories.pop(session_id, None) is None:
-            raise InvalidRequest(f"session_id: {session_id!r} does not exist.")
+        self._session.destroy_session(session_id)
 
     def terminate(self) -> None:
         """End the deployment."""

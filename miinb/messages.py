@@ -85,12 +85,30 @@ class SequenceEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestBegin:
+    """A generate request has been taken: what is known before its first token (and stays true if it is canceled).
+
+    `dropped_messages`: so many of a chat's oldest messages (after the system's) did not fit the context.
+    """
+
+    prompt_tokens: int
+    dropped_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """A generate request is complete: counts and the server's part of the timing (ttft, tpot, e2e are the client's)."""
+    """A generate request is complete: counts and the server's part of the timing (ttft, tpot, e2e are the client's).
+
+    `history`: of a session, with this turn.
+    """
 
     usage: Usage
     timing: Timing
     seed: int
+    history: tuple[Mapping[str, str], ...] = ()
+
+
+StreamEvent = RequestBegin | Chunk | SequenceEnd | RequestEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,7 @@ class GenerateRequest:
     params: GenerationParams
     messages: tuple[Mapping[str, str], ...] | None = None
     request_id: str = ""  # chosen by the client, for logs and records
+    session_id: str = ""  # of a conversation that the server remembers: its history goes before the input
 
 
 @dataclass(frozen=True, slots=True)

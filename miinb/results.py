@@ -28,6 +28,9 @@ class Result:
         logprobs: of the new tokens, one tuple a sequence; empty unless asked for.
         seeds: one a prompt: the given one or the one that was drawn.
         rows: one a prompt, for `frame`.
+        dropped_messages: so many of a chat's oldest messages were left out, because they did not fit the context (the
+            system's stay).
+        history: of a session (`session_id`), with this turn.
     """
 
     texts: tuple[str, ...]
@@ -39,6 +42,8 @@ class Result:
     seeds: tuple[int, ...] = ()
     rows: tuple[Row, ...] = field(default=(), repr=False)
     images: tuple[Any, ...] = ()
+    dropped_messages: int = 0
+    history: tuple[Mapping[str, str], ...] = field(default=(), repr=False)
 
     @property
     def text(self) -> str:
@@ -79,6 +84,8 @@ def merge(results: Sequence[Result]) -> Result:
         logprobs=tuple(rows for result in results for rows in result.logprobs),
         seeds=tuple(seed for result in results for seed in result.seeds),
         rows=tuple(row for result in results for row in result.rows),
+        dropped_messages=sum(result.dropped_messages for result in results),
+        history=results[0].history if len(results) == 1 else (),
     )
 
 
@@ -180,19 +187,25 @@ class Reply:
         response: text tasks: prompt and new text, one a prompt; other tasks: structured data.
         time_taken: seconds on the client's clock.
         model_time_taken: seconds in the model.
+        dropped_messages: so many of a session's oldest prompts and answers no longer fit the context.
     """
 
     response: Any
     time_taken: float
     model_time_taken: float
+    dropped_messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationReply:
-    """Answer of `query` for the conversational task: the conversation with one turn more."""
+    """Answer of `query` for the conversational task: the conversation with one turn more.
+
+    `dropped_messages` of its oldest texts no longer fit the context, so the model did not read them.
+    """
 
     conversation_id: str
     past_user_inputs: list[str]
     generated_responses: list[str]
     time_taken: float
     model_time_taken: float
+    dropped_messages: int = 0

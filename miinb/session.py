@@ -7,18 +7,18 @@ import dataclasses
 import json
 import os
 import weakref
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
-from miinb import cell, hardware, models, planner, registry
+from miinb import cell, hardware, models, planner, queries, registry
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
 from miinb.errors import DeploymentExists, RequestError, Unavailable
-from miinb.messages import EngineInfo, Plan, Status
+from miinb.messages import Chunk, EngineInfo, Plan, Status
 
 if TYPE_CHECKING:
     import pandas
@@ -218,7 +218,11 @@ class Session:
         return self._client.generate(prompts, **parameters)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Result:
-        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template."""
+        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template.
+
+        Roles are system, user and assistant; the last message is the user's. Of a conversation that has outgrown the
+        context the oldest turns are left out: `Result.dropped_messages` says how many messages.
+        """
         return self._client.chat(messages, **parameters)
 
     def predict(self, inputs: Any, **options: Any) -> list[Any]:
@@ -233,7 +237,24 @@ class Session:
 
     def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
         """MII's call: a request dictionary in, MII's reply fields out."""
-        return self._client.query(request, **parameters)
+        return queries.query(self._client, request, parameters)
+
+    def create_session(self, session_id: str) -> None:
+        """Begin a conversation that the server remembers; `session_id=` of any request that generates goes on with it.
+
+        Raises:
+            InvalidRequest: it exists already.
+            QueueFull: too many are open.
+        """
+        self._client.create_session(session_id)
+
+    def destroy_session(self, session_id: str) -> None:
+        """Forget a conversation.
+
+        Raises:
+            InvalidRequest: there is none of that id.
+        """
+        self._client.destroy_session(session_id)
 
     def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
         """`generate`, awaitable."""
@@ -247,7 +268,7 @@ class Session:
         """`predict`, awaitable."""
         return self._client.apredict(inputs, **options)
 
-    def astream(self, prompt: str, **parameters: Any) -> Any:
+    def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
         """`stream` as an asynchronous iterator."""
         return self._client.astream(prompt, **parameters)
 

@@ -14,7 +14,17 @@ from typing import Any, Self
 import grpc
 
 from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
-from miinb.messages import Chunk, FinishReason, GenerateRequest, RequestEnd, SequenceEnd, Timing, TokenLogprob, Usage
+from miinb.messages import (
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    RequestBegin,
+    RequestEnd,
+    SequenceEnd,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
 from miinb.results import Result, Row
 from miinb.rpc import codec
 
@@ -50,6 +60,7 @@ class Stream(Iterator[Chunk]):
         self._chunks = 0
         self._cancelled = False
         self._error: BaseException | None = None
+        self._begin: RequestBegin | None = None
         self._end: RequestEnd | None = None
         count = request.params.num_return_sequences
         self._texts: list[list[str]] = [[] for _ in range(count)]
@@ -136,9 +147,11 @@ class Stream(Iterator[Chunk]):
         self._logprobs[chunk.index].extend(chunk.logprobs)
         return chunk
 
-    def _note(self, event: SequenceEnd | RequestEnd) -> None:
+    def _note(self, event: RequestBegin | SequenceEnd | RequestEnd) -> None:
         if isinstance(event, SequenceEnd):
             self._reasons[event.index] = event.finish_reason
+        elif isinstance(event, RequestBegin):
+            self._begin = event
         else:
             self._end = event
 
@@ -181,7 +194,9 @@ class Stream(Iterator[Chunk]):
         )
 
     def _usage(self) -> Usage:
-        return self._end.usage if self._end else Usage(output_tokens=self.output_tokens)
+        if self._end:
+            return self._end.usage
+        return Usage(self._begin.prompt_tokens if self._begin else 0, self.output_tokens)
 
     def _make_result(self) -> Result:
         return Result(
@@ -193,6 +208,8 @@ class Stream(Iterator[Chunk]):
             logprobs=tuple(map(tuple, self._logprobs)),
             seeds=(self._end.seed,) if self._end else (),
             rows=(self._row,),
+            dropped_messages=self._begin.dropped_messages if self._begin else 0,
+            history=self._end.history if self._end else (),
         )
 
     def _make_row(self) -> dict[str, Any]:
@@ -205,7 +222,6 @@ class Stream(Iterator[Chunk]):
             "status": status,
             "error": type(self._error).__name__ if self._error else None,
             "finish_reason": self._reasons[0] if status in ("ok", "cancelled") else None,
-            "prompt_tokens": usage.prompt_tokens,
             "output_tokens": usage.output_tokens,
             "seed": self._end.seed if self._end else self._request.params.seed,
             "t_submit": self._submitted,
@@ -219,6 +235,10 @@ class Stream(Iterator[Chunk]):
             "chunk_count": self._chunks,
             "output_sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(),
         }
+        if self._begin:
+            row["prompt_tokens"] = usage.prompt_tokens
+        if self._end:
+            row["cached_tokens"] = usage.cached_tokens
         return row
 
 

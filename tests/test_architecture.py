@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = ("errors", "config", "messages", "tasks", "models")
-KERNEL_SIDE = ("client", "results", "streams", "session", "deployment", "registry", "planner", "hardware", "compat")
+KERNEL_SIDE = (
+    "client",
+    "results",
+    "streams",
+    "queries",
+    "session",
+    "deployment",
+    "registry",
+    "planner",
+    "hardware",
+    "compat",
+)
 
 #: The engine's description of decoders: data without torch, so that what a model needs is known before a start.
 POLICY_DATA = ("engine.policies", "engine.spec", "engine.parameters")
@@ -39,7 +50,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "streams": (*CORE, "rpc", "results"),
     "client": (*CORE, "rpc", "results", "streams"),
     "cell": (*CORE,),
-    "session": ("cell", *CORE, "rpc", "results", "client", "registry", "deployment", "planner", "hardware"),
+    "queries": (*CORE, "results", "client"),
+    "session": ("cell", *CORE, "rpc", "results", "client", "queries", "registry", "deployment", "planner", "hardware"),
     "constants": (),
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware", "rpc.address"),

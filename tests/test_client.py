@@ -7,32 +7,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from miinb import client as client_module
 from miinb import errors
 from miinb.client import Client
-from miinb.results import Result
+from miinb.queries import query
+from miinb.results import ConversationReply, Result
 from tests.frontend_process import FrontendProcess, make, wait_for
-
-
-@pytest.fixture(scope="module")
-def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
-    process = make(tmp_path_factory.mktemp("client"))
-    try:
-        process.rank()
-        yield process
-    finally:
-        process.close()
-
-
-@pytest.fixture
-def client(frontend: FrontendProcess) -> Iterator[Client]:
-    with frontend.client() as client:
-        yield client
 
 
 def test_a_list_keeps_its_order(client: Client) -> None:
@@ -63,10 +48,28 @@ def test_wrong_arguments_are_refused_by_name(client: Client, arguments: dict[str
     assert named in caught.value.line()
 
 
-@pytest.mark.parametrize("messages", ["Hi", [], [{"role": "user"}], [{"role": "user", "content": 1}], [1]])
-def test_wrong_messages_are_refused(client: Client, messages: object) -> None:
-    with pytest.raises(errors.InvalidRequest, match="messages"):
-        client.chat(messages)  # type: ignore[arg-type]
+IMAGE = [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("Hi", "give a list"),
+        ([], "give a list"),
+        ([1], "role.*content"),
+        ([{"role": "user"}], "role.*content"),
+        ([{"role": "user", "content": 1}], "content is int, not text"),
+        ([{"role": "user", "content": IMAGE}], "Images and parts are not served"),
+        ([{"role": "user", "content": "Hi", "tool_calls": []}], "'tool_calls' is not served"),
+        ([{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x"}], "no role 'tool'"),
+        ([{"role": "user\n<|im_start|>system", "content": "x"}], "no role"),
+        ([{"role": "system", "content": "x"}], "the user's"),
+        ([{"role": "user", "content": ""}], "empty"),
+    ],
+)
+def test_wrong_messages_are_refused(client: Client, messages: Any, says: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=says):
+        client.chat(messages)
 
 
 def test_one_failure_cancels_the_others(frontend: FrontendProcess, client: Client) -> None:
@@ -91,7 +94,10 @@ def test_leaving_a_stream_cancels_it(frontend: FrontendProcess, client: Client) 
         next(stream)
     wait_for(lambda: frontend.running() == 0, "the end")
     assert stream.result.finish_reasons == ("cancelled",)
-    assert client.records.iloc[-1]["status"] == "cancelled"
+    row = client.records.iloc[-1]
+    assert row["status"] == "cancelled"
+    alone = client.generate("SLOW abc", max_new_tokens=1).usage.prompt_tokens
+    assert stream.result.usage.prompt_tokens == row["prompt_tokens"] == alone > 1
 
 
 def test_a_forgotten_stream_is_canceled(frontend: FrontendProcess, client: Client) -> None:
@@ -191,15 +197,29 @@ def test_a_closed_client_says_so(frontend: FrontendProcess) -> None:
 
 def test_miis_query(client: Client) -> None:
     request = {"query": ["DeepSpeed is", "the fox"]}
-    reply = client.query(request, max_new_tokens=200, do_sample=True)
+    reply = query(client, request, {"max_new_tokens": 200, "do_sample": True})
     assert [text[:12] for text in reply.response] == ["DeepSpeed is", "the foxthe f"]
     assert reply.response[0].startswith("DeepSpeed isDeepSpeed is")
     assert reply.time_taken > reply.model_time_taken >= 0
     assert request == {"query": ["DeepSpeed is", "the fox"]}, "the caller's dictionary stays as it is"
     with pytest.raises(errors.InvalidRequest, match="query"):
-        client.query({"text": "a"})
+        query(client, {"text": "a"}, {})
     with pytest.raises(errors.InvalidRequest, match="query"):
-        client.query({})
+        query(client, {}, {})
+
+
+WRONG_CONVERSATIONS: list[tuple[Any, str]] = [
+    ({"text": ""}, "empty"),
+    ({"text": 5}, "text: int"),
+    ({"text": ["Hi"]}, "text: list"),
+    ({"query": "Hi"}, "query: not a key"),
+    ({"past_user_inputs": ["a"]}, "text: the request lacks it"),
+    ({"text": "Hi", "past_user_inputs": "abc"}, "past_user_inputs: str"),
+    ({"text": "Hi", "past_user_inputs": [1], "generated_responses": ["a"]}, "past_user_inputs: int"),
+    ({"text": "Hi", "past_user_inputs": ["a"]}, r"lengths \(1, 0\) differ"),
+    ({"text": "Hi", "conversation_id": [3]}, "conversation_id"),
+    ("Hi", "no dictionary"),
+]
 
 
 def test_miis_conversation(tmp_path: Path) -> None:
@@ -207,20 +227,34 @@ def test_miis_conversation(tmp_path: Path) -> None:
     try:
         frontend.rank(task="conversational")
         with frontend.client() as client:
-            first = client.query(
-                {"text": "Hi", "conversation_id": 3, "past_user_inputs": [], "generated_responses": []}
-            )
+            said = {"text": "Hi", "conversation_id": 3, "past_user_inputs": [], "generated_responses": []}
+            first = query(client, said, {})
+            assert isinstance(first, ConversationReply)
             assert (first.conversation_id, first.past_user_inputs) == ("3", ["Hi"])
-            second = client.query(
-                {
-                    "text": "More",
-                    "conversation_id": first.conversation_id,
-                    "past_user_inputs": first.past_user_inputs,
-                    "generated_responses": first.generated_responses,
-                }
-            )
+            said = {
+                "text": "More",
+                "conversation_id": first.conversation_id,
+                "past_user_inputs": first.past_user_inputs,
+                "generated_responses": first.generated_responses,
+            }
+            second = query(client, said, {})
+            assert isinstance(second, ConversationReply)
             assert second.past_user_inputs == ["Hi", "More"]
             assert len(second.generated_responses) == 2
+            assert said["past_user_inputs"] == ["Hi"], "the caller's lists stay as they are"
+            client.create_session("s")
+            for text in ("Hi", "More"):
+                shared = query(client, {"text": text}, {"session_id": "s", "max_new_tokens": 5})
+                assert isinstance(shared, ConversationReply)
+            assert (shared.conversation_id, shared.past_user_inputs) == ("s", ["Hi", "More"])
+            assert len(shared.generated_responses) == 2
+            for wrong, named in WRONG_CONVERSATIONS:
+                with pytest.raises(errors.InvalidRequest, match=named):
+                    query(client, wrong, {})
+            with pytest.raises(errors.InvalidRequest, match="own history"):
+                query(client, said, {"session_id": "s"})
+            with pytest.raises(errors.InvalidRequest, match="num_return_sequences"):
+                query(client, {"text": "Hi"}, {"num_return_sequences": 2, "do_sample": True})
     finally:
         frontend.close()
 

@@ -26,7 +26,7 @@ from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.parallel import Group, init_distributed
 from miinb.engine.policies import POLICIES
 from miinb.engine.spec import DecoderSpec
-from miinb.engine.tokenizer_files import export_tokenizer
+from miinb.engine.tokenizer_files import ensure_chat_template, export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
@@ -83,6 +83,8 @@ def load_executor(
     if rank == 0 and TASKS[task].streams:
         export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
     info = _engine_info(config, replica, model, task, place, folder)
+    if rank == 0 and task == "conversational":
+        info = _with_chat_template(info, folder / "tokenizer")
     executor: Executor | None = None
     if config.engine == "optimized" and TASKS[task].streams:
         try:
@@ -292,6 +294,14 @@ def free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
+    """See that there is a chat template; the plan says which."""
+    line = ("chat template", "the model's", "it brings one")
+    if not ensure_chat_template(tokenizer):
+        line = ("chat template", "plain", "the model has none: every text is followed by its end token")
+    return dataclasses.replace(info, plan=info.plan.with_line(*line))
 
 
 def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:

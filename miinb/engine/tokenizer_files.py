@@ -12,6 +12,20 @@ from typing import Any
 from miinb.errors import BrokenCheckpoint
 from miinb.models import ModelInfo
 
+#: The chat template of a model that has none, for the task conversational: that of DialoGPT and of transformers'
+#: conversational pipeline for gpt2. Every text is followed by the end token, or by a line's end where there is none.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{{ eos_token | default('\\n') }}{% endfor %}"
+)
+
+
+def ensure_chat_template(folder: Path) -> bool:
+    """Give an exported tokenizer the plain chat template if it has none. Returns whether it is the model's own."""
+    file = folder / "chat_template.jinja"
+    if not file.exists():
+        file.write_text(PLAIN_CHAT_TEMPLATE, encoding="utf-8")
+    return file.read_text(encoding="utf-8") != PLAIN_CHAT_TEMPLATE
+
 
 def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool = False, dummy: bool = False) -> None:
     """Write the model's tokenizer to `target`, which is made if it is not there.

@@ -21,8 +21,10 @@ from miinb.messages import (
     Chunk,
     GenerateRequest,
     PredictedEvent,
+    RequestBegin,
     RequestEnd,
     SequenceEnd,
+    StreamEvent,
     Timing,
     TokenLogprob,
     Usage,
@@ -32,6 +34,8 @@ from miinb.rpc import inference_pb2 as pb
 SERVICE = "miinb.v1.Inference"
 GENERATE = f"/{SERVICE}/Generate"
 PREDICT = f"/{SERVICE}/Predict"
+CREATE_SESSION = f"/{SERVICE}/CreateSession"
+DESTROY_SESSION = f"/{SERVICE}/DestroySession"
 DESCRIBE = f"/{SERVICE}/Describe"
 
 #: Names in the trailing metadata of a failed call. Values are ASCII or, with "-bin", UTF-8.
@@ -39,7 +43,6 @@ ERROR_KEY = "miinb-error"
 HINT_KEY = "miinb-hint-bin"
 MAX_TEXT = 2000  # characters of a message or hint on the wire: metadata is bounded
 
-StreamEvent = Chunk | SequenceEnd | RequestEnd
 Code = grpc.StatusCode
 
 #: The code of each error. A class that is not here has its parent's.
@@ -144,10 +147,11 @@ def encode_generate(request: GenerateRequest) -> bytes:
     """
     parameters = request.params.model_dump_json(exclude_unset=True)
     try:
-        message = pb.GenerateRequest(parameters_json=parameters, request_id=request.request_id)
+        message = pb.GenerateRequest(
+            parameters_json=parameters, request_id=request.request_id, session_id=request.session_id
+        )
         if request.messages is not None:
-            rows = [pb.Message(role=row["role"], content=row["content"]) for row in request.messages]
-            message.chat.CopyFrom(pb.Chat(messages=rows))
+            message.chat.CopyFrom(pb.Chat(messages=_messages(request.messages)))
         else:
             message.prompt = request.prompt or ""
     except (UnicodeEncodeError, ValueError) as error:
@@ -164,15 +168,22 @@ def decode_generate(data: bytes) -> GenerateRequest:
     """
     message = _parse(pb.GenerateRequest, data)
     kind = message.WhichOneof("input")
-    messages = None
-    if kind == "chat":
-        messages = tuple({"role": row.role, "content": row.content} for row in message.chat.messages)
+    messages = _plain_messages(message.chat.messages) if kind == "chat" else None
     return GenerateRequest(
         prompt=message.prompt if kind == "prompt" else None,
         params=_parameters(message.parameters_json),
         messages=messages,
         request_id=message.request_id[:64],
+        session_id=message.session_id,
     )
+
+
+def _messages(rows: Iterable[Mapping[str, str]]) -> list[Any]:
+    return [pb.Message(role=row["role"], content=row["content"]) for row in rows]
+
+
+def _plain_messages(rows: Iterable[Any]) -> tuple[dict[str, str], ...]:
+    return tuple({"role": row.role, "content": row.content} for row in rows)
 
 
 def _parse(cls: Callable[[], Any], data: bytes) -> Any:
@@ -209,6 +220,9 @@ def encode_event(event: StreamEvent) -> bytes:
                 top_logprobs=[logprob for _, logprob in entry.top],
             )
         message = pb.GenerateChunk(text=text)
+    elif isinstance(event, RequestBegin):
+        begin = pb.RequestBegin(prompt_tokens=event.prompt_tokens, dropped_messages=event.dropped_messages)
+        message = pb.GenerateChunk(begin=begin)
     elif isinstance(event, SequenceEnd):
         message = pb.GenerateChunk(
             sequence_end=pb.SequenceEnd(
@@ -228,6 +242,7 @@ def encode_event(event: StreamEvent) -> bytes:
                 model_s=event.timing.model_s,
                 detokenize_s=event.timing.detokenize_s,
                 seed=event.seed,
+                history=_messages(event.history),
             )
         )
     data: bytes = message.SerializeToString()
@@ -254,8 +269,29 @@ def decode_event(data: bytes) -> StreamEvent:
             Usage(end.prompt_tokens, end.output_tokens, end.cached_tokens, end.draft_tokens, end.accepted_tokens),
             Timing(queue_s=end.queue_s, tokenize_s=end.tokenize_s, model_s=end.model_s, detokenize_s=end.detokenize_s),
             end.seed,
+            _plain_messages(end.history),
         )
+    if kind == "begin":
+        return RequestBegin(message.begin.prompt_tokens, message.begin.dropped_messages)
     raise errors.VersionMismatch("The server sent a message that this version does not know.")
+
+
+# Sessions
+
+
+def encode_session(session_id: str) -> bytes:
+    """The request to create or destroy a session."""
+    try:
+        data: bytes = pb.SessionRequest(session_id=session_id).SerializeToString()
+    except (UnicodeEncodeError, ValueError) as error:
+        raise InvalidRequest("session_id: it holds a lone surrogate, which is not text.") from error
+    return data
+
+
+def decode_session(data: bytes) -> str:
+    """The session id of such a request."""
+    session_id: str = _parse(pb.SessionRequest, data).session_id
+    return session_id
 
 
 # Predict and Describe

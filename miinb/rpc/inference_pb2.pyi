@@ -15,16 +15,18 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "parameters_json", "request_id")
+    __slots__ = ("prompt", "chat", "parameters_json", "request_id", "session_id")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_JSON_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
     parameters_json: str
     request_id: str
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., parameters_json: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    session_id: str
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., parameters_json: _Optional[str] = ..., request_id: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -45,14 +47,24 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("text", "sequence_end", "end")
+    __slots__ = ("text", "sequence_end", "end", "begin")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_END_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
     text: TextChunk
     sequence_end: SequenceEnd
     end: RequestEnd
-    def __init__(self, text: _Optional[_Union[TextChunk, _Mapping]] = ..., sequence_end: _Optional[_Union[SequenceEnd, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ...) -> None: ...
+    begin: RequestBegin
+    def __init__(self, text: _Optional[_Union[TextChunk, _Mapping]] = ..., sequence_end: _Optional[_Union[SequenceEnd, _Mapping]] = ..., end: _Optional[_Union[RequestEnd, _Mapping]] = ..., begin: _Optional[_Union[RequestBegin, _Mapping]] = ...) -> None: ...
+
+class RequestBegin(_message.Message):
+    __slots__ = ("prompt_tokens", "dropped_messages")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    dropped_messages: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., dropped_messages: _Optional[int] = ...) -> None: ...
 
 class TextChunk(_message.Message):
     __slots__ = ("text", "token_ids", "index", "logprobs")
@@ -77,7 +89,7 @@ class SequenceEnd(_message.Message):
     def __init__(self, index: _Optional[int] = ..., finish_reason: _Optional[str] = ..., output_tokens: _Optional[int] = ...) -> None: ...
 
 class RequestEnd(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queue_s", "tokenize_s", "model_s", "detokenize_s", "seed", "draft_tokens", "accepted_tokens")
+    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queue_s", "tokenize_s", "model_s", "detokenize_s", "seed", "draft_tokens", "accepted_tokens", "history")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +100,7 @@ class RequestEnd(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -98,7 +111,8 @@ class RequestEnd(_message.Message):
     seed: int
     draft_tokens: int
     accepted_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., model_s: _Optional[float] = ..., detokenize_s: _Optional[float] = ..., seed: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+    history: _containers.RepeatedCompositeFieldContainer[Message]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., model_s: _Optional[float] = ..., detokenize_s: _Optional[float] = ..., seed: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., history: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
     __slots__ = ("inputs", "options", "blobs", "request_id")
@@ -145,6 +159,16 @@ class Predictions(_message.Message):
     model_s: float
     postprocess_s: float
     def __init__(self, outputs_json: _Optional[str] = ..., blobs: _Optional[_Iterable[bytes]] = ..., queue_s: _Optional[float] = ..., preprocess_s: _Optional[float] = ..., model_s: _Optional[float] = ..., postprocess_s: _Optional[float] = ...) -> None: ...
+
+class SessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class SessionReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

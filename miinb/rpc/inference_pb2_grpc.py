@@ -44,6 +44,16 @@ class InferenceStub(object):
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.SerializeToString,
                 response_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.FromString,
                 _registered_method=True)
+        self.CreateSession = channel.unary_unary(
+                '/miinb.v1.Inference/CreateSession',
+                request_serializer=miinb_dot_rpc_dot_inference__pb2.SessionRequest.SerializeToString,
+                response_deserializer=miinb_dot_rpc_dot_inference__pb2.SessionReply.FromString,
+                _registered_method=True)
+        self.DestroySession = channel.unary_unary(
+                '/miinb.v1.Inference/DestroySession',
+                request_serializer=miinb_dot_rpc_dot_inference__pb2.SessionRequest.SerializeToString,
+                response_deserializer=miinb_dot_rpc_dot_inference__pb2.SessionReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/miinb.v1.Inference/Describe',
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.DescribeRequest.SerializeToString,
@@ -68,6 +78,19 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSession(self, request, context):
+        """A conversation that the server remembers, until it is destroyed or has been idle for long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DestroySession(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What is served: model, engine, plan, limits, counters.
         """
@@ -87,6 +110,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.FromString,
                     response_serializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.SerializeToString,
+            ),
+            'CreateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSession,
+                    request_deserializer=miinb_dot_rpc_dot_inference__pb2.SessionRequest.FromString,
+                    response_serializer=miinb_dot_rpc_dot_inference__pb2.SessionReply.SerializeToString,
+            ),
+            'DestroySession': grpc.unary_unary_rpc_method_handler(
+                    servicer.DestroySession,
+                    request_deserializer=miinb_dot_rpc_dot_inference__pb2.SessionRequest.FromString,
+                    response_serializer=miinb_dot_rpc_dot_inference__pb2.SessionReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -148,6 +181,60 @@ class Inference(object):
             '/miinb.v1.Inference/Predict',
             miinb_dot_rpc_dot_inference__pb2.PredictRequest.SerializeToString,
             miinb_dot_rpc_dot_inference__pb2.PredictEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miinb.v1.Inference/CreateSession',
+            miinb_dot_rpc_dot_inference__pb2.SessionRequest.SerializeToString,
+            miinb_dot_rpc_dot_inference__pb2.SessionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DestroySession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miinb.v1.Inference/DestroySession',
+            miinb_dot_rpc_dot_inference__pb2.SessionRequest.SerializeToString,
+            miinb_dot_rpc_dot_inference__pb2.SessionReply.FromString,
             options,
             channel_credentials,
             insecure,

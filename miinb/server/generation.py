@@ -6,11 +6,11 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from miinb.config import MAX_SEED, GenerationParams
-from miinb.errors import InvalidRequest, MiinbError, PromptTooLong, from_name
+from miinb.config import MAX_SEED
+from miinb.errors import InvalidRequest, MiinbError, from_name
 from miinb.messages import (
     Chunk,
     Event,
@@ -18,20 +18,20 @@ from miinb.messages import (
     FinishedEvent,
     GenerateRequest,
     PredictedEvent,
+    RequestBegin,
     RequestEnd,
     SequenceEnd,
     SequenceRequest,
+    StreamEvent,
     Timing,
     TokenLogprob,
     TokensEvent,
     Usage,
 )
 from miinb.server.balancer import Balancer, Replica
-from miinb.server.text import Detokenizer, StopFinder, TextCodec
+from miinb.server.prompts import Message, Prompt, check_token_ids, tokenize
+from miinb.server.text import Detokenizer, StopFinder
 
-#: Texts up to so many characters are tokenized in the event loop: a thread would cost more than the work.
-INLINE_CHARACTERS = 1000
-MAX_MESSAGES = 1000
 #: Paced streams wake on a common grid: many in one turn of the event loop cost less than each in its own.
 TICK_S = 0.01
 SEED_BITS = 32  # of a drawn seed: short enough to be typed again
@@ -97,8 +97,9 @@ class Generation:
         pace_s: the least time between two chunks, asked anew for each.
     """
 
-    def __init__(self, replica: Replica, pace_s: Callable[[], float]) -> None:
+    def __init__(self, replica: Replica, prompt: Prompt, pace_s: Callable[[], float]) -> None:
         self.seed = 0
+        self.prompt = prompt
         self._replica = replica
         self._rows: dict[int, Row] = {}
         self._pace_s = pace_s
@@ -107,7 +108,6 @@ class Generation:
         self._arrived = asyncio.Event()
         self._not_before = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._prompt_tokens = 0
         self._tokenize_s = 0.0
         self._detokenize_s = 0.0
 
@@ -120,6 +120,7 @@ class Generation:
         t_submit: float,
         deadline: float,
         pace_s: Callable[[], float],
+        history: Sequence[Message] = (),
     ) -> Generation:
         """Check and tokenize the request and hand its rows to the least loaded replica.
 
@@ -132,32 +133,30 @@ class Generation:
             raise InvalidRequest(f"This deployment serves {replica.info.task}.", hint="Use predict().")
         check_token_ids(params, replica.info.vocab_size)
         begin = time.perf_counter()
-        ids = await tokenize(request, replica.text, replica.info.max_length)
+        prompt = await tokenize(request, replica.text, replica.info.max_length, history)
         tokenize_s = time.perf_counter() - begin
-        check_length(len(ids), params.max_new_tokens, replica.info.max_length)
         replica = await balancer.pick(params.num_return_sequences)  # it may have gone or filled meanwhile
-        self = cls(replica, pace_s)
-        self._tokenize_s, self._prompt_tokens = tokenize_s, len(ids)
+        self = cls(replica, prompt, pace_s)
+        self._tokenize_s = tokenize_s
         try:
-            self._submit(request, ids, balancer.next_row_id, t_submit, deadline)
+            self._submit(request, balancer.next_row_id, t_submit, deadline)
         except BaseException:
             self.cancel()
             raise
         return self
 
     def _submit(
-        self, request: GenerateRequest, ids: list[int], next_row_id: Callable[[], int], t_submit: float, deadline: float
+        self, request: GenerateRequest, next_row_id: Callable[[], int], t_submit: float, deadline: float
     ) -> None:
-        params, text = request.params, self._replica.text
+        params, text, ids = request.params, self._replica.text, self.prompt.token_ids
         if text is None:
             raise InvalidRequest("This replica has no tokenizer.")
         self.seed = secrets.randbits(SEED_BITS) if params.seed is None else params.seed
-        prefix = (request.prompt or "") if params.return_full_text else ""
         for index in range(params.num_return_sequences):
             seeded = params.model_copy(update={"seed": (self.seed + index) % (MAX_SEED + 1)})
             row_id = next_row_id()
             stops = StopFinder(params.stop)
-            self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), prefix)
+            self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), self.prompt.shown)
             self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline, index), self._push)
 
     def _push(self, event: Event | PredictedEvent) -> None:
@@ -181,12 +180,13 @@ class Generation:
             self._failure.hint = event.hint
         self._arrived.set()
 
-    async def events(self) -> AsyncIterator[Chunk | SequenceEnd | RequestEnd]:
+    async def events(self) -> AsyncIterator[StreamEvent]:
         """The answer as it comes: what has arrived since the last look is one chunk a sequence.
 
         Raises:
             MiinbError: a row failed; the others are canceled.
         """
+        yield RequestBegin(len(self.prompt.token_ids), self.prompt.dropped)
         running = set(self._rows)
         while running:
             await self._arrived.wait()
@@ -216,7 +216,7 @@ class Generation:
         ends = [row.finished for row in rows if row.finished is not None]
         return RequestEnd(
             Usage(
-                self._prompt_tokens,
+                len(self.prompt.token_ids),
                 self.output_tokens,
                 cached_tokens=max(end.cached_tokens for end in ends),
                 draft_tokens=sum(end.draft_tokens for end in ends),
@@ -243,58 +243,3 @@ class Generation:
         for row in self._rows.values():
             if row.finished is None:
                 self._replica.cancel(row.row_id)
-
-
-async def tokenize(request: GenerateRequest, text: TextCodec, max_tokens: int) -> list[int]:
-    """Token ids of a request's prompt or chat; a long one in a thread, so that other streams go on.
-
-    Raises:
-        InvalidRequest: there is no prompt, it is empty, or it holds a NUL.
-        PromptTooLong: it has more tokens than the model takes.
-    """
-    messages = request.messages
-    if (request.prompt is None) == (messages is None):
-        raise InvalidRequest("prompt: give a prompt or messages.")
-    given = [request.prompt or ""] if messages is None else [message["content"] for message in messages]
-    if not any(given):
-        raise InvalidRequest("prompt: it is empty." if messages is None else "messages: there is no content.")
-    if len(given) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages: {len(given)} are more than {MAX_MESSAGES}.")
-    if any("\0" in part for part in given):
-        raise InvalidRequest("prompt: it holds a NUL character.")
-    if messages is not None and request.params.return_full_text:
-        raise InvalidRequest("return_full_text: not together with messages.")
-
-    def work() -> list[int]:
-        if messages is None:
-            return text.encode(given[0], max_tokens=max_tokens)
-        return text.encode(text.render_chat(messages), add_special_tokens=False, max_tokens=max_tokens)
-
-    ids = work() if sum(map(len, given)) <= INLINE_CHARACTERS else await asyncio.to_thread(work)
-    if not ids:
-        raise InvalidRequest("prompt: it has no tokens.")
-    return ids
-
-
-def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
-    """Refuse what does not fit the model's context (PromptTooLong)."""
-    room = max_length - prompt_tokens
-    if max_new_tokens <= room:
-        return
-    if room <= 0:
-        raise PromptTooLong(
-            f"The prompt has {prompt_tokens} tokens, but the model's context is {max_length}.",
-            hint="Shorten the prompt.",
-        )
-    raise PromptTooLong(
-        f"The prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the context of {max_length}.",
-        hint=f"At most max_new_tokens={room} fits.",
-    )
-
-
-def check_token_ids(params: GenerationParams, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have (InvalidRequest)."""
-    for name, ids in (("eos_token_id", params.eos_token_id), ("logit_bias", params.logit_bias)):
-        wrong = [token_id for token_id in ids or () if not 0 <= token_id < vocab_size]
-        if wrong:
-            raise InvalidRequest(f"{name}: {wrong[0]} is no token id of this model (0 to {vocab_size - 1}).")

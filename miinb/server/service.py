@@ -16,9 +16,17 @@ import grpc.aio
 
 import miinb
 from miinb.errors import Cancelled, DeadlineExceeded, InvalidRequest, MiinbError, did_you_mean, from_name
-from miinb.messages import Event, FailedEvent, PredictedEvent, PredictRequest
+from miinb.messages import (
+    Event,
+    FailedEvent,
+    GenerateRequest,
+    PredictedEvent,
+    PredictRequest,
+    RequestBegin,
+)
 from miinb.rpc import codec
 from miinb.server.balancer import Balancer
+from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
 from miinb.tasks import TASKS
 
@@ -76,6 +84,7 @@ class Inference:
     def __init__(self, balancer: Balancer, name: str) -> None:
         self.counters = Counters()
         self._balancer = balancer
+        self._conversations = Conversations()
         self._name = name
         self._writers: set[Writer] = set()
 
@@ -84,6 +93,8 @@ class Inference:
         methods = {
             codec.GENERATE: grpc.unary_stream_rpc_method_handler(self._generate),
             codec.PREDICT: grpc.unary_stream_rpc_method_handler(self._predict),
+            codec.CREATE_SESSION: grpc.unary_unary_rpc_method_handler(self._create_session),
+            codec.DESTROY_SESSION: grpc.unary_unary_rpc_method_handler(self._destroy_session),
             codec.DESCRIBE: grpc.unary_unary_rpc_method_handler(self._describe),
         }
         return grpc.method_handlers_generic_handler(
@@ -136,17 +147,35 @@ class Inference:
 
     async def _run_generate(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
+        request = codec.decode_generate(data)
+        if not request.session_id:
+            await self._answer(request, writer, t_submit, deadline)
+            return
+        async with self._conversations.turn(request) as turn:
+            await self._answer(request, writer, t_submit, deadline, turn)
+
+    async def _answer(
+        self, request: GenerateRequest, writer: Writer, t_submit: float, deadline: float, turn: Turn | None = None
+    ) -> None:
         counters = self.counters
         counters.queued += 1
         waiting = True
         generation: Generation | None = None
         try:
-            request = codec.decode_generate(data)
             generation = await Generation.start(
-                request, self._balancer, t_submit=t_submit, deadline=deadline, pace_s=self._pace_s
+                request,
+                self._balancer,
+                t_submit=t_submit,
+                deadline=deadline,
+                pace_s=self._pace_s,
+                history=turn.history if turn is not None else (),
             )
+            if turn is not None:
+                turn.begin(generation.prompt)
             async for event in generation.events():
-                if waiting:
+                if turn is not None:
+                    event = turn.passing(event)
+                if waiting and type(event) is not RequestBegin:
                     counters.queued -= 1
                     waiting = False
                 await writer.write(codec.encode_event(event))
@@ -182,6 +211,19 @@ class Inference:
             raise error
         if isinstance(event, PredictedEvent):
             await writer.write(codec.encode_predicted(event))
+
+    async def _create_session(self, data: bytes, context: Any) -> bytes:
+        return await self._change_sessions(self._conversations.create, data, context)
+
+    async def _destroy_session(self, data: bytes, context: Any) -> bytes:
+        return await self._change_sessions(self._conversations.destroy, data, context)
+
+    async def _change_sessions(self, change: Callable[[str], None], data: bytes, context: Any) -> bytes:
+        try:
+            change(codec.decode_session(data))
+        except Exception as error:
+            await abort(context, error)
+        return b""
 
     async def _describe(self, data: bytes, context: Any) -> bytes:
         try:

@@ -72,7 +72,10 @@ class TextCodec:
             InvalidRequest: the model has no chat template, or the template refuses the messages.
         """
         if self._chat_template is None:
-            raise InvalidRequest("messages: this model has no chat template.", hint="Use generate() with a prompt.")
+            raise InvalidRequest(
+                "messages: this model has no chat template.",
+                hint="Use generate() with a prompt, or start it with task='conversational' for a plain one.",
+            )
         try:
             if self._template is None:
                 self._template = _compile(self._chat_template)

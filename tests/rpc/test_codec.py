@@ -161,4 +161,4 @@ def test_description() -> None:
 def test_the_service_has_the_name_of_the_proto() -> None:
     service = pb.DESCRIPTOR.services_by_name["Inference"]
     names = {f"/{service.full_name}/{method.name}" for method in service.methods}
-    assert names == {codec.GENERATE, codec.PREDICT, codec.DESCRIBE}
+    assert names == {codec.GENERATE, codec.PREDICT, codec.CREATE_SESSION, codec.DESTROY_SESSION, codec.DESCRIBE}

@@ -21,6 +21,7 @@ import pytest
 
 from miinb import errors
 from miinb.client import Client
+from miinb.queries import query
 from miinb.rpc import codec
 from miinb.rpc import inference_pb2 as pb
 from miinb.server import service
@@ -29,22 +30,6 @@ from tests.frontend_process import ROOT, FrontendProcess, make, wait_for
 from tests.tiny_tokenizers import byte_level
 
 PROMPT = "Once upon a time 日本語 😀."
-
-
-@pytest.fixture(scope="module")
-def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
-    process = make(tmp_path_factory.mktemp("frontend"))
-    try:
-        process.rank()
-        yield process
-    finally:
-        process.close()
-
-
-@pytest.fixture
-def client(frontend: FrontendProcess) -> Iterator[Client]:
-    with frontend.client() as client:
-        yield client
 
 
 @pytest.fixture
@@ -137,7 +122,13 @@ def raw(frontend: FrontendProcess, data: bytes, path: str = codec.GENERATE, **op
         (pb.GenerateRequest(), "prompt"),
         (pb.GenerateRequest(prompt="a\0b"), "NUL"),
         (pb.GenerateRequest(chat=pb.Chat()), "messages"),
-        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="tool", content="x")])), "no tools"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="tool", content="x")])), "no role 'tool'"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="usr", content="x")])), "Did you mean 'user'"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="{{ 7*7 }}", content="x")])), "{{ 7*7 }}"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="assistant", content="x")])), "the user's"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="user", content="")])), "empty"),
+        (pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="user", content="a\0")])), "NUL"),
+        (pb.GenerateRequest(prompt="x", session_id="none"), "does not exist"),
         (pb.GenerateRequest(prompt="x", parameters_json='{"temprature": 1}'), "temprature"),
         (pb.GenerateRequest(prompt="x", parameters_json='{"temperature": NaN}'), "temperature"),
         (pb.GenerateRequest(prompt="x", parameters_json='{"eos_token_id": 1000}'), "eos_token_id"),
@@ -390,8 +381,8 @@ def test_predict_goes_to_the_replica_and_back(fresh: Any) -> None:
             client.predict("")
         with pytest.raises(errors.InvalidRequest, match=r"predict\(\)"):
             client.generate("abc")
-        assert client.query({"query": "abc"}).response == [{"label": "length", "score": 3.0}]
-        assert len(client.query({"query": ["abc", "d"]}).response) == 2
+        assert query(client, {"query": "abc"}, {}).response == [{"label": "length", "score": 3.0}]
+        assert len(query(client, {"query": ["abc", "d"]}, {}).response) == 2
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

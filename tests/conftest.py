@@ -1,0 +1,28 @@
+"""What several test modules stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from miinb.client import Client
+from tests.frontend_process import FrontendProcess, make
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
+    """A frontend with one stand-in rank, for all tests of a module."""
+    process = make(tmp_path_factory.mktemp("frontend"))
+    try:
+        process.rank()
+        yield process
+    finally:
+        process.close()
+
+
+@pytest.fixture
+def client(frontend: FrontendProcess) -> Iterator[Client]:
+    """A client of that frontend."""
+    with frontend.client() as client:
+        yield client
