@@ -56,7 +56,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
-    "bench.headline": ("bench", "engine", "config", "messages", "errors", "models"),
+    "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware"),
+    "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),
     "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
@@ -71,7 +72,9 @@ MAY_BE_HEAVY = (
     "engine",
     "kernels",
     "server.worker",
-    "bench.headline",
+    "bench.headline.arms",
+    "bench.headline.floors",
+    "bench.headline.continuous",
     "bench.scheduler_overhead",
     "demo.train",
 )
@@ -117,8 +120,10 @@ def imports(tree: ast.AST, module: str, *, inside_functions: bool) -> set[str]:
 
 
 def part_of(module: str) -> str:
-    """The row of `ALLOWED` that holds for a module: its own if there is one, else its top part's."""
-    return module if module in ALLOWED else module.split(".")[0]
+    """The row of `ALLOWED` that holds for a module: its own, else that of the nearest package around it."""
+    while module not in ALLOWED and "." in module:
+        module = module.rpartition(".")[0]
+    return module
 
 
 def internal(names: set[str]) -> set[str]:

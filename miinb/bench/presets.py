@@ -143,6 +143,40 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: What makes a model of a family tiny: enough to run every line, in milliseconds.
+_TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+
+
+def tiny(name: str) -> dict[str, Any]:
+    """Changes for `write` that make a decoder's preset tiny: its family's shape, a few thousand weights.
+
+    Raises:
+        InvalidValue: there is no such preset, or it is no decoder.
+    """
+    family = config(name)["model_type"]
+    if family not in _TINY:
+        raise InvalidValue(f"There is no tiny form of {name!r}.", hint="Decoders have one.")
+    return {**_TINY[family], "vocab_size": 320}
+
 
 def config(name: str) -> dict[str, Any]:
     """The config.json of a preset.

@@ -1,0 +1,163 @@
+"""`python -m miinb.bench.headline`: run suites, print the table, write the runs, draw them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from miinb import hardware
+from miinb.bench import presets
+from miinb.bench.headline.behind_server import served
+from miinb.bench.headline.book import Book
+from miinb.bench.headline.isolation import Worker
+from miinb.bench.headline.suites import (
+    ARMS,
+    DEFAULT_SUITES,
+    QUICK,
+    SUITES,
+    TINY,
+    Choice,
+    Job,
+    Sizes,
+    Workload,
+    jobs,
+    models_of,
+)
+from miinb.bench.headline.table import table
+from miinb.bench.headline.trace import Measured
+from miinb.bench.records import Runs
+from miinb.errors import MiinbError
+
+Say = Callable[[str], None]
+
+
+def measure(choice: Choice, *, out: Path, budget_s: float = float("inf"), tiny: bool = False, say: Say = print) -> Runs:
+    """Run every job of a choice, one after another; arms that fail or find no time are said in their runs.
+
+    Args:
+        choice: suites, models, arms, sizes.
+        out: directory that gets a folder a run, written as soon as an arm has ended.
+        budget_s: no job starts after so many seconds.
+        tiny: models of the same families with a few thousand weights, to show that everything runs.
+        say: told what is going on.
+    """
+    started = time.monotonic()
+    worker = Worker()
+    with tempfile.TemporaryDirectory(prefix="miinb-headline-") as place:
+        folders = {}
+        for name in models_of(choice):
+            folders[name] = str(presets.write(name, Path(place) / name, **(presets.tiny(name) if tiny else {})))
+        todo = jobs(choice, folders)
+        try:
+            rates = {
+                device: worker.rates(device, choice.dtype, small=tiny)
+                for device in dict.fromkeys(job.device for job in todo)
+            }
+            book = Book({"rates": {device: dataclasses.asdict(found) for device, found in rates.items()}}, out)
+            for number, job in enumerate(todo, 1):
+                spent = time.monotonic() - started
+                say(f"[{spent:4.0f} s, {number}/{len(todo)}] {job.model}: {job.arm.label} ({job.dtype})")
+                if spent > budget_s:
+                    book.leave_out(job, f"the budget of {budget_s:.0f} s was spent")
+                    continue
+                _run(job, worker, rates[job.device], book, say)
+        finally:
+            worker.close()
+    return book.runs()
+
+
+def _run(job: Job, worker: Worker, rates: Any, book: Book, say: Say) -> None:
+    """One job into the book; what fails is recorded."""
+    left = {workload.suite: workload for workload in job.workloads}
+    try:
+        if job.arm.served:
+            worker.close()  # the server needs its GPU memory
+        for found in served(job) if job.arm.served else worker.run(job, rates):
+            workload = left.pop(found.suite)
+            about = _about(workload)
+            book.add(job, found, about)
+            say(f"    {found.suite}: {found.error or _words(found)}")
+    except MiinbError as failure:
+        for suite, workload in left.items():
+            book.add(job, Measured(suite, error=failure.message), _about(workload))
+        say(f"    failed: {failure.message}")
+
+
+def _about(workload: Workload) -> dict[str, Any]:
+    """The workload for a run's environment."""
+    prompts, news = zip(*workload.lengths, strict=True)
+    return {
+        "prompt_tokens": [min(prompts), max(prompts)],
+        "new_tokens": [min(news), max(news)],
+        "requests": len(workload.lengths),
+        "baseline_requests": workload.sample or len(workload.lengths),
+        **{name: getattr(workload, name) for name in ("at_once", "warmup", "repeats", "seed", "limit_s")},
+    }
+
+
+def _words(found: Measured) -> str:
+    times = sorted(row["tpot_s"] for row in found.records if not row["warmup"])
+    rate = found.facts.get("output_tok_s", 0.0)
+    return f"{1e3 * times[len(times) // 2]:.3f} ms/token, {rate:,.0f} tokens/s" if times else "no requests"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = options.device if options.device != "auto" else "cuda" if hardware.detect().gpus else "cpu"
+    sizes = TINY if options.tiny else QUICK if options.quick else Sizes()
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
+    changes: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None
+    }
+    sizes = dataclasses.replace(sizes, **changes)
+    if sizes.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: the time per token is taken between tokens")
+    dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
+    suites = options.suite or DEFAULT_SUITES[device]
+    choice = Choice(suites, device, dtype, sizes, options.models or (), options.arms or ())
+    runs = measure(
+        choice,
+        out=options.out,
+        budget_s=options.budget_s,
+        tiny=options.tiny,
+        say=lambda text: print(text, flush=True),
+    )
+    print(f"\n{table(runs)}\n\nRecords: {options.out}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m miinb.bench.headline", description=__doc__)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: all of the device")
+    parser.add_argument("--models", nargs="+", choices=sorted(presets.PRESETS), help="default: those of each suite")
+    parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="default: all of each suite")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], help="default: bf16; fp32 on a CPU")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, a smaller sample for the baseline")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and lengths: shows that everything runs")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="no arm starts after so many seconds")
+    parser.add_argument("--limit-s", type=float, help="a pass over a workload is cut after so many seconds (120)")
+    parser.add_argument("--prompt-tokens", type=int, help="decode, server, cpu (128)")
+    parser.add_argument("--new-tokens", type=int, help="decode, server, cpu (128)")
+    parser.add_argument("--load-prompt-tokens", type=int, help="throughput (128)")
+    parser.add_argument("--load-new-tokens", type=int, help="throughput (64)")
+    parser.add_argument("--requests", type=int, help="throughput: at once (128)")
+    parser.add_argument("--ragged", type=int, nargs=2, metavar=("LOW", "HIGH"), help="ragged: lengths (100 1024)")
+    parser.add_argument("--ragged-requests", type=int, help="ragged: at once (256)")
+    parser.add_argument("--baseline-requests", type=int, help="ragged: sample that the baseline runs (64; 0: all)")
+    parser.add_argument("--batches", type=int, nargs="+", help="static batches that the baseline tries (32)")
+    parser.add_argument("--repeats", type=int, help="most measured passes (5)")
+    parser.add_argument("--warmup", type=int, help="passes before them (1)")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--out", type=Path, default=Path("headline-runs"), help="directory of the records")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the hardware would allow: copy bandwidth and matrix rate as measured, and the least time that follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from miinb.models import ModelInfo
+
+#: Families whose input reads a row of a table of positions, and what config.json calls its length.
+POSITIONS = {"gpt2": "n_positions", "gpt_neo": "max_position_embeddings", "opt": "max_position_embeddings"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of a device, as measured here: bytes a second of a large copy, operations a second of a large matrix product."""
+
+    copy_bytes_s: float
+    matmul_flop_s: float
+
+
+def measure(device: str, dtype: str, *, small: bool = False) -> Rates:
+    """The rates of a device.
+
+    Args:
+        device: "cuda" or "cpu".
+        dtype: of the matrix product ("int8" is computed in bf16).
+        small: sizes that only show that it runs.
+    """
+    size = 1 << (20 if small else 32 if device == "cuda" else 28)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    copy_s = _best(lambda: target.copy_(source), device)
+    width = 64 if small else 8192 if device == "cuda" else 1024
+    kind = DTYPES.get(dtype, torch.bfloat16)
+    left, right = (torch.randn(width, width, device=device).to(kind) for _ in range(2))
+    product_s = _best(lambda: left @ right, device)
+    return Rates(2 * size / copy_s, 2 * width**3 / product_s)
+
+
+def _best(action: Callable[[], object], device: str) -> float:
+    times = []
+    for _ in range(8):
+        _synchronize(device)
+        started = time.perf_counter()
+        action()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def token_bytes(model: ModelInfo, weights_bytes: float) -> float:
+    """Bytes of weights that one token reads: all but the tables of which it reads a row."""
+    table = 0 if model.config.get("tie_word_embeddings", True) else model.vocab_size * model.hidden_size
+    table += model.config.get(POSITIONS.get(model.family, ""), 0) * model.hidden_size
+    return weights_bytes * (1 - float(table) / model.parameters)
+
+
+def one_row_s(model: ModelInfo, weights_bytes: float, rates: Rates) -> float:
+    """Least seconds a token of one sequence: its weights at the speed of a copy."""
+    return token_bytes(model, weights_bytes) / rates.copy_bytes_s
+
+
+def all_rows_s(
+    model: ModelInfo, weights_bytes: float, dtype: str, lengths: Sequence[tuple[int, int]], rates: Rates
+) -> float:
+    """Least seconds of requests that run all at once.
+
+    Each step reads the weights once and every live row's cache, at the speed of a copy; the prompts' matrix products
+    (two operations a weight and token) run at the speed of a large one, and overlap with nothing.
+    """
+    cache = model.kv_bytes_per_token("bf16" if dtype == "int8" else dtype)
+    steps = max(new for _, new in lengths)
+    read = sum(new * prompt + new * (new + 1) / 2 for prompt, new in lengths) * cache
+    weights = token_bytes(model, weights_bytes)
+    operations = 2 * model.parameters * sum(prompt for prompt, _ in lengths)
+    return (steps * weights + read) / rates.copy_bytes_s + operations / rates.matmul_flop_s
+
+
+def memory_kept() -> int:
+    """Bytes of GPU memory that PyTorch holds in this process."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0

@@ -1,0 +1,117 @@
+"""The process that the arms run in: a crash, a hang or memory that is not given back costs one arm, not the run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from miinb.bench.headline.suites import Job
+from miinb.bench.headline.trace import Measured, error_text
+from miinb.errors import MiinbError
+
+if TYPE_CHECKING:
+    from miinb.bench.headline.floors import Rates
+
+#: Seconds that loading a model may take besides its workloads, the first compilation of kernels included.
+LOAD_S = 300.0
+#: Bytes of GPU memory that a process may keep after an arm before it is replaced.
+KEPT_BYTES = 1 << 30
+
+
+class Worker:
+    """Runs jobs in a child process, which is started when one is needed and replaced after a failure."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def rates(self, device: str, dtype: str, *, small: bool) -> Rates:
+        """See `floors.measure`. Raises MiinbError."""
+        found: Rates
+        (found,) = self._ask(("rates", device, dtype, small), LOAD_S)
+        return found
+
+    def run(self, job: Job, rates: Rates) -> Iterator[Measured]:
+        """What each workload of a job measured, as soon as it is there.
+
+        Raises:
+            MiinbError: the model could not be loaded, or the process died or took too long; it has been ended.
+        """
+        passes = sum(workload.limit_s * (1 + len(workload.batches)) for workload in job.workloads)
+        failed = False
+        for measured in self._ask(("job", job, rates), LOAD_S + passes):
+            failed = failed or bool(measured.error)
+            yield measured
+        if failed:  # after an error of the GPU nothing works in that process
+            self.close()
+
+    def close(self) -> None:
+        """End the process; its GPU memory is free when this returns."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.join(5.0)
+            if self._process.exitcode is None:
+                self._process.kill()
+                self._process.join()
+        self._process = self._connection = None
+
+    def _ask(self, question: tuple[Any, ...], limit_s: float) -> Iterator[Any]:
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(theirs,))
+            self._process.start()
+            theirs.close()
+        connection = self._connection
+        if connection is None:  # set together with the process
+            raise MiinbError("The process that runs the arms has no connection.")
+        deadline, healthy = time.monotonic() + limit_s, False
+        connection.send(question)
+        try:
+            while True:
+                if not connection.poll(max(deadline - time.monotonic(), 0.0)):
+                    raise MiinbError(f"The arm took more than {limit_s:.0f} s and was ended.")
+                kind, value = connection.recv()
+                if kind == "end":
+                    healthy = value < KEPT_BYTES
+                    return
+                if kind == "error":
+                    raise MiinbError(value)
+                yield value
+        except (EOFError, ConnectionError):
+            self._process.join(5.0)
+            raise MiinbError(f"The process died (exit status {self._process.exitcode}).") from None
+        finally:
+            if not healthy:
+                self.close()
+
+
+def serve(connection: Connection) -> None:
+    """The child: answers questions until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    os.environ["TQDM_DISABLE"] = "1"
+    from miinb.bench.headline import arms, floors
+
+    while True:
+        try:
+            kind, *arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            if kind == "rates":
+                device, dtype, small = arguments
+                connection.send(("value", floors.measure(device, dtype, small=small)))
+            else:
+                for measured in arms.run_job(*arguments):
+                    connection.send(("value", measured))
+            connection.send(("end", floors.memory_kept()))
+        except BrokenPipeError:
+            return
+        except Exception as error:  # whatever it is, the parent records it and goes on with another process
+            connection.send(("error", error_text(error)))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miinb.bench import presets
+from miinb.bench.headline import __main__ as command
+from miinb.bench.headline import arms, floors
+from miinb.bench.headline.book import Book
+from miinb.bench.headline.isolation import Worker
+from miinb.bench.headline.suites import ARMS, TINY, Choice, Job, Sizes, jobs, workload
+from miinb.bench.headline.table import table
+from miinb.bench.headline.trace import Measured
+from miinb.bench.records import load_runs
+from miinb.errors import MiinbError
+from miinb.models import inspect
+
+RATES = floors.Rates(1e9, 1e12)
+SUITES = ("decode", "throughput", "ragged")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    place = tmp_path_factory.mktemp("presets")
+    return {name: str(presets.write(name, place / name, **presets.tiny(name))) for name in ("gpt2", "llama-8b")}
+
+
+def job(folders: dict[str, str], arm: str, *suites: str, **changes: Any) -> Job:
+    sizes = dataclasses.replace(TINY, **changes)
+    workloads = tuple(workload(suite, sizes) for suite in suites)
+    return Job("llama-8b", folders["llama-8b"], ARMS[arm], "cpu", "fp32", workloads)
+
+
+@pytest.mark.parametrize("arm", ["optimized", "baseline"])
+def test_an_arm_runs_every_workload_with_equal_work(arm: str, folders: dict[str, str]) -> None:
+    found = {measured.suite: measured for measured in arms.run_job(job(folders, arm, *SUITES), RATES)}
+    assert {name: measured.error for name, measured in found.items()} == dict.fromkeys(SUITES, "")
+    decode = [row for row in found["decode"].records if not row["warmup"]]
+    assert [row["output_tokens"] for row in decode] == [TINY.new_tokens] * TINY.repeats
+    assert all(0 < row["ttft_s"] < row["e2e_s"] and row["tpot_s"] > 0 for row in decode)
+    first = [row for row in found["throughput"].records if row["block"] == 0]
+    assert len(first) == TINY.requests == first[0]["concurrency"]
+    assert found["throughput"].facts["output_tok_s"] > 0
+    wanted = workload("ragged", TINY)
+    sample = wanted.lengths if arm == "optimized" else wanted.sorted_sample()
+    rows = [row for row in found["ragged"].records if row["block"] == 0]
+    assert [(row["prompt_tokens"], row["output_tokens"]) for row in rows] == list(sample)
+    assert found["decode"].facts["floor_s"] > 0
+
+
+def test_the_baseline_counts_its_faster_static_batch(folders: dict[str, str]) -> None:
+    (found,) = arms.run_job(job(folders, "baseline", "throughput", batches=(1,)), RATES)
+    tried = found.facts["tried_tok_s"]
+    assert set(tried) == {"batch 4", "batch 1"}
+    assert found.facts["output_tok_s"] == max(tried.values())
+
+
+def test_continuous_batching_of_transformers_answers_all(folders: dict[str, str]) -> None:
+    (found,) = arms.run_job(job(folders, "baseline-continuous", "ragged", repeats=1), RATES)
+    assert not found.error
+    lengths = [(row["prompt_tokens"], row["output_tokens"]) for row in found.records]
+    assert lengths == list(workload("ragged", TINY).sorted_sample())
+
+
+@pytest.mark.parametrize("arm", ["optimized", "baseline"])
+def test_a_pass_that_takes_too_long_is_cut_and_says_so(arm: str, folders: dict[str, str]) -> None:
+    (found,) = arms.run_job(job(folders, arm, "ragged", limit_s=1e-9, repeats=1), RATES)
+    assert not found.error
+    assert {row["status"] for row in found.records} == {"cancelled"}
+    assert "unfinished" in found.facts["cut"]
+
+
+def test_a_checkpoint_is_written_and_loaded_for_the_memory_suite(folders: dict[str, str]) -> None:
+    with_files = dataclasses.replace(job(folders, "optimized", "memory"), checkpoint=True)
+    (found,) = arms.run_job(with_files, RATES)
+    assert not found.error
+    assert inspect(Path(folders["llama-8b"] + "-checkpoint")).files
+    assert found.facts["kv_cache_bytes"] == found.facts["kv_planned_bytes"]
+
+
+def test_what_runs_else_than_the_arm_is_a_failure(tmp_path: Path) -> None:
+    folder = presets.write("gpt2", tmp_path, **presets.tiny("gpt2"))
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(values))
+    wanted = Job("odd", str(folder), ARMS["optimized"], "cpu", "fp32", (workload("decode", TINY),))
+    with pytest.raises(MiinbError, match="Plain transformers serve"):
+        list(arms.run_job(wanted, RATES))
+
+
+def test_floors() -> None:
+    folder_of = {"tie_word_embeddings": False, "vocab_size": 10, "hidden_size": 4}
+    model = dataclasses.make_dataclass("Model", ["config", "vocab_size", "hidden_size", "family", "parameters"])
+    untied = model(folder_of, 10, 4, "llama", 400)
+    assert floors.token_bytes(untied, 800.0) == 800 - 80
+    positions = model({"n_positions": 20}, 10, 4, "gpt2", 400)
+    assert floors.token_bytes(positions, 400.0) == 400 - 80
+    assert floors.one_row_s(untied, 800.0, floors.Rates(720.0, 1.0)) == 1.0
+
+
+def test_the_sample_of_the_baseline_has_the_lengths_of_all() -> None:
+    ragged = workload("ragged", Sizes())
+    sample = ragged.sorted_sample()
+    assert len(ragged.lengths) == 256
+    assert len(sample) == 64
+    news = [new for _, new in sample]
+    assert news == sorted(news, reverse=True)
+    mean = sum(new for _, new in ragged.lengths) / 256
+    assert sum(news) / 64 == pytest.approx(mean, rel=0.02)
+    assert all(100 <= length <= 1024 for pair in ragged.lengths for length in pair)
+    assert ragged.prompts(sample, 500, 0) == ragged.prompts(sample, 500, 0) != ragged.prompts(sample, 500, 1)
+
+
+def test_an_arm_loads_once_for_all_suites_and_costly_arms_come_last() -> None:
+    choice = Choice(["decode", "throughput", "ragged", "server"], "cuda", "bf16")
+    folders = dict.fromkeys(presets.PRESETS, "")
+    found = jobs(choice, folders)
+    (optimized,) = [j for j in found if (j.model, j.arm.label) == ("llama-8b", "optimized")]
+    assert [w.suite for w in optimized.workloads] == ["decode", "throughput", "ragged"]
+    assert [j.arm.turn for j in found] == sorted(j.arm.turn for j in found)
+    assert {j.model for j in found if j.arm.served} == {"gpt2", "llama-8b"}
+    cpu = jobs(Choice(["cpu"], "cuda", "bf16", models=["gpt2"]), folders)
+    assert {(j.arm.label, j.dtype, j.device) for j in cpu} >= {("optimized int8", "int8", "cpu")}
+
+
+def test_a_failed_arm_is_a_row_and_a_note_and_the_others_stay(tmp_path: Path, folders: dict[str, str]) -> None:
+    book = Book({"rates": {}}, tmp_path)
+    fine, broken = job(folders, "optimized", "decode"), job(folders, "baseline", "decode")
+    (measured,) = arms.run_job(fine, RATES)
+    book.add(fine, measured, {"requests": 1})
+    book.add(broken, Measured("decode", error="It broke."), {"requests": 1})
+    book.leave_out(job(folders, "baseline-best", "decode"), "no time")
+    saved = load_runs(tmp_path)
+    rows = saved.requests
+    assert rows[rows["arm"] == "baseline"][["status", "error"]].to_numpy().tolist() == [["error", "It broke."]]
+    assert len(rows[rows["arm"] == "optimized"]) == len(measured.records)
+    (env,) = saved.env.values()
+    assert env["warnings"] == ["baseline: It broke", "baseline-best left out: no time"]
+    text = table(saved)
+    assert "failed" in text
+    assert "note: llama-8b: baseline-best left out: no time" in text
+
+
+def test_what_cannot_be_loaded_is_an_error_of_its_own_process(folders: dict[str, str]) -> None:
+    worker = Worker()
+    missing = dataclasses.replace(job(folders, "optimized", "decode"), folder="/nowhere/llama")
+    with pytest.raises(MiinbError, match="/nowhere/llama"):
+        list(worker.run(missing, RATES))
+    assert not multiprocessing.active_children()
+
+
+def test_the_command_measures_the_engine_and_its_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what = ["--suite", "server", "ragged", "--models", "llama-8b", "--arms", "optimized", "served"]
+    command.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), *what])
+    text = capsys.readouterr().out
+    assert "the server adds" in text
+    runs = load_runs(tmp_path)
+    assert sorted(env["suite"] for env in runs.env.values()) == ["decode", "ragged"]
+    assert set(runs.summary["arm"]) == {"optimized", "served"}
+    assert all(math.isfinite(value) for value in runs.summary["tpot_p50_s"])
