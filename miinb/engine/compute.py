@@ -58,6 +58,7 @@ class StepCompute:
         max_step_tokens: most tokens in a step.
         vocab_size: tokens in the vocabulary.
         runner: how the decoder is run; None calls it eagerly.
+        max_places: most rows of a batch; a row with a draft has several. None: `max_batch`.
 
     Attributes:
         inputs: the steps' memory.
@@ -76,6 +77,7 @@ class StepCompute:
         vocab_size: int,
         keeps_tokens: bool,
         runner: Runner | None = None,
+        max_places: int | None = None,
     ) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -87,12 +89,15 @@ class StepCompute:
             max_length=max_length,
             page_tokens=cache.page_tokens,
             device=self.device,
+            max_places=max_places,
         )
         self.sampler = Sampler(max_batch, vocab_size, self.device)
         self.keeps_tokens = keeps_tokens
 
     def admit(self, plan: StepPlan) -> Needs:
-        """Take over the parameters of the rows that came into a slot. Returns what the step's rows want."""
+        """Take over the tokens and parameters of the rows that came into a slot. Returns what the step's rows want."""
+        for source, target, tokens in plan.copies:
+            self.cache.copy(source, target, tokens)
         for row in plan.admitted:
             self.sampler.admit(row)
         return self.sampler.needs(sampled_rows(plan))
@@ -124,7 +129,8 @@ class StepCompute:
         else:
             logits = self.runner.forward(batch)
             places = batch.positions[batch.logit_rows] + 1
-            chosen = self.sampler.choose(logits, rows, places, slots, needs)
+            lengths = [end for end, samples in zip(plan.ends, plan.samples, strict=True) if samples]
+            chosen = self.sampler.choose(logits, rows, lengths, places, slots, needs)
         if self.keeps_tokens:
             self.inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
         return chosen

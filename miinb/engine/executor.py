@@ -104,8 +104,8 @@ class StepExecutor:
             max_step_tokens=options.max_step_tokens,
             max_queue=options.max_queue,
             eos_token_ids=info.eos_token_ids,
-            # Where a page is a whole slot (on a CPU) no prompt fills it, so none could be shared.
-            prefix_cache=options.prefix_cache and cache.page_tokens < info.max_length,
+            prefix_cache=options.prefix_cache,
+            speculative=options.speculative == "prompt_lookup",
         )
         self.compute = StepCompute(
             decoder,
@@ -116,10 +116,11 @@ class StepExecutor:
             vocab_size=info.vocab_size,
             keeps_tokens=self._ahead,
             runner=runner,
+            max_places=self.scheduler.max_places,
         )
         self._flight: Flight | None = None
         self._steps = 0
-        self._landing = [Landing(self.scheduler.max_batch, self.device) for _ in range(2)]
+        self._landing = [Landing(self.scheduler.max_places, self.device) for _ in range(2)]
 
     def submit(self, request: SequenceRequest) -> None:
         """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
@@ -144,7 +145,7 @@ class StepExecutor:
 
     def status(self) -> dict[str, Any]:
         """See `Executor`."""
-        pool = self.scheduler.pool
+        pool, drafts = self.scheduler.pool, self.scheduler.drafts
         return {
             "running": self.scheduler.running,
             "waiting": self.scheduler.waiting,
@@ -152,6 +153,7 @@ class StepExecutor:
             "kv_pages_used": pool.used,
             "kv_cache_bytes": self._cache.size_bytes,
             "preemptions": self.scheduler.preemptions,
+            **({"draft_tokens": drafts.proposed, "accepted_tokens": drafts.accepted} if drafts else {}),
             "steps": self._steps,
         }
 
@@ -164,6 +166,9 @@ class StepExecutor:
     @torch.inference_mode()
     def step(self, emit: Emit, poll: Poll) -> None:
         """Launch the next step, then read the one before it (on a CPU: compute and read one step)."""
+        if self._flight is not None and self.scheduler.drafting:  # a draft goes on from tokens that the host must know
+            self._land(self._flight)
+            self._flight = None
         plan = self.scheduler.schedule(time.monotonic())
         launched = self._launch(plan) if plan else None
         before, self._flight = self._flight, launched if self._ahead else None
@@ -218,7 +223,7 @@ class StepExecutor:
         )
 
     def _blame(self, plan: StepPlan, error: Exception) -> None:
-        """Fail the rows whose prompts were in the step, as the others have been computing without fault; else all."""
+        """It is the fault of a row whose prompt was in the step, as the others have computed before; else of any."""
         admitted = set(plan.admitted)
         fresh = [row for row, count in zip(plan.rows, plan.counts, strict=True) if count > 1 or row in admitted]
         self.scheduler.abandon(plan, set(fresh or plan.rows), request_error(error))

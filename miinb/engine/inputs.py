@@ -65,7 +65,8 @@ class StepInputs:
     """Writes plans into buffers.
 
     Args:
-        max_batch: most rows.
+        max_batch: most rows, each with a slot.
+        max_places: most rows of a batch; a row with a draft has several. None: `max_batch`.
         max_step_tokens: most tokens in a step.
         max_length: longest row.
         page_tokens: tokens in a page.
@@ -81,14 +82,22 @@ class StepInputs:
     """
 
     def __init__(
-        self, *, max_batch: int, max_step_tokens: int, max_length: int, page_tokens: int, device: torch.device
+        self,
+        *,
+        max_batch: int,
+        max_step_tokens: int,
+        max_length: int,
+        page_tokens: int,
+        device: torch.device,
+        max_places: int | None = None,
     ) -> None:
         pinned = device.type == "cuda"
         width = -(-max_length // page_tokens)
         self._width = width if width < TABLE_STEP else -(-width // TABLE_STEP) * TABLE_STEP
         per_token = {"token_ids", "positions", "cache_slots"}
-        sizes = {name: max_step_tokens if name in per_token else max_batch + 1 for name in _FIELDS}
-        sizes["block_table"] = max_batch * self._width
+        places = max_places or max_batch
+        sizes = {name: max_step_tokens if name in per_token else places + 1 for name in _FIELDS}
+        sizes["block_table"] = places * self._width
         self._host = [_Buffer(sizes, "cpu", pinned=pinned) for _ in range(2 if pinned else 1)]
         self._views = [{name: tensor.numpy() for name, tensor in host.fields.items()} for host in self._host]
         self._device = _Buffer(sizes, device) if pinned else self._host[0]
@@ -100,7 +109,7 @@ class StepInputs:
         self._page_tokens = page_tokens
         self._tables = np.zeros((max_batch, self._width), dtype=np.int32)  # by slot
         self._table_lengths = [0] * max_batch
-        self._places = np.arange(max(max_step_tokens, max_batch + 1))
+        self._places = np.arange(max(max_step_tokens, places + 1))
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.sample_slots = self.last_tokens[:0]
 
@@ -213,6 +222,8 @@ class StepInputs:
                 at += count
             elif start < len(ids):
                 singles.append(ids[start])
+            elif row.draft:
+                singles.append(row.draft[start - row.draft_start])
             else:
                 singles.append(-1)
                 unknown = len(singles)

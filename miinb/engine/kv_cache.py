@@ -48,6 +48,11 @@ class KVCache:
         self.pages = size.pages
         self.page_tokens = size.page_tokens
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Put the first tokens of a page into another."""
+        for layer in (*self.k, *self.v):
+            layer[target, :tokens] = layer[source, :tokens]
+
     @property
     def size_bytes(self) -> int:
         """Bytes that were reserved."""

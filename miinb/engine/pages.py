@@ -19,7 +19,7 @@ class PagePool:
     Attributes:
         pages: number of pages.
         page_tokens: tokens in a page.
-        prefix_cache: False: nothing is registered (on a CPU, where a page is a whole slot, no page is ever shared).
+        prefix_cache: False: nothing is registered (where a page is a whole slot no prompt fills it: see `slots.py`).
     """
 
     def __init__(self, pages: int, page_tokens: int, *, prefix_cache: bool) -> None:
@@ -47,9 +47,16 @@ class PagePool:
         """How many pages so many tokens need."""
         return -(-tokens // self.page_tokens)
 
-    def allocate(self) -> int:
-        """A page for one holder; the caller has looked at `free`."""
-        if self._free:
+    @property
+    def blank(self) -> Sequence[int]:
+        """Free pages that are not registered."""
+        return self._free
+
+    def allocate(self, page: int | None = None) -> int:
+        """A page for one holder (this blank one, if given); the caller has looked at `free`."""
+        if page is not None:
+            self._free.remove(page)
+        elif self._free:
             page = self._free.pop()
         else:
             page, _ = self._idle.popitem(last=False)

@@ -162,12 +162,21 @@ class Sampler:
         pinned = self.device.type == "cuda"
         return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.device, non_blocking=True)
 
-    def choose(self, logits: Tensor, rows: Sequence[Row], positions: Tensor, slots: Tensor, needs: Needs) -> Sampled:
+    def choose(
+        self,
+        logits: Tensor,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        positions: Tensor,
+        slots: Tensor,
+        needs: Needs,
+    ) -> Sampled:
         """The next token of each row.
 
         Args:
             logits: [L, vocab].
-            rows: the L rows.
+            rows: the L rows; one with a draft comes several times.
+            lengths: tokens before each new one.
             positions: [L] int64 on the device: the place in its sequence of each row's new token.
             slots: [L] int64 on the device: the rows' slots.
             needs: `self.needs(rows)`.
@@ -182,7 +191,7 @@ class Sampler:
         if needs & Needs.PENALTY:
             self._penalize(scores, slots)
         if needs & Needs.MIN_NEW:
-            self._ban_end(scores, rows)
+            self._ban_end(scores, rows, lengths)
         if needs & Needs.SAMPLE:
             temperature, top_p, min_p = self._numbers[slots, :3].unbind(1)
             top_k = self._top_k[slots]
@@ -218,12 +227,11 @@ class Sampler:
         torch.where(seen, penalized, scores, out=scores)
         scores -= counts * frequency + (counts > 0) * presence
 
-    def _ban_end(self, scores: Tensor, rows: Sequence[Row]) -> None:
+    def _ban_end(self, scores: Tensor, rows: Sequence[Row], lengths: Sequence[int]) -> None:
         places: list[int] = []
         ids: list[int] = []
-        for i, row in enumerate(rows):
-            new = row.length - 1 - row.prompt_tokens  # the scheduler has counted the token to come already
-            if new < row.request.params.min_new_tokens:
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if length - row.prompt_tokens < row.request.params.min_new_tokens:
                 places += [i] * len(row.eos)
                 ids += row.eos
         if places:

@@ -3,11 +3,12 @@
 Rows are served in order of arrival. Each step gives one token to every decoding row and fills what is left of
 `max_step_tokens` with prompts, in chunks (Sarathi-Serve, arXiv:2403.02310). Memory is counted in pages (PagedAttention,
 arXiv:2309.06180). When pages run out the youngest row gives its pages back and is computed again later: nothing is
-lost, and because no younger row ever goes first, the oldest row always makes progress and none starves.
+lost, and because no younger row ever goes first, the oldest row always makes progress and none starves. A long prompt
+leaves half of a step to those who came after it.
 
 `schedule` may run ahead of `complete` by a step: the tokens of step n are then still on the GPU while step n+1 is
 planned. So a row's end (EOS) acts one step late, and the pages of a row are given back only when no step in flight can
-write them.
+write them. A draft (speculation) needs the tokens before it: a row with one in flight waits for that step.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from bisect import insort
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
+from miinb.engine.drafts import Drafts
+from miinb.engine.lookup import DRAFT_TOKENS
 from miinb.engine.pages import ROOT, PagePool
 from miinb.engine.rows import Row, RowState, StepPlan, check_request
+from miinb.engine.slots import SlotMemory
 from miinb.errors import DeadlineExceeded, MiinbError, NonFinite, QueueFull
-from miinb.messages import Event, FailedEvent, FinishedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
+from miinb.messages import Event, FailedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
 
 class Scheduler:
@@ -35,7 +39,13 @@ class Scheduler:
         max_step_tokens: most tokens in a step.
         max_queue: most rows that wait.
         eos_token_ids: tokens that end a row unless its parameters say otherwise.
-        prefix_cache: reuse the pages of equal prefixes.
+        prefix_cache: reuse the pages of equal prefixes, or of slots where a page holds a whole row.
+        speculative: guess tokens, in the places that the batch has left.
+
+    Attributes:
+        drafts: speculation; None: it is off.
+        max_places: most rows of one token in a step, tokens of drafts included.
+        preemptions: count since the start.
     """
 
     def __init__(
@@ -50,9 +60,14 @@ class Scheduler:
         max_queue: int = 1024,
         eos_token_ids: Collection[int] = (),
         prefix_cache: bool = True,
+        speculative: bool = False,
     ) -> None:
-        self.pool = PagePool(pages, page_tokens, prefix_cache=prefix_cache)
+        whole = page_tokens >= max_length
+        self.pool = PagePool(pages, page_tokens, prefix_cache=prefix_cache and not whole)
+        self._memory = SlotMemory() if prefix_cache and whole else None
         self.max_batch = min(max_batch, max_step_tokens)
+        self.max_places = min(max(max_batch, 1 + DRAFT_TOKENS), max_step_tokens) if speculative else self.max_batch
+        self.drafts = Drafts(self.max_places) if speculative else None
         self.max_length = min(max_length, pages * page_tokens)
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
@@ -63,6 +78,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in order of arrival
         self._leaving: set[Row] = set()  # hold pages until the step in flight is complete
+        self._suspects: deque[Row] = deque()  # of a step that raised: each is computed alone, to see whose fault it is
         self._slots = list(range(self.max_batch - 1, -1, -1))
         self._deadlines: list[tuple[float, int, Row]] = []
         self._events: list[Event] = []
@@ -84,6 +100,8 @@ class Scheduler:
         params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos
         row = Row(request, self._arrivals, frozenset() if params.ignore_eos else eos)
+        if self.drafts is not None:
+            self.drafts.enable(row, params)
         self._arrivals += 1
         self._rows[row.row_id] = row
         self._waiting.append(row)
@@ -127,6 +145,11 @@ class Scheduler:
         """Whether a row has not ended, or an event waits to be taken."""
         return bool(self._rows or self._events)
 
+    @property
+    def drafting(self) -> bool:
+        """Whether a running row guesses tokens."""
+        return self.drafts is not None and any(row.lookup is not None for row in self._running)
+
     def check(self) -> None:
         """Compare the books of pages and slots with the rows (for tests). Raises RuntimeError."""
         holders = [*self._running, *self._leaving]
@@ -141,23 +164,10 @@ class Scheduler:
         """Plan the next step; None if nothing can be computed before a step in flight is complete, or at all."""
         self._expire(now)
         plan = StepPlan()
-        chunks = StepPlan()
-        ready = [row for row in self._running if row.length < row.limit]
-        budget = self.max_step_tokens - len(ready)  # for prompts, after one token for each row
-        short = False
-        for row in ready:
-            if row.state is not RowState.RUNNING:
-                continue  # preempted for an older row of this step
-            count = min(row.length - row.computed, 1 + budget)
-            if row.computed + count > len(row.pages) * self.pool.page_tokens and not self._reserve(row, count):
-                short = True
-                continue
-            budget -= count - 1
-            self._add(plan if count == 1 else chunks, row, count)
-        if not short:
-            self._admit(plan, chunks, budget, now)
-        for name in ("rows", "starts", "counts", "samples"):
-            getattr(plan, name).extend(getattr(chunks, name))
+        if self._suspects:
+            self._isolate(plan, now)
+        if not plan.rows:
+            self._fill(plan, now)
         return plan if plan.rows else None
 
     def complete(
@@ -179,41 +189,80 @@ class Scheduler:
         """
         for i, row in enumerate(plan.rows):
             row.in_flight -= 1
-            if row.state is not RowState.ENDED and plan.samples[i]:
+            if not finite[i]:
+                row.poisoned = True
+            # A place that went on from a wrong guess says nothing.
+            if plan.samples[i] and row.state is not RowState.ENDED and (not row.draft or self._confirm(plan, i)):
                 if finite[i]:
                     self._register(row, plan.starts[i] + plan.counts[i])
                     self._take(row, token_ids[i], now, (logprobs[i],) if logprobs and i in logprobs else ())
                 else:
-                    row.poisoned = True
                     self.fail(row, NonFinite("The model produced NaN or infinity for this request."))
-            if row in self._leaving:
-                self._release(row)
+            if row.in_flight == 0:
+                row.draft = ()
+                if row in self._leaving:
+                    self._release(row)
 
-    def abandon(self, plan: StepPlan, failed: Collection[Row], error: MiinbError) -> None:
-        """Undo a step that raised: these rows fail with the error, the others are as before it."""
-        for i, row in enumerate(plan.rows):
-            row.in_flight -= 1
-            if row in failed:
+    def abandon(self, plan: StepPlan, suspects: Collection[Row], error: MiinbError) -> None:
+        """Undo a step that raised.
+
+        The suspects are next computed alone, one by one: who fails then fails with the error. If a later step went on from
+        this one, they fail together. The other rows are as they were before the step.
+        """
+        ends = dict(zip(plan.rows, plan.ends, strict=True))
+        went_on = any(row.state is RowState.RUNNING and row.computed != ends[row] for row in suspects)
+        plan.undo()
+        if len(ends) == 1 or went_on:
+            for row in suspects:
                 row.poisoned = True
                 self.fail(row, error)
-            elif row.state is not RowState.ENDED:
-                row.length -= plan.samples[i]
-                if row.state is RowState.RUNNING:
-                    row.computed -= plan.counts[i]
-            if row in self._leaving:
-                self._release(row)
+        else:
+            self._suspects = deque(sorted(suspects))
+        for row in reversed(plan.admitted):  # what they reuse may not have been copied
+            if row.state is RowState.RUNNING:
+                self._give_back(row)
+        for row in self._leaving.intersection(plan.rows):
+            self._release(row)
 
     # ------------------------------------------------------------------ inside
 
-    def _add(self, plan: StepPlan, row: Row, count: int) -> None:
-        samples = row.computed + count == row.length
-        plan.rows.append(row)
-        plan.starts.append(row.computed)
-        plan.counts.append(count)
-        plan.samples.append(samples)
-        row.computed += count
-        row.length += samples
-        row.in_flight += 1
+    def _isolate(self, plan: StepPlan, now: float) -> None:
+        """Plan the next suspect alone, if it can be."""
+        while self._suspects and not plan.rows:
+            row = self._suspects.popleft()
+            if self._waiting and row is self._waiting[0]:
+                self._admit(plan, plan, self.max_step_tokens, now, most=1)
+            elif row.state is RowState.RUNNING and not row.draft and row.length < row.limit:
+                count = min(row.length - row.computed, self.max_step_tokens)
+                if self._reserve(row, count):
+                    plan.add(row, count)
+
+    def _fill(self, plan: StepPlan, now: float) -> None:
+        chunks = StepPlan()
+        ready = [row for row in self._running if row.length < row.limit and not row.draft]
+        budget = self.max_step_tokens - len(ready)  # for prompts, after one token for each row
+        short = False
+        for row in ready:
+            if row.state is not RowState.RUNNING:
+                continue  # preempted for an older row of this step
+            count = self._chunk(row, 1 + budget)
+            if row.computed + count > len(row.pages) * self.pool.page_tokens and not self._reserve(row, count):
+                short = True
+                continue
+            budget -= count - 1
+            (plan if count == 1 else chunks).add(row, count)
+        if self._waiting and not short:
+            budget = self._admit(plan, chunks, budget, now)
+        if chunks.rows:
+            budget = chunks.widen(budget, self.pool.page_tokens)
+        if self.drafts is not None:
+            self.drafts.add(plan, budget, self.pool)
+        plan.extend(chunks)
+
+    def _chunk(self, row: Row, budget: int) -> int:
+        """How many tokens a row computes: of a long prompt at most half a step, for there may be rows behind it."""
+        left, share = row.length - row.computed, self.max_step_tokens // 2
+        return min(left, budget, share) if left > share else min(left, budget)
 
     def _reserve(self, row: Row, count: int) -> bool:
         """Pages for so many more tokens, taken from younger rows if need be. False: not in this step."""
@@ -229,24 +278,29 @@ class Scheduler:
             row.pages.append(self.pool.allocate())
         return True
 
-    def _admit(self, plan: StepPlan, chunks: StepPlan, budget: int, now: float) -> None:
-        while self._waiting and self._slots and budget > 0:
+    def _admit(self, plan: StepPlan, chunks: StepPlan, budget: int, now: float, most: int = 1 << 30) -> int:
+        """Let waiting rows in, at most so many. Returns what is left of the budget."""
+        size = self.pool.page_tokens
+        growing = sum(len(row.pages) * size < row.limit for row in self._running)
+        while self._waiting and self._slots and budget > 0 and len(plan.admitted) < most:
             row = self._waiting[0]
             if row.slot >= 0:
-                return  # preempted with a step in flight: its pages and its last token come with that step
+                break  # preempted with a step in flight: its pages and its last token come with that step
             # The last token is always computed: its logits are wanted.
             reused, entry = self.pool.match(row.token_ids, row.length - 1)
             need = self.pool.pages_for(row.length) - len(reused)
             # Every running row shall be able to grow by a page, or this one is soon thrown out again.
-            if self._running and need + self.pool.idle(reused) + len(self._running) > self.pool.free:
-                return
-            if need + self.pool.idle(reused) > self.pool.free:
-                return
+            if need + self.pool.idle(reused) + growing > self.pool.free:
+                break
             self._waiting.popleft()
             self.pool.hold(reused)
-            row.pages = reused + [self.pool.allocate() for _ in range(need)]
             row.entry, row.registered = entry, len(reused)
-            row.computed = len(reused) * self.pool.page_tokens
+            row.computed = len(reused) * size
+            if self._memory is not None:
+                self._place(row, plan, chunks)
+            else:
+                row.pages = reused + [self.pool.allocate() for _ in range(need)]
+            growing += len(row.pages) * size < row.limit
             row.slot = self._slots.pop()
             row.state = RowState.RUNNING
             if not row.t_start:
@@ -254,17 +308,37 @@ class Scheduler:
                 row.cached_tokens = row.computed
             insort(self._running, row)
             plan.admitted.append(row)
-            count = min(row.length - row.computed, budget)
+            count = self._chunk(row, budget)
             budget -= count
-            self._add(plan if count == 1 else chunks, row, count)
+            (plan if count == 1 else chunks).add(row, count)
+        return budget
+
+    def _place(self, row: Row, plan: StepPlan, chunks: StepPlan) -> None:
+        """Give a row the slot that has most of its tokens, or a copy of them."""
+        if self._memory is None:
+            return
+        # What a row computes in this step is not there yet.
+        before = {id(row): start for part in (chunks, plan) for row, start in zip(part.rows, part.starts, strict=True)}
+        running = ((other.pages[0], other.token_ids, before.get(id(other), other.computed)) for other in self._running)
+        page, source, row.computed = self._memory.take(row.token_ids, row.length - 1, self.pool.blank, running)
+        row.pages = [self.pool.allocate(page)]
+        if source != page:
+            plan.copies.append((source, page, row.computed))
 
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
+        self._give_back(row)
+
+    def _give_back(self, row: Row) -> None:
+        """Let a running row wait again, before all others."""
         self._running.remove(row)
         row.state = RowState.WAITING
         row.computed = 0
         self._waiting.appendleft(row)
         self._leave(row)
+
+    def _confirm(self, plan: StepPlan, i: int) -> bool:
+        return self.drafts is None or self.drafts.confirm(plan.rows[i], plan.starts[i])
 
     def _take(self, row: Row, token_id: int, now: float, logprobs: tuple[TokenLogprob, ...]) -> None:
         """A row's next token."""
@@ -286,19 +360,7 @@ class Scheduler:
             row.registered = i + 1
 
     def _finish(self, row: Row, reason: FinishReason, now: float) -> None:
-        start = row.t_start or now
-        self._events.append(
-            FinishedEvent(
-                row_id=row.row_id,
-                finish_reason=reason,
-                queue_s=max(0.0, start - row.request.t_submit),
-                model_s=now - start,
-                prefill_s=(row.t_first or now) - start,
-                prompt_tokens=row.prompt_tokens,
-                output_tokens=len(row.token_ids) - row.prompt_tokens,
-                cached_tokens=row.cached_tokens,
-            )
-        )
+        self._events.append(row.finished(reason, now))
         self._end(row)
 
     def _end(self, row: Row) -> None:
@@ -324,6 +386,8 @@ class Scheduler:
         blank = [page for page in reversed(row.pages) if self.pool.release(page)]
         if row.poisoned:
             self._blank += blank
+        elif self._memory is not None and row.computed:
+            self._memory.keep(row.pages[0], row.token_ids[: row.computed])
         self._slots.append(row.slot)
         row.pages, row.slot, row.registered, row.entry = [], -1, 0, ROOT
 

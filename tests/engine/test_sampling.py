@@ -31,7 +31,8 @@ def choose(rows: list[Row], logits: torch.Tensor, sampler: Sampler | None = None
     for one in rows:
         sampler.admit(one)
     slots = torch.tensor([one.slot for one in rows])
-    return sampler.choose(logits, rows, torch.tensor([one.length - 1 for one in rows]), slots, sampler.needs(rows))
+    lengths = [one.length - 1 for one in rows]
+    return sampler.choose(logits, rows, lengths, torch.tensor(lengths), slots, sampler.needs(rows))
 
 
 def reference_scores(one: Row, logits: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,10 @@ def test_presence_and_frequency_count_new_tokens_only_and_as_they_come():
     sampler.admit(one)
     picked = []
     for _ in range(4):
-        chosen = sampler.choose(logits, [one], torch.tensor([one.length - 1]), torch.tensor([0]), sampler.needs([one]))
+        length = one.length - 1
+        chosen = sampler.choose(
+            logits, [one], [length], torch.tensor([length]), torch.tensor([0]), sampler.needs([one])
+        )
         picked.append(int(chosen.token_ids))
         one.token_ids.append(picked[-1])
         one.length += 1
@@ -197,7 +201,7 @@ def test_on_a_gpu_nothing_waits_for_the_device():
     def step(rows):
         for one in rows:
             sampler.admit(one)
-        return landing.receive(sampler.choose(logits, rows, positions, slots, sampler.needs(rows)))
+        return landing.receive(sampler.choose(logits, rows, [3, 1], positions, slots, sampler.needs(rows)))
 
     step(rows)  # compiles, and makes the counters
     others = [row(0, [7, 8], [9], presence_penalty=0.2, logprobs=5), row(1, [6], [], do_sample=True, top_p=0.5)]
