@@ -4,7 +4,7 @@ Rows are served in order of arrival. Each step gives one token to every decoding
 `max_step_tokens` with prompts, in chunks (Sarathi-Serve, arXiv:2403.02310). Memory is counted in pages (PagedAttention,
 arXiv:2309.06180). When pages run out the youngest row gives its pages back and is computed again later: nothing is
 lost, and because no younger row ever goes first, the oldest row always makes progress and none starves. A long prompt
-leaves half of a step to those who came after it.
+leaves half of a step's room to those who came after it.
 
 `schedule` may run ahead of `complete` by a step: the tokens of step n are then still on the GPU while step n+1 is
 planned. So a row's end (EOS) acts one step late, and the pages of a row are given back only when no step in flight can
@@ -206,8 +206,8 @@ class Scheduler:
     def abandon(self, plan: StepPlan, suspects: Collection[Row], error: MiinbError) -> None:
         """Undo a step that raised.
 
-        The suspects are next computed alone, one by one: who fails then fails with the error. If a later step went on from
-        this one, they fail together. The other rows are as they were before the step.
+        The suspects are next computed alone, one by one; who raises then fails with the error. If a later step went on
+        from this one they fail together. The other rows are as they were before the step.
         """
         ends = dict(zip(plan.rows, plan.ends, strict=True))
         went_on = any(row.state is RowState.RUNNING and row.computed != ends[row] for row in suspects)
@@ -260,9 +260,9 @@ class Scheduler:
         plan.extend(chunks)
 
     def _chunk(self, row: Row, budget: int) -> int:
-        """How many tokens a row computes: of a long prompt at most half a step, for there may be rows behind it."""
-        left, share = row.length - row.computed, self.max_step_tokens // 2
-        return min(left, budget, share) if left > share else min(left, budget)
+        """How many tokens a row computes. A long prompt takes half of what is left: there may be rows behind it."""
+        left = row.length - row.computed
+        return min(left, budget) if 2 * left <= self.max_step_tokens else min(left, budget - budget // 2)
 
     def _reserve(self, row: Row, count: int) -> bool:
         """Pages for so many more tokens, taken from younger rows if need be. False: not in this step."""

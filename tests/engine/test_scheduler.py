@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from miinb.config import GenerationParams
-from miinb.engine.rows import Row, StepPlan
+from miinb.engine.rows import StepPlan
 from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest, OutOfMemory, PromptTooLong, QueueFull
 from miinb.messages import FailedEvent, FinishedEvent, SequenceRequest, TokensEvent
@@ -306,21 +306,102 @@ def test_a_row_of_nan_fails_alone_and_its_pages_are_zeroed():
     scheduler.check()
 
 
-def test_a_step_that_raised_is_undone_for_the_rows_that_are_not_to_blame():
-    device = make(max_step_tokens=64)
-    device.scheduler.submit(request(0, [1, 2, 3], 4, ignore_eos=True))
-    device.step()
-    device.scheduler.submit(request(1, [3] * 9, 4))
-    plan = device.scheduler.schedule(2.0)
-    assert plan
-    blamed: list[Row] = [row for row in plan.rows if row.row_id == 1]
-    device.scheduler.abandon(plan, blamed, InvalidRequest("no"))
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_row_that_breaks_a_step_fails_alone(ahead):
+    device = make(ahead, max_step_tokens=64)
+    device.guilty[2] = 3
+    for row_id in range(4):
+        device.scheduler.submit(request(row_id, [row_id + 1] * 5, 4, ignore_eos=True))
     device.run()
-    assert isinstance(device.ended[1], FailedEvent)
-    sequence = [1, 2, 3]
-    for _ in range(4):
-        sequence.append(next_token(tuple(sequence)))
-    assert device.output[0] == sequence[3:]
+    assert isinstance(device.ended[2], FailedEvent)
+    assert device.ended[2].error == "OutOfMemory"
+    for row_id in (0, 1, 3):
+        sequence = [row_id + 1] * 5
+        for _ in range(4):
+            sequence.append(next_token(tuple(sequence)))
+        assert device.output[row_id] == sequence[5:]
+
+
+def test_a_stream_gets_a_token_in_every_step_beside_a_long_prompt():
+    device = make(pages=60, max_length=200, max_step_tokens=8, eos_token_ids=[])
+    device.scheduler.submit(request(0, [1, 2], 40))
+    device.step()
+    device.scheduler.submit(request(1, [3] * 150, 2))
+    for count in range(2, 22):
+        device.step()
+        assert len(device.output[0]) == count
+    assert device.scheduler.running == 2
+    assert 1 not in device.output
+
+
+def test_a_short_request_does_not_wait_for_the_long_prompt_before_it():
+    device = make(pages=200, max_length=200, max_step_tokens=16, eos_token_ids=[])
+    for row_id, length in enumerate([160, 160, 4]):
+        device.scheduler.submit(request(row_id, [1 + row_id] * length, 2))
+    steps = 0
+    while 2 not in device.ended:
+        device.step()
+        steps += 1
+    assert steps <= 4  # the prompts before it need 20
+    device.run()
+
+
+def test_a_long_prompt_without_others_fills_its_steps():
+    device = make(pages=60, max_length=200, max_step_tokens=16)
+    device.scheduler.submit(request(0, [1] * 33, 2))
+    plan = device.scheduler.schedule(0.0)
+    assert plan
+    assert plan.counts == [16]
+
+
+def whole_slots(**changes) -> Device:
+    return make(**({"pages": 4, "page_tokens": 64, "max_length": 64, "max_step_tokens": 64} | changes))
+
+
+def test_where_a_page_is_a_slot_all_of_them_run_at_once():
+    device = whole_slots(pages=8, max_batch=8, eos_token_ids=[])
+    for row_id in range(8):
+        device.scheduler.submit(request(row_id, [1, 2], 20))
+    device.step()
+    assert device.scheduler.running == 8
+
+
+def test_a_conversation_goes_on_in_its_slot():
+    device = whole_slots(eos_token_ids=[])
+    prompt = [1, 2, 3] * 7
+    device.scheduler.submit(request(0, prompt, 4))
+    device.run()
+    device.scheduler.submit(request(1, [8, 8], 4))
+    device.run()
+    turn = prompt + device.output[0] + [2, 2]
+    device.scheduler.submit(request(2, turn, 4))
+    device.run()
+    assert [event.cached_tokens for event in device.ended.values()] == [0, 0, 24]  # the last token's are not there
+
+
+def test_a_long_conversation_is_copied_from_and_not_written_over_for_its_first_words():
+    device = whole_slots(eos_token_ids=[])
+    system = [1, 2, 3, 4] * 5
+    for row_id, prompt in enumerate([system + [5] * 30, [*system, 6], system + [5] * 31]):
+        device.scheduler.submit(request(row_id, prompt, 2))
+        device.run()
+    assert [event.cached_tokens for event in device.ended.values()] == [0, 20, 50]
+
+
+def test_a_running_row_lends_the_beginning_that_it_has_computed():
+    device = whole_slots(eos_token_ids=[])
+    system = [1, 2, 3, 4] * 5
+    device.scheduler.submit(request(0, [*system, 5], 20))
+    device.step()
+    device.scheduler.submit(request(1, [*system, 6], 2))
+    device.scheduler.submit(request(2, [1, 2, 3, 4], 2))  # too short for a copy
+    plan = device.scheduler.schedule(5.0)
+    assert plan
+    assert plan.copies == [(plan.rows[0].pages[0], plan.admitted[0].pages[0], 20)]
+    device.flying.append((plan, device.launch(plan)))
+    device.run()
+    assert device.ended[1].cached_tokens == 20
+    assert device.ended[2].cached_tokens == 0
 
 
 def test_the_end_of_a_row_leaves_its_memory_to_the_step_in_flight():
