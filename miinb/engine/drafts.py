@@ -15,15 +15,11 @@ from miinb.engine.rows import Row, RowState, StepPlan
 class Drafts:
     """Adds drafts to plans and judges them.
 
-    Args:
-        max_places: most places of single tokens in a step: rows, and tokens of drafts.
-
     Attributes:
         proposed, accepted: tokens since the start.
     """
 
-    def __init__(self, max_places: int) -> None:
-        self.max_places = max_places
+    def __init__(self) -> None:
         self.proposed = self.accepted = 0
 
     def enable(self, row: Row, params: GenerationParams) -> None:
@@ -32,9 +28,9 @@ class Drafts:
         if params.speculative and penalties == (1.0, 0.0, 0.0):
             row.lookup = PromptLookup()
 
-    def add(self, plan: StepPlan, budget: int, pool: PagePool) -> None:
-        """Put drafts into the places that are left; they take no page from a row and no token from a prompt."""
-        spare = min(budget, self.max_places - len(plan.rows))
+    def add(self, plan: StepPlan, places: int, pool: PagePool) -> None:
+        """Put drafts into so many free places; they take no page from a row and no token from a prompt."""
+        spare = places
         for i in range(len(plan.rows)):
             row, known = plan.rows[i], len(plan.rows[i].token_ids)
             if row.lookup is None or plan.starts[i] != known - 1:

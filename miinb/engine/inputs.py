@@ -76,7 +76,7 @@ class StepInputs:
         buckets: numbers of rows that there are CUDA graphs for, ascending. A step of single tokens is padded to the
             next one: rows of length 0 whose key and value go nowhere.
         mixed_buckets: numbers of tokens that there are CUDA graphs for, ascending: other steps are padded to one of
-            them (see `graphs.mixed_bucket`) with tokens of no row, and to `max_batch` rows without tokens.
+            them (see `graphs.mixed_bucket`) with tokens of no row, and to `max_places` rows without tokens.
         sample_slots: of the last step written: the slots of the rows that get a token, [L] int64 on the device.
         last_tokens: [max_batch] int64 on the device: each slot's newest token, written by the executor.
     """
@@ -103,7 +103,7 @@ class StepInputs:
         self._device = _Buffer(sizes, device) if pinned else self._host[0]
         self.buckets: Sequence[int] = ()
         self.mixed_buckets: Sequence[int] = ()
-        self._max_batch = max_batch
+        self._max_places = places
         self._copies = pinned
         self._turn = 0
         self._page_tokens = page_tokens
@@ -128,7 +128,7 @@ class StepInputs:
         logits = int(samples.sum())
         decode = tokens == rows == logits
         bucket = next_bucket(rows, self.buckets) if decode else mixed_bucket(tokens, self.mixed_buckets)
-        padded_rows = (bucket if decode else self._max_batch) if bucket else rows
+        padded_rows = (bucket if decode else self._max_places) if bucket else rows
         row_of = self._places[:rows] if tokens == rows else np.repeat(self._places[:rows], counts)
         positions = self._places[:tokens] + (starts - ends + counts)[row_of]
         out["positions"][:tokens] = positions
@@ -182,7 +182,7 @@ class StepInputs:
 
     def mixed_batch(self, tokens: int) -> StepBatch:
         """The batch that a CUDA graph of so many tokens of any rows reads; its `logit_rows` are not padded."""
-        rows = self._max_batch
+        rows = self._max_places
         return self._batch(_Sizes(tokens, rows, 1, self._width, rows), tokens, tokens)
 
     def look_up(self, count: int) -> None:

@@ -44,7 +44,7 @@ class Scheduler:
 
     Attributes:
         drafts: speculation; None: it is off.
-        max_places: most rows of one token in a step, tokens of drafts included.
+        max_places: most places in a step: of rows, and of the tokens of drafts.
         preemptions: count since the start.
     """
 
@@ -67,7 +67,7 @@ class Scheduler:
         self._memory = SlotMemory() if prefix_cache and whole else None
         self.max_batch = min(max_batch, max_step_tokens)
         self.max_places = min(max(max_batch, 1 + DRAFT_TOKENS), max_step_tokens) if speculative else self.max_batch
-        self.drafts = Drafts(self.max_places) if speculative else None
+        self.drafts = Drafts() if speculative else None
         self.max_length = min(max_length, pages * page_tokens)
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
@@ -256,7 +256,8 @@ class Scheduler:
         if chunks.rows:
             budget = chunks.widen(budget, self.pool.page_tokens)
         if self.drafts is not None:
-            self.drafts.add(plan, budget, self.pool)
+            places = self.max_places - len(plan.rows) - len(chunks.rows)
+            self.drafts.add(plan, min(budget, places), self.pool)
         plan.extend(chunks)
 
     def _chunk(self, row: Row, budget: int) -> int:

@@ -249,3 +249,139 @@ def test_equal_prefixes_are_computed_once():
         events = run(executor)
     assert events[1][-1].cached_tokens == 8
     assert tokens(events[1]) == ContextDecoder().answer([1, 2, 3, 4, 5, 6, 7, 8, 9], 2)
+
+
+class RepeatingDecoder(ContextDecoder):
+    """Its answers repeat themselves, with a change now and then: drafts are accepted, in part, and refused."""
+
+    def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = super().logits_of(ids)
+        if len(ids) > 5 and int(ids.sum()) % 5:
+            logits[int(ids[-5])] += 30.0
+        return logits
+
+
+LOOKUP = {"speculative": "prompt_lookup"}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"ignore_eos": True},
+        {"min_new_tokens": 11, "logprobs": 2},
+        {"do_sample": True, "temperature": 3.0},
+        {"logit_bias": {7: 4.0}},
+        {"repetition_penalty": 1.2},
+    ],
+)
+@pytest.mark.parametrize(("pages", "page_tokens"), [(48, 4), (14, 4), (4, 48)])
+def test_speculation_changes_no_token(ahead, params, pages, page_tokens):
+    def answers(**options):
+        executor = make(RepeatingDecoder(), pages=pages, page_tokens=page_tokens, ahead=ahead, **options)
+        for row_id, prompt in enumerate(PROMPTS):
+            executor.submit(request(row_id, prompt, 18, **params, seed=row_id))
+        return run(executor), executor.status()
+
+    wanted, _ = answers()
+    got, status = answers(**LOOKUP)
+    for row_id in wanted:
+        assert tokens(got[row_id]) == tokens(wanted[row_id])
+        one, other = got[row_id][-1], wanted[row_id][-1]
+        assert (one.finish_reason, one.output_tokens) == (other.finish_reason, other.output_tokens)
+        for mine, plain in zip(got[row_id][:-1], wanted[row_id][:-1], strict=True):
+            assert [entry.token_id for entry in mine.logprobs] == [entry.token_id for entry in plain.logprobs]
+            assert [entry.logprob for entry in mine.logprobs] == pytest.approx([e.logprob for e in plain.logprobs])
+    ends = [events[-1] for events in got.values()]
+    assert status["draft_tokens"] == sum(end.draft_tokens for end in ends)
+    assert status["accepted_tokens"] == sum(end.accepted_tokens for end in ends)
+    if "repetition_penalty" in params:
+        assert status["draft_tokens"] == 0
+    else:
+        assert status["draft_tokens"] > status["accepted_tokens"] > 0
+
+
+def test_speculation_takes_fewer_steps_and_can_be_off_for_a_request():
+    def steps(**params):
+        executor = make(RepeatingDecoder(), max_batch=1, **LOOKUP)
+        executor.submit(request(0, [1, 2, 3, 4, 5] * 4, 24, ignore_eos=True, **params))
+        run(executor)
+        return executor.status()["steps"]
+
+    assert steps(speculative=False) == 25  # two for the prompt
+    assert steps() < 20
+
+
+def test_a_speculating_row_is_cancelled_between_steps():
+    executor = make(RepeatingDecoder(), ahead=True, **LOOKUP)
+    executor.submit(request(0, [1, 2, 3, 4, 5] * 3, 30, ignore_eos=True))
+    events = run(executor, between=lambda step: executor.cancel(0, "stop") if step == 3 else None)
+    assert events[0][-1].finish_reason == "stop"
+    assert events[0][-1].output_tokens == len(tokens(events[0])) < 30
+
+
+def test_a_slot_goes_on_from_the_prompt_before_with_equal_tokens():
+    plain = make(pages=4, page_tokens=48, prefix_cache=False)
+    reusing = make(pages=4, page_tokens=48)
+    system = [5, 6, 7, 8] * 5
+    turns = [[*system, 1], [*system, 2], [*system, 1, 9, 9], [*system, 3, 1], [4, 4], [*system, 1, 9, 8]]
+    answers = []
+    for executor in (plain, reusing):
+        for row_id, prompt in enumerate(turns):
+            executor.submit(request(row_id, prompt, 6, ignore_eos=True))
+            if row_id == 2:
+                for _ in range(2):  # those after it come while it runs
+                    executor.step(lambda event: None, lambda: None)
+        answers.append(run(executor))
+    cached = [sum(events[-1].cached_tokens for events in found.values()) for found in answers]
+    assert cached[0] == 0
+    assert cached[1] >= 40
+    for row_id in answers[0]:
+        assert tokens(answers[0][row_id])[-3:] == tokens(answers[1][row_id])[-3:]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_memory_that_ends_in_the_middle_of_a_batch_fails_its_row_alone(ahead):
+    decoder = ContextDecoder()
+
+    def fall(batch, logits):
+        if 60 in batch.token_ids.tolist():
+            raise torch.OutOfMemoryError("no memory")
+        return logits
+
+    decoder.broken = fall
+    executor = make(decoder, ahead=ahead)
+    for row_id, prompt in enumerate([[1, 2, 3], [4, 60, 5], [6] * 9]):
+        executor.submit(request(row_id, prompt, 8))
+    events = run(executor)
+    assert [type(event) for event in events[1]] == [FailedEvent]
+    assert events[1][0].error == "OutOfMemory"
+    for row_id, prompt in ((0, [1, 2, 3]), (2, [6] * 9)):
+        assert tokens(events[row_id]) == ContextDecoder().answer(prompt, 8)
+    assert executor.status()["kv_pages_used"] == 0
+
+
+def test_prompts_that_no_context_holds_and_empty_ones_are_refused_and_the_others_go_on():
+    executor = make()
+    executor.submit(request(0, [1, 2, 3], 8))
+    with pytest.raises(PromptTooLong, match="100000 prompt tokens"):
+        executor.submit(request(1, [1] * 100_000, 8))
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        executor.submit(request(2, [], 8))
+    assert tokens(run(executor)[0]) == ContextDecoder().answer([1, 2, 3], 8)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_cancelled_row_gives_its_pages_back_at_the_next_step(ahead):
+    executor = make(ahead=ahead)
+    executor.submit(request(0, [1] * 16, 30, ignore_eos=True))
+    executor.submit(request(1, [2, 3], 30, ignore_eos=True))
+    for _ in range(3):
+        executor.step(lambda event: None, lambda: None)
+    before = executor.status()["kv_pages_used"]
+    executor.cancel(0, "cancelled")
+    executor.step(lambda event: None, lambda: None)
+    assert executor.status()["kv_pages_used"] <= before - 4
+    executor.cancel(1, "cancelled")
+    run(executor)

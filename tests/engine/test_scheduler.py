@@ -59,7 +59,7 @@ class Device:
         size = self.scheduler.pool.page_tokens
         assert plan.tokens <= self.scheduler.max_step_tokens
         assert plan.counts == sorted(plan.counts, key=lambda count: count > 1)
-        assert sum(count == 1 for count in plan.counts) <= self.scheduler.max_places
+        assert len(plan.rows) <= self.scheduler.max_places
         self.started += [row.row_id for row in plan.admitted]
         for source, target, count in plan.copies:
             for offset in range(count):
