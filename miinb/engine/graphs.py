@@ -27,11 +27,45 @@ MOST_BYTES = 1 << 30
 
 
 Result = TypeVar("Result")
+Replay = Callable[[], None]
+
+
+class Recorder:
+    """Records steps as CUDA graphs that share their memory.
+
+    Attributes:
+        seconds: of the recordings alone: the first start on a machine also compiles kernels.
+        bytes: of memory that they took.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._free = torch.cuda.mem_get_info()[0]
+        self.seconds = 0.0
+        self.bytes = 0
+
+    def record(self, step: Callable[[], Result]) -> tuple[Replay, Result]:
+        """What replays the step, and the tensors that a replay writes."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            step()  # compiles kernels, and allocates what must outlive a capture
+            self._stream.synchronize()
+            started = time.monotonic()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool)
+            try:
+                results = step()
+            finally:
+                graph.capture_end()
+            self.seconds += time.monotonic() - started
+        self.bytes = max(0, self._free - torch.cuda.mem_get_info()[0])
+        return graph.replay, results
 
 
 @dataclass(slots=True)
 class _Decode:
-    graph: torch.cuda.CUDAGraph
+    replay: Replay
     logits: Tensor  # [rows, vocab]
     token_ids: Tensor  # [rows] int64
     finite: Tensor  # [rows] bool
@@ -39,7 +73,7 @@ class _Decode:
 
 @dataclass(slots=True)
 class _Mixed:
-    graph: torch.cuda.CUDAGraph
+    replay: Replay
     stream: Stream  # [tokens, hidden]
 
 
@@ -52,37 +86,39 @@ class GraphRunner:
         inputs: the steps' memory; its `buckets` and `mixed_buckets` are set to the graphs' sizes.
         max_batch: most rows of a step.
         max_step_tokens: most tokens of a step.
+        recorder: None: `Recorder`.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, inputs: StepInputs, max_batch: int, max_step_tokens: int
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        inputs: StepInputs,
+        max_batch: int,
+        max_step_tokens: int,
+        recorder: Recorder | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._decodes: dict[int, _Decode] = {}
         self._mixed: dict[int, _Mixed] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.seconds = 0.0  # of the captures alone: the first start on a machine also compiles kernels
-        self.bytes = 0
-        free = torch.cuda.mem_get_info()[0]
+        self._recorder = recorder or Recorder()
         # The largest of all first: the others fit in its memory.
         *small, largest = mixed_sizes(max_step_tokens)
         captures: list[tuple[Callable[[StepInputs, int], None], int]] = [(self._capture_mixed, largest)]
         captures += [(self._capture_decode, rows) for rows in capture_order(max_batch)]
         captures += [(self._capture_mixed, tokens) for tokens in small]
         for capture, size in captures:
-            if self.seconds > MOST_SECONDS or self.bytes > MOST_BYTES:
+            if self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES:
                 break
             capture(inputs, size)
-            self.bytes = max(0, free - torch.cuda.mem_get_info()[0])
         inputs.buckets = sorted(self._decodes)
         inputs.mixed_buckets = sorted(self._mixed)
 
     def __str__(self) -> str:
         rows, tokens = (", ".join(map(str, sorted(sizes))) for sizes in (self._decodes, self._mixed))
         words = f"steps of {rows} rows" + (f" and of {tokens} tokens with prompts" if tokens else "")
-        return f"{words}, captured in {self.seconds:.1f} s, {self.bytes / 2**20:.0f} MiB"
+        return f"{words}, captured in {self._recorder.seconds:.1f} s, {self._recorder.bytes / 2**20:.0f} MiB"
 
     @torch.inference_mode()
     def _capture_decode(self, inputs: StepInputs, rows: int) -> None:
@@ -96,32 +132,16 @@ class GraphRunner:
             logits = self._decoder.forward(batch, self._cache)
             return logits, *argmax(logits)
 
-        graph, results = self._record(step)
-        self._decodes[rows] = _Decode(graph, *results)
+        replay, results = self._recorder.record(step)
+        self._decodes[rows] = _Decode(replay, *results)
 
     @torch.inference_mode()
     def _capture_mixed(self, inputs: StepInputs, tokens: int) -> None:
         batch = inputs.mixed_batch(tokens)
         _blank(batch)
         batch.query_start.zero_()
-        graph, stream = self._record(lambda: self._decoder.body(batch, self._cache))
-        self._mixed[tokens] = _Mixed(graph, stream)
-
-    def _record(self, step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-        """The graph of a step, and the tensors that a replay of it writes."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
-            step()  # compiles kernels, and allocates what must outlive a capture
-            self._stream.synchronize()
-            started = time.monotonic()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool)
-            try:
-                results = step()
-            finally:
-                graph.capture_end()
-            self.seconds += time.monotonic() - started
-        return graph, results
+        replay, stream = self._recorder.record(lambda: self._decoder.body(batch, self._cache))
+        self._mixed[tokens] = _Mixed(replay, stream)
 
     def forward(self, batch: StepBatch) -> Tensor:
         """See `executor.Runner`."""
@@ -143,13 +163,13 @@ class GraphRunner:
     def _decode(self, batch: StepBatch) -> _Decode:
         """The results of the batch's graph, valid until the next step."""
         captured = self._decodes[batch.bucket]
-        captured.graph.replay()
+        captured.replay()
         return captured
 
     def _body(self, batch: StepBatch) -> Stream:
         """The stream of a step with prompts, valid until the next step."""
         captured = self._mixed[batch.bucket]
-        captured.graph.replay()
+        captured.replay()
         return captured.stream
 
 

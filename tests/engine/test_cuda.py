@@ -15,7 +15,7 @@ from miinb.config import EngineOptions, GenerationParams
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.executor import StepExecutor
-from miinb.engine.graphs import GraphRunner, capture_order, mixed_sizes
+from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import DTYPES, load_weights
@@ -107,14 +107,3 @@ def test_bf16_error_is_near_the_baselines(tiny: Tiny, name: str) -> None:
     error, allowed = ((logits.double().cpu() - exact).norm() / exact.norm() for logits in (ours, theirs))
     assert error <= 1.5 * allowed
     assert parity.check(decoder, 16).passed
-
-
-def test_capture_order_begins_with_the_largest_and_then_the_small() -> None:
-    assert capture_order(1) == [1]
-    assert capture_order(6) == [6, 1, 2, 4]
-    assert capture_order(40) == [40, 1, 2, 4, 8, 16, 32]
-
-
-def test_graphs_with_prompts_are_close_together_where_steps_are_short() -> None:
-    assert mixed_sizes(64) == [32, 64]
-    assert mixed_sizes(2048) == [32, 64, 128, 192, 256, 384, 512, 1024, 1536, 2048]

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import attention, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
@@ -42,18 +43,6 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # a program takes it 30 ms
         monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 20)
     monkeypatch.setattr(attention, "_LEAST_KEYS", 32)  # so that contexts of tests have parts
-
-
-if INTERPRETED:  # numpy 2.4 no longer turns one-element arrays into loop bounds as Triton 3.6's interpreter asks it to
-    import triton.runtime.interpreter as interpreter
-
-    patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def _patch_lang_tensor(tensor: type, scope: object) -> None:
-        patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
