@@ -17,7 +17,7 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
 from miinb.config import LoadFormat
-from miinb.engine.parameters import count_parameters
+from miinb.engine.parameters import Parameters, count_parameters
 from miinb.engine.policies import POLICIES, decoder_spec
 from miinb.engine.spec import DecoderSpec
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel, did_you_mean
@@ -82,6 +82,11 @@ class ModelInfo:
     unfused: ModelError | None = None
 
     @property
+    def counted(self) -> Parameters | None:
+        """The decoder's parameters by kind, where the optimized engine has a form for it."""
+        return None if self.spec is None else count_parameters(self.spec, POLICIES[self.family])
+
+    @property
     def optimized(self) -> bool:
         """Whether the optimized engine has a form for it."""
         return self.spec is not None
@@ -99,13 +104,21 @@ class ModelInfo:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
         return sizes
 
-    def weights_bytes(self, dtype: str | None = None) -> int:
-        """Bytes of the weights in a dtype (default: the checkpoint's)."""
-        return int(self.parameters * DTYPE_BYTES[dtype or self.dtype])
+    def weights_bytes(self, dtype: str | None = None, ranks: int = 1) -> int:
+        """Bytes of the weights in a dtype (default: the checkpoint's); with several ranks, those of each.
 
-    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
-        """Bytes of keys and values that one token adds to the cache, over all layers."""
-        return int(2 * self.layers * self.kv_heads * self.head_size * DTYPE_BYTES[dtype or self.dtype])
+        Ranks share the matrices; embeddings, norms and biases are whole on each.
+        """
+        counted = self.counted
+        numbers = self.parameters if counted is None else counted.others + -(-counted.matrices // ranks)
+        return int(numbers * DTYPE_BYTES[dtype or self.dtype])
+
+    def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1) -> int:
+        """Bytes of keys and values that one token adds to the cache of each rank, over all layers."""
+        layers, heads, size = self.layers, self.kv_heads, self.head_size
+        if self.spec is not None:
+            layers, heads, size = self.spec.layers, self.spec.kv_heads, self.spec.head_size
+        return int(2 * layers * -(-heads // ranks) * size * DTYPE_BYTES[dtype or self.dtype])
 
     def task(self, asked: str | None = None) -> str:
         """The task to serve: the one asked for if the model can, else the only one that it names.
@@ -182,7 +195,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     architecture = (config.get("architectures") or [""])[0]
     tasks = tasks_of(architecture) if architecture else ()
     spec, unfused = _decoder(config, tasks, source)
-    parameters = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
+    counted = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
     return ModelInfo(
         source=source,
         folder=folder,
@@ -192,7 +205,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         tasks=tasks,
         config=config,
         tensors={entry.name: entry for entry in entries},
-        parameters=parameters or sum(entry.elements for entry in entries) or estimate_parameters(config),
+        parameters=counted or sum(entry.elements for entry in entries) or estimate_parameters(config),
         dtype=_main_dtype(config, entries),
         context_length=facts["context_length"],
         vocab_size=facts["vocab_size"],

@@ -25,8 +25,12 @@ GPU_MAX_BATCH = 256
 _USABLE = 0.9
 #: Of what the weights leave, the cache takes at most this share on a CPU (the notebook lives there too).
 _CPU_CACHE_SHARE = 0.5
+#: Of what the weights leave on a GPU; the rest is for graphs and for what a step computes. The rank has the last word.
+_GPU_CACHE_SHARE = 0.85
 #: Memory of a rank besides weights and cache: the interpreter, torch, workspaces; measured on a CPU.
 RUNTIME_BYTES = 600 << 20
+#: The same on a GPU: the CUDA context and its libraries.
+GPU_RUNTIME_BYTES = 1 << 30
 
 
 def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
@@ -51,7 +55,11 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
 def resolve(config: DeploymentConfig, choice: Plan, hardware: Hardware) -> DeploymentConfig:
     """The configuration with the plan's choices in place of "auto": what the ranks get."""
     groups = _device_groups(config, hardware)
+    options = config.options
+    if choice.device == "cpu" and choice.kv_cache_bytes:  # a GPU's is sized by the rank, when its weights are there
+        options = options.model_copy(update={"kv_cache_bytes": max(1 << 16, choice.kv_cache_bytes)})
     changes = {
+        "options": options,
         "device": choice.device,
         "dtype": choice.dtype,
         "max_length": choice.max_length,
@@ -144,21 +152,54 @@ def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: H
 def _memory(
     choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
 ) -> Plan:
-    """Length, rows and cache: what the free memory of one replica's device holds after the weights."""
-    weights = model.weights_bytes(choice.dtype)
-    free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
-    if not groups:
-        free //= config.replicas
-    room = int(free * _USABLE) - RUNTIME_BYTES - weights
-    token = model.kv_bytes_per_token(choice.dtype)
-    length = _length(config, model, on_gpu=bool(groups))
-    least = token * (config.max_length or min(length, 64))
-    if room < least:
-        raise _does_not_fit(config, choice, model, free, weights + RUNTIME_BYTES + least)
-    choice = dataclasses.replace(choice, weights_bytes=weights)
+    """Length, rows and cache: what the free memory of a rank's device holds after the weights."""
+    ranks = config.tensor_parallel
+    place = _Place(
+        on_gpu=bool(groups),
+        free=min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
+        // (1 if groups else config.replicas * ranks),
+        ranks=ranks,
+    )
+    weights = model.weights_bytes(choice.dtype, ranks)
+    token = model.kv_bytes_per_token(choice.dtype, ranks)
+    length = _length(config, model, on_gpu=place.on_gpu)
+    room = place.usable - weights
+    if room < token * (config.max_length or min(length, 64)):
+        raise _does_not_fit(config, choice, model, place, length)
+    share = f", the share of each of {ranks} ranks" if ranks > 1 else ""
+    why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}{share}"
+    choice = choice.with_line("weights", _gb(weights), why, weights_bytes=weights)
     if not token:  # no cache to size: encoders
         return dataclasses.replace(choice, max_length=length, max_batch=config.max_batch or 32)
-    return _cache(choice, config, length, token, room, on_gpu=bool(groups))
+    choice = _cache(choice, config, length, token, room, on_gpu=place.on_gpu)
+    return _steps(choice, config) if choice.engine == "optimized" else choice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a rank's weights and cache go: free bytes of its device, and how many ranks share the model."""
+
+    on_gpu: bool
+    free: int
+    ranks: int
+
+    @property
+    def usable(self) -> int:
+        """What weights and cache may take of it."""
+        return int(self.free * _USABLE) - (GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES)
+
+
+def _steps(choice: Plan, config: DeploymentConfig) -> Plan:
+    """How the optimized engine's steps are bounded and launched."""
+    tokens = config.options.max_step_tokens
+    why = "longer prompts are split, so that running answers wait for one such step at most"
+    choice = choice.with_line("step_budget", f"{tokens} tokens", why)
+    if choice.device != "cuda":
+        return choice
+    if not config.options.cuda_graphs:
+        return choice.with_line("graphs", "off", "asked for")
+    rows = min(choice.max_batch, tokens)
+    return choice.with_line("graphs", "on", f"decode steps of up to {rows} rows are one launch each")
 
 
 def _length(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> int:
@@ -175,7 +216,7 @@ def _length(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> int:
 
 def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, *, on_gpu: bool) -> Plan:
     asked = config.options.kv_cache_bytes
-    budget = asked or (room if on_gpu else int(room * _CPU_CACHE_SHARE))
+    budget = asked or int(room * (_GPU_CACHE_SHARE if on_gpu else _CPU_CACHE_SHARE))
     fits = budget // token
     if config.max_length is None and fits < length:
         length = max(8, fits)
@@ -185,7 +226,7 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
             hint=f"Use max_length={max(8, fits)}, or more options.kv_cache_bytes.",
         )
     rows = config.max_batch or (GPU_MAX_BATCH if on_gpu else max(1, min(CPU_MAX_BATCH, fits // length)))
-    size = budget if on_gpu else rows * length * token
+    size = rows * length * token
     if not on_gpu and size > budget:
         raise OutOfMemory(
             f"{rows} rows of {length:,} tokens need {_gb(size)} of cache, {_gb(budget)} are there.",
@@ -193,22 +234,62 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
         )
     why = "asked for" if config.max_length else ("the model's context" if on_gpu else "what a CPU serves in good time")
     choice = choice.with_line("max_length", f"{length} tokens", why, max_length=length)
-    kind = "pages" if on_gpu else f"slots of {length} tokens, touched when used"
     why = "asked for" if config.max_batch else "rows at once"
     choice = choice.with_line("max_batch", str(rows), why, max_batch=rows)
+    size = min(size, budget)
+    kind = f"slots of {length} tokens, touched when used"
+    if on_gpu:
+        kind = f"pages for {size // token:,} tokens" + (
+            " of all rows together" if size == budget else ", all rows full"
+        )
     return choice.with_line("kv_cache", _gb(size), kind, kv_cache_bytes=size)
 
 
-def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, free: int, need: int) -> OutOfMemory:
-    room = free * _USABLE - RUNTIME_BYTES
-    largest = max(0.0, room / DTYPE_BYTES[choice.dtype] / 1e9)
-    smaller = "dtype='bf16' halves it; " if choice.dtype == "fp32" and model.weights_bytes("bf16") < room else ""
-    where = "The GPU has" if choice.device == "cuda" else "This machine has"
+def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, place: _Place, length: int) -> OutOfMemory:
+    """The error with the estimate, and with what would fit."""
+    weights = model.weights_bytes(choice.dtype, place.ranks)
+    token = model.kv_bytes_per_token(choice.dtype, place.ranks)
+    tokens = config.max_length or min(length, 64)
+    need = weights + token * tokens + (GPU_RUNTIME_BYTES if place.on_gpu else RUNTIME_BYTES)
+    fits = [*_smaller_cache(place, weights, token), *_smaller_dtypes(choice, model, place)]
+    fits += _more_gpus(choice, model, place)
+    if not place.on_gpu and config.replicas > 1:
+        fits.append("fewer replicas")
+    largest = max(0.0, place.usable / DTYPE_BYTES[choice.dtype] / 1e9)
+    where = "each GPU" if place.on_gpu else "this machine"
     return OutOfMemory(
-        f"{config.model} needs about {_gb(need)} in {choice.dtype}, {_gb(free)} are free.",
-        hint=f"{where} room for about {largest:.1f} billion parameters; {smaller}"
-        f"it has {model.parameters / 1e9:.1f} billion.",
+        f"{config.model} needs about {_gb(need)} in {choice.dtype} ({_gb(weights)} of weights, {tokens:,} tokens of "
+        f"cache); {_gb(place.free)} are free on {where}, of which {_USABLE:.0%} may be taken.",
+        hint=f"What would fit: {'; '.join(fits)}."
+        if fits
+        else f"There is room for about {largest:.1f} billion parameters; it has {model.parameters / 1e9:.1f} billion.",
     )
+
+
+def _smaller_cache(place: _Place, weights: int, token: int) -> list[str]:
+    tokens = (place.usable - weights) // token if token else 0
+    return [f"max_length={tokens}"] if tokens >= 8 else []
+
+
+def _smaller_dtypes(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
+    smaller = [
+        dtype
+        for dtype in ("bf16", "int8")
+        if dtype not in _NOT_BUILT and DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
+    ]
+    needs = {dtype: model.weights_bytes(dtype, place.ranks) for dtype in smaller}
+    return [f"dtype={dtype!r} ({_gb(need)} of weights)" for dtype, need in needs.items() if need < place.usable]
+
+
+def _more_gpus(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
+    """The fewest GPUs of this size that hold the model, if it can be split."""
+    if not place.on_gpu or model.spec is None:
+        return []
+    for ranks in (2, 4, 8, 16):
+        need = model.weights_bytes(choice.dtype, ranks)
+        if ranks > place.ranks and need < place.usable and not model.spec.heads % ranks:
+            return [f"tensor_parallel={ranks} on {ranks} such GPUs ({_gb(need)} of weights on each)"]
+    return []
 
 
 def _gb(size: float) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from miinb.config import DeploymentConfig
-from miinb.engine.policies import decoder_spec
+from miinb.engine.parameters import count_parameters
+from miinb.engine.policies import POLICIES, decoder_spec
 from miinb.errors import InvalidValue, MiinbError, OutOfMemory, UnsupportedModel
 from miinb.hardware import Gpu, Hardware, _visible
 from miinb.messages import Plan
@@ -28,7 +30,7 @@ CONFIG = {
 }  # fmt: skip
 LLAMA = ModelInfo(
     source="llama", folder=Path(), format="safetensors", family="llama", architecture="LlamaForCausalLM",
-    tasks=("text-generation", "conversational"), config=CONFIG, tensors={}, parameters=1_000_000_000, dtype="bf16",
+    tasks=("text-generation", "conversational"), config=CONFIG, tensors={}, parameters=852_559_872, dtype="bf16",
     context_length=8192, vocab_size=32000, layers=16, hidden_size=2048, heads=32, kv_heads=8, head_size=64,
     spec=decoder_spec(CONFIG, "llama"),
 )  # fmt: skip
@@ -45,12 +47,13 @@ def line(choice: Plan, what: str) -> str:
 def test_a_cpu() -> None:
     choice = planned()
     assert (choice.engine, choice.device, choice.dtype) == ("optimized", "cpu", "bf16")
-    assert choice.weights_bytes == 2_000_000_000
+    assert choice.weights_bytes == 2 * LLAMA.parameters
+    assert line(choice, "weights") == "1.71 GB: 0.853 billion parameters in bf16"
     assert (choice.max_length, choice.max_batch) == (4096, 16)
     assert choice.kv_cache_bytes == 16 * 4096 * LLAMA.kv_bytes_per_token("bf16")
     assert line(choice, "threads") == "8: 8 cores for 1 rank"
     assert {one.what for one in choice.lines} == {
-        "engine", "device", "threads", "dtype", "max_length", "max_batch", "kv_cache"
+        "engine", "device", "threads", "dtype", "weights", "max_length", "max_batch", "kv_cache", "step_budget"
     }  # fmt: skip
     assert all(one.reason for one in choice.lines)
 
@@ -121,11 +124,59 @@ def test_gpus_that_are_not_there() -> None:
         planned(TWO_GPUS, gpus=[5])
 
 
-def test_a_model_that_does_not_fit() -> None:
-    large = dataclasses.replace(LLAMA, parameters=70_000_000_000)
-    with pytest.raises(OutOfMemory, match=r"needs about 14\d\.\d\d GB in bf16, 34\.36 GB are free") as caught:
-        planned(model=large)
-    assert "70.0 billion" in caught.value.hint
+SEVENTY = CONFIG | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+def large(**fields: Any) -> ModelInfo:
+    spec = decoder_spec(SEVENTY, "llama")
+    changes = {"config": SEVENTY, "spec": spec, "parameters": count_parameters(spec, POLICIES["llama"]).total}
+    return dataclasses.replace(LLAMA, context_length=131072, **(changes | fields))
+
+
+def test_a_model_that_does_not_fit_one_gpu_names_how_many_hold_it() -> None:
+    with pytest.raises(OutOfMemory, match=r"about 139\.\d\d GB in bf16 \(137\.\d\d GB of weights") as caught:
+        planned(TWO_GPUS, large())
+    assert "83.75 GB are free on each GPU" in caught.value.message
+    assert re.search(r"tensor_parallel=2 on 2 such GPUs \(69\.\d\d GB of weights on each\)", caught.value.hint)
+    with pytest.raises(OutOfMemory) as caught:
+        planned(TWO_GPUS, large(dtype="fp32"))
+    assert "tensor_parallel=4" in caught.value.hint
+
+
+def test_a_model_that_does_not_fit_a_cpu_names_what_would() -> None:
+    with pytest.raises(OutOfMemory, match="free on this machine") as caught:
+        planned(model=large())
+    assert "room for about 15.1 billion parameters; it has 69.0 billion" in caught.value.hint
+    middle = dataclasses.replace(CPU, free_bytes=4 * GB)
+    with pytest.raises(OutOfMemory, match=r"3\.41 GB of weights") as caught:
+        planned(middle, dtype="fp32")
+    assert "dtype='bf16' (1.71 GB of weights)" in caught.value.hint
+    with pytest.raises(OutOfMemory) as caught:
+        planned(dataclasses.replace(CPU, free_bytes=int(2.8 * GB)), max_length=8192)
+    assert re.search(r"max_length=\d+; dtype='int8'|max_length=\d+\.", caught.value.hint)
+    with pytest.raises(OutOfMemory) as caught:
+        planned(middle, replicas=2)
+    assert "fewer replicas" in caught.value.hint
+
+
+def test_lines_of_a_gpu() -> None:
+    choice = planned(TWO_GPUS, max_batch=64)
+    assert line(choice, "graphs") == "on: decode steps of up to 64 rows are one launch each"
+    assert line(planned(TWO_GPUS, options={"cuda_graphs": False}), "graphs") == "off: asked for"
+    assert line(choice, "step_budget").startswith("2048 tokens: ")
+    assert line(choice, "kv_cache") == "17.18 GB: pages for 524,288 tokens, all rows full"
+    assert "of all rows together" in line(planned(TWO_GPUS, max_batch=512), "kv_cache")
+    assert not [one for one in planned(TWO_GPUS, engine="baseline").lines if one.what in ("graphs", "step_budget")]
+
+
+def test_what_was_planned_for_a_cpu_is_what_the_rank_may_take() -> None:
+    config = DeploymentConfig.parse({"model": "m"})
+    choice = planned()
+    assert resolve(config, choice, CPU).options.kv_cache_bytes == choice.kv_cache_bytes
+    assert resolve(config, planned(TWO_GPUS), TWO_GPUS).options.kv_cache_bytes is None
 
 
 def test_little_memory_shortens_the_cache() -> None:
