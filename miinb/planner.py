@@ -171,7 +171,7 @@ def _memory(
     choice = choice.with_line("weights", _gb(weights), why, weights_bytes=weights)
     if not token:  # no cache to size: encoders
         return dataclasses.replace(choice, max_length=length, max_batch=config.max_batch or 32)
-    choice = _cache(choice, config, length, token, room, on_gpu=place.on_gpu)
+    choice = _cache(choice, config, length, token, room, place)
     return _steps(choice, config) if choice.engine == "optimized" else choice
 
 
@@ -187,6 +187,10 @@ class _Place:
     def usable(self) -> int:
         """What weights and cache may take of it."""
         return int(self.free * _USABLE) - (GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES)
+
+    def cache_bytes(self, room: int) -> int:
+        """The cache's part of what the weights leave."""
+        return int(room * (_GPU_CACHE_SHARE if self.on_gpu else _CPU_CACHE_SHARE))
 
 
 def _steps(choice: Plan, config: DeploymentConfig) -> Plan:
@@ -214,9 +218,10 @@ def _length(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> int:
     return limit if on_gpu and model.context_length else min(limit, CPU_MAX_LENGTH)
 
 
-def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, *, on_gpu: bool) -> Plan:
+def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, place: _Place) -> Plan:
+    on_gpu = place.on_gpu
     asked = config.options.kv_cache_bytes
-    budget = asked or int(room * (_GPU_CACHE_SHARE if on_gpu else _CPU_CACHE_SHARE))
+    budget = asked or place.cache_bytes(room)
     fits = budget // token
     if config.max_length is None and fits < length:
         length = max(8, fits)
@@ -267,7 +272,7 @@ def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, plac
 
 
 def _smaller_cache(place: _Place, weights: int, token: int) -> list[str]:
-    tokens = (place.usable - weights) // token if token else 0
+    tokens = place.cache_bytes(place.usable - weights) // token if token else 0
     return [f"max_length={tokens}"] if tokens >= 8 else []
 
 
