@@ -40,6 +40,8 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the server is on this machine
     ("grpc.enable_retries", 0),  # `Stream` retries, and only before the first token
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.keepalive_time_ms", 15_000),  # a frontend that hangs or is stopped is noticed during a call
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )

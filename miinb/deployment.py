@@ -43,6 +43,8 @@ from miinb.messages import Phase, Status, from_dict
 _SUPERVISOR = "miinb.server.supervisor"
 #: What the supervisor has for ending everything after its own time limit, before this side gives up on it.
 _SLACK_S = 15.0
+#: A supervisor that is asked to stop and does not answer for so long is told by signal; then it has as long once more.
+_HANG_S = 3.0
 #: Programs that tests put in the place of the frontend and the worker.
 _modules: dict[str, str] = {}
 
@@ -160,10 +162,10 @@ class Deployment:
         """Whether it ends with this process."""
         return self._lifeline >= 0
 
-    def status(self) -> Status:
-        """Its status now; "failed" or "lost" if it ended without being asked to."""
+    def status(self, *, timeout_s: float = 5.0) -> Status:
+        """Its status now; "failed" or "lost" if it ended without being asked to, or does not answer."""
         try:
-            answer = registry.ask(self.entry, "status")
+            answer = registry.ask(self.entry, "status", timeout_s=timeout_s)
         except Unavailable:
             self._look_for_failure()
             last = self._last or without_answer(self.entry)
@@ -209,12 +211,14 @@ class Deployment:
         Raises:
             MiinbError: something is left after `timeout_s`; the message names it.
         """
-        last = self.status()
+        last = self.status(timeout_s=_HANG_S)
         pids = {self.entry.pid}
         try:
+            if last.state in ("failed", "lost"):
+                raise Unavailable("It does not answer.")
             pids.update(registry.ask(self.entry, "stop", drain_s=drain_s)["pids"])
         except Unavailable:
-            self._end_without_answer()
+            pids.update(self._end_without_answer(drain_s + _HANG_S))
         self._drop_lifeline()
         deadline = time.monotonic() + drain_s + timeout_s
         self._reap(deadline)
@@ -231,16 +235,26 @@ class Deployment:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
-    def _end_without_answer(self) -> None:
-        """The supervisor did not take the order: it is starting, gone, or hangs."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_SLACK_S)
-                return
-            self._process.kill()
-        elif self._process is None and self.entry.alive:
-            os.kill(self.entry.pid, signal.SIGKILL)
+    def _end_without_answer(self, patience_s: float) -> set[int]:
+        """The supervisor did not take the order: it is starting, gone, or hangs. The processes that it had.
+
+        It is told by signal, also if it is stopped (SIGSTOP), and killed if it does not act on that; its children are
+        bound to die with it.
+        """
+        pid = self.entry.pid
+        alive = self.entry.alive if self._process is None else self._process.poll() is None
+        if not alive:
+            return set()
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            children = {child.pid for child in psutil.Process(pid).children(recursive=True)}
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                psutil.Process(pid).wait(patience_s)
+                return children
+            os.kill(pid, signal.SIGKILL)
+            return children
+        return set()
 
     def _reap(self, deadline: float) -> None:
         if self in _owned:

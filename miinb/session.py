@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ from miinb import cell, hardware, models, planner, queries, registry
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
-from miinb.errors import DeploymentExists, RequestError, Unavailable
+from miinb.errors import DeploymentExists, Unavailable
 from miinb.messages import Chunk, EngineInfo, Plan, Status
 
 if TYPE_CHECKING:
@@ -290,14 +289,7 @@ class Session:
 
     def status(self) -> Status:
         """The deployment at this moment."""
-        status = self._deployment.status()
-        if status.state != "ready":
-            return status
-        with contextlib.suppress(RequestError):  # the supervisor hears of requests once a second, the frontend knows
-            counters = self._client.description(timeout_s=1.0)["counters"]
-            now = {name: counters[name] for name in ("in_flight", "queued", "requests")}
-            return dataclasses.replace(status, **now)
-        return status
+        return self._deployment.status()
 
     def plan(self) -> Plan:
         """Which optimizations run and why: what was chosen before the start, then what the rank found."""

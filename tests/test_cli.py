@@ -122,6 +122,15 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
     assert "No deployment is running" in said("list")
 
 
+@pytest.mark.parametrize("command", [["models"], ["help"], ["gpus", "--json"]])
+def test_a_full_disk_is_told(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "miinb.cli", *command]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "miinb: the output cannot be written: No space left on device.\n"
+
+
 def test_the_program_starts_light() -> None:
     heavy = ("torch", "IPython", "pandas", "grpc")
     probe = f"import sys; from miinb import cli; cli.main(['help']); print([m for m in {heavy} if m in sys.modules])"

@@ -38,7 +38,8 @@ TINY: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "options": {"threads":
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("run")
+        folder = tmp_path_factory.mktemp("run") / "a ?#%2Fb"  # what addresses and URLs would split at
+        folder.mkdir()
         patch.setenv("XDG_RUNTIME_DIR", str(folder))
         yield folder / "miinb"
 
@@ -73,6 +74,14 @@ def test_it_answers(session: miinb.Session) -> None:
     assert session.chat([{"role": "user", "content": "Tell a story."}], max_new_tokens=4).usage.output_tokens <= 4
     assert asyncio.run(_answer(session)) == result.texts[0]
     assert len(session.records) >= 6
+
+
+def test_its_counters_are_true_when_an_answer_has_come(session: miinb.Session) -> None:
+    before = session.status().requests
+    for number in range(1, 6):
+        session.generate(PROMPT, max_new_tokens=1)
+        status = session.status()
+        assert (status.in_flight, status.queued, status.requests) == (0, 0, before + number)
 
 
 async def _answer(session: miinb.Session) -> str:

@@ -14,22 +14,19 @@ import pandas as pd
 
 from miinb.bench.records import Runs
 from miinb.bench.runner import compare
+from miinb.bench.workload import STORY_PROMPTS
 from miinb.session import Session
-
-OPENING = "Once upon a time, there was a"
-HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
 
 
 def measure(model: str, dtype: str, *, at_once: int, new_tokens: int, requests: int, check: str) -> Runs:
     """Both arms of one dtype, at concurrency 1 and `at_once`; their processes are gone when it returns."""
-    prompts = [f"{OPENING} {hero}" for hero in HEROES]
     with (
         Session(model, "text-generation", engine="baseline", dtype=dtype) as baseline,
         Session(model, "text-generation", dtype=dtype) as optimized,
     ):
         return compare(
             [baseline, optimized],
-            prompts,
+            STORY_PROMPTS,
             requests=requests,
             new_tokens=new_tokens,
             concurrency=[1, at_once],

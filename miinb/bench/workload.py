@@ -37,6 +37,10 @@ WORDS = " ".join(
     )
 ).split()
 
+_HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
+#: Prompts for a first measurement: stories, which both default models continue.
+STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -198,7 +198,10 @@ def chat(context: Context, values: Values, body: str | None) -> Result:
             context.screen.show(result)
     else:
         result = context.screen.stream(session.stream(turns, **options))
-    context.chats[session.name] = [*turns, {"role": "assistant", "content": result.text}]
+    # what no longer fits the context is forgotten here too, so that a long conversation does not grow without end
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    kept = [*system, *turns[len(system) + result.dropped_messages :]]
+    context.chats[session.name] = [*kept, {"role": "assistant", "content": result.text}]
     return result
 
 

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from miinb.session import Session
 
 PROMPT = "Once upon a time,"
-#: The benchmark's prompts: stories, which both default models continue.
-HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
-PROMPTS = [f"Once upon a time, there was a {hero}" for hero in HEROES]
 NOTEBOOK = "01_first_answer.ipynb"
 NOTEBOOKS = Path(__file__).with_name("notebooks")
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
@@ -93,14 +90,15 @@ def measure(optimized: Session, baseline: Session, args: argparse.Namespace) -> 
     """Benchmark both, print the table, write the chart."""
     from miinb.bench import charts
     from miinb.bench.runner import compare
+    from miinb.bench.workload import STORY_PROMPTS
 
     runs = compare(
         [baseline, optimized],
-        PROMPTS,
-        requests=len(PROMPTS),
+        STORY_PROMPTS,
+        requests=len(STORY_PROMPTS),
         new_tokens=32,
         warmup=1,
-        concurrency=[1, len(PROMPTS)],
+        concurrency=[1, len(STORY_PROMPTS)],
         price=args.price,
         check="close",
     )

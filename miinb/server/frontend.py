@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from miinb.tasks import find_task
 
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
 TICK_S = 1.0
+#: Reports on requests that come and go are at least so far apart; the end of the last one is told at once.
+REPORT_S = 0.02
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
 DEFAULT_MAX_BATCH = 1024
@@ -78,7 +81,8 @@ class Frontend:
         self._status = status
         self._name = name
         self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._health_changed)
-        self._service = Inference(self._balancer, name)
+        self._service = Inference(self._balancer, name, self._changed)
+        self._reported_at = 0.0
         self._health = HealthServicer()
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
@@ -151,17 +155,22 @@ class Frontend:
         for file in ("rpc.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
 
+    def _changed(self) -> None:
+        idle = self._service.counters.in_flight == 0
+        if idle or time.monotonic() - self._reported_at >= REPORT_S:
+            self._report()
+
+    def _report(self) -> None:
+        counters = self._service.counters
+        self._reported_at = time.monotonic()
+        activity = {name: getattr(counters, name) for name in ("in_flight", "queued", "requests")}
+        self._status.send({"activity": {**activity, "replicas": len(self._balancer.replicas)}})
+
     async def _every_second(self) -> None:
-        """Tell the supervisor what has changed; end what nobody reads."""
-        last = None
+        """Tell the supervisor what there is, which also shows it that this process lives; end what nobody reads."""
         while True:
             self._service.end_unread()
-            counters = self._service.counters
-            now = (counters.in_flight, counters.queued, counters.requests, len(self._balancer.replicas))
-            if now != last:
-                names = ("in_flight", "queued", "requests", "replicas")
-                self._status.send({"activity": dict(zip(names, now, strict=True))})
-                last = now
+            self._report()
             for replica, seconds in self._balancer.silent().items():
                 self._status.send({"silent": {"replica": replica, "seconds": seconds}})
             await asyncio.sleep(TICK_S)

@@ -79,10 +79,17 @@ class Writer:
 
 
 class Inference:
-    """The service's methods over the replicas of a balancer."""
+    """The service's methods over the replicas of a balancer.
 
-    def __init__(self, balancer: Balancer, name: str) -> None:
+    Args:
+        balancer: the replicas.
+        name: the deployment's.
+        on_change: called when a request comes or has ended.
+    """
+
+    def __init__(self, balancer: Balancer, name: str, on_change: Callable[[], None] = lambda: None) -> None:
         self.counters = Counters()
+        self._on_change = on_change
         self._balancer = balancer
         self._conversations = Conversations()
         self._name = name
@@ -122,6 +129,7 @@ class Inference:
         counters = self.counters
         counters.requests += 1
         counters.in_flight += 1
+        self._on_change()
         remaining_s = context.time_remaining()
         left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), MAX_DEADLINE_S)
         writer = Writer(context, asyncio.current_task())
@@ -141,6 +149,7 @@ class Inference:
             error = failure
         finally:
             counters.in_flight -= 1
+            self._on_change()
             self._writers.discard(writer)
         counters.failed += 1
         await abort(context, error)

@@ -31,7 +31,7 @@ from miinb.messages import RankStatus, Status, from_dict
 from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
 from miinb.server.process import Process, machine_oom_kills
-from miinb.server.watchdog import Watchdog
+from miinb.server.watchdog import Pulse, Watchdog
 
 MAX_RESTARTS = 3
 DRAIN_S = 10.0  # for SIGTERM
@@ -72,6 +72,7 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()
         self.oom_kills = machine_oom_kills()
         self.watchdog = Watchdog()
+        self.pulse = Pulse(self.started)  # the frontend's
         self.control = ControlSocket(self.folder / "control.sock", self.selector, self._answer)
         self.entry = registry.Entry(
             name=order.name,
@@ -143,7 +144,7 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until the next thing that depends on time."""
-        moments = [self.start_deadline, self.end_at]
+        moments = [self.start_deadline, self.end_at, self.pulse.due]
         if self.persist:
             moments.append(self.last_active + self.config.idle_timeout_s)
         due = [moment for moment in moments if moment is not None and math.isfinite(moment)]
@@ -160,6 +161,8 @@ class Supervisor:
             self._fail({**cause, "error": "StartTimeout", "message": message, "hint": hint})
         elif self.persist and self.state == "ready" and now >= self.last_active + self.config.idle_timeout_s:
             self.end(0.0)
+        if self.pulse.check(now) and self.end_at is None:
+            self._suspect(None, self.pulse.silent_s)
 
     # Children
 
@@ -177,6 +180,8 @@ class Supervisor:
         return next((child for child in self.children if child.replica is None), None)
 
     def _reported(self, child: Process) -> None:
+        if child.replica is None:
+            self.pulse.heard()
         for report in child.reports():
             if "activity" in report:
                 self._active(report["activity"])
@@ -210,12 +215,13 @@ class Supervisor:
             self.last_active = math.inf if busy else time.monotonic()
         self.activity = activity
 
-    def _suspect(self, replica: int, seconds: float) -> None:
-        """A replica owes an answer. One that hangs is killed, and so started again."""
-        ranks = [child for child in self.children if child.replica == replica and child.ready is not None]
-        if ranks and self.watchdog.hangs(replica, seconds, [child.pid for child in ranks]):
-            log(f"replica {replica} has not answered for {seconds:.0f} s: it hangs and is killed")
-            for child in ranks:
+    def _suspect(self, replica: int | None, seconds: float) -> None:
+        """A replica, or the frontend (None), owes an answer. One that hangs is killed, and so started again."""
+        silent = [child for child in self.children if child.replica == replica and child.ready is not None]
+        if silent and self.watchdog.hangs(replica, seconds, [child.pid for child in silent]):
+            name = "the frontend" if replica is None else f"replica {replica}"
+            log(f"{name} has not answered for {seconds:.0f} s: it hangs and is killed")
+            for child in silent:
                 child.signal_group(signal.SIGKILL)
 
     def _ended(self, child: Process) -> None:

@@ -1,4 +1,4 @@
-"""Tells a rank that hangs from one that computes for long."""
+"""Tells a process that hangs from one that computes for long."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ IDLE_S = 10.0
 MAX_SILENT_S = 900.0
 #: CPU seconds that a process may use while it hangs (timers, signals).
 NOISE_S = 0.1
+#: Between two looks at whether the frontend has reported.
+CHECK_S = 2.0
 
 
 class Watchdog:
-    """What is known of the replicas that do not answer; one for a supervisor."""
+    """What is known of the replicas that do not answer, and of the frontend (None); one for a supervisor."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float]] = {}  # by replica: seconds of silence and CPU seconds, as last noted
+        #: By replica: seconds of silence and CPU seconds, as last noted.
+        self._seen: dict[int | None, tuple[float, float]] = {}
 
-    def hangs(self, replica: int, silent_s: float, pids: Iterable[int]) -> bool:
+    def hangs(self, replica: int | None, silent_s: float, pids: Iterable[int]) -> bool:
         """Whether the replica is to be ended.
 
         Args:
-            replica: its number.
-            silent_s: seconds since it was asked for a sign of life that it has not given.
-            pids: its ranks.
+            replica: its number; None for the frontend.
+            silent_s: seconds since it owes a sign of life.
+            pids: its processes.
         """
         cpu_s = sum(map(_cpu_s, pids))
         noted = self._seen.get(replica)
@@ -37,8 +40,35 @@ class Watchdog:
 
     def forget(self, replica: int | None) -> None:
         """The replica has ended."""
-        if replica is not None:
-            self._seen.pop(replica, None)
+        self._seen.pop(replica, None)
+
+
+class Pulse:
+    """For how long the frontend, which reports every second, has not.
+
+    Counted in checks of this process's own: time in which the machine slept, or in which this process was stopped
+    itself, is no silence of the frontend.
+
+    Attributes:
+        silent_s: seconds without a report.
+        due: when to check next (`time.monotonic()`).
+    """
+
+    def __init__(self, now: float) -> None:
+        self.silent_s = 0.0
+        self.due = now + CHECK_S
+
+    def heard(self) -> None:
+        """It has reported."""
+        self.silent_s = 0.0
+
+    def check(self, now: float) -> bool:
+        """Whether a check was due and the frontend has missed more than one report before it."""
+        if now < self.due:
+            return False
+        self.due = now + CHECK_S
+        self.silent_s += CHECK_S
+        return self.silent_s > CHECK_S
 
 
 def _cpu_s(pid: int) -> float:

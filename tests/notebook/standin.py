@@ -20,6 +20,7 @@ class Answer:
     finish_reasons: list[str]
     usage: Usage
     timing: Timing
+    dropped_messages: int = 0
 
     @property
     def text(self) -> str:
@@ -63,6 +64,7 @@ class StandIn:
     task: str = "text-generation"
     engine: str = "optimized"
     state: str = "ready"
+    dropped_messages: int = 0
     words: list[str] = field(default_factory=lambda: ["Once ", "upon ", "a ", "time"])
     delay_s: float = 0.0
     gate: threading.Event | None = None
@@ -81,7 +83,9 @@ class StandIn:
 
     def chat(self, messages: list[dict[str, str]], **params: Any) -> Answer:
         self.calls.append(("chat", messages, params))
-        return self.generate("")
+        answer = self.generate("")
+        answer.dropped_messages = self.dropped_messages
+        return answer
 
     def status(self) -> Status:
         rank = RankStatus(0, 0, 12, "ready", memory_bytes=3 << 29)

@@ -231,6 +231,33 @@ def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn
     assert talks == [["Be short", "Hello"], ["Be short", "Hello", answer, "More"], ["Anew"]]
 
 
+def test_a_chat_forgets_what_no_longer_fits(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    tiny = deployments["tiny"]
+    with capture_output() as shown:
+        shell.run("%mii chat One --system Brief -q")
+        shell.run("%mii chat Two -q")
+        tiny.dropped_messages = 2
+        shell.run("%mii chat Three -q")
+        tiny.dropped_messages = 0
+        shell.run("%mii chat Four -q")
+    talks = [[turn["content"] for turn in messages] for kind, messages, _ in tiny.calls if kind == "chat"]
+    answer = "Once upon a time"
+    assert talks[2] == ["Brief", "One", answer, "Two", answer, "Three"]
+    assert talks[3] == ["Brief", "Two", answer, "Three", answer, "Four"]
+    assert shown.stdout == ""
+
+
+def test_a_turn_that_fails_is_not_remembered(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    tiny = deployments["tiny"]
+    with capture_output():
+        shell.run("%mii chat One")
+        with pytest.raises(InvalidRequest):
+            shell.run("%mii chat Two --temperature 2")
+        shell.run("%mii chat Three")
+    answer = "Once upon a time"
+    assert [turn["content"] for turn in tiny.calls[-1][1]] == ["One", answer, "Three"]
+
+
 def test_several_answers_of_a_chat_do_not_mix(shell: Shell, deployments: dict[str, StandIn]) -> None:
     with capture_output() as shown:
         shell.run("r = %mii chat Hi --do-sample --num-return-sequences 2")

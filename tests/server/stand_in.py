@@ -40,10 +40,13 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     in_flight = 0
 
+    def report() -> None:
+        tell(activity={"in_flight": in_flight, "queued": 0, "requests": in_flight})
+
     def busier(*_: object) -> None:
         nonlocal in_flight
         in_flight += 1
-        tell(activity={"in_flight": in_flight, "queued": 0, "requests": in_flight})
+        report()
 
     silent_s = -19.0
 
@@ -56,7 +59,9 @@ def main() -> None:
     signal.signal(signal.SIGUSR2, silent)
     tell(ready={} if rank else {"address": "unix:" + line["folder"] + "/rpc.sock"})
     while True:
-        time.sleep(600)
+        time.sleep(1)
+        if not rank:
+            report()  # the frontend's sign of life
 
 
 if __name__ == "__main__":

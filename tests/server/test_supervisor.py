@@ -164,6 +164,27 @@ def test_a_replica_that_hangs_is_started_again() -> None:
     assert "it hangs and is killed" in one.logs(5, None)
 
 
+def test_a_frontend_that_hangs_is_started_again() -> None:
+    one = start()
+    before = ranks(one)
+    os.kill(_frontend(one), signal.SIGSTOP)
+    until(lambda: ranks(one) not in ([], before) and one.status().state == "ready", 40.0)
+    assert "the frontend has not answered" in one.logs(5, None)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_supervisor_that_hangs_is_ended_all_the_same(tmp_path: Path, joined: bool) -> None:
+    one = start()
+    pids = [one.entry.pid, _frontend(one), *ranks(one)]
+    os.kill(one.entry.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    last = (Deployment(one.entry) if joined else one).stop()
+    assert last.state == "stopped"
+    assert time.monotonic() - began < 12.0
+    assert all(gone(pid) for pid in pids)
+    assert list((tmp_path / "miinb").iterdir()) == []
+
+
 def _frontend(one: Deployment) -> int:
     children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) == one.entry.pid]
     (frontend,) = set(children) - set(ranks(one))

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from miinb.server import watchdog
-from miinb.server.watchdog import IDLE_S, MAX_SILENT_S, Watchdog
+from miinb.server.watchdog import CHECK_S, IDLE_S, MAX_SILENT_S, Pulse, Watchdog
 
 
 def test_a_rank_without_cpu_time_hangs() -> None:
@@ -32,6 +32,17 @@ def test_each_silence_counts_from_its_start() -> None:
     assert not dog.hangs(0, IDLE_S, [])
     dog.forget(0)
     assert not dog.hangs(0, 1.0 + IDLE_S, [])
+
+
+def test_a_frontend_is_silent_only_while_this_process_looks() -> None:
+    pulse = Pulse(0.0)
+    assert not pulse.check(CHECK_S / 2)
+    assert not pulse.check(10_000.0)  # the machine slept: one check, not many
+    assert not pulse.check(10_000.0 + CHECK_S / 2)
+    assert pulse.check(10_000.0 + CHECK_S)
+    assert pulse.silent_s == 2 * CHECK_S
+    pulse.heard()
+    assert not pulse.check(10_000.0 + 3 * CHECK_S)
 
 
 def test_cpu_time_is_read() -> None:
