@@ -105,6 +105,7 @@ class LayerWeights:
         up: [inner_size, H], or [2 * inner_size, H] with the gate in its first half.
         down: [H, inner_size].
         mlp_norm: None where attention and MLP read one norm.
+        attn_post_norm, mlp_post_norm: of the branches' results in a serial block, or None.
         q_norm, k_norm: [head_size] or None.
     """
 
@@ -114,6 +115,8 @@ class LayerWeights:
     down: PackedLinear
     attn_norm: Norm
     mlp_norm: Norm | None = None
+    attn_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
@@ -134,6 +137,8 @@ class DecoderWeights:
 
 #: The hidden states between layers: `x + residual`, [T, hidden] each, or x alone.
 Stream = tuple[Tensor, Tensor | None]
+#: cos and sin of a layer's rotary embedding, or none.
+Angles = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Operators(NamedTuple):
@@ -166,12 +171,10 @@ class Decoder:
         self.group = group
         self.ops = ops or Operators()
         device = weights.embed.device
-        self.cos: Tensor | None = None
-        self.sin: Tensor | None = None
-        if spec.rotary:
-            self.cos, self.sin = rotary_tables(spec.rotary, spec.max_length, device)
         self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
         self._windows = spec.windows or (None,) * spec.layers
+        self._angles = self._rotary_tables(device)
+        self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=weights.embed.dtype))
         self._rope = {
             "heads": spec.heads,
             "kv_heads": spec.kv_heads,
@@ -180,6 +183,13 @@ class Decoder:
             "interleaved": bool(spec.rotary and spec.rotary.interleaved),
             "eps": spec.eps,
         }
+
+    def _rotary_tables(self, device: torch.device) -> list[Angles]:
+        """Each layer's cos and sin; layers share them."""
+        spec, length = self.spec, self.spec.max_length
+        wide: Angles = rotary_tables(spec.rotary, length, device) if spec.rotary else (None, None)
+        near = rotary_tables(spec.windowed_rotary, length, device) if spec.windowed_rotary else wide
+        return [near if window else wide for window in self._windows]
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -203,6 +213,8 @@ class Decoder:
     def logits(self, stream: Stream, rows: Tensor) -> Tensor:
         """Logits [L, vocab] of these tokens of the stream."""
         logits = self.ops.linear(self._head_input(stream, rows), self.weights.head)
+        if cap := self.spec.logit_softcap:  # `best` does without: the order stays
+            logits = torch.tanh(logits / cap) * cap
         return logits if self.group is None else self.group.gather(logits)
 
     @torch.inference_mode()
@@ -217,6 +229,8 @@ class Decoder:
         """[T, hidden]: the tokens' embeddings with their positions'."""
         w = self.weights
         x = F.embedding(batch.token_ids, w.embed)
+        if self._embed_scale != 1.0:
+            x = x * self._embed_scale
         if w.project_in is not None:
             x = self.ops.linear(x, w.project_in)
         if w.positions is not None:
@@ -235,11 +249,16 @@ class Decoder:
         a = self._attention(index, y, batch, cache)
         if self.spec.block == "serial":
             stream = y if self.spec.residual_from_norm else stream
-            y, stream = self._norm(w.mlp_norm, self._reduce(a), stream)
-            return self._reduce(self._mlp(w, y)), y if self.spec.residual_from_norm else stream
+            y, stream = self._norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
+            stream = y if self.spec.residual_from_norm else stream
+            return self._branch(self._mlp(w, y), w.mlp_post_norm), stream
         if w.mlp_norm is not None:
             y, _ = self._norm(w.mlp_norm, stream)
         return self._reduce(self._mlp(w, y, residual=a)), stream  # one reduction for both branches
+
+    def _branch(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """A serial branch's result, summed over ranks."""
+        return self._reduce(x) if norm is None else self._norm(norm, self._reduce(x))[0]
 
     def _head_input(self, stream: Stream, rows: Tensor) -> Tensor:
         """[L, hidden or embed size]: what the head reads."""
@@ -254,9 +273,10 @@ class Decoder:
     def _attention(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
         w = self.weights.layers[index]
         k, v = cache.k[index], cache.v[index]
+        cos, sin = self._angles[index]
         qkv = self.ops.linear(x, w.qkv)
         q = self.ops.rope_append(
-            qkv, batch.positions, self.cos, self.sin, k, v, batch.slots, q_norm=w.q_norm, k_norm=w.k_norm, **self._rope
+            qkv, batch.positions, cos, sin, k, v, batch.slots, q_norm=w.q_norm, k_norm=w.k_norm, **self._rope
         )
         out = self.ops.paged_attention(
             q,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miinb.engine.spec import DecoderSpec, Policy, linear_shape
+from miinb.engine.spec import LAYER_NORMS, DecoderSpec, Policy, linear_shape
 
 #: Linear layers of each layer; `weights.py` fuses what the checkpoint has apart.
 _LAYER_LINEARS = ("qkv", "out", "up", "down")
@@ -54,5 +54,5 @@ def _linear(spec: DecoderSpec, part: str) -> tuple[int, int]:
 
 def _layer_norms(spec: DecoderSpec, policy: Policy) -> int:
     each = 2 if spec.norm == "layer" else 1
-    norms = sum(part in policy.weights for part in ("attn_norm", "mlp_norm"))
+    norms = sum(part in policy.weights for part in LAYER_NORMS)
     return norms * each * spec.hidden_size + (2 * spec.head_size if spec.qk_norm else 0)

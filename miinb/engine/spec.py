@@ -46,10 +46,13 @@ class DecoderSpec:
         gated: the MLP is activation(gate) * up.
         scale: of the attention scores.
         rotary: None when positions are learned or come from ALiBi.
+        windowed_rotary: of the layers that have a window, where theirs is another one (Gemma 3).
         positions: rows of the table of learned positions, 0 for none; `position_offset` is added first (OPT: 2).
         alibi: scores get the distance times a slope of each head (Press et al., 2022).
         windows: for each layer, how many positions a token sees (itself included), or None for all.
         softcap: scores become softcap * tanh(score / softcap); None is off.
+        logit_softcap: the same for the logits (Gemma 2).
+        embed_scale: the tokens' embeddings are multiplied by it, rounded to their dtype (Gemma).
         qk_norm: queries and keys of each head are normalized (Qwen3).
         block: "serial" (attention, then MLP), "parallel" (both read one norm, GPT-J), "parallel_norms" (each has its
             own norm, GPT-NeoX), "post" (norms follow the residual additions, OPT-350m).
@@ -75,11 +78,14 @@ class DecoderSpec:
     scale: float
     gated: bool = False
     rotary: Rotary | None = None
+    windowed_rotary: Rotary | None = None
     positions: int = 0
     position_offset: int = 0
     alibi: bool = False
     windows: tuple[int | None, ...] = ()
     softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
     qk_norm: bool = False
     block: Literal["serial", "parallel", "parallel_norms", "post"] = "serial"
     residual_from_norm: bool = False
@@ -159,6 +165,7 @@ class Policy:
         weights: part (see `decoder.LayerWeights` and `decoder.Decoder`) to its source. A part without a source, or
             whose bias the spec lacks, does not exist in the family.
         ignored: patterns of checkpoint names that hold no parameters (buffers of old versions).
+        norm_offset: added to the norms' weights as they are read (Gemma stores weight - 1).
     """
 
     family: str
@@ -166,6 +173,11 @@ class Policy:
     prefix: str
     weights: Mapping[str, Source]
     ignored: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+
+
+#: Parts of a layer that are norms over the hidden size; the last two follow a branch (Gemma 2).
+LAYER_NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")
 
 
 def linear_shape(spec: DecoderSpec, part: str) -> tuple[list[int], int, bool, int]:

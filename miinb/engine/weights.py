@@ -49,8 +49,13 @@ class _Builder:
         """A norm's weight or bias, whole on every rank."""
         (module,) = self.policy.weights[part].modules
         target = self.empty(size)
-        self.fill(target, f"{module.format(i=layer)}.{kind}", Region((size,), slice(0, size)))
-        return target
+        name, region = f"{module.format(i=layer)}.{kind}", Region((size,), slice(0, size))
+        if kind == "bias" or not self.policy.norm_offset:
+            self.fill(target, name, region)
+            return target
+        exact = torch.empty(size, dtype=torch.float32)
+        self.fill(exact, name, region)
+        return target.copy_(exact + self.policy.norm_offset)
 
     def norm(self, part: str, layer: int = 0, *, size: int | None = None) -> Norm | None:
         if not self.has(part):
@@ -106,6 +111,8 @@ class _Builder:
             down=self.linear("down", i),
             attn_norm=attn_norm,
             mlp_norm=self.norm("mlp_norm", i),
+            attn_post_norm=self.norm("attn_post_norm", i),
+            mlp_post_norm=self.norm("mlp_post_norm", i),
             q_norm=self.vector("q_norm", head_size, i) if self.spec.qk_norm else None,
             k_norm=self.vector("k_norm", head_size, i) if self.spec.qk_norm else None,
         )

@@ -116,6 +116,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phi": ("PhiConfig", BASE | {"partial_rotary_factor": 0.5}),
+    "gemma": ("GemmaConfig", BASE | {"head_dim": 20, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2Config",
+        BASE | {"head_dim": 10, "sliding_window": 7, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        BASE
+        | {
+            "head_dim": 12,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "starcoder2": ("Starcoder2Config", BASE | {"sliding_window": 7}),
     "opt": ("OPTConfig", OPT),
     "opt-350m": ("OPTConfig", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
     "opt-bare": (

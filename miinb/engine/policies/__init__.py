@@ -7,6 +7,9 @@ from typing import Any
 
 from miinb.engine.policies import (
     bloom,
+    gemma,
+    gemma2,
+    gemma3_text,
     gpt2,
     gpt_neo,
     gpt_neox,
@@ -14,14 +17,19 @@ from miinb.engine.policies import (
     llama,
     mistral,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
+    starcoder2,
 )
 from miinb.engine.spec import DecoderSpec, Policy
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
 
-_FAMILIES = (gpt2, gpt_neo, gptj, gpt_neox, opt, bloom, llama, mistral, qwen2, qwen3, phi3)
+_FAMILIES = (
+    *(gpt2, gpt_neo, gptj, gpt_neox, opt, bloom),
+    *(llama, mistral, qwen2, qwen3, phi, phi3, gemma, gemma2, gemma3_text, starcoder2),
+)
 
 POLICIES: dict[str, Policy] = {module.POLICY.family: module.POLICY for module in _FAMILIES}
 
@@ -56,5 +64,7 @@ def _check_sizes(spec: DecoderSpec) -> None:
         size = getattr(spec, name)
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} is {size!r}")
+    if spec.windows and len(spec.windows) != spec.layers:
+        raise ValueError(f"{len(spec.windows)} layers have a kind of attention, there are {spec.layers}")
     if spec.heads % spec.kv_heads:
         raise ValueError(f"{spec.heads} heads do not divide by {spec.kv_heads} key/value heads")
