@@ -12,7 +12,7 @@ import torch
 
 from miinb.bench import presets
 from miinb.bench.headline import __main__ as command
-from miinb.bench.headline import arms, floors
+from miinb.bench.headline import arms, floors, profile
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
 from miinb.bench.headline.suites import ARMS, TINY, Choice, Job, Sizes, jobs, workload
@@ -170,3 +170,13 @@ def test_the_command_measures_the_engine_and_its_server(tmp_path: Path, capsys: 
     assert sorted(env["suite"] for env in runs.env.values()) == ["decode", "ragged"]
     assert set(runs.summary["arm"]) == {"optimized", "served"}
     assert all(math.isfinite(value) for value in runs.summary["tpot_p50_s"])
+
+
+def test_a_profile_names_the_operators_of_every_kind_of_step(capsys: pytest.CaptureFixture[str]) -> None:
+    profile.main(
+        ["gpt2", "--tiny", "--rows", "1", "3", "--context", "20", "--steps", "4", "--dtype", "fp32", "--device", "cpu"]
+    )
+    out = capsys.readouterr().out
+    kinds = [line.partition(":")[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert kinds[-3:] == ["decode, 1 rows of 20 tokens", "decode, 3 rows of 20 tokens", "prompts of 20 tokens"]
+    assert out.count("paged_attention") == 3
