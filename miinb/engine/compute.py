@@ -138,6 +138,8 @@ class StepCompute:
 
 def sampled_rows(plan: StepPlan) -> list[Row]:
     """The rows of a plan that get a token."""
+    if all(plan.samples):
+        return plan.rows
     return [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
 
 

@@ -153,7 +153,8 @@ class StepExecutor:
             "kv_pages_used": pool.used,
             "kv_cache_bytes": self._cache.size_bytes,
             "preemptions": self.scheduler.preemptions,
-            **({"draft_tokens": drafts.proposed, "accepted_tokens": drafts.accepted} if drafts else {}),
+            "draft_tokens": drafts.proposed,
+            "accepted_tokens": drafts.accepted,
             "steps": self._steps,
         }
 

@@ -108,10 +108,13 @@ class StepInputs:
         self._turn = 0
         self._page_tokens = page_tokens
         self._tables = np.zeros((max_batch, self._width), dtype=np.int32)  # by slot
-        self._table_lengths = [0] * max_batch
+        self._table_lengths = np.zeros(max_batch, dtype=np.int64)
         self._places = np.arange(max(max_step_tokens, places + 1))
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.sample_slots = self.last_tokens[:0]
+        self._counted = [0] * len(self._host)  # leading places of query_start and logit_rows that count up from 0
+        self._used: tuple[object, ...] = ()
+        self._latest = self._batch(_Sizes(1, 1, 1, 1, 1), 1, 0)
 
     def write(self, plan: StepPlan) -> StepBatch:
         """The step's batch; it is valid until the next call."""
@@ -121,39 +124,68 @@ class StepInputs:
             self._table_lengths[row.slot] = 0
         slots, width = self._write_tables(plan.rows)
         rows = len(plan.rows)
-        starts, counts = np.array(plan.starts), np.array(plan.counts)
-        ends = counts.cumsum()
-        tokens = int(ends[-1])
-        samples = np.array(plan.samples)
-        logits = int(samples.sum())
+        logits = plan.samples.count(True)
+        tokens = plan.tokens
         decode = tokens == rows == logits
         bucket = next_bucket(rows, self.buckets) if decode else mixed_bucket(tokens, self.mixed_buckets)
         padded_rows = (bucket if decode else self._max_places) if bucket else rows
-        row_of = self._places[:rows] if tokens == rows else np.repeat(self._places[:rows], counts)
-        positions = self._places[:tokens] + (starts - ends + counts)[row_of]
-        out["positions"][:tokens] = positions
-        pages = self._tables[slots[row_of], positions // self._page_tokens]
-        out["cache_slots"][:tokens] = pages * np.int64(self._page_tokens) + positions % self._page_tokens
-        out["query_start"][0] = 0
-        out["query_start"][1 : rows + 1] = ends
-        out["lengths"][:rows] = starts + counts
         out["row_slots"][:rows] = slots
         # Pages of a place side by side: a graph knows the distance between places, but not how many a step has.
         table = out["block_table"][: width * padded_rows].reshape(width, padded_rows)
         table[:, :rows] = self._tables[slots, :width].T
-        out["logit_rows"][:logits] = (ends - 1)[samples]
-        out["sample_slots"][:logits] = slots[samples]
-        if not logits:  # chunks alone; kernels do not like empty batches, so one row's logits are made and forgotten
-            out["logit_rows"][0] = tokens - 1
-        unknown = self._write_tokens(plan, out["token_ids"])
-        if bucket:
+        starts = np.array(plan.starts)
+        if decode:
+            self._write_decode(out, slots, starts, padded_rows)
+            unknown = self._write_singles(plan, rows, out["token_ids"])
+        else:
+            self._write_mixed(out, slots, starts, plan)
+            unknown = self._write_tokens(plan, out["token_ids"])
+        if bucket > tokens or padded_rows > rows:
             self._pad(out, rows, tokens, padded_rows, bucket, decode=decode)
         self._send(width * padded_rows)
         if unknown and not (decode and bucket):  # a graph of single tokens looks them up itself
             self.look_up(unknown)
-        self.sample_slots = self._device.fields["sample_slots"][:logits]
         sizes = _Sizes(tokens, rows, max(logits, 1), width, padded_rows)
-        return self._batch(sizes, int(counts.max()) if decode or not bucket else bucket, bucket)
+        most = 1 if decode else bucket or max(plan.counts)
+        if (sizes, most, bucket, logits) != self._used:  # else the views are those of the step before
+            self._used = (sizes, most, bucket, logits)
+            self._latest = self._batch(sizes, most, bucket)
+            self.sample_slots = self._device.fields["sample_slots"][:logits]
+        return self._latest
+
+    def _write_decode(self, out: Mapping[str, np.ndarray], slots: np.ndarray, starts: np.ndarray, padded: int) -> None:
+        """The fields of a step in which every row computes one token and gets the next."""
+        rows = len(slots)
+        out["positions"][:rows] = starts
+        pages, offsets = np.divmod(starts, self._page_tokens)
+        out["cache_slots"][:rows] = self._tables[slots, pages] * np.int64(self._page_tokens) + offsets
+        out["lengths"][:rows] = starts + 1
+        out["sample_slots"][:rows] = slots
+        if padded > self._counted[self._turn]:  # these two count up from 0: in place since the last decode step
+            self._counted[self._turn] = padded
+            out["query_start"][: padded + 1] = self._places[: padded + 1]
+            out["logit_rows"][:padded] = self._places[:padded]
+
+    def _write_mixed(
+        self, out: Mapping[str, np.ndarray], slots: np.ndarray, starts: np.ndarray, plan: StepPlan
+    ) -> None:
+        """The fields of a step with prompts."""
+        self._counted[self._turn] = 0
+        rows, counts, samples = len(slots), np.array(plan.counts), np.array(plan.samples)
+        ends = counts.cumsum()
+        tokens, logits = int(ends[-1]), plan.samples.count(True)
+        row_of = np.repeat(self._places[:rows], counts)
+        positions = self._places[:tokens] + (starts - ends + counts)[row_of]
+        out["positions"][:tokens] = positions
+        pages, offsets = np.divmod(positions, self._page_tokens)
+        out["cache_slots"][:tokens] = self._tables[slots[row_of], pages] * np.int64(self._page_tokens) + offsets
+        out["lengths"][:rows] = starts + counts
+        out["query_start"][0] = 0
+        out["query_start"][1 : rows + 1] = ends
+        out["logit_rows"][:logits] = (ends - 1)[samples]
+        out["sample_slots"][:logits] = slots[samples]
+        if not logits:  # chunks alone; kernels do not like empty batches, so one row's logits are made and forgotten
+            out["logit_rows"][0] = tokens - 1
 
     def _pad(
         self,
@@ -171,10 +203,8 @@ class StepInputs:
         for name in ("row_slots", "lengths"):
             out[name][rows:padded_rows] = 0
         out["cache_slots"][tokens:padded_tokens] = -1
-        more = slice(rows + 1, padded_rows + 1)
-        out["query_start"][more] = self._places[more] if decode else tokens
-        if decode:
-            out["logit_rows"][rows:padded_rows] = self._places[rows:padded_rows]
+        if not decode:
+            out["query_start"][rows + 1 : padded_rows + 1] = tokens
 
     def decode_batch(self, rows: int) -> StepBatch:
         """The batch that a CUDA graph of so many single tokens reads: the same memory in every step, padded and all."""
@@ -193,17 +223,25 @@ class StepInputs:
 
     def _write_tables(self, rows: Sequence[Row]) -> tuple[np.ndarray, int]:
         """Bring the rows' page tables up to date. Returns the rows' slots and the width that the step needs."""
-        slots = []
-        most = 1
-        for row in rows:
-            slot, pages = row.slot, len(row.pages)
-            slots.append(slot)
-            known = self._table_lengths[slot]
-            if pages != known:
-                self._tables[slot, known:pages] = row.pages[known:]
-                self._table_lengths[slot] = pages
-            most = max(most, pages)
-        return np.array(slots), min(-(-most // TABLE_STEP) * TABLE_STEP, self._width)
+        slots = np.array([row.slot for row in rows])
+        pages = np.array([len(row.pages) for row in rows])
+        for i in np.nonzero(pages != self._table_lengths[slots])[0].tolist():
+            row = rows[i]
+            known = self._table_lengths[row.slot]
+            self._tables[row.slot, known : len(row.pages)] = row.pages[known:]
+            self._table_lengths[row.slot] = len(row.pages)
+        return slots, min(-(-int(pages.max()) // TABLE_STEP) * TABLE_STEP, self._width)
+
+    def _write_singles(self, plan: StepPlan, count: int, out: np.ndarray) -> int:
+        """The leading `count` rows' tokens, as `_write_tokens`."""
+        ids = [
+            row.token_ids[start]
+            if start < len(row.token_ids)
+            else (row.draft[start - row.draft_start] if row.draft else -1)
+            for row, start in zip(plan.rows[:count], plan.starts, strict=False)
+        ]
+        out[:count] = ids
+        return count if -1 in ids else 0
 
     def _write_tokens(self, plan: StepPlan, out: np.ndarray) -> int:
         """Token ids that the host knows; -1 where the token is still on the device.
@@ -211,24 +249,12 @@ class StepInputs:
         Returns:
             How many leading tokens may be unknown: rows of one token come first in a plan.
         """
-        singles: list[int] = []
-        unknown = 0
-        at = 0
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
-            ids = row.token_ids
-            if count > 1:
-                at = at or len(singles)
-                out[at : at + count] = ids[start : start + count]
-                at += count
-            elif start < len(ids):
-                singles.append(ids[start])
-            elif row.draft:
-                singles.append(row.draft[start - row.draft_start])
-            else:
-                singles.append(-1)
-                unknown = len(singles)
-        out[: len(singles)] = singles
-        return unknown
+        singles = plan.counts.count(1)
+        at = singles
+        for row, start, count in zip(plan.rows[singles:], plan.starts[singles:], plan.counts[singles:], strict=True):
+            out[at : at + count] = row.token_ids[start : start + count]
+            at += count
+        return self._write_singles(plan, singles, out)
 
     def _send(self, table: int) -> None:
         """Copy what was written, with so many elements of the block table, to the device."""

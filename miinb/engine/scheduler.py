@@ -26,13 +26,14 @@ from miinb.engine.slots import SlotMemory
 from miinb.errors import DeadlineExceeded, MiinbError, NonFinite, QueueFull
 from miinb.messages import Event, FailedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
+RUNNING, ENDED = RowState.RUNNING, RowState.ENDED
+
 
 class Scheduler:
     """Admits, plans, preempts and ends rows.
 
     Args:
-        pages: pages of the KV cache.
-        page_tokens: tokens in a page.
+        pages, page_tokens: pages of the KV cache, and tokens in a page.
         max_batch: most rows at once (also the number of slots); at most `max_step_tokens` of them are used.
         max_length: longest prompt and answer together.
         vocab_size: tokens in the vocabulary.
@@ -43,9 +44,8 @@ class Scheduler:
         speculative: guess tokens, in the places that the batch has left.
 
     Attributes:
-        drafts: speculation; None: it is off.
+        drafts, preemptions: what they did since the start.
         max_places: most places in a step: of rows, and of the tokens of drafts.
-        preemptions: count since the start.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class Scheduler:
         self._memory = SlotMemory() if prefix_cache and whole else None
         self.max_batch = min(max_batch, max_step_tokens)
         self.max_places = min(max(max_batch, 1 + DRAFT_TOKENS), max_step_tokens) if speculative else self.max_batch
-        self.drafts = Drafts() if speculative else None
+        self.speculative = speculative
+        self.drafts = Drafts()
         self.max_length = min(max_length, pages * page_tokens)
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
@@ -100,7 +101,7 @@ class Scheduler:
         params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos
         row = Row(request, self._arrivals, frozenset() if params.ignore_eos else eos)
-        if self.drafts is not None:
+        if self.speculative:
             self.drafts.enable(row, params)
         self._arrivals += 1
         self._rows[row.row_id] = row
@@ -110,13 +111,12 @@ class Scheduler:
 
     def cancel(self, row_id: int, reason: FinishReason, now: float) -> None:
         """End a row before the next step; a row that has ended is left alone."""
-        row = self._rows.get(row_id)
-        if row is not None:
+        if row := self._rows.get(row_id):
             self._finish(row, reason, now)
 
     def fail(self, row: Row, error: MiinbError) -> None:
         """End a row with an error of its own."""
-        if row.state is not RowState.ENDED:
+        if row.state is not ENDED:
             self._events.append(FailedEvent(row.row_id, type(error).__name__, error.message, error.hint))
             self._end(row)
 
@@ -148,7 +148,7 @@ class Scheduler:
     @property
     def drafting(self) -> bool:
         """Whether a running row guesses tokens."""
-        return self.drafts is not None and any(row.lookup is not None for row in self._running)
+        return self.speculative and any(row.lookup is not None for row in self._running)
 
     def check(self) -> None:
         """Compare the books of pages and slots with the rows (for tests). Raises RuntimeError."""
@@ -187,15 +187,18 @@ class Scheduler:
             now: the time.
             logprobs: by place in the plan.
         """
-        for i, row in enumerate(plan.rows):
+        size = self.pool.page_tokens if self.pool.prefix_cache else 1 << 60
+        steps = zip(plan.rows, plan.starts, plan.counts, plan.samples, token_ids, finite, strict=True)
+        for i, (row, start, count, samples, token_id, is_finite) in enumerate(steps):
             row.in_flight -= 1
-            if not finite[i]:
+            if not is_finite:
                 row.poisoned = True
             # A place that went on from a wrong guess says nothing.
-            if plan.samples[i] and row.state is not RowState.ENDED and (not row.draft or self._confirm(plan, i)):
-                if finite[i]:
-                    self._register(row, plan.starts[i] + plan.counts[i])
-                    self._take(row, token_ids[i], now, (logprobs[i],) if logprobs and i in logprobs else ())
+            if samples and row.state is not ENDED and (not row.draft or self.drafts.confirm(row, start)):
+                if is_finite:
+                    if start + count >= (row.registered + 1) * size:
+                        self._register(row, start + count)
+                    self._take(row, token_id, now, (logprobs[i],) if logprobs and i in logprobs else ())
                 else:
                     self.fail(row, NonFinite("The model produced NaN or infinity for this request."))
             if row.in_flight == 0:
@@ -210,7 +213,7 @@ class Scheduler:
         from this one they fail together. The other rows are as they were before the step.
         """
         ends = dict(zip(plan.rows, plan.ends, strict=True))
-        went_on = any(row.state is RowState.RUNNING and row.computed != ends[row] for row in suspects)
+        went_on = any(row.state is RUNNING and row.computed != ends[row] for row in suspects)
         plan.undo()
         if len(ends) == 1 or went_on:
             for row in suspects:
@@ -219,7 +222,7 @@ class Scheduler:
         else:
             self._suspects = deque(sorted(suspects))
         for row in reversed(plan.admitted):  # what they reuse may not have been copied
-            if row.state is RowState.RUNNING:
+            if row.state is RUNNING:
                 self._give_back(row)
         for row in self._leaving.intersection(plan.rows):
             self._release(row)
@@ -232,21 +235,24 @@ class Scheduler:
             row = self._suspects.popleft()
             if self._waiting and row is self._waiting[0]:
                 self._admit(plan, plan, self.max_step_tokens, now, most=1)
-            elif row.state is RowState.RUNNING and not row.draft and row.length < row.limit:
+            elif row.state is RUNNING and not row.draft and row.length < row.limit:
                 count = min(row.length - row.computed, self.max_step_tokens)
                 if self._reserve(row, count):
                     plan.add(row, count)
 
     def _fill(self, plan: StepPlan, now: float) -> None:
         chunks = StepPlan()
+        size = self.pool.page_tokens
         ready = [row for row in self._running if row.length < row.limit and not row.draft]
         budget = self.max_step_tokens - len(ready)  # for prompts, after one token for each row
         short = False
         for row in ready:
-            if row.state is not RowState.RUNNING:
+            if row.state is not RUNNING:
                 continue  # preempted for an older row of this step
-            count = self._chunk(row, 1 + budget)
-            if row.computed + count > len(row.pages) * self.pool.page_tokens and not self._reserve(row, count):
+            count = row.length - row.computed
+            if count > 1:
+                count = self._chunk(row, 1 + budget)
+            if row.computed + count > len(row.pages) * size and not self._reserve(row, count):
                 short = True
                 continue
             budget -= count - 1
@@ -254,11 +260,12 @@ class Scheduler:
         if self._waiting and not short:
             budget = self._admit(plan, chunks, budget, now)
         if chunks.rows:
-            budget = chunks.widen(budget, self.pool.page_tokens)
-        if self.drafts is not None:
+            budget = chunks.widen(budget, size)
+        if self.speculative:
             places = self.max_places - len(plan.rows) - len(chunks.rows)
             self.drafts.add(plan, min(budget, places), self.pool)
-        plan.extend(chunks)
+        if chunks.rows:
+            plan.extend(chunks)
 
     def _chunk(self, row: Row, budget: int) -> int:
         """How many tokens a row computes. A long prompt takes half of what is left: there may be rows behind it."""
@@ -298,12 +305,12 @@ class Scheduler:
             row.entry, row.registered = entry, len(reused)
             row.computed = len(reused) * size
             if self._memory is not None:
-                self._place(row, plan, chunks)
+                self._place(row, plan, chunks, self._memory)
             else:
                 row.pages = reused + [self.pool.allocate() for _ in range(need)]
             growing += len(row.pages) * size < row.limit
             row.slot = self._slots.pop()
-            row.state = RowState.RUNNING
+            row.state = RUNNING
             if not row.t_start:
                 row.t_start = now
                 row.cached_tokens = row.computed
@@ -314,14 +321,12 @@ class Scheduler:
             (plan if count == 1 else chunks).add(row, count)
         return budget
 
-    def _place(self, row: Row, plan: StepPlan, chunks: StepPlan) -> None:
+    def _place(self, row: Row, plan: StepPlan, chunks: StepPlan, memory: SlotMemory) -> None:
         """Give a row the slot that has most of its tokens, or a copy of them."""
-        if self._memory is None:
-            return
         # What a row computes in this step is not there yet.
         before = {id(row): start for part in (chunks, plan) for row, start in zip(part.rows, part.starts, strict=True)}
         running = ((other.pages[0], other.token_ids, before.get(id(other), other.computed)) for other in self._running)
-        page, source, row.computed = self._memory.take(row.token_ids, row.length - 1, self.pool.blank, running)
+        page, source, row.computed = memory.take(row.token_ids, row.length - 1, self.pool.blank, running)
         row.pages = [self.pool.allocate(page)]
         if source != page:
             plan.copies.append((source, page, row.computed))
@@ -338,13 +343,11 @@ class Scheduler:
         self._waiting.appendleft(row)
         self._leave(row)
 
-    def _confirm(self, plan: StepPlan, i: int) -> bool:
-        return self.drafts is None or self.drafts.confirm(plan.rows[i], plan.starts[i])
-
     def _take(self, row: Row, token_id: int, now: float, logprobs: tuple[TokenLogprob, ...]) -> None:
         """A row's next token."""
         row.token_ids.append(token_id)
-        row.t_first = row.t_first or now
+        if not row.t_first:
+            row.t_first = now
         self._events.append(TokensEvent(row.row_id, (token_id,), logprobs))
         if token_id in row.eos:
             self._finish(row, "stop", now)
@@ -354,8 +357,6 @@ class Scheduler:
     def _register(self, row: Row, written: int) -> None:
         """Tell the prefix cache of the row's pages that are full, written and proven finite."""
         size = self.pool.page_tokens
-        if not self.pool.prefix_cache or written < (row.registered + 1) * size:
-            return
         for i in range(row.registered, written // size):
             row.entry = self.pool.register(row.entry, row.token_ids[i * size : (i + 1) * size], row.pages[i])
             row.registered = i + 1
@@ -366,13 +367,13 @@ class Scheduler:
 
     def _end(self, row: Row) -> None:
         del self._rows[row.row_id]
-        if row.state is RowState.RUNNING:
+        if row.state is RUNNING:
             self._running.remove(row)
-            row.state = RowState.ENDED
+            row.state = ENDED
             self._leave(row)
         else:
             self._waiting.remove(row)
-            row.state = RowState.ENDED
+            row.state = ENDED
 
     def _leave(self, row: Row) -> None:
         """The row needs its memory no more."""
