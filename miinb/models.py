@@ -19,7 +19,7 @@ from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetenso
 from miinb.config import LoadFormat
 from miinb.engine.parameters import Parameters, count_parameters
 from miinb.engine.policies import POLICIES, decoder_spec
-from miinb.engine.spec import DecoderSpec
+from miinb.engine.spec import NO_LIMIT, DecoderSpec
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel, did_you_mean
 from miinb.tasks import TASKS, find_task, tasks_of
 
@@ -195,6 +195,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     architecture = (config.get("architectures") or [""])[0]
     tasks = tasks_of(architecture) if architecture else ()
     spec, unfused = _decoder(config, tasks, source)
+    longest = spec.max_length if spec else facts["context_length"]
     counted = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
     return ModelInfo(
         source=source,
@@ -207,7 +208,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         tensors={entry.name: entry for entry in entries},
         parameters=counted or sum(entry.elements for entry in entries) or estimate_parameters(config),
         dtype=_main_dtype(config, entries),
-        context_length=facts["context_length"],
+        context_length=0 if longest == NO_LIMIT else longest,
         vocab_size=facts["vocab_size"],
         layers=facts["layers"],
         hidden_size=facts["hidden_size"],

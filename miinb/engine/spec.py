@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from miinb.errors import UnsupportedModel
 
-#: `DecoderSpec.max_length` of a family whose positions have no end (ALiBi).
-NO_LIMIT = 1 << 20
+#: `DecoderSpec.max_length` of a family whose positions have no end (ALiBi); above what any other has.
+NO_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)

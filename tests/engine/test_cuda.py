@@ -91,7 +91,7 @@ def test_sampled_rows_are_alike_alone_and_in_a_batch(tiny: Tiny) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gptj", "bloom", "opt-350m", "gemma2"])
 def test_bf16_error_is_near_the_baselines(tiny: Tiny, name: str) -> None:
     model, folder = tiny(name)
     prompt = PROMPTS[3]

@@ -5,6 +5,7 @@ A row of `conftest.CONFIGS` is a tiny random model; the truth is transformers' o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from miinb import models
 from miinb.config import EngineOptions, GenerationParams
@@ -23,6 +26,7 @@ from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
 from miinb.engine.executor import StepExecutor
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
+from miinb.engine.positions import rotary_tables
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels.cpu import CpuKernels
@@ -230,6 +234,20 @@ def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int) -> None:
         assert got.argmax(-1).tolist() == wanted
 
 
+@pytest.mark.parametrize(("name", "prefix"), [("bloom", "transformer."), ("opt", "model."), ("gpt_neox", "gpt_neox.")])
+def test_names_of_old_checkpoints_are_read(tiny: Tiny, tmp_path: Path, name: str, prefix: str) -> None:
+    """Those of the base model alone lack its prefix, and buffers stood among the weights."""
+    folder = tiny(name)[1]
+    tensors = load_file(folder / "model.safetensors")
+    old = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if name == "gpt_neox":
+        old["layers.0.attention.bias"] = torch.ones(1, 1, 8, 8)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file(old, tmp_path / "model.safetensors")
+    wanted, got = (all_logits(*load(where, "reference"), PROMPTS[0]) for where in (folder, tmp_path))
+    assert torch.equal(got, wanted)
+
+
 REFUSED = [
     ("llama", {"hidden_act": "relu2"}, "Activation 'relu2'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores scaled by layer"),
@@ -246,3 +264,49 @@ def test_what_the_spec_cannot_say_is_refused(tiny: Tiny, name: str, changes: dic
     info = models.inspect(tiny(name)[1])
     with pytest.raises(UnsupportedModel, match=why):
         POLICIES[info.family].spec({**info.config, **changes})
+
+
+L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+#: config.json as published checkpoints have it: the words of their time, and what they leave to defaults.
+PUBLISHED: list[dict[str, Any]] = [
+    {"model_type": "gpt2", "vocab_size": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
+    {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "n_layer": 28, "rotary": True, "vocab_size": 50400},
+    {"model_type": "gpt_neox", **SMALL, "rotary_emb_base": 1000, "rotary_pct": 0.5},
+    {"model_type": "gpt_neox", **SMALL, "rope_scaling": {"type": "linear", "factor": 2.0}, "rotary_pct": 0.5},
+    {"model_type": "gpt_neo", "hidden_size": 64, "num_heads": 4, "num_layers": 24, "vocab_size": 99}
+    | {"attention_types": [[["global", "local"], 12]], "max_position_embeddings": 2048},
+    {"model_type": "bloom", "n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 99},
+    {"model_type": "opt", **SMALL, "ffn_dim": 96, "max_position_embeddings": 2048, "word_embed_proj_dim": 32},
+    {"model_type": "llama", **SMALL, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **L3}},
+    {"model_type": "llama", **SMALL, "num_key_value_heads": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"model_type": "mistral", **SMALL, "num_key_value_heads": 2, "sliding_window": None, "rope_theta": 1e6},
+    {"model_type": "qwen2", **SMALL, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    | {"num_key_value_heads": 2, "max_position_embeddings": 32768}
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}},
+    {"model_type": "qwen3", **SMALL, "num_key_value_heads": 2, "use_sliding_window": False, "sliding_window": None},
+    {"model_type": "phi", **SMALL, "partial_rotary_factor": 0.25, "num_key_value_heads": None},
+    {"model_type": "phi3", **SMALL, "max_position_embeddings": 4096, "sliding_window": 2047, "rope_scaling": None},
+    {"model_type": "gemma", **SMALL, "hidden_act": "gelu", "num_key_value_heads": 4},
+    {"model_type": "gemma2", **SMALL, "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4},
+    {"model_type": "gemma3_text", **SMALL, "rope_theta": 1e6, "rope_local_base_freq": 5e3, "num_key_value_heads": 4}
+    | {"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 512},
+    {"model_type": "starcoder2", **SMALL, "num_key_value_heads": 2, "sliding_window": 4096, "rope_theta": 1e5},
+]
+
+
+@pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config["model_type"])
+def test_published_configurations_are_read_as_transformers_reads_them(config: dict[str, Any]) -> None:
+    """The spec of a raw config.json is that of transformers' own reading, in which every default stands."""
+    whole = AutoConfig.for_model(**config).to_dict()
+    raw, read = (POLICIES[config["model_type"]].spec(values) for values in (config, whole))
+    for spec in (raw, read):
+        for rotary in filter(None, (spec.rotary, spec.windowed_rotary)):
+            assert torch.isfinite(torch.stack(rotary_tables(rotary, 4, CPU))).all()
+    same = {"rotary": None, "windowed_rotary": None}
+    assert dataclasses.replace(raw, **same) == dataclasses.replace(read, **same)
+    for ours, theirs in ((raw.rotary, read.rotary), (raw.windowed_rotary, read.windowed_rotary)):
+        assert (ours is None) == (theirs is None)
+        if ours and theirs:
+            for a, b in zip(rotary_tables(ours, 40, CPU), rotary_tables(theirs, 40, CPU), strict=True):
+                assert torch.equal(a, b)

@@ -16,6 +16,7 @@ def spec(config: Mapping[str, Any], **changes: Any) -> DecoderSpec:
         raise UnsupportedModel("Gemma with attention to later tokens has no fused form.")
     name = config.get("hidden_activation") or config.get("hidden_act") or "gelu"
     values: dict[str, Any] = {
+        "max_length": 8192,
         "head_size": 256,
         "activation": activation_of("gelu_pytorch_tanh" if name == "gelu" else name),  # an early slip in its files
         "embed_scale": config["hidden_size"] ** 0.5,

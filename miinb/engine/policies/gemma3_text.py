@@ -22,6 +22,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     plain = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
     return gemma.spec(
         plain,
+        max_length=1 << 17,
         scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         rotary=rotary_of(plain | {"rope_parameters": wide}, head_size),
         windowed_rotary=rotary_of(plain | {"rope_parameters": near}, head_size),

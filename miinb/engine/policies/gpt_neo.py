@@ -21,6 +21,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The decoder of a GPT-Neo configuration."""
     hidden = config["hidden_size"]
     heads = config.get("num_heads") or config["num_attention_heads"]
+    length = config.get("max_position_embeddings", 2048)
     return DecoderSpec(
         vocab_size=config["vocab_size"],
         layers=config.get("num_layers") or config["num_hidden_layers"],
@@ -29,12 +30,12 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         kv_heads=heads,
         head_size=hidden // heads,
         inner_size=config.get("intermediate_size") or 4 * hidden,
-        max_length=config["max_position_embeddings"],
+        max_length=length,
         norm="layer",
         eps=config.get("layer_norm_epsilon", 1e-5),
         activation=activation_of(config.get("activation_function", "gelu_new")),
         scale=1.0,
-        positions=config["max_position_embeddings"],
+        positions=length,
         windows=windows(config),
         out_bias=True,
         mlp_bias=True,

@@ -9,9 +9,19 @@ from miinb.engine.spec import DecoderSpec, Policy, activation_of, column, rotary
 
 
 def spec(
-    config: Mapping[str, Any], *, head_size: int | None = None, part: float | None = None, **changes: Any
+    config: Mapping[str, Any],
+    *,
+    max_length: int = 2048,
+    head_size: int | None = None,
+    part: float | None = None,
+    **changes: Any,
 ) -> DecoderSpec:
-    """The decoder of a LLaMA configuration; its relatives give their `changes` to it, `part` as in `rotary_of`."""
+    """The decoder of a LLaMA configuration.
+
+    Its relatives give their `changes` to it, and what holds where config.json is silent: `max_length`, `head_size`
+    (None: the hidden size over the heads), and `part` as in `rotary_of`.
+    """
+    config = {"max_position_embeddings": max_length, **config}
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or head_size or config["hidden_size"] // heads
     bias = bool(config.get("attention_bias", False))
@@ -23,7 +33,7 @@ def spec(
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_size": head_size,
         "inner_size": config["intermediate_size"],
-        "max_length": config.get("max_position_embeddings", 2048),
+        "max_length": config["max_position_embeddings"],
         "norm": "rms",
         "eps": config.get("rms_norm_eps", 1e-6),
         "activation": activation_of(config.get("hidden_act", "silu")),

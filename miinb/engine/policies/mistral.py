@@ -12,7 +12,8 @@ from miinb.engine.spec import DecoderSpec, Policy
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The decoder of a Mistral configuration; one that names no window has that of the first model."""
     window = config.get("sliding_window", 4096)
-    return llama.spec(config, windows=(window,) * config["num_hidden_layers"], qkv_bias=False, out_bias=False)
+    windows = (window,) * config["num_hidden_layers"]
+    return llama.spec(config, max_length=1 << 17, windows=windows, qkv_bias=False, out_bias=False)
 
 
 POLICY = Policy("mistral", spec, "model.", llama.WEIGHTS, ignored=llama.POLICY.ignored)

@@ -16,6 +16,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     embed = config.get("word_embed_proj_dim") or hidden
     norm_first, bias = bool(config.get("do_layer_norm_before", True)), bool(config.get("enable_bias", True))
+    length = config.get("max_position_embeddings", 2048)
     return DecoderSpec(
         vocab_size=config["vocab_size"],
         layers=config["num_hidden_layers"],
@@ -24,12 +25,12 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         kv_heads=heads,
         head_size=hidden // heads,
         inner_size=config["ffn_dim"],
-        max_length=config["max_position_embeddings"],
+        max_length=length,
         norm="layer",
         eps=1e-5,
         activation=activation_of(config.get("activation_function", "relu")),
         scale=(hidden // heads) ** -0.5,
-        positions=config["max_position_embeddings"] + 2,
+        positions=length + 2,
         position_offset=2,
         block="serial" if norm_first else "post",
         qkv_bias=bias,

@@ -18,6 +18,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return llama.spec(
         config,
         eps=config.get("rms_norm_eps", 1e-5),
+        max_length=4096,
         part=config.get("partial_rotary_factor", 1.0),
         windows=(config.get("sliding_window"),) * config["num_hidden_layers"],
         qkv_bias=False,

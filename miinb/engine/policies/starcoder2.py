@@ -14,6 +14,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     bias = bool(config.get("use_bias", True))
     return llama.spec(
         config,
+        max_length=4096,
         norm="layer",
         eps=config.get("norm_epsilon", 1e-5),
         activation=activation_of(config.get("hidden_act", "gelu_pytorch_tanh")),
