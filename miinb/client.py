@@ -33,6 +33,7 @@ MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
 MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
 MAX_INPUTS = 1024  # of one predict call
+SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -40,8 +41,9 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the server is on this machine
     ("grpc.enable_retries", 0),  # `Stream` retries, and only before the first token
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 15_000),  # a frontend that hangs or is stopped is noticed during a call
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 15_000),  # a frontend that hangs or is stopped is noticed during a call:
+    ("grpc.keepalive_timeout_ms", SILENCE_MS),
+    ("grpc.http2.ping_timeout_ms", SILENCE_MS),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )

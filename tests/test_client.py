@@ -151,6 +151,26 @@ def test_no_server_is_unavailable_in_time(tmp_path: Path) -> None:
     client.close()
 
 
+def test_a_frontend_that_hangs_is_unavailable_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**dict(client_module.CHANNEL_OPTIONS), "grpc.http2.ping_timeout_ms": 1000}
+    monkeypatch.setattr(client_module, "CHANNEL_OPTIONS", tuple(options.items()))
+    frontend = make(tmp_path)
+    try:
+        frontend.rank()
+        with frontend.client() as client:
+            stream = client.stream("SLOW abc", max_new_tokens=4000)
+            next(stream)
+            frontend.process.send_signal(signal.SIGSTOP)
+            with pytest.raises(errors.Unavailable, match="does not answer"):
+                _ = stream.result
+            with pytest.raises(errors.DeadlineExceeded):
+                client.generate("abc", timeout_s=0.5)
+            frontend.process.send_signal(signal.SIGCONT)
+            wait_for(client.health, "its answer")
+    finally:
+        frontend.close()
+
+
 def test_it_works_inside_a_running_event_loop(client: Client) -> None:
     async def cell() -> Result:
         return client.generate("abc", max_new_tokens=3)

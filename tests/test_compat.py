@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+import miinb
 import miinb as mii
 from miinb import compat
 from miinb.demo import tiny_model
 from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, TargetError, UnknownOption
+from miinb.results import ConversationReply
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,60 @@ def test_a_conversation_remembers(deployed: str) -> None:
     handle.destroy_session("one")
     with pytest.raises(InvalidRequest, match="does not exist"):
         handle.query({"query": "x"}, session_id="one")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A conversational deployment of a model without a chat template."""
+    folder = shutil.copytree(tiny_model(), tmp_path_factory.mktemp("plain") / "model")
+    (folder / "chat_template.jinja").unlink()
+    kind = mii.constants.DeploymentType.NON_PERSISTENT
+    mii.deploy("conversational", str(folder), "talker", kind, mii_config={"dtype": "fp32", "max_tokens": 256})
+    yield "talker"
+    mii.terminate("talker")
+
+
+def test_a_conversation_in_miis_way(talker: str) -> None:
+    handle = mii.mii_query_handle(talker)
+    said: dict[str, Any] = {"text": "Hi", "conversation_id": 3, "past_user_inputs": [], "generated_responses": []}
+    first = handle.query(said, max_new_tokens=8)
+    assert isinstance(first, ConversationReply)
+    assert (first.conversation_id, first.past_user_inputs, len(first.generated_responses)) == ("3", ["Hi"], 1)
+    assert first.time_taken >= first.model_time_taken > 0
+    again = handle.query({"text": "Hi"}, max_new_tokens=8)
+    assert isinstance(again, ConversationReply)
+    assert again.generated_responses == first.generated_responses
+    past = {"past_user_inputs": first.past_user_inputs, "generated_responses": first.generated_responses}
+    second = handle.query({"text": "And then?", **past}, max_new_tokens=8)
+    assert isinstance(second, ConversationReply)
+    assert second.past_user_inputs == ["Hi", "And then?"]
+
+
+def test_a_session_says_what_the_whole_history_says(talker: str) -> None:
+    """Two handles take turns in one session, until it outgrows the context; the answers are those of plain chats."""
+    one, two = mii.mii_query_handle(talker), miinb.session.Session._of(miinb.attach(talker)._deployment)
+    one.create_session("shared")
+    messages: list[dict[str, str]] = []
+    dropped = 0
+    for number in range(12):
+        text = f"Tell me more about number {number}, please."
+        handle = one if number % 2 else two
+        reply = handle.query({"text": text}, session_id="shared", max_new_tokens=16)
+        assert isinstance(reply, ConversationReply)
+        messages = [*messages[dropped:], {"role": "user", "content": text}]
+        plain = two.chat(messages, max_new_tokens=16)
+        dropped = plain.dropped_messages
+        assert reply.dropped_messages == dropped
+        assert reply.generated_responses[-1] == plain.text
+        messages.append({"role": "assistant", "content": plain.text})
+    assert 2 < len(messages) < 24
+    assert reply.past_user_inputs == [m["content"] for m in messages[dropped:] if m["role"] == "user"]
+    one.destroy_session("shared")
+
+
+def test_the_plan_tells_the_plain_template(talker: str) -> None:
+    lines = {line.what: line.choice for line in miinb.attach(talker).plan().lines}
+    assert lines["chat template"] == "plain"
 
 
 def test_it_is_persistent_and_fp16_follows_the_device(deployed: str) -> None:

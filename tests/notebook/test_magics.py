@@ -233,7 +233,7 @@ def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn
 
 def test_a_chat_forgets_what_no_longer_fits(shell: Shell, deployments: dict[str, StandIn]) -> None:
     tiny = deployments["tiny"]
-    with capture_output() as shown:
+    with capture_output():
         shell.run("%mii chat One --system Brief -q")
         shell.run("%mii chat Two -q")
         tiny.dropped_messages = 2
@@ -244,7 +244,6 @@ def test_a_chat_forgets_what_no_longer_fits(shell: Shell, deployments: dict[str,
     answer = "Once upon a time"
     assert talks[2] == ["Brief", "One", answer, "Two", answer, "Three"]
     assert talks[3] == ["Brief", "Two", answer, "Three", answer, "Four"]
-    assert shown.stdout == ""
 
 
 def test_a_turn_that_fails_is_not_remembered(shell: Shell, deployments: dict[str, StandIn]) -> None:
