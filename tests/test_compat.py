@@ -150,6 +150,7 @@ def test_a_session_says_what_the_whole_history_says(talker: str) -> None:
         messages = [*messages[dropped:], {"role": "user", "content": text}]
         plain = two.chat(messages, max_new_tokens=16)
         dropped = plain.dropped_messages
+        assert plain.usage.cached_tokens > plain.usage.prompt_tokens // 2, "the session's turn left its prompt"
         assert reply.dropped_messages == dropped
         assert reply.generated_responses[-1] == plain.text
         messages.append({"role": "assistant", "content": plain.text})

@@ -211,6 +211,8 @@ def timing_line(result: Result) -> str:
     if timing.e2e_s:
         parts.append(f"{duration(timing.e2e_s)} in all")
     parts.append(finish_words(result.finish_reasons))
+    if cached := result.usage.cached_tokens:
+        parts.append(f"{cached} of {result.usage.prompt_tokens} prompt tokens from the cache")
     if dropped := result.dropped_messages:
         parts.append(f"{dropped} oldest message{'s' * (dropped != 1)} left out to fit the context")
     return " · ".join(part for part in parts if part)
