@@ -33,7 +33,7 @@ _KEYS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "kv_heads": ("num_key_value_heads",),
-    "context_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"),
+    "context_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_seq_len"),
     "vocab_size": ("vocab_size",),
 }
 

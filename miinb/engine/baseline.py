@@ -22,7 +22,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine.beam_search import search
 from miinb.engine.executor import Emit, Executor, Poll, request_error
 from miinb.engine.finite import check_finite
-from miinb.engine.generation import BaselineRow, generate, measure_caches
+from miinb.engine.generation import DYNAMIC, BaselineRow, generate, measure_caches
 from miinb.engine.pipelines import PredictExecutor
 from miinb.engine.rows import check_request
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
@@ -116,14 +116,20 @@ def load_baseline(
     )
     if not TASKS[info.task].streams:
         return PredictExecutor(loaded, model, config, dataclasses.replace(info, plan=plan))
-    cache = "dynamic cache"
-    if config.options.compile:
+    cache = batch_cache = DYNAMIC
+    # In place of the optimized engine transformers gets its fastest cache on a GPU; on a CPU compiling takes too long.
+    stands_in = config.engine == "optimized" and info.device == "cuda"
+    if config.options.compile or stands_in:
         report(Phase("capture", text="comparing transformers' caches"))
         times = measure_caches(loaded, info.vocab_size)
         cache = min(times, key=lambda name: times[name].seconds)
         told = ", ".join(f"{name} {time.text}" for name, time in times.items())
-        plan = plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1")
-    return BatchExecutor(loaded, dataclasses.replace(info, plan=plan), max_queue=config.options.max_queue, cache=cache)
+        # Compiled again for every number of rows, a served batch would wait for minutes.
+        batch_cache = DYNAMIC if stands_in else cache
+        more = f"; {batch_cache} for several rows" if batch_cache != cache else ""
+        plan = plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1{more}")
+    info, queue = dataclasses.replace(info, plan=plan), config.options.max_queue
+    return BatchExecutor(loaded, info, max_queue=queue, cache=cache, batch_cache=batch_cache)
 
 
 class BatchExecutor:
@@ -133,15 +139,25 @@ class BatchExecutor:
         model: a transformers model for text generation.
         info: what the frontend is told; `max_batch`, `max_length` and `eos_token_ids` count here.
         max_queue: most rows that wait.
-        cache: which of `generation.CACHES`.
+        cache: which of `generation.CACHES` for a row alone.
+        batch_cache: the same for batches of several; None: `cache`.
     """
 
-    def __init__(self, model: Any, info: EngineInfo, *, max_queue: int, cache: str = "dynamic cache") -> None:
+    def __init__(
+        self,
+        model: Any,
+        info: EngineInfo,
+        *,
+        max_queue: int,
+        cache: str = DYNAMIC,
+        batch_cache: str | None = None,
+    ) -> None:
         self.info = info
         self.model = model
         # Requests say everything; nothing comes unasked from the checkpoint's generation_config.json.
         self.model.generation_config = transformers.GenerationConfig()
         self.cache = cache
+        self.batch_cache = batch_cache or cache
         self._max_queue = max_queue
         self._waiting: deque[BaselineRow] = deque()
         self._running: list[BaselineRow] = []
@@ -202,7 +218,8 @@ class BatchExecutor:
                 if self._running[0].params.num_beams > 1:
                     search(self.model, self._running, self, between)
                 else:
-                    generate(self.model, self._running, self, between, self.cache)
+                    cache = self.cache if len(self._running) == 1 else self.batch_cache
+                    generate(self.model, self._running, self, between, cache)
             except (RuntimeError, ValueError, IndexError, MemoryError) as error:
                 log.exception("a batch of %d rows raised", len(self._running))
                 for row in self._running:

@@ -19,9 +19,11 @@ from miinb.messages import SequenceRequest, TokenLogprob
 #: Parameters that may differ between the rows of one batch.
 PER_ROW = {"seed", "stop", "num_return_sequences", "return_full_text", "max_new_tokens", "logprobs"}
 
+#: What transformers does unless told otherwise: a cache that grows with each token.
+DYNAMIC = "dynamic cache"
 #: The KV caches that the arm "baseline-best" chooses from, as arguments of transformers' GenerationConfig.
 CACHES: dict[str, dict[str, Any]] = {
-    "dynamic cache": {},
+    DYNAMIC: {},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
     "static cache, compiled": {"cache_implementation": "static"},
 }

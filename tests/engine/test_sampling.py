@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from miinb.config import GenerationParams
+from miinb.engine import sampling
 from miinb.engine.rows import Row
 from miinb.engine.sampling import Landing, Needs, Sampler, read_logprobs
+from miinb.kernels import reference, sample_cpu
 from miinb.messages import SequenceRequest
 
 transformers = pytest.importorskip("transformers")
@@ -97,9 +99,103 @@ def test_draws_have_the_distribution_of_transformers(params):
     rows = [row(i, [1, 2, 3], [4], do_sample=True, **params | {"seed": i}) for i in range(draws)]
     chosen = choose(rows, logits.expand(draws, -1), sampler).token_ids
     probabilities = reference_scores(rows[0], logits).softmax(-1)
+    assert chi_square(chosen, probabilities) > 1e-3
+
+
+def chi_square(chosen: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """The p-value of drawn tokens under their probabilities; rare tokens count as one, impossible ones fail."""
     assert probabilities[chosen].min() > 0  # only tokens that transformers keeps
-    seen = torch.bincount(chosen, minlength=VOCAB) / draws
-    assert float((seen - probabilities).abs().sum()) / 2 < 0.2  # total variation distance
+    seen = torch.bincount(chosen, minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(chosen)
+    rare = expected < 5
+    seen = torch.cat((seen[~rare], seen[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    if len(seen) == 1:
+        return 1.0
+    half = torch.tensor([(len(seen) - 1) / 2]).double()
+    return float(torch.special.gammaincc(half, torch.tensor([statistic / 2]).double()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_parameters_leave_the_scores_of_transformers(seed, monkeypatch):
+    """Of 1500 draws, only tokens that transformers' processors keep come, as often as they say."""
+    monkeypatch.setattr(sampling, "sample", reference.sample)  # all rows at once
+    random = torch.Generator().manual_seed(seed)
+
+    def number(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand(1, generator=random))
+
+    def some(count: int) -> list[int]:
+        return torch.randint(0, VOCAB, (count,), generator=random).tolist()
+
+    params = {
+        "temperature": number(0.4, 2.0),
+        "top_k": int(number(0, 40)),
+        "top_p": number(0.3, 1.0),
+        "min_p": number(0.0, 0.1),
+        "repetition_penalty": number(0.6, 1.8),
+        "logit_bias": {token: number(-4, 4) for token in some(5)},
+        "min_new_tokens": int(number(0, 6)),
+    }
+    prompt, new = some(6), some(2)
+    logits = torch.randn(VOCAB, generator=random) * 2
+    draws = 1500
+    sampler = Sampler(draws, VOCAB, torch.device("cpu"))
+    rows = [row(i, prompt, new, do_sample=True, **params | {"seed": 10_000 * seed + i}) for i in range(draws)]
+    wanted = reference_scores(rows[0], logits)
+    chosen = choose(rows, logits.expand(draws, -1), sampler).token_ids
+    assert chi_square(chosen, wanted.softmax(-1)) > 1e-3
+    greedy_row = row(0, prompt, new, **{key: params[key] for key in ("repetition_penalty", "logit_bias")})
+    wanted = reference_scores(greedy_row, logits)
+    assert choose([greedy_row], logits[None]).token_ids.tolist() == [int(wanted.argmax())]
+
+
+@pytest.mark.parametrize("presence", [-1.0, 0.0, 1.5])
+@pytest.mark.parametrize("frequency", [-0.5, 0.0, 0.7])
+def test_presence_and_frequency_are_subtracted_as_defined(presence, frequency):
+    """logit - frequency * count - presence * (count > 0), counts of the new tokens (OpenAI's definition)."""
+    torch.manual_seed(5)
+    logits = torch.randn(1, VOCAB)
+    new = [3, 3, 3, 9, 11, 11]
+    one = row(0, [9, 20], new, presence_penalty=presence, frequency_penalty=frequency)
+    wanted = logits[0].clone()
+    for token in set(new):
+        wanted[token] -= frequency * new.count(token) + presence
+    sampler = Sampler(2, VOCAB, torch.device("cpu"))
+    sampler.admit(one)
+    scores = logits.clone()
+    sampler._penalize(scores, torch.tensor([0]))
+    torch.testing.assert_close(scores[0], wanted)
+
+
+CASES = {
+    "plain": {},
+    "temperature": {"temperature": 1.7},
+    "top-k": {"top_k": 6},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.1},
+    "all": {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("draw", [reference.sample, sample_cpu.sample], ids=["reference", "cpu"])
+def test_operators_draw_by_the_distribution(draw, case):
+    draws = 4000 if draw is reference.sample else 300  # row by row
+    vocab, params = 23, CASES[case]
+    torch.manual_seed(11)
+    logits = torch.randn(vocab) * 1.5
+    seeds, places = torch.arange(draws) % 40, torch.arange(draws) // 40  # both make the noise
+    columns = [
+        torch.full((draws,), params.get(name, default))
+        for name, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
+    ]
+    chosen, finite = draw(logits.expand(draws, -1).contiguous(), seeds, places, *columns)
+    assert bool(finite.all())
+    one = row(0, [1], [], do_sample=True, **params)
+    assert chi_square(chosen, reference_scores(one, logits).softmax(-1)) > 1e-3
 
 
 def test_a_draw_depends_on_seed_and_position_only():

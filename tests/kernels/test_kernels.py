@@ -254,3 +254,23 @@ def test_sample() -> None:
     expected, expected_finite = reference.sample(*(t.cpu() for t in arguments))
     assert finite.tolist() == expected_finite.tolist() == [True] * 11 + [False]
     assert ids[:11].tolist() == expected[:11].tolist()
+
+
+def test_draws_follow_the_probabilities() -> None:
+    rows, vocab = (20_000, 23) if GPU else (200, 7)
+    logits = rand(vocab, scale=1.5)
+    columns = [torch.full((rows,), value, device=DEVICE) for value in (0.8, 5, 0.95, 0.01)]  # top-k 5 of them
+    columns[1] = columns[1].int()
+    seed = torch.arange(rows, device=DEVICE)
+    ids, _ = sample(logits.expand(rows, -1).contiguous(), seed, seed * 0 + 3, *columns)
+    scores = logits.float().cpu() / 0.8
+    ordered = scores.sort(descending=True).values
+    mass = ordered[:5].softmax(0).cumsum(0)
+    floor = ordered[int((mass < 0.95).sum())]
+    expected = scores.masked_fill(scores < floor, -math.inf).softmax(0).double() * rows
+    seen = torch.bincount(ids.cpu(), minlength=vocab).double()
+    kept = expected > 0
+    assert seen[~kept].sum() == 0
+    statistic = ((seen - expected)[kept] ** 2 / expected[kept]).sum()
+    half = torch.tensor((float(kept.sum()) - 1) / 2).double()
+    assert torch.special.gammaincc(half, statistic / 2) > 1e-3
