@@ -1,9 +1,12 @@
-"""DeepSpeed-MII's figures of 2022, to draw beside what is measured today.
+"""Figures that were not measured in the run that they are drawn beside: DeepSpeed-MII's of 2022, and vLLM's.
 
-Read off the charts of MII's README (v0.0.4): fp16, batch 1, milliseconds, for text generation per generated token.
-"public" and "azure" are its two variants. Read by pixel: error about 0.05 ms (0.3 ms for the models on several GPUs);
-the Stable Diffusion row is a printed label. Most of its figures do not state their GPU; tokens a second are of an
-A100-80GB, and its dollars imply about $280 a GPU-hour, so only their ratios mean something.
+MII's are read off the charts of its README (v0.0.4): fp16, batch 1, milliseconds, for text generation per generated
+token. "public" and "azure" are its two variants. Read by pixel: error about 0.05 ms (0.3 ms for the models on several
+GPUs); the Stable Diffusion row is a printed label. Most of its figures do not state their GPU; tokens a second are of
+an A100-80GB, and its dollars imply about $280 a GPU-hour, so only their ratios mean something.
+
+vLLM's (0.24.0) were measured apart on one H100 80GB: offline `LLM`, random weights, fp16, CUDA graphs and compilation
+at their defaults, prefix caching off; the workloads are those of the headline's suites.
 """
 
 from __future__ import annotations
@@ -36,6 +39,19 @@ def latency() -> pd.DataFrame:
 def throughput() -> pd.DataFrame:
     """One row per model: `<arm>_tok_s_per_gpu` and the printed dollars per million tokens."""
     return _read("mii_2022_throughput.csv").copy()
+
+
+#: The arm of `vllm`'s figures, and what a caption says of them.
+VLLM = "vLLM 0.24 (another run)"
+VLLM_NOTE = f"{VLLM}: measured apart on one H100 80GB, random weights, fp16, its defaults; not in this run."
+
+
+def vllm(suite: str, model: str) -> float:
+    """vLLM's milliseconds a token (suite "decode") or output tokens a second ("throughput", "ragged"); NaN: none."""
+    table = _read("vllm_0.24_h100.csv")
+    rows = table[(table["suite"] == suite) & (table["model"] == model)]
+    column = "ms_per_token" if suite == "decode" else "output_tok_s"
+    return NAN if rows.empty else float(rows[column].iloc[0])
 
 
 def beside(frame: object, model: str | None = None) -> pd.DataFrame:

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from miinb.bench import presets
+from miinb.bench import charts, presets
 from miinb.bench.headline import __main__ as command
-from miinb.bench.headline import arms, floors, profile
+from miinb.bench.headline import arms, figures, floors, profile
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
 from miinb.bench.headline.suites import ARMS, TINY, Choice, Job, Sizes, jobs, workload
 from miinb.bench.headline.table import table
 from miinb.bench.headline.trace import Measured
-from miinb.bench.records import load_runs
-from miinb.errors import MiinbError
+from miinb.bench.records import Record, load_runs
+from miinb.errors import InvalidValue, MiinbError
 from miinb.models import inspect
 
 RATES = floors.Rates(1e9, 1e12)
@@ -151,6 +151,45 @@ def test_a_failed_arm_is_a_row_and_a_note_and_the_others_stay(tmp_path: Path, fo
     text = table(saved)
     assert "failed" in text
     assert "note: llama-8b: baseline-best left out: no time" in text
+
+
+def synthetic(tmp_path: Path, suite: str, gpu: str) -> Book:
+    """A book of invented figures, one model, three arms of which one failed."""
+    book = Book({"rates": {}, "host": {"gpus": [{"name": gpu}], "driver": "1"}}, tmp_path)
+    wanted = workload(suite, Sizes())
+    for arm, seconds in (("optimized", 0.005), ("baseline", 0.03), ("baseline-best", 0.0)):
+        rows = [
+            dataclasses.asdict(Record("", -1, arm, model="llama-8b", dtype="bf16", tpot_s=seconds, e2e_s=1, t_rel_s=0))
+        ]
+        facts = {"floor_s": 0.004, "floor_tok_s": 400.0, "output_tok_s": 1 / seconds if seconds else 0}
+        found = Measured(suite, rows, facts) if seconds else Measured(suite, error="No compiler.")
+        book.add(Job("llama-8b", "", ARMS[arm], "cuda", "bf16", (wanted,)), found, wanted.about())
+    return book
+
+
+@pytest.mark.parametrize("suite", ["decode", "throughput", "ragged", "cpu"])
+def test_a_chart_has_ratio_share_of_the_floor_and_what_failed(suite: str, tmp_path: Path) -> None:
+    figure = figures.draw(synthetic(tmp_path, suite, "NVIDIA H100 80GB HBM3").runs())[suite]
+    text = charts.alt_text(figure)
+    share = "50%" if suite in ("throughput", "ragged") else "80%"
+    assert f"6.0x  ·  {share} of floor" in text
+    words = " ".join(part.get_text() for ax in figure.axes for part in ax.texts)
+    assert "baseline-best: No compiler." in words
+    assert ("not in this run" in words) == (suite != "cpu")
+    figure.canvas.draw()
+    for part in (part for ax in figure.axes for part in [*ax.texts, ax.title]):
+        box = part.get_window_extent()
+        assert box.x0 >= 0, part.get_text()
+        assert box.x1 <= figure.bbox.x1 + 1, part.get_text()
+        assert box.y0 >= 0, part.get_text()
+
+
+def test_published_figures_stand_beside_the_same_machine_and_work_alone(tmp_path: Path) -> None:
+    figure = figures.draw(synthetic(tmp_path, "decode", "NVIDIA H200").runs())["decode"]
+    assert "vLLM" not in charts.alt_text(figure)
+    assert figures.write(tmp_path) == [tmp_path / "decode.png"]
+    with pytest.raises(InvalidValue, match="nothing that the headline draws"):
+        figures.draw(synthetic(tmp_path, "memory", "NVIDIA H100").runs())
 
 
 def test_what_cannot_be_loaded_is_an_error_of_its_own_process(folders: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 
 from miinb.bench.charts import frames
 from miinb.bench.charts.style import (
+    ELSEWHERE,
     INK,
     PARTS,
     SOFT,
@@ -51,7 +52,7 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     rows = frames.summary_of(frame, "latency")
     others = [name for name in frames.METRICS if name != metric]
     rows = frames.require(rows, [f"{short}_p50_s"], "latency", f"Try metric={' or '.join(map(repr, others))}.")
-    bars = _Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
+    bars = Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
     bars.low = rows[f"{short}_p5_s"].fillna(rows[f"{short}_min_s"])
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
     alone = rows["n"] == 1  # one request has no spread
@@ -75,7 +76,7 @@ def _spread_words(spread: pd.DataFrame, metric: str) -> str:
 def throughput(frame: Any, *, ax: Any = None) -> Any:
     """Output tokens a second per GPU (per machine where there is none) of each arm and load."""
     rows = frames.require(frames.summary_of(frame, "throughput"), ["tok_s_per_gpu"], "throughput", "No tokens came.")
-    bars = _Bars(rows, rows["tok_s_per_gpu"], lower_is_better=False)
+    bars = Bars(rows, rows["tok_s_per_gpu"], lower_is_better=False)
     ax = bars.draw(ax, 1.0, "tokens/s")
     per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"Output tokens per second{per}", fontsize=9, color=INK)
@@ -86,7 +87,7 @@ def cost(frame: Any, *, ax: Any = None) -> Any:
     """US dollars per million output tokens at the user's price; dots on a log axis where costs lie far apart."""
     hint = "Give your price per GPU-hour (or machine-hour): bench(..., price=2.5)."
     rows = frames.require(frames.summary_of(frame, "cost"), ["usd_per_mtok"], "cost", hint)
-    bars = _Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
+    bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
     bars.dots = float(bars.values.max() / bars.values.min()) > LOG_FROM
     ax = bars.draw(ax, 1.0, "$")
     ax.set_xlabel("US dollars per million output tokens", fontsize=9, color=INK)
@@ -183,7 +184,7 @@ def images(frame: Any, *, ax: Any = None) -> Any:
     """Images a second per GPU of each arm."""
     hint = "Only text-to-image runs have images."
     rows = frames.require(frames.summary_of(frame, "images"), ["img_s_per_gpu"], "images", hint)
-    bars = _Bars(rows, rows["img_s_per_gpu"], lower_is_better=False)
+    bars = Bars(rows, rows["img_s_per_gpu"], lower_is_better=False)
     ax = bars.draw(ax, 1.0, "images/s")
     per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
@@ -232,12 +233,13 @@ def waterfall(frame: Any, *, ax: Any = None) -> Any:
     )
 
 
-class _Bars:
+class Bars:
     """Horizontal bars, one a row of a summary, grouped by what varies (model, load, run)."""
 
     def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool) -> None:
         self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
         self.low = self.high = pd.Series(NAN, index=rows.index)
+        self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
         self.dots = False
         self.arms = frames.arms_in(rows)
         self.groups = frames.categories(rows)
@@ -298,14 +300,15 @@ class _Bars:
             end = max(high, value)
         ratio = self._ratio(index)
         shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
-        _value(ax, end, y, f"{shown}  ·  {ratio}" if ratio else shown, f"{labels[arm]}: ", bold=bool(ratio))
+        text = "  ·  ".join(part for part in (shown, ratio, self.notes.get(index, "")) if part)
+        _value(ax, end, y, text, f"{labels[arm]}: ", bold=bool(ratio))
 
     def _ratio(self, index: Any) -> str:
         """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""
         arm = str(self.rows.loc[index, "arm"])
         reference = f"baseline {YEAR}" if arm.endswith(YEAR) else "baseline"
         same = (self.rows["arm"] == reference) & (self.groups == self.groups[index])
-        if arm == reference or not same.any():
+        if arm == reference or arm.endswith(ELSEWHERE) or not same.any():
             return ""
         base = float(self.values[same].iloc[-1])
         value = float(self.values[index])

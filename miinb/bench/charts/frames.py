@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from miinb.bench.charts.style import BASELINES
 from miinb.bench.environment import hardware_words
 from miinb.bench.records import Runs
 from miinb.bench.summary import summarize
@@ -69,9 +70,9 @@ def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) 
 
 
 def arms_in(frame: pd.DataFrame) -> list[str]:
-    """The arms in drawing order: baseline, baseline-best, then as they ran."""
+    """The arms in drawing order: the baselines, then as they ran."""
     arms = list(dict.fromkeys(frame["arm"]))
-    first = [name for name in ("baseline", "baseline-best") if name in arms]
+    first = [name for name in BASELINES if name in arms]
     return first + [name for name in arms if name not in first]
 
 
@@ -79,7 +80,7 @@ def arm_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Arms as the chart names them; with the dtype where the arms' dtypes differ."""
     dtypes = {str(arm): "/".join(sorted(set(rows["dtype"].dropna()) - {""})) for arm, rows in frame.groupby("arm")}
     differ = len({dtype for dtype in dtypes.values() if dtype}) > 1
-    return {arm: f"{arm} ({dtype})" if differ and dtype else arm for arm, dtype in dtypes.items()}
+    return {arm: f"{arm} ({dtype})" if differ and dtype and dtype not in arm else arm for arm, dtype in dtypes.items()}
 
 
 def load_label(row: Mapping[str, Any] | pd.Series) -> str:

@@ -20,8 +20,11 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "
 BASELINES = {
     "baseline": {"facecolor": "#b9b9b9", "edgecolor": "#5f5f5f", "hatch": "////"},
     "baseline-best": {"facecolor": "#dcdcdc", "edgecolor": "#7a7a7a", "hatch": "...."},
+    "baseline-continuous": {"facecolor": "#dcdcdc", "edgecolor": "#7a7a7a", "hatch": "\\\\\\\\"},
 }
 PUBLISHED = {"hatch": "xx"}
+#: How the name of an arm ends that was not measured in the run.
+ELSEWHERE = "(another run)"
 #: Parts of a request's time, in the order they happen.
 PARTS = {
     "queue": ("queue", "#E69F00"),
@@ -57,10 +60,7 @@ class ChartFigure(_Shown, Figure):
 def new_axes(ax: Any, height_in: float = 4.2) -> Any:
     """`ax` itself, or the axes of a new figure of the charts' width."""
     if ax is None:
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        figure = ChartFigure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white", layout=layout)
-        FigureCanvasAgg(figure)
-        ax = figure.add_subplot(axes_class=ChartAxes)
+        ax = new_panels([height_in])[0]
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -68,6 +68,15 @@ def new_axes(ax: Any, height_in: float = 4.2) -> Any:
     ax.tick_params(labelsize=9, color="#999999", labelcolor=INK)
     ax.set_axisbelow(True)
     return ax
+
+
+def new_panels(heights_in: Sequence[float]) -> list[Any]:
+    """Axes one above the other in a new figure of the charts' width."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = ChartFigure(figsize=(WIDTH_IN, sum(heights_in)), dpi=DPI, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights_in), 1, height_ratios=list(heights_in))
+    return [figure.add_subplot(grid[row, 0], axes_class=ChartAxes) for row in range(len(heights_in))]
 
 
 def finish(
@@ -90,22 +99,29 @@ def finish(
             fontsize=9,
             color=SOFT,
         )
-    wrapped = [part for line in [*lines, footer] if line for part in textwrap.wrap(line, width)]
-    if wrapped:
-        ax.annotate(
-            *("\n".join(wrapped), (0.012 if own else 0, 0)),
-            xycoords=("figure fraction" if own else "axes fraction", ax.xaxis.label),
-            xytext=(0, -8),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-            linespacing=1.45,
-            color=SOFT,
-            gid="miinb-caption",
-        )
+    write_below(ax, [*lines, footer], width)
     ax.set_gid("miinb-chart")
     ax._miinb_alt = [f"{title} ({subtitle})." if subtitle else f"{title}.", *lines]
     return ax
+
+
+def write_below(ax: Any, lines: Iterable[str], width: int = WRAP) -> None:
+    """Lines of small text below the axes, wrapped to `width` characters."""
+    wrapped = [part for line in lines if line for part in textwrap.wrap(line, width)]
+    if not wrapped:
+        return
+    own = isinstance(ax, ChartAxes)
+    ax.annotate(
+        *("\n".join(wrapped), (0.012 if own else 0, 0)),
+        xycoords=("figure fraction" if own else "axes fraction", ax.xaxis.label),
+        xytext=(0, -8),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        linespacing=1.45,
+        color=SOFT,
+        gid="miinb-caption",
+    )
 
 
 def alt_text(chart: Any) -> str:
@@ -151,6 +167,8 @@ def arm_style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
     """Bar style of an arm: baselines grey and hatched, published ones hatched, the others in color, in order."""
     if arm in BASELINES:
         return {**BASELINES[arm], "linewidth": 0.8}
+    if arm.endswith(ELSEWHERE):
+        return {"facecolor": "#ffffff", "edgecolor": SOFT, "linestyle": ":", "linewidth": 1.4}
     others = [name for name in arms if name not in BASELINES]
     color = OKABE_ITO[others.index(arm) % len(OKABE_ITO)]
     if arm.endswith("(2022)"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from miinb import hardware
 from miinb.bench import presets
+from miinb.bench.headline import figures
 from miinb.bench.headline.behind_server import served
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
@@ -24,7 +25,6 @@ from miinb.bench.headline.suites import (
     Choice,
     Job,
     Sizes,
-    Workload,
     jobs,
     models_of,
 )
@@ -78,26 +78,12 @@ def _run(job: Job, worker: Worker, rates: Any, book: Book, say: Say) -> None:
         if job.arm.served:
             worker.close()  # the server needs its GPU memory
         for found in served(job) if job.arm.served else worker.run(job, rates):
-            workload = left.pop(found.suite)
-            about = _about(workload)
-            book.add(job, found, about)
+            book.add(job, found, left.pop(found.suite).about())
             say(f"    {found.suite}: {found.error or _words(found)}")
     except MiinbError as failure:
         for suite, workload in left.items():
-            book.add(job, Measured(suite, error=failure.message), _about(workload))
+            book.add(job, Measured(suite, error=failure.message), workload.about())
         say(f"    failed: {failure.message}")
-
-
-def _about(workload: Workload) -> dict[str, Any]:
-    """The workload for a run's environment."""
-    prompts, news = zip(*workload.lengths, strict=True)
-    return {
-        "prompt_tokens": [min(prompts), max(prompts)],
-        "new_tokens": [min(news), max(news)],
-        "requests": len(workload.lengths),
-        "baseline_requests": workload.sample or len(workload.lengths),
-        **{name: getattr(workload, name) for name in ("at_once", "warmup", "repeats", "seed", "limit_s")},
-    }
 
 
 def _words(found: Measured) -> str:
@@ -110,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.charts:
+        for path in figures.write(options.charts):
+            print(path)
+        return
     device = options.device if options.device != "auto" else "cuda" if hardware.detect().gpus else "cpu"
     sizes = TINY if options.tiny else QUICK if options.quick else Sizes()
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
@@ -155,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help="most measured passes (5)")
     parser.add_argument("--warmup", type=int, help="passes before them (1)")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--charts", type=Path, metavar="RUNS", help="draw the runs in this directory, measure nothing")
     parser.add_argument("--out", type=Path, default=Path("headline-runs"), help="directory of the records")
     return parser
 

@@ -27,7 +27,7 @@ from miinb.errors import MiinbError
 from miinb.messages import FailedEvent, FinishedEvent, Phase, SequenceRequest, TokensEvent
 
 #: Passes end once they have taken so long: a median of few long ones is as good as one of many short ones.
-ENOUGH_S = 6.0
+ENOUGH_S = 4.0
 #: New tokens of a warm-up pass of many requests, but for compiled arms, which compile for the lengths themselves.
 WARM_TOKENS = 4
 
@@ -142,6 +142,7 @@ def measure(executor: Executor, job: Job, workload: Workload) -> tuple[list[dict
     if job.arm.engine == "baseline" and workload.at_once:
         lengths = workload.sorted_sample()
         sizes = (0,) if job.arm.continuous else workload.batches
+        sizes = sizes[:1] if job.arm.compiled else sizes  # each size is a compilation of its own
     tried: dict[str, float] = {}
     best: tuple[float, list[list[Trace]]] = (-1.0, [])
     for size in sizes:

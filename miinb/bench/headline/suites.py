@@ -63,6 +63,8 @@ CPU_ARMS = (
     *(Arm(f"optimized {dtype}", "optimized", dtype) for dtype in ("fp32", "bf16", "int8")),
     Arm("baseline-best", "baseline", "fp32", compiled=True, turn=3),
 )
+#: What transformers alone computes in; for others its bf16 is what they are compared with.
+BASELINE_DTYPES = ("fp32", "fp16", "bf16")
 #: Arms of each suite; those of "server" are part of the run of "decode".
 SUITE_ARMS = {
     "decode": ("optimized", "baseline", "baseline-best"),
@@ -108,6 +110,17 @@ class Workload:
         ranked = sorted(self.lengths, key=lambda pair: (pair[1], pair[0]), reverse=True)
         count = min(self.sample or len(ranked), len(ranked))
         return tuple(ranked[int((i + 0.5) * len(ranked) / count)] for i in range(count))
+
+    def about(self) -> dict[str, Any]:
+        """The workload for a run's environment; lengths as [least, most]."""
+        prompts, news = zip(*self.lengths, strict=True)
+        return {
+            "prompt_tokens": [min(prompts), max(prompts)],
+            "new_tokens": [min(news), max(news)],
+            "requests": len(self.lengths),
+            "baseline_requests": self.sample or len(self.lengths),
+            **{name: getattr(self, name) for name in ("at_once", "warmup", "repeats", "seed", "limit_s")},
+        }
 
     def prompts(self, lengths: Sequence[tuple[int, int]], vocab_size: int, number: int) -> list[list[int]]:
         """Random token ids of pass `number`: the same for every arm, different from pass to pass."""
@@ -217,6 +230,8 @@ def jobs(choice: Choice, folders: dict[str, str]) -> list[Job]:
         device, _, group = where.partition("/")
         arm = next(arm for arm in CPU_ARMS if arm.label == label) if group == "cpu" else ARMS[label]
         dtype = arm.dtype or choice.dtype
+        if arm.engine == "baseline" and dtype not in BASELINE_DTYPES:
+            dtype = "bf16"
         workloads = tuple(found_by_suite.values())
         made.append(Job(model, folders[model], arm, device, dtype, workloads, checkpoint=group == "memory"))
     return sorted(made, key=lambda job: job.arm.turn)

@@ -27,7 +27,7 @@ def table(runs: Runs) -> str:
         rows = [_row(suite, runs.env[run_id], group) for run_id in ids for _, group in _arms(summary, run_id)]
         frame = pd.DataFrame(rows).fillna("")
         body = frame.to_string(index=False) if len(frame) else "nothing was measured"
-        parts.append(f"{suite}: {_lengths(runs.env[ids[0]])}\n{body}")
+        parts.append(f"{suite}: {lengths(runs.env[ids[0]])}\n{body}")
         parts += [f"note: {runs.env[run_id]['model']}: {text}" for run_id in ids for text in _notes(runs, run_id)]
     return "\n\n".join(parts)
 
@@ -116,7 +116,8 @@ def _head(runs: Runs) -> str:
     return "; ".join(words)
 
 
-def _lengths(env: Mapping[str, Any]) -> str:
+def lengths(env: Mapping[str, Any]) -> str:
+    """A run's workload in words."""
     workload = env.get("workload", {})
     prompts, news = workload.get("prompt_tokens"), workload.get("new_tokens")
     how = f"{workload.get('requests')} requests at once" if workload.get("at_once") else "one request at a time"
