@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("errors", "config", "messages", "tasks", "checkpoint", *POLICY_DATA),
     "rpc": ("messages", "errors", "config"),
     "kernels": (),
-    "engine": ("kernels", "config", "tasks", "checkpoint", "models", "messages", "errors"),
+    "engine": ("hardware", "kernels", "config", "tasks", "checkpoint", "models", "messages", "errors"),
     "server": ("rpc", "config", "messages", "errors", "tasks", "registry"),
     "server.worker": ("engine", "config", "messages", "errors", "tasks"),
     "hardware": (),

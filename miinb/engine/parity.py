@@ -93,19 +93,25 @@ def check(decoder: Decoder, page_tokens: int) -> ParityReport:
     return ParityReport(worst, TOLERANCE[x.dtype], where, time.monotonic() - started)
 
 
-def _layer_outputs(index: int, decoder: Decoder, plain: Decoder, page_tokens: int) -> list[tuple[str, Tensor, Tensor]]:
-    """(step, fused output, reference output) of one layer for a chunk of a prompt and for the token after it."""
+def batches(decoder: Decoder, page_tokens: int) -> dict[str, StepBatch]:
+    """The steps of the check: a chunk of a prompt, and the token after it."""
     device = decoder.weights.embed.device
-    page_tokens = min(page_tokens, 64)  # a CPU's page is a whole slot
     pages = list(range(-(-(PROMPT_TOKENS + 1) // page_tokens)))
     tokens = [(7 * i + 3) % decoder.weights.embed.shape[0] for i in range(PROMPT_TOKENS + 1)]
     count = min(PROMPT_TOKENS, decoder.spec.max_length - 1)
     steps = {"prefill": StepRow(tokens[:count], 0, pages), "decode": StepRow(tokens[count : count + 1], count, pages)}
+    return {name: StepBatch.of_rows([row], page_tokens, device) for name, row in steps.items()}
+
+
+def _layer_outputs(index: int, decoder: Decoder, plain: Decoder, page_tokens: int) -> list[tuple[str, Tensor, Tensor]]:
+    """(step, fused output, reference output) of one layer."""
+    page_tokens = min(page_tokens, 64)  # a CPU's page is a whole slot
+    steps = batches(decoder, page_tokens)
+    pages = int(steps["prefill"].block_table.shape[1])
     outputs: dict[str, list[Tensor]] = {name: [] for name in steps}
     for model in (decoder, plain):
-        cache = _one_layer_cache(model, len(pages), page_tokens)
-        for name, row in steps.items():
-            batch = StepBatch.of_rows([row], page_tokens, device)
+        cache = _one_layer_cache(model, pages, page_tokens)
+        for name, batch in steps.items():
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
             outputs[name].append(x if residual is None else x + residual)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]

@@ -158,7 +158,7 @@ class DummyWeights:
     """Random weights made on the device, for benchmarks; the same for the same seed and device."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def names(self) -> set[str]:
         """See `Reader`: nothing that could be left over."""
@@ -166,6 +166,8 @@ class DummyWeights:
 
     def fill(self, target: Tensor, name: str, region: Region) -> None:
         """See `Reader`; norms are 1, biases 0, matrices normal with the usual deviation of 0.02."""
+        if self._generator is None:
+            return  # a meta tensor has a shape and no numbers
         if target.dim() == 1:
             target.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:

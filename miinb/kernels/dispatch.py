@@ -2,6 +2,9 @@
 
 Triton may be missing (a machine without a GPU needs none): then `jit` leaves functions alone and no wrapper calls them.
 
+Wrappers take meta tensors for tensors of a GPU that is not asked: `engine/compile.py` learns from them which kernels a
+model launches. Nothing runs then.
+
 On Hopper and later every kernel is launched with programmatic dependent launch: it starts while the kernel before it
 still runs, fetches what no kernel writes (weights), and waits in `wait_for_inputs`. So every kernel calls that before
 it reads anything that another kernel wrote, and before it writes.
@@ -46,18 +49,22 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 def use_triton(x: Tensor) -> bool:
     """Whether the operator on this tensor runs as a Triton kernel."""
-    return (x.is_cuda and triton is not None) or INTERPRETED
+    return ((x.is_cuda or x.is_meta) and triton is not None) or INTERPRETED
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:
     """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
-    pdl = x.is_cuda and _has_pdl(x.device)
+    pdl = _target_has_pdl() if x.is_meta else x.is_cuda and _has_pdl(x.device)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 @functools.cache
 def _has_pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _target_has_pdl() -> bool:
+    return bool(triton.runtime.driver.active.get_current_target().arch >= 90)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Every kernel compiles for the GPUs it is meant for, on a machine without one.
 
-The wrappers run on CPU tensors with Triton's launch replaced by its compiler, so what is compiled is what they launch.
+The wrappers run on meta tensors and tell what they would launch, so what is compiled is what they launch.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
-
-from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample  # noqa: E402
-
-OPERATORS = (activation, attention, head, linear, norm, rope, sample)
+pytest.importorskip("triton")
+from miinb.engine.compile import compiling_for, recording
+from miinb.kernels import attention, dispatch, head, linear, norm, rope, sample
 
 
 def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def ids(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def packed(n: int, k: int, bias: bool) -> linear.PackedLinear:
@@ -77,54 +72,29 @@ CALLS: dict[str, Callable[[], Any]] = {
 }
 
 
-def compile_instead(function: Any, args: tuple[Any, ...], given: dict[str, Any], target: GPUTarget) -> Any:
-    """Compile a kernel for the arguments of a launch."""
-    options = {name: given[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in given}
-    values = dict(zip(function.arg_names, args, strict=False)) | {k: v for k, v in given.items() if k not in options}
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(function.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(place,)] = "constexpr", value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
+def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
+    """Every kernel that the call would launch on such a GPU."""
+    with compiling_for(capability):
+        with recording() as kernels:
+            call()
+        return [kernel.compile() for kernel in kernels]
 
 
 @pytest.mark.parametrize(
-    ("name", "capability"), [*((name, 90) for name in CALLS), ("gemv gated", 80), ("decode", 80), ("argmax", 80)]
+    ("name", "capability"),
+    [*((name, (9, 0)) for name in CALLS), ("gemv gated", (8, 0)), ("decode", (8, 0)), ("argmax", (8, 0))],
 )
-def test_compiles(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, compiled = GPUTarget("cuda", capability, 32), []
-    pdl = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    for module in OPERATORS:
-        monkeypatch.setattr(module, "use_triton", lambda x: True)
-        monkeypatch.setattr(module, "launch_options", lambda x: pdl)
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
-        compiled.append(compile_instead(self, args, given, target))
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    CALLS[name]()
-    assert compiled
-    for kernel in compiled:
+def test_compiles(name: str, capability: tuple[int, int]) -> None:
+    kernels = compiled(CALLS[name], capability)
+    assert kernels
+    for kernel in kernels:
         assert kernel.asm["cubin"]
+        assert kernel.metadata.target.arch == 10 * capability[0] + capability[1]
+        assert kernel.metadata.launch_pdl == (capability >= (9, 0))
         assert kernel.metadata.shared <= 160 * 1024  # of the 163 KiB that a program may have on sm_80
 
 
-def test_weights_are_read_16_bytes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(linear, "use_triton", lambda x: True)
-    monkeypatch.setattr(
-        JITFunction,
-        "run",
-        lambda self, *args, grid, warmup, **given: compiled.append(
-            compile_instead(self, args, given, GPUTarget("cuda", 90, 32))
-        ),
-    )
-    CALLS["gemv"]()
-    assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
+def test_weights_are_read_16_bytes_at_a_time() -> None:
+    (kernel,) = compiled(CALLS["gemv"], (9, 0))
+    assert "ld.global.v4.b32" in kernel.asm["ptx"]
     assert dispatch.INTERPRETED is False

@@ -1,0 +1,320 @@
+"""Compiles the kernels of a model for a GPU, in a pool of processes that do not touch it.
+
+`python -m miinb.engine.compile`, one JSON line on stdin (`Order`), JSON lines on stdout: `{"done": n, "total": n}` as
+kernels are ready, at the end `{"failed": {kernel: why}}`. `compile_job.py` is the rank's side of it.
+
+Which kernels a model launches, and for which kinds of arguments, is not written down a second time: the decoder itself
+runs over meta tensors (shapes without numbers) in every kind of step, and Triton's own hook tells of each kernel that
+it would compile. What is compiled lands in Triton's cache under the key that the rank's launches look for: it is made
+of the kernels' source, the arguments' types and alignments, the options, the GPU's architecture and Triton's version.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb import models
+from miinb.config import DeploymentConfig
+from miinb.engine import parity
+from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.graphs import capture_order
+from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache
+from miinb.engine.policies import POLICIES
+from miinb.engine.spec import DecoderSpec, Policy
+from miinb.engine.weights import DTYPES, load_weights
+from miinb.kernels.head import argmax
+from miinb.kernels.sample import sample
+from miinb.messages import from_dict
+from miinb.models import ModelInfo
+
+log = logging.getLogger("miinb.compile")
+
+META = torch.device("meta")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The JSON line on stdin.
+
+    Attributes:
+        config: the deployment's.
+        capability: of the GPU.
+        parent: the process to end with.
+        processes: how many compile at a time.
+        limit_s: seconds after which what is left is given up.
+    """
+
+    config: Mapping[str, Any]
+    capability: tuple[int, int]
+    parent: int
+    processes: int
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel for one kind of arguments.
+
+    Attributes:
+        function: Triton's `JITFunction`.
+        specialization: Triton's JSON of types, alignments, constants and options, which `JITFunction.preload` takes.
+    """
+
+    function: Any
+    specialization: str
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(self.function.__name__)
+
+    def compile(self) -> Any:
+        """Compile it for the active driver's target, or find it in the cache: Triton's `CompiledKernel`."""
+        return self.function.preload(self.specialization)
+
+
+class NoDevice:
+    """Stands where Triton has the driver of a GPU: tells the target, and has no device."""
+
+    _numbers = itertools.count(1 << 16)
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self._arch = 10 * capability[0] + capability[1]
+        self._number = next(self._numbers)
+
+    def get_current_target(self) -> Any:
+        """What is compiled for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        """A new number each time: what Triton has compiled for a device it would launch, not tell of."""
+        return self._number
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it Triton compiles for such a GPU, and wrappers launch on meta tensors what they launch there."""
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(NoDevice(capability))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Kernel]]:
+    """Within it launches do nothing but add their kernel to the list, once for each kind of arguments."""
+    from triton import knobs
+
+    found: dict[tuple[str, str], Kernel] = {}
+    kernels: list[Kernel] = []
+
+    def take(*, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+        place = (f"{fn.module}.{fn.name}", str(key))
+        if place not in found:
+            found[place] = Kernel(fn.jit_function, compile["specialization_data"])
+            kernels.append(found[place])
+        return True  # not to be compiled now, nor launched
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, take
+    try:
+        yield kernels
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def kernels_of(config: DeploymentConfig, model: ModelInfo, policy: Policy, spec: DecoderSpec) -> list[Kernel]:
+    """The kernels that serving a model launches; to be called within `compiling_for`."""
+    kinds = tuple(dict.fromkeys(spec.windows)) or (None,)  # layers differ in nothing else that a kernel is compiled for
+    spec = dataclasses.replace(spec, layers=len(kinds), windows=kinds if spec.windows else ())
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    ranks = config.tensor_parallel
+    weights = load_weights(model, policy, spec, dtype=dtype, device=META, ranks=ranks, dummy=True)
+    local = spec.shard(ranks)
+    decoder = Decoder(local, weights)
+    page_tokens = config.options.page_tokens
+    pages = -(-config.options.max_step_tokens // page_tokens)
+    size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
+    cache = KVCache(local, size, DTYPES[dtype], META)
+    rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.max_step_tokens)
+    with recording() as kernels:
+        for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:
+            argmax(decoder.forward(batch, cache))
+            decoder.greedy(batch, cache)
+        for rows in (1, 2):  # columns of a table of one row are views of it, of more they are copied
+            _sample(rows, spec.vocab_size)
+    return kernels
+
+
+def _steps(config: DeploymentConfig, max_rows: int) -> Iterator[StepBatch]:
+    """Decode steps of every size that is captured and prompts of several; what kernels ask about sizes is here."""
+    for rows in sorted({*capture_order(max_rows), 3}):
+        if rows <= max_rows:
+            yield _step(rows, 1, config.options.page_tokens)
+    tokens = 2
+    while tokens <= config.options.max_step_tokens:
+        for rows in (1, 2, 16):
+            if rows <= max_rows and tokens >= 2 * rows:
+                yield _step(rows, tokens // rows, config.options.page_tokens)
+        tokens *= 2
+
+
+def _step(rows: int, tokens: int, page_tokens: int) -> StepBatch:
+    """A step of `rows` rows of `tokens` new tokens each, laid out in memory as `inputs.StepInputs` has it."""
+    width = -(-tokens // page_tokens)
+    return StepBatch(
+        token_ids=_meta(rows * tokens),
+        positions=_meta(rows * tokens),
+        query_start=_meta(rows + 1, dtype=torch.int32),
+        lengths=_meta(rows, dtype=torch.int32),
+        block_table=_meta(width, rows, dtype=torch.int32).t(),
+        slots=_meta(rows * tokens),
+        logit_rows=_meta(rows),
+        max_query=tokens,
+    )
+
+
+def _sample(rows: int, vocab: int) -> None:
+    """A choice of tokens, of arguments laid out as `sampling.Sampler` has them."""
+    numbers, ids = _meta(rows, 3, dtype=torch.float32), _meta(rows)
+    temperature, top_p, min_p = numbers.unbind(1)
+    logits = _meta(rows, vocab, dtype=torch.float32)
+    sample(logits, ids, ids, temperature, _meta(rows, dtype=torch.int32), top_p, min_p)
+    argmax(logits)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+# The pool. Its processes are forked once the kernels are known, so that nothing is imported or sent twice.
+
+_kernels: Sequence[Kernel] = ()
+
+
+def _compile(index: int) -> None:
+    kernel = _kernels[index].compile()
+    _launcher()(kernel.src, kernel.metadata)
+
+
+def _launcher() -> Any:
+    """What makes the C function that launches a kernel: a compiler's run for each kind of signature, cached as well."""
+    from triton.backends.nvidia import driver
+
+    try:
+        driver.library_dirs()
+    except AssertionError:  # there is no driver of GPUs here: it compiles for another machine
+        return lambda src, metadata: None
+    driver.CudaUtils()
+    return driver.CudaLauncher
+
+
+def compile_all(kernels: Sequence[Kernel], *, processes: int, limit_s: float) -> Iterator[tuple[Kernel, str]]:
+    """Compile in so many processes: each kernel as it is ready, with "" or why it could not be compiled.
+
+    Raises:
+        TimeoutError: it took too long; the processes go on until this one ends.
+    """
+    global _kernels
+    _kernels = sorted(kernels, key=lambda kernel: -len(kernel.function.src))  # the longest take longest
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _die_with, (os.getpid(),))
+    futures = {pool.submit(_compile, index): kernel for index, kernel in enumerate(_kernels)}
+    for future in as_completed(futures, limit_s):
+        error = future.exception()
+        reason = "the process ended" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
+        yield futures[future], "" if error is None else reason
+    pool.shutdown()
+
+
+def _die_with(parent: int) -> None:
+    """End this process with its parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> None:
+    """Do one order. It always ends well: what is not compiled here is compiled where it is first used."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    order = from_dict(Order, json.loads(sys.stdin.readline()))
+    _die_with(order.parent)
+    failed: dict[str, str] = {}
+    try:
+        failed = _run(order)
+    except Exception as error:
+        log.exception("kernels are compiled at first use")
+        failed["all"] = f"{type(error).__name__}: {error}"
+    _tell(failed=failed)
+    os._exit(0)  # processes that are still compiling end with this one
+
+
+def _run(order: Order) -> dict[str, str]:
+    config = DeploymentConfig.from_json(json.dumps(order.config))
+    model = models.inspect(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        load_format=config.load_format,
+    )
+    policy = POLICIES.get(model.family)
+    if policy is None:
+        return {}
+    failed, done = {}, 0
+    with compiling_for(order.capability), _one_at_a_time():
+        kernels = kernels_of(config, model, policy, policy.spec(model.config))
+        _tell(done=0, total=len(kernels))
+        for kernel, reason in compile_all(kernels, processes=order.processes, limit_s=order.limit_s):
+            if reason:
+                failed[kernel.name] = reason
+            done += 1
+            _tell(done=done, total=len(kernels))
+    return failed
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Ranks that start together compile the same kernels: the first does, the others then find them."""
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel if its holder is killed
+        yield
+
+
+def _tell(**line: Any) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

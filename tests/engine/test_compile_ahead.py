@@ -1,0 +1,154 @@
+"""Kernels are compiled before they are needed: under the keys that launches look for, in a pool, and never fatally."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from miinb import models
+from miinb.bench import presets
+from miinb.config import DeploymentConfig, GenerationParams
+from miinb.engine.compile import Kernel, compiling_for, kernels_of, recording
+from miinb.engine.compile_job import CompileJob
+from miinb.engine.decoder import Decoder
+from miinb.engine.executor import StepExecutor
+from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.policies import POLICIES
+from miinb.engine.spec import DecoderSpec
+from miinb.engine.weights import load_weights
+from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample
+from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
+
+OPERATORS = (activation, attention, head, linear, norm, rope, sample)
+H100 = (9, 0)
+GREEDY = GenerationParams(max_new_tokens=4, ignore_eos=True)
+SAMPLED = GenerationParams(max_new_tokens=4, ignore_eos=True, do_sample=True, top_p=0.9, seed=1)
+
+
+def of_folder(folder: Path, **fields: Any) -> tuple[DeploymentConfig, models.ModelInfo, DecoderSpec]:
+    config = DeploymentConfig.parse({"model": str(folder), "dtype": "bf16", "load_format": "dummy", **fields})
+    model = models.inspect(folder, load_format="dummy")
+    return config, model, POLICIES[model.family].spec(model.config)
+
+
+def ahead(folder: Path, **fields: Any) -> list[Kernel]:
+    config, model, spec = of_folder(folder, **fields)
+    with compiling_for(H100):
+        return kernels_of(config, model, POLICIES[model.family], spec)
+
+
+def keys(kernels: list[Kernel]) -> set[tuple[str, str]]:
+    return {(kernel.name, json.dumps(json.loads(kernel.specialization)["key"])) for kernel in kernels}
+
+
+class Blank:
+    """Launches leave zeros behind, so that what follows has numbers to go on with; flags say that all is well."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        empty = torch.empty
+
+        def zeros(*shape: Any, **options: Any) -> torch.Tensor:
+            made = empty(*shape, **options)
+            return made.fill_(made.dtype == torch.bool)
+
+        monkeypatch.setattr(torch, "empty", zeros)
+        monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.zeros(x.shape, dtype=x.dtype))
+        for module in (*OPERATORS, dispatch):
+            monkeypatch.setattr(module, "use_triton", lambda x: True, raising=False)
+            monkeypatch.setattr(module, "launch_options", lambda x: {"PDL": True, "launch_pdl": True}, raising=False)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "smollm2-135m"])
+def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
+    layers = "n_layer" if preset == "gpt2" else "num_hidden_layers"
+    folder = presets.write(preset, tmp_path, **{layers: 2, "vocab_size": 1003})
+    config, model, spec = of_folder(folder, max_batch=20, max_length=512)
+    compiled = keys(ahead(folder, max_batch=20, max_length=512))
+    Blank(monkeypatch)
+    weights = load_weights(model, POLICIES[model.family], spec, dtype="bf16", device=torch.device("cpu"), dummy=True)
+    size = CacheSize(256, config.options.page_tokens, 512, 20, 0)
+    decoder, cache = Decoder(spec, weights), KVCache(spec, size, torch.bfloat16, torch.device("cpu"))
+    info = EngineInfo(0, "", "text-generation", "optimized", "bf16", "cpu", 1003, 512, 20, (), "", Plan("", "", ""))
+    with compiling_for(H100), recording() as launched:
+        engine = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
+        serve(engine)
+        engine.inputs.buckets = (1, 2, 8, 20)  # as with captured graphs
+        serve(engine)
+    assert launched
+    assert keys(launched) <= compiled
+
+
+def serve(engine: StepExecutor) -> None:
+    """Prompts of several lengths at once and alone, greedy and sampled."""
+    for row, length in enumerate((16, 1, 7, 200, 33, 64, 5, 400, 2, 3, 4)):
+        engine.submit(SequenceRequest(row, [3] * length, SAMPLED if row % 2 else GREEDY, 0.0))
+        if row == 0:
+            run(engine)
+    run(engine)
+    engine.submit(SequenceRequest(99, [3] * 20, SAMPLED, 0.0))
+    run(engine)
+
+
+def run(engine: StepExecutor) -> None:
+    events: list[Any] = []
+    while engine.busy:
+        engine.step(events.append, lambda: None)
+    assert not [event for event in events if isinstance(event, FailedEvent)], events
+
+
+def test_every_family_is_known(tiny: Callable[[str], tuple[Any, Path]]) -> None:
+    for name in ("llama-odd", "mistral", "qwen2", "qwen3", "gpt2-untied"):
+        found = {kernel.name for kernel in ahead(tiny(name)[1])}
+        assert {"_decode", "_prefill", "_norm", "_argmax", "_rope_append"} <= found, name
+
+
+def test_a_job_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    folder = presets.write("gpt2", tmp_path / "gpt2", n_layer=1, n_embd=64, n_head=1, vocab_size=300)
+    small = {"max_batch": 1, "max_length": 64, "options": {"max_step_tokens": 16}}
+    outcome, phases = job(of_folder(folder, **small)[0])
+    assert outcome.done == outcome.total > 5
+    assert [phase.done for phase in phases] == list(range(outcome.total + 1))
+    assert {phase.name for phase in phases} == {"compile"}
+    made = set(tmp_path.rglob("*.cubin"))
+    assert len(made) >= outcome.total
+    kernels = ahead(folder, **small)
+    with compiling_for(H100):
+        found = {kernel.compile().hash for kernel in kernels}
+    assert len(found) == len(kernels) == outcome.total
+    assert set(tmp_path.rglob("*.cubin")) == made
+
+
+def job(config: DeploymentConfig) -> tuple[Any, list[Any]]:
+    order = {
+        "config": config.model_dump(mode="json"),
+        "capability": H100,
+        "parent": os.getpid(),
+        "processes": 2,
+        "limit_s": 120.0,
+    }
+    phases: list[Any] = []
+    return CompileJob.of_order(order).wait(phases.append), phases
+
+
+def test_a_job_that_fails_is_told_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    outcome, _ = job(DeploymentConfig.parse({"model": str(tmp_path / "nothing")}))
+    assert outcome.total == 0
+    assert "ModelNotFound" in caplog.text
+
+
+def test_there_is_no_job_without_a_gpu() -> None:
+    config = DeploymentConfig.parse({"model": "gpt2", "device": "cpu"})
+    assert CompileJob.start(config) is None
