@@ -38,13 +38,13 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, StepBatch
-from miinb.engine.graphs import capture_order
+from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache
 from miinb.engine.policies import POLICIES
+from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.spec import DecoderSpec, Policy
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.kernels.head import argmax
-from miinb.kernels.sample import sample
 from miinb.messages import from_dict
 from miinb.models import ModelInfo
 
@@ -172,46 +172,38 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo, policy: Policy, spec:
         for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:
             argmax(decoder.forward(batch, cache))
             decoder.greedy(batch, cache)
-        for rows in (1, 2):  # columns of a table of one row are views of it, of more they are copied
-            _sample(rows, spec.vocab_size)
+        sampler = Sampler(2, spec.vocab_size, META)
+        for logits_dtype in (DTYPES[dtype], torch.float32):  # as the model makes them, and with penalties
+            for rows in (1, 2):  # columns of a table of one row are views of it, of more they are copied
+                logits = _meta(rows, spec.vocab_size, dtype=logits_dtype)
+                sampler.choose(logits, (), _meta(rows), _meta(rows), Needs.SAMPLE)
     return kernels
 
 
 def _steps(config: DeploymentConfig, max_rows: int) -> Iterator[StepBatch]:
-    """Decode steps of every size that is captured and prompts of several; what kernels ask about sizes is here."""
+    """Steps of every size that is captured, and eager ones of several; what kernels ask about sizes is here."""
+    page_tokens, max_tokens = config.options.page_tokens, config.options.max_step_tokens
     for rows in sorted({*capture_order(max_rows), 3}):
         if rows <= max_rows:
-            yield _step(rows, 1, config.options.page_tokens)
-    tokens = 2
-    while tokens <= config.options.max_step_tokens:
-        for rows in (1, 2, 16):
-            if rows <= max_rows and tokens >= 2 * rows:
-                yield _step(rows, tokens // rows, config.options.page_tokens)
-        tokens *= 2
+            yield _step(rows, rows, 1, page_tokens)
+    for tokens in mixed_sizes(max_tokens):
+        for rows in (1, 2, 16, max_rows):  # a graph's step is padded to max_rows
+            if rows <= min(max_rows, tokens // 2):
+                yield _step(rows, tokens, tokens, page_tokens)
 
 
-def _step(rows: int, tokens: int, page_tokens: int) -> StepBatch:
-    """A step of `rows` rows of `tokens` new tokens each, laid out in memory as `inputs.StepInputs` has it."""
-    width = -(-tokens // page_tokens)
+def _step(rows: int, tokens: int, max_query: int, page_tokens: int) -> StepBatch:
+    """A step of so many rows and tokens, laid out in memory as `inputs.StepInputs` has it."""
     return StepBatch(
-        token_ids=_meta(rows * tokens),
-        positions=_meta(rows * tokens),
+        token_ids=_meta(tokens),
+        positions=_meta(tokens),
         query_start=_meta(rows + 1, dtype=torch.int32),
         lengths=_meta(rows, dtype=torch.int32),
-        block_table=_meta(width, rows, dtype=torch.int32).t(),
-        slots=_meta(rows * tokens),
+        block_table=_meta(-(-max_query // page_tokens), rows, dtype=torch.int32).t(),
+        slots=_meta(tokens),
         logit_rows=_meta(rows),
-        max_query=tokens,
+        max_query=max_query,
     )
-
-
-def _sample(rows: int, vocab: int) -> None:
-    """A choice of tokens, of arguments laid out as `sampling.Sampler` has them."""
-    numbers, ids = _meta(rows, 3, dtype=torch.float32), _meta(rows)
-    temperature, top_p, min_p = numbers.unbind(1)
-    logits = _meta(rows, vocab, dtype=torch.float32)
-    sample(logits, ids, ids, temperature, _meta(rows, dtype=torch.int32), top_p, min_p)
-    argmax(logits)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
