@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from miinb.streams import Stream
 
 _BAR = "{desc} {bar} {elapsed}"
-_PHASES = ("start", "load", "inject", "capture", "verify", "ready")
+_PHASES = ("start", "load", "compile", "verify", "capture", "ready")
 
 #: Streams that cells have opened and may have left open.
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()

@@ -259,6 +259,8 @@ class EngineInfo:
     tokenizer_folder: str  # tokenizer.json and chat template that rank 0 wrote
     plan: Plan
     load_s: float = 0.0
+    phases_s: Mapping[str, float] = field(default_factory=dict)  # seconds of each phase of the rank's start
+    load_peak_bytes: int = 0  # most GPU memory in use until the weights were loaded and checked
     versions: Mapping[str, str] = field(default_factory=dict)
     device_name: str = ""
 
@@ -273,7 +275,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A step of start-up: start, load (i of n), inject, capture, verify, ready."""
+    """A step of start-up: start, load (i of n), compile (i of n), verify, capture, ready."""
 
     name: str
     done: int = 0

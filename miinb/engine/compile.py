@@ -42,7 +42,6 @@ from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache
 from miinb.engine.policies import POLICIES
 from miinb.engine.sampling import Needs, Sampler
-from miinb.engine.spec import DecoderSpec, Policy
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.kernels.head import argmax
 from miinb.messages import from_dict
@@ -154,8 +153,11 @@ def recording() -> Iterator[list[Kernel]]:
         knobs.runtime.jit_cache_hook = before
 
 
-def kernels_of(config: DeploymentConfig, model: ModelInfo, policy: Policy, spec: DecoderSpec) -> list[Kernel]:
+def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     """The kernels that serving a model launches; to be called within `compiling_for`."""
+    policy, spec = POLICIES[model.family], model.spec
+    if spec is None:
+        return []
     kinds = tuple(dict.fromkeys(spec.windows)) or (None,)  # layers differ in nothing else that a kernel is compiled for
     spec = dataclasses.replace(spec, layers=len(kinds), windows=kinds if spec.windows else ())
     dtype = model.dtype if config.dtype == "auto" else config.dtype
@@ -176,7 +178,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo, policy: Policy, spec:
         for logits_dtype in (DTYPES[dtype], torch.float32):  # as the model makes them, and with penalties
             for rows in (1, 2):  # columns of a table of one row are views of it, of more they are copied
                 logits = _meta(rows, spec.vocab_size, dtype=logits_dtype)
-                sampler.choose(logits, (), _meta(rows), _meta(rows), Needs.SAMPLE)
+                sampler.choose(logits, (), (), _meta(rows), _meta(rows), Needs.SAMPLE)
     return kernels
 
 
@@ -279,12 +281,9 @@ def _run(order: Order) -> dict[str, str]:
         trust_remote_code=config.trust_remote_code,
         load_format=config.load_format,
     )
-    policy = POLICIES.get(model.family)
-    if policy is None:
-        return {}
     failed, done = {}, 0
     with compiling_for(order.capability), _one_at_a_time():
-        kernels = kernels_of(config, model, policy, policy.spec(model.config))
+        kernels = kernels_of(config, model)
         _tell(done=0, total=len(kernels))
         for kernel, reason in compile_all(kernels, processes=order.processes, limit_s=order.limit_s):
             if reason:

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
+from miinb.engine.compile_job import CompileJob, use_cache
 from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
@@ -53,6 +55,7 @@ def load_executor(
     gpus: Sequence[int] | None,
     folder: Path,
     report: Report,
+    kernels: CompileJob | None = None,
 ) -> Executor:
     """Load the model of one rank and return what computes with it.
 
@@ -63,10 +66,12 @@ def load_executor(
         gpus: the replica's GPUs as CUDA numbers them, one a rank; None on a CPU.
         folder: the deployment's; the tokenizer is written to its `tokenizer` by rank 0 of replica 0.
         report: told each phase of start-up.
+        kernels: compiles the GPU's kernels meanwhile; None: they are compiled where they are first used.
 
     Raises:
         MiinbError: the model, the device or an option does not work; its class tells.
     """
+    use_cache()
     started = time.monotonic()
     model = models.inspect(
         config.model,
@@ -77,26 +82,41 @@ def load_executor(
     task = model.task(config.task)
     place = _place(config, model, gpus[rank] if gpus else None)
     _set_threads(config)
-    ranks = config.tensor_parallel
-    group = init_distributed(replica=replica, rank=rank, ranks=ranks, folder=folder, device=place.device.type)
-    dummy = config.load_format == "dummy"
-    if rank == 0 and TASKS[task].streams:
-        export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
     info = _engine_info(config, replica, model, task, place, folder)
-    if rank == 0 and task == "conversational":
-        info = _with_chat_template(info, folder / "tokenizer")
-    executor: Executor | None = None
-    if config.engine == "optimized" and TASKS[task].streams:
-        try:
-            executor = _step_executor(config, model, info, place, group, rank, report)
-        except UnsupportedModel as reason:
-            info = _fall_back(info, reason.message)
-    elif config.engine == "optimized":
-        info = _fall_back(info, f"{task} has no fused engine yet")
+    with ThreadPoolExecutor(1, "start") as thread:  # imports take seconds; weights are read meanwhile
+        ranks, kind = config.tensor_parallel, place.device.type
+        group = thread.submit(init_distributed, replica=replica, rank=rank, ranks=ranks, folder=folder, device=kind)
+        tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
+        executor: Executor | None = None
+        if config.engine == "optimized" and TASKS[task].streams:
+            try:
+                executor = _step_executor(config, model, info, place, Aside(group, kernels), rank, report)
+            except UnsupportedModel as reason:
+                info = _fall_back(info, reason.message)
+        elif config.engine == "optimized":
+            info = _fall_back(info, f"{task} has no fused engine yet")
+        tokenizer.result()
+        group.result()
     if executor is None:
         executor = _batch_executor(config, model, info, place, report)
+    if rank == 0 and task == "conversational":
+        executor.info = _with_chat_template(executor.info, folder / "tokenizer")
     executor.info = dataclasses.replace(executor.info, load_s=time.monotonic() - started)
     return executor
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What goes on while the weights are read."""
+
+    group: Future[Group | None]
+    kernels: CompileJob | None
+
+
+def _export_tokenizer(config: DeploymentConfig, model: ModelInfo, task: str, rank: int, folder: Path) -> None:
+    if rank == 0 and TASKS[task].streams:
+        dummy = config.load_format == "dummy"
+        export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
 
 
 def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place:
@@ -188,7 +208,7 @@ def _step_executor(
     model: ModelInfo,
     info: EngineInfo,
     place: Place,
-    group: Group | None,
+    aside: Aside,
     rank: int,
     report: Report,
 ) -> Executor:
@@ -202,6 +222,7 @@ def _step_executor(
     policy, spec = POLICIES[model.family], model.spec
     local = spec.shard(config.tensor_parallel)
     report(Phase("load", 0, spec.layers))
+    started = time.monotonic()
     weights = load_weights(
         model,
         policy,
@@ -213,8 +234,11 @@ def _step_executor(
         dummy=config.load_format == "dummy",
         report=report,
     )
-    ops, plan = _operators(info.plan, local, place)
-    decoder = Decoder(local, weights, group=group, ops=ops)
+    plan = info.plan.with_line("load", *_load_words(weights_bytes(weights), time.monotonic() - started))
+    ops, plan = _operators(plan, local, place)
+    decoder = Decoder(local, weights, group=aside.group.result(), ops=ops)
+    if aside.kernels is not None:
+        plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
     element_bytes = DTYPES[place.dtype].itemsize
     size = size_cache(local, config, place.device.type, element_bytes, free_bytes(place.device))
     plan = dataclasses.replace(
@@ -228,12 +252,27 @@ def _step_executor(
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, DTYPES[place.dtype])
     plan = _verified(plan, decoder, size.page_tokens, config)
+    peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, DTYPES[place.dtype], place.device)
-    info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
+    info = dataclasses.replace(
+        info, plan=plan, max_length=size.max_length, max_batch=size.max_batch, load_peak_bytes=peak
+    )
     executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
     if place.device.type == "cuda":
         _capture(executor, decoder, cache, config, report)
     return executor
+
+
+def _load_words(size_bytes: int, seconds: float) -> tuple[str, str]:
+    rate = f"in {seconds:.1f} s, {size_bytes / 1e9 / seconds:.1f} GB/s"
+    return (f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"), rate
+
+
+def _compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
+    """Wait for the kernels; how many there are, and how long the wait was."""
+    report(Phase("compile"))
+    outcome = kernels.wait(report)
+    return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
 
 
 def _capture(

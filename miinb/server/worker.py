@@ -16,13 +16,13 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError, OutOfMemory, RankFailed, UnsupportedModel
-from miinb.messages import FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
+from miinb.messages import EngineInfo, FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
 from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
 from miinb.tasks import TASKS
 
@@ -54,6 +54,9 @@ class Reports:
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
+        self._since = process_start()
+        self._name = "start"
+        self.phases_s: dict[str, float] = {}
 
     def write(self, **line: Any) -> None:
         """One JSON line."""
@@ -62,7 +65,10 @@ class Reports:
                 os.write(self._descriptor, json.dumps(line).encode() + b"\n")
 
     def phase(self, phase: Phase) -> None:
-        """Where start-up is."""
+        """Where start-up is; the phase before it ends here."""
+        now = time.time()
+        self.phases_s[self._name] = self.phases_s.get(self._name, 0.0) + now - self._since
+        self._since, self._name = now, phase.name
         log.info("%s %s/%s %s", phase.name, phase.done, phase.total, phase.text)
         self.write(phase=asdict(phase))
 
@@ -78,6 +84,20 @@ class Reports:
                 "details": details[-8000:],
             }
         )
+
+
+def process_start() -> float:
+    """When this process began, in seconds of `time.time`."""
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def with_start(info: EngineInfo, phases_s: Mapping[str, float]) -> EngineInfo:
+    """The information and its plan with what each phase of the start took."""
+    words = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases_s.items())
+    plan = info.plan.with_line("start", f"{sum(phases_s.values()):.1f} s", words)
+    return replace(info, plan=plan, phases_s=dict(phases_s))
 
 
 def named_error(error: BaseException) -> MiinbError:
@@ -178,7 +198,10 @@ def serve(order: Order, reports: Reports) -> None:
     folder = Path(order.folder)
     if order.rank:
         raise UnsupportedModel("tensor_parallel: a model on several GPUs is not built yet.", hint="Use 1.")
-    from miinb.engine.loading import load_executor  # torch and DeepSpeed: seconds
+    from miinb.engine.compile_job import CompileJob
+
+    kernels = CompileJob.start(config, order.rank)
+    from miinb.engine.loading import load_executor  # torch: seconds
 
     executor = load_executor(
         config,
@@ -187,6 +210,7 @@ def serve(order: Order, reports: Reports) -> None:
         gpus=range(len(order.gpus)) if order.gpus else None,  # as CUDA numbers the visible ones
         folder=folder,
         report=reports.phase,
+        kernels=kernels,
     )
     try:
         reports.phase(Phase("verify", text="first tokens"))
@@ -195,7 +219,8 @@ def serve(order: Order, reports: Reports) -> None:
         gc.collect()
         gc.freeze()
         sock = RankSocket.connect(folder / "engine.sock")
-        info = executor.info
+        reports.phase(Phase("ready"))
+        executor.info = info = with_start(executor.info, reports.phases_s)
         sock.send(info)
         sock.flush()
         plan = info.plan
@@ -209,7 +234,7 @@ def serve(order: Order, reports: Reports) -> None:
                 **device_memory(),
             }
         )
-        log.info("ready after %.1f s\n%s", info.load_s, plan)
+        log.info("ready\n%s", plan)
         Server(executor, sock).run()
     finally:
         executor.close()

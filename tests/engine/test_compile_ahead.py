@@ -23,7 +23,6 @@ from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
-from miinb.engine.spec import DecoderSpec
 from miinb.engine.weights import load_weights
 from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample
 from miinb.kernels.head import argmax
@@ -35,16 +34,14 @@ GREEDY = GenerationParams(max_new_tokens=4, ignore_eos=True)
 SAMPLED = GenerationParams(max_new_tokens=4, ignore_eos=True, do_sample=True, top_p=0.9, seed=1)
 
 
-def of_folder(folder: Path, **fields: Any) -> tuple[DeploymentConfig, models.ModelInfo, DecoderSpec]:
+def of_folder(folder: Path, **fields: Any) -> tuple[DeploymentConfig, models.ModelInfo]:
     config = DeploymentConfig.parse({"model": str(folder), "dtype": "bf16", "load_format": "dummy", **fields})
-    model = models.inspect(folder, load_format="dummy")
-    return config, model, POLICIES[model.family].spec(model.config)
+    return config, models.inspect(folder, load_format="dummy")
 
 
 def ahead(folder: Path, **fields: Any) -> list[Kernel]:
-    config, model, spec = of_folder(folder, **fields)
     with compiling_for(H100):
-        return kernels_of(config, model, POLICIES[model.family], spec)
+        return kernels_of(*of_folder(folder, **fields))
 
 
 def keys(kernels: list[Kernel]) -> set[tuple[str, str]]:
@@ -73,7 +70,9 @@ def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypa
     """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
     layers = "n_layer" if preset == "gpt2" else "num_hidden_layers"
     folder = presets.write(preset, tmp_path, **{layers: 2, "vocab_size": 1003})
-    config, model, spec = of_folder(folder, max_batch=20, max_length=512)
+    config, model = of_folder(folder, max_batch=20, max_length=512)
+    spec = model.spec
+    assert spec is not None
     compiled = keys(ahead(folder, max_batch=20, max_length=512))
     Blank(monkeypatch)
     weights = load_weights(model, POLICIES[model.family], spec, dtype="bf16", device=torch.device("cpu"), dummy=True)
