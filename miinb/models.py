@@ -23,8 +23,10 @@ from miinb.engine.spec import NO_LIMIT, DecoderSpec
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel, did_you_mean
 from miinb.tasks import TASKS, find_task, tasks_of
 
-#: Bytes of one number by miinb's dtype names.
-DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+#: Bytes of one weight by miinb's dtype names; int8 has a scale of fp32 for each 64 weights.
+DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5}
+#: What activations and the cache are where weights alone are quantized.
+ACTIVATION_DTYPES = {"int8": "fp32"}
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 #: config.json's names of one fact, by family; the first that is there counts.
@@ -114,11 +116,13 @@ class ModelInfo:
         return int(numbers * DTYPE_BYTES[dtype or self.dtype])
 
     def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1) -> int:
-        """Bytes of keys and values that one token adds to the cache of each rank, over all layers."""
+        """Bytes of keys and values that one token adds to the cache of each rank, by the weights' dtype."""
+        dtype = dtype or self.dtype
+        number = DTYPE_BYTES[ACTIVATION_DTYPES.get(dtype, dtype)]
         layers, heads, size = self.layers, self.kv_heads, self.head_size
         if self.spec is not None:
             layers, heads, size = self.spec.layers, self.spec.kv_heads, self.spec.head_size
-        return int(2 * layers * -(-heads // ranks) * size * DTYPE_BYTES[dtype or self.dtype])
+        return int(2 * layers * -(-heads // ranks) * size * number)
 
     def task(self, asked: str | None = None) -> str:
         """The task to serve: the one asked for if the model can, else the only one that it names.

@@ -16,7 +16,7 @@ from miinb.models import DTYPE_BYTES, ModelInfo
 from miinb.tasks import TASKS
 
 #: Dtypes that are planned but not built: what to do instead.
-_NOT_BUILT = {"int8": "bf16", "int4": "bf16", "fp8": "bf16"}
+_NOT_BUILT = {"int4": "bf16", "fp8": "bf16"}
 #: Most tokens of one sequence and most rows on a CPU unless asked for: a page is a whole slot there.
 CPU_MAX_LENGTH = 4096
 CPU_MAX_BATCH = 16
@@ -137,6 +137,8 @@ def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: 
 def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
     asked = config.dtype if config.dtype != "auto" else model.dtype
     origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
+    if asked == "int8":
+        return _int8(choice)
     if choice.device == "cpu" and asked == "fp16":
         fast = hardware.cpu_flags & {"avx2", "avx512_bf16", "amx_bf16", "bf16"}
         used = "bf16" if fast else "fp32"
@@ -147,6 +149,19 @@ def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: H
             return choice.with_line("dtype", "fp16", "this GPU has no bf16", dtype="fp16")
         raise InvalidValue("dtype: this GPU has no bf16.", hint="Use dtype='fp16' or 'fp32'.")
     return choice.with_line("dtype", asked, origin, dtype=asked)
+
+
+def _int8(choice: Plan) -> Plan:
+    """Weight-only int8, where it is built. Raises InvalidValue."""
+    if choice.device == "cuda":
+        raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
+    if choice.engine == "baseline":
+        raise InvalidValue(
+            "dtype: int8 needs the optimized engine, and plain transformers serve this.",
+            hint="Use dtype='bf16' or 'auto'.",
+        )
+    reason = "asked for: weights in groups of 64 with one scale; activations, norms and cache in fp32"
+    return choice.with_line("dtype", "int8", reason, dtype="int8")
 
 
 def _memory(

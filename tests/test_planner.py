@@ -99,7 +99,7 @@ def test_fallbacks_say_so() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"dtype": "int8"}, InvalidValue, "dtype: int8 is not built yet"),
+        ({"dtype": "int8", "engine": "baseline"}, InvalidValue, "int8 needs the optimized engine"),
         ({"dtype": "fp8"}, InvalidValue, "not built yet"),
         ({"kv_dtype": "fp8"}, InvalidValue, "kv_dtype"),
         ({"tensor_parallel": 2}, InvalidValue, "tensor_parallel: 2 is not built yet"),

@@ -23,6 +23,7 @@ from miinb.kernels.attention import paged_attention
 from miinb.kernels.head import greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.reference import dequantize
 from miinb.kernels.rope import rope_append
 
 
@@ -123,7 +124,13 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class DecoderWeights:
-    """All weights: `embed` [vocab, embed or hidden size], `positions` [rows, hidden]; the rest as the spec says."""
+    """All weights; those without a comment are as the spec says.
+
+    Attributes:
+        embed: [vocab, embed or hidden size]; int8 where there is an `embed_int8_scale`, as in a `PackedLinear`.
+        positions: [rows, hidden].
+        rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
+    """
 
     embed: Tensor
     layers: list[LayerWeights]
@@ -133,6 +140,13 @@ class DecoderWeights:
     embed_norm: Norm | None = None
     project_in: PackedLinear | None = None
     project_out: PackedLinear | None = None
+    embed_int8_scale: Tensor | None = None
+    rounding: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations and of the cache."""
+        return self.layers[0].attn_norm.weight.dtype
 
 
 #: The hidden states between layers: `x + residual`, [T, hidden] each, or x alone.
@@ -174,7 +188,7 @@ class Decoder:
         self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
         self._windows = spec.windows or (None,) * spec.layers
         self._angles = self._rotary_tables(device)
-        self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=weights.embed.dtype))
+        self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=weights.dtype))
         self._rope = {
             "heads": spec.heads,
             "kv_heads": spec.kv_heads,
@@ -229,6 +243,8 @@ class Decoder:
         """[T, hidden]: the tokens' embeddings with their positions'."""
         w = self.weights
         x = F.embedding(batch.token_ids, w.embed)
+        if w.embed_int8_scale is not None:
+            x = dequantize(x, F.embedding(batch.token_ids, w.embed_int8_scale))
         if self._embed_scale != 1.0:
             x = x * self._embed_scale
         if w.project_in is not None:

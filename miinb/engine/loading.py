@@ -125,14 +125,16 @@ def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place
     Raises:
         InvalidValue: the device is not there, or the dtype is not built.
     """
-    if config.dtype in ("int8", "int4", "fp8") or config.kv_dtype != "auto":
-        name = "dtype" if config.dtype in ("int8", "int4", "fp8") else "kv_dtype"
+    if config.dtype in ("int4", "fp8") or config.kv_dtype != "auto":
+        name = "dtype" if config.dtype in ("int4", "fp8") else "kv_dtype"
         raise InvalidValue(f"{name}: {getattr(config, name)} is not built yet.", hint=f"Use {name}='auto'.")
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     if config.device != "cpu" and has_gpu:
+        if dtype == "int8":
+            raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
         device = torch.device("cuda", gpu or 0)
         torch.cuda.set_device(device)
         if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -140,7 +142,18 @@ def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place
         return Place(device, dtype)
     if dtype == "fp16":
         return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
-    return Place(torch.device("cpu"), dtype)
+    place = Place(torch.device("cpu"), dtype)
+    if config.engine == "baseline":
+        _refuse_int8(place.dtype, "plain transformers have no such form")
+    return place
+
+
+def _refuse_int8(dtype: str, reason: str) -> None:
+    """Raise InvalidValue where int8 was asked for and transformers are to serve."""
+    if dtype == "int8":
+        raise InvalidValue(
+            f"dtype: int8 needs the optimized engine: {reason.rstrip('.')}.", hint="Use dtype='bf16' or dtype='auto'."
+        )
 
 
 def _set_threads(config: DeploymentConfig) -> None:
@@ -236,6 +249,8 @@ def _step_executor(
     )
     plan = info.plan.with_line("load", *_load_words(weights_bytes(weights), time.monotonic() - started))
     ops, plan = _operators(plan, local, place)
+    if weights.rounding:
+        plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
     decoder = Decoder(local, weights, group=aside.group.result(), ops=ops)
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
@@ -304,7 +319,11 @@ def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, 
             raise Unavailable(f"heads of {spec.head_size} are wider than {MAX_HEAD_SIZE}")
         kernels = CpuKernels(DTYPES[place.dtype])
     except Unavailable as reason:
-        return Operators(), plan.with_line("kernels", "PyTorch's", str(reason))
+        plan = plan.with_line("kernels", "PyTorch's", str(reason))
+        if place.dtype == "int8":
+            slow = f"int8 without compiled operators widens every weight in every step, which is slow: {reason}."
+            plan = dataclasses.replace(plan, warnings=(*plan.warnings, slow))
+        return Operators(), plan
     ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})
     return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
 
@@ -344,6 +363,7 @@ def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
 
 
 def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:
+    _refuse_int8(info.dtype, reason)
     text = f"Plain transformers serve this model: {reason}"
     plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
     return dataclasses.replace(info, engine="baseline", plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))

@@ -27,7 +27,7 @@ PROMPT_TOKENS = 20
 
 
 def _linear(x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
-    return reference.linear(x, packed.weight, packed.bias, **options)
+    return reference.linear(x, packed.weight, packed.bias, scale=packed.scale, **options)
 
 
 def _greedy_head(x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
@@ -86,11 +86,17 @@ def check(decoder: Decoder, page_tokens: int) -> ParityReport:
             error = _difference(ours, theirs)
             if error > worst:
                 worst, where = error, f"layer {index}, {step}"
-    x = decoder.weights.head.weight[:3].clone()  # rows of the right width and size
+    x = _head_input(decoder.weights.head, decoder.weights.dtype)
     error = _difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
     if error > worst:
         worst, where = error, "head"
     return ParityReport(worst, TOLERANCE[x.dtype], where, time.monotonic() - started)
+
+
+def _head_input(head: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """Three rows of the head: of the right width and size."""
+    rows, scale = head.weight[:3], head.scale
+    return rows.clone() if scale is None else reference.dequantize(rows, scale[:3]).to(dtype)
 
 
 def batches(decoder: Decoder, page_tokens: int) -> dict[str, StepBatch]:
@@ -121,7 +127,7 @@ def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int) -> KVCache:
     """A small cache of which every layer is the same memory."""
     spec = dataclasses.replace(decoder.spec, layers=1)
     size = CacheSize(pages, page_tokens, decoder.spec.max_length, 1, 0)
-    cache = KVCache(spec, size, decoder.weights.embed.dtype, decoder.weights.embed.device)
+    cache = KVCache(spec, size, decoder.weights.dtype, decoder.weights.embed.device)
     cache.k, cache.v = cache.k * decoder.spec.layers, cache.v * decoder.spec.layers
     return cache
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
+from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
 from miinb.engine.spec import DecoderSpec, Policy, Source, linear_shape
 from miinb.errors import UnsupportedModel
@@ -19,7 +20,8 @@ from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
 from miinb.models import ModelInfo
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Of activations, the cache, and all weights that are not quantized.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class _Builder:
     device: torch.device
     ranks: int
     rank: int
+    quantizer: Quantizer | None
     consumed: set[str]
 
     def has(self, part: str) -> bool:
@@ -64,9 +67,33 @@ class _Builder:
         bias = self.vector(part, size, layer, "bias") if self.spec.norm == "layer" else None
         return Norm(self.vector(part, size, layer), bias)
 
-    def table(self, part: str, rows: int, width: int) -> Tensor:
-        """An embedding, whole on every rank."""
-        (module,) = self.policy.weights[part].modules
+    def matrix(self, rows: int, columns: int) -> PackedLinear:
+        """Room for a weight matrix, which may be quantized."""
+        if self.quantizer is None:
+            return PackedLinear(self.empty(rows, columns))
+        weight, scale = self.quantizer.empty(rows, columns, self.device)
+        return PackedLinear(weight, scale=scale)
+
+    def fill_matrix(self, target: PackedLinear, rows: slice, name: str, region: Region) -> None:
+        """Fill rows of a matrix from one tensor of the checkpoint: the only one that is there unquantized."""
+        if self.quantizer is None or target.scale is None:
+            self.fill(target.weight[rows], name, region)
+            return
+        plain = self.empty(rows.stop - rows.start, target.weight.shape[1])
+        self.fill(plain, name, region)
+        self.quantizer.quantize(plain, target.weight[rows], target.scale[rows])
+
+    def embedding(self, rows: int, width: int) -> PackedLinear:
+        """The tokens' embedding, whole on every rank."""
+        (module,) = self.policy.weights["embed"].modules
+        target = self.matrix(rows, width)
+        region = Region((rows, width), slice(0, rows), slice(0, width))
+        self.fill_matrix(target, slice(0, rows), f"{module}.weight", region)
+        return target
+
+    def positions(self, rows: int, width: int) -> Tensor:
+        """The table of learned positions, whole on every rank."""
+        (module,) = self.policy.weights["positions"].modules
         target = self.empty(rows, width)
         self.fill(target, f"{module}.weight", Region((rows, width), slice(0, rows), slice(0, width)))
         return target
@@ -83,21 +110,21 @@ class _Builder:
         sizes, width, has_bias, unit = linear_shape(self.spec, part)
         columns = self.share(width, unit) if source.split == "row" else slice(0, width)
         shares = [self.share(size, unit) if source.split == "column" else slice(0, size) for size in sizes]
-        weight = self.empty(sum(s.stop - s.start for s in shares), columns.stop - columns.start)
-        bias = self.empty(weight.shape[0]) if has_bias and (source.split != "row" or self.rank == 0) else None
+        packed = self.matrix(sum(s.stop - s.start for s in shares), columns.stop - columns.start)
+        bias = self.empty(packed.weight.shape[0]) if has_bias and (source.split != "row" or self.rank == 0) else None
         at = 0
         for module, total, offset, share in _matrices(source, sizes, shares, layer):
             rows = slice(offset + share.start, offset + share.stop)
             end = at + share.stop - share.start
             head_size = unit if source.by_head else 0
             region = Region((total, width), rows, columns, source.transposed, head_size)
-            self.fill(weight[at:end], f"{module}.weight", region)
+            self.fill_matrix(packed, slice(at, end), f"{module}.weight", region)
             if has_bias:
                 self.consumed.add(f"{module}.bias")
             if bias is not None:
                 self.fill(bias[at:end], f"{module}.bias", Region((total,), rows, head_size=head_size))
             at = end
-        return PackedLinear(weight, bias)
+        return PackedLinear(packed.weight, bias, packed.scale)
 
     def layer(self, i: int) -> LayerWeights:
         attn_norm = self.norm("attn_norm", i)
@@ -117,7 +144,7 @@ class _Builder:
             k_norm=self.vector("k_norm", head_size, i) if self.spec.qk_norm else None,
         )
 
-    def head(self, embed: Tensor) -> PackedLinear:
+    def head(self, embed: PackedLinear) -> PackedLinear:
         if not self.spec.tied:
             return self.linear("head")
         share, bias = self.share(self.spec.vocab_size), None
@@ -125,7 +152,7 @@ class _Builder:
             bias = self.empty(share.stop - share.start)
             (module,) = self.policy.weights["head"].modules
             self.fill(bias, f"{module}.bias", Region((self.spec.vocab_size,), share))
-        return PackedLinear(embed[share], bias)
+        return PackedLinear(embed.weight[share], bias, embed.scale[share] if embed.scale is not None else None)
 
 
 def _matrices(
@@ -165,7 +192,7 @@ def load_weights(
         info: the model's files.
         policy: of its family.
         spec: of the whole model, not of the rank.
-        dtype: "fp32", "bf16" or "fp16".
+        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
         device: where the weights go.
         rank: which share.
         ranks: how many there are.
@@ -185,23 +212,26 @@ def load_weights(
             reader = GGUFWeights(info)
         else:
             reader = SafetensorsReader(info, policy.prefix, stack)
-        build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, set())
+        quantizer = Quantizer() if dtype == "int8" else None
+        build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, quantizer, set())
         width = spec.embed_size or spec.hidden_size
-        embed = build.table("embed", spec.vocab_size, width)
+        embed = build.embedding(spec.vocab_size, width)
         layers = []
         for i in range(spec.layers):
             report(Phase("load", i, spec.layers))
             layers.append(build.layer(i))
         weights = DecoderWeights(
-            embed=embed,
+            embed=embed.weight,
+            embed_int8_scale=embed.scale,
             layers=layers,
             head=build.head(embed),
             norm=build.norm("norm") if spec.final_norm else None,
-            positions=build.table("positions", spec.positions, spec.hidden_size) if spec.positions else None,
+            positions=build.positions(spec.positions, spec.hidden_size) if spec.positions else None,
             embed_norm=build.norm("embed_norm", size=width) if spec.embed_norm else None,
             project_in=build.linear("project_in") if spec.embed_size else None,
             project_out=build.linear("project_out") if spec.embed_size else None,
         )
+        weights.rounding = quantizer.rounding if quantizer else 0.0
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))
     return weights

@@ -1,9 +1,12 @@
-/* The operators on a CPU: a decoder's step is bound by memory, so weights are read once, in bf16 or fp32, and
+/* The operators on a CPU: a decoder's step is bound by memory, so weights are read once, in int8, bf16 or fp32, and
    everything is summed in fp32. Compiled once for the machine by cpu.py, which also describes the arguments.
 
    Vectors are GCC's own (https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html): the same source becomes AVX2,
    AVX-512 or NEON. Threads are those of the OpenMP runtime that PyTorch has loaded. */
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -137,124 +140,206 @@ INLINE void part(int64_t n, int64_t block, int64_t *start, int64_t *end) {
 
 /* ---- linear ------------------------------------------------------------------------------------------------- */
 
-#define MB 4 /* rows of x in a tile, so that a weight is used for several */
-#define NB 8 /* rows of weights in a tile: 8, 4 or 2, so that there are eight sums, which stay in registers */
+/* Weights are fp32, bf16 or int8. The columns of an int8 row are in groups, each with a scale; a weight is widened to
+   fp32 and multiplied by its scale before it is used.
 
-/* out[m][n]: products of mb rows of x (split if the weights are bf16) with nb rows of weights. */
-INLINE void tile(const float *x, int64_t k, const void *const *w, int mb, int nb, int half, float out[MB][NB]) {
-  vec sums[MB][NB] = {{{0}}};
-  int64_t i = 0;
-  for (; i + BLOCK <= k; i += BLOCK) {
-    vec first[NB], second[NB];
-    for (int n = 0; n < nb; n++) {
-      /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
-      __builtin_prefetch((const char *)w[n] + (nb * k + i) * (half ? 2 : 4));
-      first[n] = half ? even((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i);
-      second[n] = half ? odd((const bf16 *)w[n] + i) : *(const vec *)((const float *)w[n] + i + LANES);
-    }
-    for (int m = 0; m < mb; m++) {
-      vec low = *(const vec *)(x + m * k + i), high = *(const vec *)(x + m * k + i + LANES);
-      KEEP(low);
-      KEEP(high);
-      for (int n = 0; n < nb; n++) sums[m][n] += first[n] * low;
-      for (int n = 0; n < nb; n++) sums[m][n] += second[n] * high;
-    }
-  }
-  for (int m = 0; m < mb; m++)
-    for (int n = 0; n < nb; n++) {
-      float s = sum_vec(sums[m][n]);
-      for (int64_t j = i; j < k; j++) s += x[m * k + j] * load(w[n], j, half);
-      out[m][n] = s;
-    }
+   Every output is summed over the columns in the same order, whatever the number of rows and the tile that it falls
+   in: its bits do not depend on what else is in the step. */
+enum { FP32, BF16, INT8 };
+
+#define MB 4    /* rows of x in a tile at most, so that a weight is used for several */
+#define NB 8    /* rows of weights in a tile at most: mb * nb sums have to stay in registers */
+#define FEW 4   /* rows of x up to which weights are widened on the way; for more, rows of weights are widened once */
+#define PANEL 4 /* so many at a time, for two rows of x: with more than eight sums GCC does not keep them in registers */
+
+typedef float reg __attribute__((vector_size(4 * LANES)));
+typedef int8_t vecb __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int32_t veci __attribute__((vector_size(4 * LANES)));
+
+INLINE vec whole(const int8_t *p) { /* GCC 12 makes many instructions of the conversion from bytes */
+#if defined(__AVX512F__)
+  veci wide = (veci)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+  veci wide = (veci)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+  veci wide = __builtin_convertvector(*(const vecb *)p, veci);
+#endif
+  return __builtin_convertvector(wide, vec);
+}
+
+INLINE int64_t width(int kind) { return kind == INT8 ? 1 : kind == BF16 ? 2 : 4; }
+
+/* Weights [i, i + LANES) (side 0) and [i + LANES, i + BLOCK) of a row; of bf16 the even and the odd ones. */
+INLINE vec weights_of(const void *w, int64_t i, int side, float scale, int kind) {
+  if (kind == INT8) return whole((const int8_t *)w + i + side * LANES) * scale;
+  if (kind == BF16) return side ? odd((const bf16 *)w + i) : even((const bf16 *)w + i);
+  return *(const vec *)((const float *)w + i + side * LANES);
+}
+
+INLINE float weight(const void *w, int64_t i, float scale, int kind) {
+  return kind == INT8 ? ((const int8_t *)w)[i] * scale : load(w, i, kind == BF16);
 }
 
 typedef struct {
   const void *w, *bias, *residual;
+  const float *scale; /* [rows of w][groups] */
   void *y;
-  int64_t n, k; /* n: outputs */
+  int64_t n, k, group; /* n: outputs; group: columns with one scale, a multiple of BLOCK; k if there are none */
   int activation, gated;
 } linear_args;
 
+/* A row of weights as fp32, in the order of weights_of. */
+INLINE void widen_row(const linear_args *a, const void *from, const float *scale, float *to, int kind) {
+  if (kind == BF16) widen_split((const bf16 *)from, to, a->k);
+  for (int64_t i = 0, end; kind == INT8 && i < a->k; scale++)
+    for (end = a->k - i < a->group ? a->k : i + a->group; i < end; i++) to[i] = ((const int8_t *)from)[i] * *scale;
+}
+
+/* out[m][n]: products of mb rows of x (split if the weights were bf16) with nb rows of weights. */
+INLINE void tile(const linear_args *a, const float *x, const void *const *w, const float *const *scale, int mb, int nb,
+                 int kind, int ahead, float out[MB][NB]) {
+  const int64_t k = a->k, blocks = k / BLOCK * BLOCK;
+  reg sums[MB][NB] = {{{0}}};
+  float scales[NB] = {0};
+  int64_t i = 0;
+  for (int64_t g = 0; i < blocks; g++) {
+    const int64_t end = kind == INT8 && i + a->group < blocks ? i + a->group : blocks;
+    for (int n = 0; kind == INT8 && n < nb; n++) scales[n] = scale[n][g];
+    /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
+    for (int n = 0; ahead && kind == INT8 && n < nb; n++)
+      for (int64_t c = i; c < end; c += 64) __builtin_prefetch((const char *)w[n] + nb * k + c);
+    for (; i < end; i += BLOCK) {
+      for (int n = 0; ahead && kind != INT8 && n < nb; n++)
+        __builtin_prefetch((const char *)w[n] + (nb * k + i) * width(kind));
+      for (int side = 0; side < 2; side++) {
+        reg values[MB];
+        for (int m = 0; m < mb; m++) {
+          values[m] = *(const vec *)(x + m * k + i + side * LANES);
+          KEEP(values[m]);
+        }
+        for (int n = 0; n < nb; n++) {
+          reg weights = weights_of(w[n], i, side, scales[n], kind);
+          for (int m = 0; m < mb; m++) sums[m][n] += weights * values[m];
+        }
+      }
+    }
+  }
+  for (int m = 0; m < mb; m++)
+    for (int n = 0; n < nb; n++) {
+      float s = sum_vec(sums[m][n]), last = kind == INT8 && i < k ? scale[n][i / a->group] : 0;
+      for (int64_t j = i; j < k; j++) s += x[m * k + j] * weight(w[n], j, last, kind);
+      out[m][n] = s;
+    }
+}
+
 INLINE float bias_of(const linear_args *a, int64_t n, int half) { return a->bias ? load(a->bias, n, half) : 0; }
 
-/* Outputs [n, n + nb) (with `gated` half as many) of the rows [m0, m1) of x. Gated outputs n need the rows n and
-   n + a->n of the weights, which stand next to each other in the tile. */
-INLINE void linear_block(const linear_args *a, const float *x, int64_t m0, int64_t m1, int64_t n, int64_t end, int nb,
-                         int half) {
-  const int64_t bytes = half ? 2 : 4;
-  const int step = a->gated ? nb / 2 : nb;
-  const void *w[NB];
-  int64_t row[NB];
+/* The rows of weights of a tile. Gated outputs n need the rows n and n + a->n, which stand next to each other in it. */
+INLINE void rows_of(const linear_args *a, int64_t n, int64_t end, int nb, int kind, int64_t *row, const void **w,
+                    const float **scale) {
   for (int j = 0; j < nb; j++) {
     int64_t at = n + (a->gated ? j / 2 : j);
     if (at >= end) at = end - 1;
     row[j] = a->gated && j % 2 ? at + a->n : at;
-    w[j] = (const char *)a->w + row[j] * a->k * bytes;
+    w[j] = (const char *)a->w + row[j] * a->k * width(kind);
+    scale[j] = kind == INT8 ? a->scale + row[j] * ((a->k + a->group - 1) / a->group) : NULL;
   }
-  float out[MB][NB];
-  int count;
-  for (int64_t m = m0; m < m1; m += count) {
-    const float *rows = x + m * a->k;
-    int64_t left = m1 - m;
-    count = left < MB ? (int)left : left == MB + 1 || left == MB + 2 ? 3 : MB; /* no tile of a single row at the end */
-    if (count == 1) tile(rows, a->k, w, 1, nb, half, out);
-    if (count == 2) tile(rows, a->k, w, 2, nb, half, out);
-    if (count == 3) tile(rows, a->k, w, 3, nb, half, out);
-    if (count == 4) tile(rows, a->k, w, 4, nb, half, out);
-    for (int r = 0; r < count; r++)
-      for (int j = 0; j < step && n + j < end; j++) {
-        int64_t at = (m + r) * a->n + n + j;
-        float value;
-        if (a->gated) {
-          float gate = out[r][2 * j] + bias_of(a, row[2 * j], half);
-          value = activate(gate, a->activation) * (out[r][2 * j + 1] + bias_of(a, row[2 * j + 1], half));
-        } else {
-          value = activate(out[r][j] + bias_of(a, n + j, half), a->activation);
-        }
-        if (a->residual) value += load(a->residual, at, half);
-        store(a->y, at, value, half);
+}
+
+/* Called, not inlined: with its activations in every tile the library takes twice as long to compile. */
+static __attribute__((noinline)) void store_tile(const linear_args *a, float out[MB][NB], const int64_t *row, int64_t m,
+                                                 int count, int64_t n, int64_t end, int nb, int half) {
+  for (int r = 0; r < count; r++)
+    for (int j = 0; j < (a->gated ? nb / 2 : nb) && n + j < end; j++) {
+      int64_t at = (m + r) * a->n + n + j;
+      float value;
+      if (a->gated) {
+        float gate = out[r][2 * j] + bias_of(a, row[2 * j], half);
+        value = activate(gate, a->activation) * (out[r][2 * j + 1] + bias_of(a, row[2 * j + 1], half));
+      } else {
+        value = activate(out[r][j] + bias_of(a, n + j, half), a->activation);
       }
+      if (a->residual) value += load(a->residual, at, half);
+      store(a->y, at, value, half);
+    }
+}
+
+/* All of few rows of x: the weights are read once. */
+INLINE void few_rows(const linear_args *a, const float *x, int mb, int nb, int kind, int half) {
+  int64_t start, stop, step = a->gated ? nb / 2 : nb, row[NB];
+  const void *w[NB];
+  const float *scale[NB];
+  float out[MB][NB];
+  part(a->n, step, &start, &stop);
+  for (int64_t n = start; n < stop; n += step) {
+    rows_of(a, n, stop, nb, kind, row, w, scale);
+    tile(a, x, w, scale, mb, nb, kind, 1, out);
+    store_tile(a, out, row, 0, mb, n, stop, nb, half);
   }
 }
 
-INLINE void linear_part(const linear_args *a, const float *x, int64_t m, int nb, int half) {
-  int64_t chunk = (256 << 10) / (4 * a->k) / MB * MB; /* rows of x that stay in the L2 cache */
-  int64_t start, end, step = a->gated ? nb / 2 : nb;
-  if (chunk < 4 * MB) chunk = 4 * MB;
-  part(a->n, step, &start, &end);
-  for (int64_t m0 = 0; m0 < m; m0 += chunk)
-    for (int64_t n = start; n < end; n += step)
-      linear_block(a, x, m0, m0 + chunk < m ? m0 + chunk : m, n, end, nb, half);
+/* Many rows of x: rows of weights are widened once for as many rows of x as the L2 cache holds. */
+INLINE void many_rows(const linear_args *a, const float *x, int64_t rows, int kind, int half) {
+  const int64_t k = a->k, chunk = (256 << 10) / (4 * k) > 12 ? (256 << 10) / (4 * k) / 2 * 2 : 12;
+  int64_t start, stop, step = a->gated ? PANEL / 2 : PANEL, row[PANEL];
+  const void *w[PANEL];
+  const float *scale[PANEL];
+  float out[MB][NB], *panel = NULL;
+  if (kind != FP32 && posix_memalign((void **)&panel, 64, sizeof(float) * PANEL * k)) abort();
+  part(a->n, step, &start, &stop);
+  for (int64_t from = 0; from < rows; from += chunk)
+    for (int64_t n = start; n < stop; n += step) {
+      rows_of(a, n, stop, PANEL, kind, row, w, scale);
+      for (int j = 0; kind != FP32 && j < PANEL; j++) {
+        widen_row(a, w[j], scale[j], panel + j * k, kind);
+        w[j] = panel + j * k;
+      }
+      for (int64_t m = from, end = from + chunk < rows ? from + chunk : rows; m < end; m += 2) {
+        const int count = end - m < 2 ? 1 : 2;
+        if (count == 1) tile(a, x + m * k, w, scale, 1, PANEL, FP32, 0, out);
+        if (count == 2) tile(a, x + m * k, w, scale, 2, PANEL, FP32, 0, out);
+        store_tile(a, out, row, m, count, n, stop, PANEL, half);
+      }
+    }
+  free(panel);
 }
 
-INLINE void linear_rows(const linear_args *a, const void *x, int64_t m, int half) {
+INLINE void linear_rows(const linear_args *a, const float *x, int64_t m, int kind, int half) {
+  if (m == 1)
+    few_rows(a, x, 1, 8, kind, half);
+  else if (m == 2)
+    few_rows(a, x, 2, 4, kind, half);
+  else if (m == 3)
+    few_rows(a, x, 3, 2, kind, half);
+  else if (m == 4)
+    few_rows(a, x, 4, 2, kind, half);
+  else
+    many_rows(a, x, m, kind, half);
+}
+
+/* scale NULL: the weights have the type of x; otherwise they are int8, and x is fp32. */
+void miinb_linear(const void *x, const void *w, const float *scale, const void *bias, const void *residual, void *y,
+                  int64_t m, int64_t n, int64_t k, int64_t group, int activation, int gated, int half) {
+  const linear_args a = {w, bias, residual, scale, y, n, k, scale ? group : k, activation, gated};
   float *wide = NULL;
-  if (half && posix_memalign((void **)&wide, 64, sizeof(float) * m * a->k)) abort();
-  if (half && m <= 4)
-    for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
+  if (half && posix_memalign((void **)&wide, 64, sizeof(float) * m * k)) abort();
+  if (half && m <= FEW)
+    for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
 #pragma omp parallel
   {
-    if (half && m > 4) {
+    if (half && m > FEW) {
 #pragma omp for
-      for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * a->k, wide + i * a->k, a->k);
+      for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
     }
-    if (m == 1)
-      linear_part(a, half ? wide : x, m, 8, half);
-    else if (m == 2)
-      linear_part(a, half ? wide : x, m, 4, half);
+    /* Chosen in here: what is passed into a parallel region is no constant for the compiler. */
+    if (scale)
+      linear_rows(&a, x, m, INT8, 0);
+    else if (half)
+      linear_rows(&a, wide, m, BF16, 1);
     else
-      linear_part(a, half ? wide : x, m, 2, half);
+      linear_rows(&a, x, m, FP32, 0);
   }
   free(wide);
-}
-
-void miinb_linear(const void *x, const void *w, const void *bias, const void *residual, void *y, int64_t m, int64_t n,
-                  int64_t k, int activation, int gated, int half) {
-  linear_args a = {w, bias, residual, y, n, k, activation, gated};
-  if (half)
-    linear_rows(&a, x, m, 1);
-  else
-    linear_rows(&a, x, m, 0);
 }
 
 /* ---- norms -------------------------------------------------------------------------------------------------- */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ from miinb.kernels.linear import PackedLinear
 
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "miinb_linear": [_P] * 5 + [_I] * 3 + [_C] * 3,
+    "miinb_linear": [_P] * 6 + [_I] * 4 + [_C] * 3,
     "miinb_norm": [_P] * 6 + [_I] * 2 + [_F, _C, _C],
     "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
     "miinb_argmax": [_P] * 3 + [_I] * 2 + [_C],
@@ -39,7 +40,8 @@ class CpuKernels:
 
     Attributes:
         dtype: torch.float32 or torch.bfloat16.
-        limit: with so many rows and more PyTorch's linear layer is the faster one here; measured once.
+        limit: with so many rows and more PyTorch's linear layer is the faster one here (not for int8 weights, which it
+            does not have); measured once, or given by the environment variable MIINB_CPU_TORCH_ROWS (0: never).
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -55,6 +57,9 @@ class CpuKernels:
 
     def _measure(self) -> int:
         """The least number of rows with which PyTorch is clearly faster; AMX and a tuned fp32 product reach that."""
+        given = os.environ.get("MIINB_CPU_TORCH_ROWS", "")
+        if given.isdigit():
+            return int(given) or 1 << 30
         packed = PackedLinear(torch.randn(512, 768).to(self.dtype))
         for rows in _TRIED_ROWS:
             x = torch.randn(rows, 768).to(self.dtype)
@@ -69,19 +74,22 @@ class CpuKernels:
         threads = torch.get_num_threads()
         if self.limit == 1 << 30:
             return f"every step, {threads} threads"
-        return f"steps below {self.limit} tokens, {threads} threads; PyTorch's linear layers are faster above"
+        return (
+            f"steps below {self.limit} tokens, {threads} threads; PyTorch's linear layers are faster above, "
+            "and the last bits of an answer depend on what else is asked at that moment"
+        )
 
     def linear(
         self, x: Tensor, packed: PackedLinear, *, activation: str | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """See `linear.linear`."""
-        if x.shape[0] >= self.limit:
+        if x.shape[0] >= self.limit and packed.scale is None:
             return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
         return self._run_linear(x, packed, packed.weight.shape[0], activation, residual, 0)
 
     def gated_linear(self, x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
         """See `linear.gated_linear`."""
-        if x.shape[0] >= self.limit:
+        if x.shape[0] >= self.limit and packed.scale is None:
             return reference.gated(reference.linear(x, packed.weight, packed.bias), kind)
         return self._run_linear(x, packed, packed.weight.shape[0] // 2, kind, None, 1)
 
@@ -94,12 +102,14 @@ class CpuKernels:
         self._linear(
             x.data_ptr(),
             packed.weight.data_ptr(),
+            packed.scale.data_ptr() if packed.scale is not None else None,
             packed.bias.data_ptr() if packed.bias is not None else None,
             residual.contiguous().data_ptr() if residual is not None else None,
             y.data_ptr(),
             m,
             n,
             k,
+            reference.GROUP,
             _ACTIVATIONS[activation],
             gated,
             self._half,

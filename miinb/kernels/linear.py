@@ -21,12 +21,15 @@ class PackedLinear:
     """Weights of one linear layer in the layout that the kernels read.
 
     Attributes:
-        weight: [N, K]: one row an output, as `torch.nn.Linear` has it.
+        weight: [N, K]: one row an output, as `torch.nn.Linear` has it; int8 where there is a `scale`.
         bias: [N] or None.
+        scale: [N, ceil(K / reference.GROUP)] fp32: what each group of an int8 row's columns is multiplied by. None: the
+            weight is what it says. Operators that have no kernel for int8 use the reference, which widens it.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
@@ -41,8 +44,10 @@ def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, re
     Returns:
         [T, N] in x's dtype; sums are fp32.
     """
-    if not use_triton(x):
-        return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
+    if not use_triton(x) or packed.scale is not None:
+        return reference.linear(
+            x, packed.weight, packed.bias, activation=activation, residual=residual, scale=packed.scale
+        )
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False)
     y = F.linear(x, packed.weight, packed.bias)
@@ -61,7 +66,7 @@ def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
     Returns:
         [T, I].
     """
-    if use_triton(x) and x.shape[0] == 1:
+    if use_triton(x) and x.shape[0] == 1 and packed.scale is None:
         return _gemv_launch(x, packed, kind, None, gated_pair=True)
     return gated(linear(x, packed), kind)
 

@@ -16,6 +16,9 @@ from torch import Tensor
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
+#: Columns of an int8 weight that have one scale; the last group of a row may have fewer.
+GROUP = 64
+_WIDENED_ROWS = 4096
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -188,12 +191,28 @@ def linear(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """See `linear.linear`."""
-    y = F.linear(x, weight, bias)
+    """See `linear.linear`. With a `scale` the weight is int8, and widened by and by: it may be a whole head."""
+    if scale is None:
+        y = F.linear(x, weight, bias)
+    else:
+        rows = zip(weight.split(_WIDENED_ROWS), scale.split(_WIDENED_ROWS), strict=True)
+        y = torch.cat([F.linear(x, dequantize(w, s).to(x.dtype)) for w, s in rows], -1)
+        y = y if bias is None else y + bias
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     return y if residual is None else y + residual
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The fp32 numbers that int8 rows stand for.
+
+    Args:
+        weight: [..., K] int8.
+        scale: [..., ceil(K / GROUP)] fp32.
+    """
+    return weight * scale.repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

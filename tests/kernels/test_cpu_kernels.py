@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miinb.engine.quantize import Quantizer
 from miinb.kernels import cpu_build, reference
 from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.linear import PackedLinear
@@ -50,6 +51,63 @@ def test_gated_linear(kernels: CpuKernels, kind: str, rows: int, inner: int) -> 
     x, w, bias = random(kernels, rows, 40), random(kernels, 2 * inner, 40), random(kernels, 2 * inner)
     wanted = reference.gated(reference.linear(x.float(), w.float(), bias.float()), kind)
     assert close(kernels.gated_linear(x, PackedLinear(w, bias), kind), wanted)
+
+
+def quantized(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    quantizer = Quantizer()
+    numbers, scale = quantizer.empty(*weight.shape, weight.device)
+    quantizer.quantize(weight, numbers, scale)
+    return PackedLinear(numbers, bias, scale)
+
+
+@pytest.fixture(scope="module")
+def plain() -> CpuKernels:
+    made = CpuKernels(torch.float32)
+    made.limit = 4  # where PyTorch's linear layers are the faster ones: they have none for int8
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (10, 48), (13, 100), (9, 192), (64, 65), (6, 5000)])
+def test_linear_of_int8(plain: CpuKernels, rows: int, n: int, k: int) -> None:
+    x, w, bias, residual = (random(plain, *shape) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    packed = quantized(w, bias)
+    assert packed.scale is not None
+    wanted = x @ reference.dequantize(packed.weight, packed.scale).t() + bias
+    assert close(plain.linear(x, packed, activation="relu", residual=residual), wanted.relu() + residual)
+    assert close(reference.linear(x, packed.weight, bias, scale=packed.scale), wanted)
+    doubled = quantized(torch.cat((w, random(plain, n, k + 1)[:, :-1])))
+    assert close(
+        plain.gated_linear(x, doubled, "silu"),
+        reference.gated(reference.linear(x, doubled.weight, scale=doubled.scale), "silu"),
+    )
+
+
+def test_a_row_of_int8_does_not_depend_on_its_neighbors(plain: CpuKernels) -> None:
+    x, packed = random(plain, 13, 200), quantized(random(plain, 24, 200), random(plain, 24))
+    alone = torch.cat([plain.linear(row[None], packed) for row in x])
+    gated = torch.cat([plain.gated_linear(row[None], packed, "silu") for row in x])
+    for rows in range(2, 14):
+        assert torch.equal(plain.linear(x[:rows], packed), alone[:rows])
+        assert torch.equal(plain.gated_linear(x[:rows], packed, "silu"), gated[:rows])
+
+
+def test_many_rows_by_pytorch_give_the_same(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIINB_CPU_TORCH_ROWS", "4")
+    other = CpuKernels(kernels.dtype)
+    assert other.limit == 4
+    assert "depend" in other.description
+    x, packed = random(kernels, 6, 40), PackedLinear(random(kernels, 24, 40), random(kernels, 24))
+    for rows in (1, 3, 4, 6):
+        ours, theirs = (
+            other.linear(x[:rows], packed, activation="silu"),
+            kernels.linear(x[:rows], packed, activation="silu"),
+        )
+        assert close(ours, theirs.float())
+        assert torch.equal(ours, theirs) or rows >= 4
+        assert close(
+            other.gated_linear(x[:rows], packed, "gelu"), kernels.gated_linear(x[:rows], packed, "gelu").float()
+        )
 
 
 @pytest.mark.parametrize("hidden", [5, 48, 100])
