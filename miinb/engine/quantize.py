@@ -33,9 +33,9 @@ class Quantizer:
     def quantize(self, weight: Tensor, numbers: Tensor, scale: Tensor) -> None:
         """Quantize `weight` [N, K] into what `empty` made. What is not finite makes a scale that is not."""
         rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
-        for part, out, factors in zip(weight.split(rows), numbers.split(rows), scale.split(rows), strict=True):
+        for part, out, factors in zip(*(torch.split(tensor, rows) for tensor in (weight, numbers, scale)), strict=True):
             columns = part.shape[1]
-            groups = F.pad(part.float(), (0, -columns % GROUP)).unflatten(1, (-1, GROUP))
+            groups = F.pad(part.float(), (0, -columns % GROUP)).view(len(part), -1, GROUP)
             factors.copy_(torch.linalg.vector_norm(groups, math.inf, dim=-1) / 127)
             scaled = groups / factors.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
             whole = scaled.round()

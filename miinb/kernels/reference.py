@@ -197,7 +197,7 @@ def linear(
     if scale is None:
         y = F.linear(x, weight, bias)
     else:
-        rows = zip(weight.split(_WIDENED_ROWS), scale.split(_WIDENED_ROWS), strict=True)
+        rows = zip(torch.split(weight, _WIDENED_ROWS), torch.split(scale, _WIDENED_ROWS), strict=True)
         y = torch.cat([F.linear(x, dequantize(w, s).to(x.dtype)) for w, s in rows], -1)
         y = y if bias is None else y + bias
     if activation is not None:
