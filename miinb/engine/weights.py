@@ -205,13 +205,7 @@ def load_weights(
         UnsupportedModel: the checkpoint holds tensors that the policy does not know.
     """
     with ExitStack() as stack:
-        reader: Reader
-        if dummy:
-            reader = DummyWeights(device)
-        elif info.format == "gguf":
-            reader = GGUFWeights(info)
-        else:
-            reader = SafetensorsReader(info, policy.prefix, stack)
+        reader = DummyWeights(device) if dummy else _reader(info, policy, stack)
         quantizer = Quantizer() if dtype == "int8" else None
         build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, quantizer, set())
         width = spec.embed_size or spec.hidden_size
@@ -235,6 +229,10 @@ def load_weights(
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))
     return weights
+
+
+def _reader(info: ModelInfo, policy: Policy, stack: ExitStack) -> Reader:
+    return GGUFWeights(info) if info.format == "gguf" else SafetensorsReader(info, policy.prefix, stack)
 
 
 def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: str) -> None:

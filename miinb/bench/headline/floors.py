@@ -78,7 +78,7 @@ def all_rows_s(
     Each step reads the weights once and every live row's cache, at the speed of a copy; the prompts' matrix products
     (two operations a weight and token) run at the speed of a large one, and overlap with nothing.
     """
-    cache = model.kv_bytes_per_token("bf16" if dtype == "int8" else dtype)
+    cache = model.kv_bytes_per_token(dtype)
     steps = max(new for _, new in lengths)
     read = sum(new * prompt + new * (new + 1) / 2 for prompt, new in lengths) * cache
     weights = token_bytes(model, weights_bytes)
