@@ -25,8 +25,6 @@ from miinb.tasks import TASKS, find_task, tasks_of
 
 #: Bytes of one weight by miinb's dtype names; int8 has a scale of fp32 for each 64 weights.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5}
-#: What activations and the cache are where weights alone are quantized.
-ACTIVATION_DTYPES = {"int8": "fp32"}
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 #: config.json's names of one fact, by family; the first that is there counts.
@@ -117,8 +115,7 @@ class ModelInfo:
 
     def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1) -> int:
         """Bytes of keys and values that one token adds to the cache of each rank, by the weights' dtype."""
-        dtype = dtype or self.dtype
-        number = DTYPE_BYTES[ACTIVATION_DTYPES.get(dtype, dtype)]
+        number = 4.0 if dtype == "int8" else DTYPE_BYTES[dtype or self.dtype]  # weights alone are int8
         layers, heads, size = self.layers, self.kv_heads, self.head_size
         if self.spec is not None:
             layers, heads, size = self.spec.layers, self.spec.kv_heads, self.spec.head_size
