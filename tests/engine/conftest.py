@@ -120,7 +120,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", BASE | {"head_dim": 20, "tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2Config",
-        BASE | {"head_dim": 10, "sliding_window": 7, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
+        BASE
+        | {
+            "head_dim": 10,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "hidden_activation": "gelu",
+        },
     ),
     "gemma3_text": (
         "Gemma3TextConfig",

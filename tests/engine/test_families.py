@@ -135,9 +135,9 @@ def test_logits_and_tokens_equal_transformers(
         assert (got - logits).abs().max() / logits.abs().max() < 1e-4
     executor = executor_of(decoder, cache)
     assert generate(executor, PROMPTS) == (wanted.tokens, 0), "a ragged batch, prompts in chunks"
-    longer = PROMPTS[2] + wanted.tokens[2][:5]
-    tokens, cached = generate(executor, [longer], NEW_TOKENS - 5)
-    assert tokens == [wanted.tokens[2][5:]], "alone, after a prefix of an earlier row"
+    longer = PROMPTS[2] + wanted.tokens[2][:45]
+    tokens, cached = generate(executor, [longer], NEW_TOKENS - 45)
+    assert tokens == [wanted.tokens[2][45:]], "alone, after a prefix of an earlier row"
     assert cached == len(longer) // PAGE_TOKENS * PAGE_TOKENS
 
 

@@ -14,7 +14,7 @@ def spec(config: Mapping[str, Any], **changes: Any) -> DecoderSpec:
     """The decoder of a Gemma configuration; Gemma 2 and 3 give their `changes` to it."""
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel("Gemma with attention to later tokens has no fused form.")
-    name = config.get("hidden_activation") or config.get("hidden_act") or "gelu"
+    name = config.get("hidden_act") or "gelu"
     values: dict[str, Any] = {
         "max_length": 8192,
         "head_size": 256,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miinb.engine.policies import gemma, llama
-from miinb.engine.spec import DecoderSpec, Policy, whole
+from miinb.engine.spec import DecoderSpec, Policy, activation_of, whole
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -15,6 +15,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     types = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
     return gemma.spec(
         config,
+        activation=activation_of(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         softcap=config.get("attn_logit_softcapping", 50.0),

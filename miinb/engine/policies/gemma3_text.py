@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miinb.engine.policies import gemma, gemma2
-from miinb.engine.spec import DecoderSpec, Policy, rotary_of, whole
+from miinb.engine.spec import DecoderSpec, Policy, activation_of, rotary_of, whole
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -23,6 +23,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return gemma.spec(
         plain,
         max_length=1 << 17,
+        activation=activation_of(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         rotary=rotary_of(plain | {"rope_parameters": wide}, head_size),
         windowed_rotary=rotary_of(plain | {"rope_parameters": near}, head_size),
