@@ -57,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware"),
-    "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models"),
+    "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.headline.profile": ("bench", "engine", "config", "messages", "errors"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),
     "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),

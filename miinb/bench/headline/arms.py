@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from miinb import models
+from miinb import hardware, models, planner
 from miinb.bench.headline import floors
 from miinb.bench.headline.suites import Job, Workload
 from miinb.bench.headline.trace import Measured, Trace, error_text
@@ -68,6 +68,7 @@ class Memory:
         self.gpu = device == "cuda"
         self.at: dict[str, float] = {}
         self.before = 0.0
+        self.planned = NAN  # of the KV cache, by the planner
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -91,6 +92,7 @@ def _load(job: Job, folder: Path, memory: Memory) -> Executor:
     """The job's model as its arm. Raises MiinbError, also if something else than the arm would run."""
     model = models.inspect(folder, load_format="auto" if job.checkpoint else "dummy")
     length = max(workload.longest for workload in job.workloads) + 8
+    rows = max(8, *(len(workload.lengths) for workload in job.workloads))
     options: dict[str, Any] = {"max_queue": 4096}
     if job.arm.compiled:
         options["compile"] = True
@@ -102,11 +104,15 @@ def _load(job: Job, folder: Path, memory: Memory) -> Executor:
             "load_format": "auto" if job.checkpoint else "dummy",
             "dtype": job.dtype,
             "device": job.device,
-            "max_batch": max(8, *(len(workload.lengths) for workload in job.workloads)),
-            "max_length": min(length, model.context_length or length),
             "options": options,
         }
+        | ({} if job.checkpoint else {"max_batch": rows, "max_length": min(length, model.context_length or length)})
     )
+    if job.checkpoint:  # as a server would: the planner chooses
+        machine = hardware.detect()
+        choice = planner.plan(config, model, machine)
+        memory.planned = float(choice.kv_cache_bytes)
+        config = planner.resolve(config, choice, machine)
     gpus = [0] if job.device == "cuda" else None
     executor = load_executor(config, replica=0, rank=0, gpus=gpus, folder=folder, report=memory.note)
     if executor.info.engine != job.arm.engine:
@@ -282,7 +288,7 @@ def facts_of(executor: Executor, job: Job, memory: Memory) -> dict[str, Any]:
         "load_s": executor.info.load_s,
         "weights_bytes": plan.weights_bytes or NAN,
         "kv_cache_bytes": float(executor.status().get("kv_cache_bytes", 0)) or NAN,
-        "kv_planned_bytes": plan.kv_cache_bytes or NAN,
+        "kv_planned_bytes": memory.planned,
         "load_peak_bytes": memory.load_peak,
         "peak_mem_bytes": memory.peak(),
         "plan": str(plan).splitlines(),
