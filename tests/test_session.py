@@ -47,6 +47,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def session(state: Path) -> Iterator[miinb.Session]:
     with miinb.Session(tiny_model(), name="a/tiny", port=0, **TINY) as found:
+        assert list(state.parent.parent.iterdir()) == [state.parent], "nothing beside its folder"
         yield found
     assert not list(state.iterdir())
 

@@ -58,7 +58,8 @@ def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, devic
     import deepspeed
     import deepspeed.ops
 
-    rendezvous = folder.absolute() / f"rdzv-{replica}"
+    # Through a descriptor, which stays open: torch takes a URL's path as it stands and ends it at a ? or #.
+    rendezvous = Path(f"/proc/self/fd/{os.open(folder, os.O_DIRECTORY)}/rdzv-{replica}")
     if deepspeed.comm.is_initialized():
         return Group(rank, ranks) if ranks > 1 else None
     if ranks == 1:
