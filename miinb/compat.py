@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from miinb.constants import DeploymentType, TaskType
-from miinb.errors import InvalidRequest, InvalidValue, TargetError, UnknownOption, did_you_mean
+from miinb.errors import InvalidValue, TargetError, UnknownOption, did_you_mean
 from miinb.results import ConversationReply, Reply
 from miinb.session import Session, attach
-from miinb.tasks import find_task
 
 #: `mii_config` keys and the `Session` argument that each becomes.
 RENAMED = {
@@ -150,8 +149,6 @@ class QueryHandle:
             InvalidRequest: it exists already, or the task does not generate text.
             QueueFull: too many are open.
         """
-        if not find_task(self._session.task).streams:
-            raise InvalidRequest(f"session_id: only for tasks that generate text, not {self._session.task}.")
         self._session.create_session(session_id)
 
     def destroy_session(self, session_id: str) -> None:

@@ -16,8 +16,9 @@ from miinb import cell, hardware, models, planner, queries, registry
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
-from miinb.errors import DeploymentExists, Unavailable
+from miinb.errors import DeploymentExists, InvalidRequest, Unavailable
 from miinb.messages import Chunk, EngineInfo, Plan, Status
+from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
     import pandas
@@ -242,9 +243,11 @@ class Session:
         """Begin a conversation that the server remembers; `session_id=` of any request that generates goes on with it.
 
         Raises:
-            InvalidRequest: it exists already.
+            InvalidRequest: it exists already, or the task does not generate text.
             QueueFull: too many are open.
         """
+        if not TASKS[self.task].streams:
+            raise InvalidRequest(f"session_id: only for tasks that generate text, not {self.task}.")
         self._client.create_session(session_id)
 
     def destroy_session(self, session_id: str) -> None:

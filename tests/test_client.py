@@ -188,6 +188,11 @@ def test_awaitable_calls(frontend: FrontendProcess, client: Client) -> None:
         assert two.usage.output_tokens == 3
         pieces = [chunk.text async for chunk in client.astream("SLOW abc", max_new_tokens=5)]
         assert len("".join(pieces)) >= 5
+        said = [{"role": "user", "content": "x"}]
+        client.create_session("awaited")
+        async for _ in client.astream(said, max_new_tokens=5, session_id="awaited"):
+            pass
+        assert len((await client.achat(said, max_new_tokens=3, session_id="awaited")).history) == 4
         task = asyncio.ensure_future(client.agenerate(["SLOW a", "SLOW b"], max_new_tokens=1000))
         await asyncio.sleep(0.3)
         task.cancel()

@@ -226,9 +226,15 @@ def test_chat_remembers_until_reset(shell: Shell, deployments: dict[str, StandIn
     with capture_output():
         for line in ("chat Hello --system 'Be short'", "chat More", "reset", "chat Anew"):
             shell.run(f"%mii {line}")
+        shell.run("%%mii chat\nIn a cell")
     talks = [[turn["content"] for turn in messages] for _, messages, _ in deployments["tiny"].calls]
     answer = "Once upon a time"
-    assert talks == [["Be short", "Hello"], ["Be short", "Hello", answer, "More"], ["Anew"]]
+    assert talks == [
+        ["Be short", "Hello"],
+        ["Be short", "Hello", answer, "More"],
+        ["Anew"],
+        ["Anew", answer, "In a cell"],
+    ]
 
 
 def test_a_chat_forgets_what_no_longer_fits(shell: Shell, deployments: dict[str, StandIn]) -> None:
