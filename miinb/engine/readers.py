@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miinb.engine.transfer import Room, Transfer, read_into
 from miinb.errors import BrokenCheckpoint, MissingHead
 from miinb.models import ModelInfo
 
@@ -22,7 +23,7 @@ class Region:
         shape: of the whole tensor.
         rows, columns: what is wanted of it; columns are None for a vector.
         transposed: the checkpoint has it as [in, out].
-        head_size: the rows are q, k and v, so many rows each, of one head after another; `sorted` puts all q first.
+        head_size: the rows are q, k and v, so many rows each, of one head after another; the target has all q first.
     """
 
     shape: tuple[int, ...]
@@ -31,12 +32,13 @@ class Region:
     transposed: bool = False
     head_size: int = 0
 
-    def sorted(self, rows: Tensor) -> Tensor:
-        """The rows that were read, in the order in which the fused layer has them."""
+    def place(self, target: Tensor) -> tuple[Tensor, int]:
+        """`target` seen in the checkpoint's order: its first dimension counts so many rows of the checkpoint each."""
+        if self.transposed:
+            return target.t(), 1
         if not self.head_size:
-            return rows
-        by_head = rows.reshape(-1, 3, self.head_size, *rows.shape[1:])
-        return by_head.transpose(0, 1).reshape(rows.shape)
+            return target, 1
+        return target.view(3, -1, self.head_size, *target.shape[1:]).transpose(0, 1), 3 * self.head_size
 
 
 class Reader(Protocol):
@@ -58,18 +60,22 @@ def _without(prefix: str, name: str) -> str:
     return name
 
 
+#: safetensors' names of dtypes.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
 class SafetensorsReader:
-    """Reads slices of safetensors files, which are mapped, not loaded."""
+    """Reads slices of safetensors files: whole rows with a read, parts of rows through a map of the file."""
 
-    def __init__(self, info: ModelInfo, prefix: str, stack: ExitStack) -> None:
-        from safetensors import safe_open
-
-        files = {file: stack.enter_context(safe_open(file, framework="pt")) for file in info.files}
+    def __init__(self, info: ModelInfo, prefix: str, transfer: Transfer, stack: ExitStack) -> None:
         self._source = info.source
-        self._tensors = {
-            _without(prefix, entry.name): (entry.name, files[entry.file], entry.shape)
-            for entry in info.tensors.values()
-        }
+        self._transfer = transfer
+        self._files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in info.files}
+        self._tensors = {_without(prefix, entry.name): entry for entry in info.tensors.values()}
 
     def names(self) -> set[str]:
         """See `Reader`."""
@@ -79,16 +85,35 @@ class SafetensorsReader:
         """See `Reader`."""
         if name not in self._tensors:
             raise _missing(name, self._source)
-        stored, file, shape = self._tensors[name]
-        if tuple(shape) != (region.shape[::-1] if region.transposed else region.shape):
-            raise _misshapen(stored, tuple(shape), region, self._source)
-        part = file.get_slice(stored)
-        if region.columns is None:
-            target.copy_(region.sorted(part[region.rows]))
-        elif region.transposed:
-            target.copy_(part[region.columns, region.rows].t())
-        else:
-            target.copy_(region.sorted(part[region.rows, region.columns]))
+        entry = self._tensors[name]
+        if entry.shape != (region.shape[::-1] if region.transposed else region.shape):
+            raise _misshapen(entry.name, entry.shape, region, self._source)
+        rows, columns = (region.columns, region.rows) if region.transposed else (region.rows, region.columns)
+        if rows is None:
+            raise RuntimeError(f"a vector is not transposed: {name}")
+        placed, unit = region.place(target)
+        dtype = _DTYPES[entry.dtype]
+        pitch = entry.size_bytes // entry.shape[0]  # bytes from row to row
+        size = dtype.itemsize
+        part = slice(0, pitch) if columns is None else slice(columns.start * size, columns.stop * size)
+        width = part.stop - part.start
+        file = self._files[entry.file]
+
+        def read(first: int, last: int, room: Room) -> Tensor:
+            start, count = rows.start + first * unit, (last - first) * unit
+            memory = room(count * width // size, dtype)
+            if width == pitch:
+                read_into(file.fileno(), memory, entry.offset + start * pitch)
+            else:
+                stored = np.memmap(file, np.uint8, "r", entry.offset + start * pitch, (count, pitch))
+                np.copyto(memory.view(torch.uint8).numpy().reshape(count, width), stored[:, part])
+            return memory
+
+        try:
+            self._transfer.fill(placed, unit * width, read)
+        except (EOFError, OSError) as error:
+            text = f"{entry.file} cannot be read to its end ({error or 'it is too short'})."
+            raise BrokenCheckpoint(text, hint="Fetch the model again.") from None
 
 
 #: GGUF's names of the modules of a LLaMA-like family.
@@ -111,11 +136,12 @@ _GGUF_NAMES = {
 
 
 class GGUFWeights:
-    """Unpacks the quantized tensors of a GGUF file, one at a time."""
+    """Unpacks the quantized tensors of a GGUF file, some rows at a time."""
 
-    def __init__(self, info: ModelInfo) -> None:
+    def __init__(self, info: ModelInfo, transfer: Transfer) -> None:
         (file,) = info.files
         self._info = info
+        self._transfer = transfer
         self._bytes = np.memmap(file, mode="r")  # gguf's own reader takes seconds for the vocabulary
         self._tensors = {self._name(entry.name): entry for entry in info.tensors.values()}
 
@@ -146,12 +172,25 @@ class GGUFWeights:
         if stored.shape != region.shape:
             raise _misshapen(stored.name, stored.shape, region, self._info.source)
         blocks = self._bytes[stored.offset : stored.offset + stored.size_bytes].reshape(*stored.shape[:-1], -1)
-        values = torch.from_numpy(np.array(dequantize(blocks, GGMLQuantizationType[stored.dtype])))
-        if self._info.family == "llama":  # its writers order rotary pairs as neighbors
-            heads = {"q_proj": self._info.heads, "k_proj": self._info.kv_heads}.get(name.split(".")[-2])
-            if heads:
-                values = values.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        target.copy_(values[region.rows] if region.columns is None else values[region.rows, region.columns])
+        kind = GGMLQuantizationType[stored.dtype]
+        wanted = self._row_order(name, stored.shape[0])[region.rows]
+
+        def read(first: int, last: int, room: Room) -> Tensor:
+            if len(stored.shape) == 1:
+                values = dequantize(blocks, kind)[wanted[first:last]]
+            else:
+                values = dequantize(blocks[wanted[first:last]], kind)[:, region.columns]
+            return torch.from_numpy(np.array(values))
+
+        self._transfer.fill(target, blocks.nbytes // stored.shape[0] * 4, read)
+
+    def _row_order(self, name: str, rows: int) -> np.ndarray:
+        """The file's row of each row of the checkpoint: LLaMA's writers order rotary pairs as neighbors."""
+        order = np.arange(rows)
+        heads = {"q_proj": self._info.heads, "k_proj": self._info.kv_heads}.get(name.split(".")[-2])
+        if self._info.family != "llama" or not heads:
+            return order
+        return order.reshape(heads, -1, 2).transpose(0, 2, 1).reshape(-1)
 
 
 class DummyWeights:

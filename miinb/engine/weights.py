@@ -15,6 +15,7 @@ from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
 from miinb.engine.spec import DecoderSpec, Policy, Source, linear_shape
+from miinb.engine.transfer import Transfer
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
@@ -205,7 +206,7 @@ def load_weights(
         UnsupportedModel: the checkpoint holds tensors that the policy does not know.
     """
     with ExitStack() as stack:
-        reader = DummyWeights(device) if dummy else _reader(info, policy, stack)
+        reader = DummyWeights(device) if dummy else _reader(info, policy, device, stack)
         quantizer = Quantizer() if dtype == "int8" else None
         build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, quantizer, set())
         width = spec.embed_size or spec.hidden_size
@@ -231,8 +232,12 @@ def load_weights(
     return weights
 
 
-def _reader(info: ModelInfo, policy: Policy, stack: ExitStack) -> Reader:
-    return GGUFWeights(info) if info.format == "gguf" else SafetensorsReader(info, policy.prefix, stack)
+def _reader(info: ModelInfo, policy: Policy, device: torch.device, stack: ExitStack) -> Reader:
+    transfer = Transfer(device)
+    stack.callback(transfer.close)
+    if info.format == "gguf":
+        return GGUFWeights(info, transfer)
+    return SafetensorsReader(info, policy.prefix, transfer, stack)
 
 
 def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: str) -> None:
