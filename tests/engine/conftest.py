@@ -143,6 +143,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "falcon": (
+        "FalconConfig",
+        {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "bias": True},
+    ),
+    "stablelm": ("StableLmConfig", BASE | {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT2),
     "starcoder2": ("Starcoder2Config", BASE | {"sliding_window": 7}),
     "opt": ("OPTConfig", OPT),
     "opt-350m": ("OPTConfig", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),

@@ -199,6 +199,7 @@ RANKS = [
     ("phi3", 2),
     ("phi", 2),
     ("gemma3_text", 2),
+    ("falcon", 2),
     ("opt", 2),
     ("opt-350m", 2),
 ]
@@ -255,6 +256,9 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "new"}}, "kind 'new'"),
     ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "3 elements"),
     ("phi3", {"rope_parameters": {"type": "su"}}, "old checkpoints"),
+    ("falcon", {"alibi": True}, "Falcon with ALiBi"),
+    ("stablelm", {"qk_layernorm": True}, "StableLM with norms"),
+    ("gpt_bigcode", {"multi_query": False}, "for each query head"),
     ("phi3-partial", {"original_max_position_embeddings": 32}, "past 32 tokens"),
 ]
 
@@ -291,6 +295,9 @@ PUBLISHED: list[dict[str, Any]] = [
     {"model_type": "gemma2", **SMALL, "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4},
     {"model_type": "gemma3_text", **SMALL, "rope_theta": 1e6, "rope_local_base_freq": 5e3, "num_key_value_heads": 4}
     | {"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 512},
+    {"model_type": "falcon", **SMALL, "intermediate_size": None, "multi_query": True, "parallel_attn": True},
+    {"model_type": "stablelm", **SMALL, "num_key_value_heads": 4, "use_qkv_bias": True, "rope_theta": 1e5},
+    {"model_type": "gpt_bigcode", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 256, "vocab_size": 99},
     {"model_type": "starcoder2", **SMALL, "num_key_value_heads": 2, "sliding_window": 4096, "rope_theta": 1e5},
 ]
 

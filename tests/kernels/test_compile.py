@@ -57,6 +57,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "decode": attention_call(32, 8, 128, 1),
     "decode window": attention_call(9, 3, 80, 1, window=100),
     "decode alibi": attention_call(16, 16, 64, 1, alibi=t(16, dtype=torch.float32)),
+    "decode one key head": attention_call(71, 1, 64, 1),
+    "prefill one key head": attention_call(71, 1, 64, 200),
     "decode wide": attention_call(16, 16, 256, 1),
     "prefill": attention_call(32, 8, 128, 200),
     "prefill alibi": attention_call(16, 16, 64, 200, alibi=t(16, dtype=torch.float32)),

@@ -7,10 +7,12 @@ from typing import Any
 
 from miinb.engine.policies import (
     bloom,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
     gpt2,
+    gpt_bigcode,
     gpt_neo,
     gpt_neox,
     gptj,
@@ -21,14 +23,15 @@ from miinb.engine.policies import (
     phi3,
     qwen2,
     qwen3,
+    stablelm,
     starcoder2,
 )
 from miinb.engine.spec import DecoderSpec, Policy
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
 
 _FAMILIES = (
-    *(gpt2, gpt_neo, gptj, gpt_neox, opt, bloom),
-    *(llama, mistral, qwen2, qwen3, phi, phi3, gemma, gemma2, gemma3_text, starcoder2),
+    *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, bloom, falcon),
+    *(llama, mistral, qwen2, qwen3, phi, phi3, gemma, gemma2, gemma3_text, stablelm, starcoder2),
 )
 
 POLICIES: dict[str, Policy] = {module.POLICY.family: module.POLICY for module in _FAMILIES}

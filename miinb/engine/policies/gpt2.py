@@ -9,8 +9,8 @@ from miinb.engine.spec import DecoderSpec, Policy, activation_of, column, row, w
 from miinb.errors import UnsupportedModel
 
 
-def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """The decoder of a GPT-2 configuration."""
+def spec(config: Mapping[str, Any], *, kv_heads: int | None = None) -> DecoderSpec:
+    """The decoder of a GPT-2 configuration; `kv_heads`: of a relative that has fewer than query heads."""
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("add_cross_attention"):
         raise UnsupportedModel("GPT-2 with scores scaled by layer or with cross-attention has no fused form.")
     hidden, heads = config["n_embd"], config["n_head"]
@@ -19,7 +19,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         layers=config["n_layer"],
         hidden_size=hidden,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=kv_heads or heads,
         head_size=hidden // heads,
         inner_size=config.get("n_inner") or 4 * hidden,
         max_length=config.get("n_positions", 1024),
