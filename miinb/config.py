@@ -17,6 +17,8 @@ MAX_NEW_TOKENS = 1 << 20
 MAX_SEED = (1 << 63) - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
+#: Most tokens in a step by default. A CPU computes few as fast as many, and its streams wait less for a prompt.
+STEP_TOKENS = {"cuda": 2048, "cpu": 128}
 
 Engine = Literal["optimized", "baseline"]
 DType = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "fp8"]
@@ -108,7 +110,8 @@ class EngineOptions(Frozen):
         page_tokens: optimized, GPU: tokens in one page of the KV cache.
         kv_cache_bytes: optimized: memory of the KV cache; None lets the planner choose.
         prefix_cache: optimized: keep the pages of finished prompts and reuse equal prefixes.
-        max_step_tokens: optimized: most tokens in one step (prefill chunks share it with decode rows).
+        max_step_tokens: optimized: most tokens in one step, of prompts and of running rows, which wait no longer than
+            such a step for a prompt. None: 2048 on a GPU, 128 on a CPU.
         speculative: optimized: "prompt_lookup" guesses the next tokens from equal text before and computes several
             in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
@@ -122,11 +125,15 @@ class EngineOptions(Frozen):
     page_tokens: Annotated[Int, Field(ge=8, le=256)] = 16
     kv_cache_bytes: Annotated[Int, Field(ge=1 << 16)] | None = None
     prefix_cache: bool = True
-    max_step_tokens: Annotated[Int, Field(ge=16, le=65536)] = 2048
+    max_step_tokens: Annotated[Int, Field(ge=16, le=65536)] | None = None
     speculative: Literal["off", "prompt_lookup"] = "off"
     max_queue: Annotated[Int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[Int, Field(ge=1, le=1024)] | None = None
     parity: Literal["fallback", "raise", "off"] = "fallback"
+
+    def step_tokens(self, device: str) -> int:
+        """`max_step_tokens`, or what a "cuda" or "cpu" takes when it is None."""
+        return self.max_step_tokens or STEP_TOKENS[device]
 
 
 def _gpus(value: object) -> object:
@@ -187,6 +194,8 @@ class DeploymentConfig(Frozen):
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
         if self.options.speculative != "off" and self.engine != "optimized":
             raise InvalidValueError("options.speculative: only for engine='optimized'")
+        if self.options.speculative != "off" and self.tensor_parallel > 1:
+            raise InvalidValueError("options.speculative: not with tensor_parallel above 1 yet")
         if self.gpus is not None and self.device == "cpu":
             raise InvalidValueError("gpus: not together with device='cpu'")
         if self.gpus is not None:

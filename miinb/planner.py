@@ -187,7 +187,11 @@ def _memory(
     if not token:  # no cache to size: encoders
         return dataclasses.replace(choice, max_length=length, max_batch=config.max_batch or 32)
     choice = _cache(choice, config, length, token, room, place)
-    return _steps(choice, config) if choice.engine == "optimized" else choice
+    if choice.engine == "optimized":
+        return _steps(choice, config)
+    if config.options.speculative != "off":
+        return choice.with_line("speculation", "off", "plain transformers serve this model")
+    return choice
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,9 +214,12 @@ class _Place:
 
 def _steps(choice: Plan, config: DeploymentConfig) -> Plan:
     """How the optimized engine's steps are bounded and launched."""
-    tokens = config.options.max_step_tokens
+    tokens = config.options.step_tokens(choice.device)
     why = "longer prompts are split, so that running answers wait for one such step at most"
     choice = choice.with_line("step_budget", f"{tokens} tokens", why)
+    if config.options.speculative != "off":
+        why = "text that repeats is guessed and checked, several tokens a step; the answers stay the same"
+        choice = choice.with_line("speculation", "prompt lookup", why)
     if choice.device != "cuda":
         return choice
     if not config.options.cuda_graphs:

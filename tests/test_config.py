@@ -1,6 +1,6 @@
 import pytest
 
-from miinb.config import DeploymentConfig, GenerationParams, parse_generation
+from miinb.config import DeploymentConfig, EngineOptions, GenerationParams, parse_generation
 from miinb.errors import InvalidRequest, InvalidValue, UnknownOption
 
 
@@ -81,3 +81,16 @@ def test_generation_accepts_usual_spellings() -> None:
         }
     )
     assert params == GenerationParams(stop=["\n"], temperature=1.0, max_new_tokens=5)
+
+
+def test_speculation_is_refused_where_nothing_would_speculate():
+    options = {"speculative": "prompt_lookup"}
+    assert DeploymentConfig.parse({"model": "m", "options": options}).options.speculative == "prompt_lookup"
+    for where in ({"engine": "baseline"}, {"tensor_parallel": 2}):
+        with pytest.raises(InvalidValue, match=r"options\.speculative"):
+            DeploymentConfig.parse({"model": "m", "options": options} | where)
+
+
+def test_a_step_is_shorter_on_a_cpu_unless_asked_for():
+    assert EngineOptions().step_tokens("cuda") > EngineOptions().step_tokens("cpu")
+    assert EngineOptions(max_step_tokens=99).step_tokens("cpu") == 99

@@ -166,10 +166,10 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     local = spec.shard(ranks)
     decoder = Decoder(local, weights)
     page_tokens = config.options.page_tokens
-    pages = -(-config.options.max_step_tokens // page_tokens)
+    pages = -(-config.options.step_tokens("cuda") // page_tokens)
     size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
     cache = KVCache(local, size, DTYPES[dtype], META)
-    rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.max_step_tokens)
+    rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.step_tokens("cuda"))
     with recording() as kernels:
         for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:
             argmax(decoder.forward(batch, cache))
@@ -184,7 +184,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
 
 def _steps(config: DeploymentConfig, max_rows: int) -> Iterator[StepBatch]:
     """Steps of every size that is captured, and eager ones of several; what kernels ask about sizes is here."""
-    page_tokens, max_tokens = config.options.page_tokens, config.options.max_step_tokens
+    page_tokens, max_tokens = config.options.page_tokens, config.options.step_tokens("cuda")
     for rows in sorted({*capture_order(max_rows), 3}):
         if rows <= max_rows:
             yield _step(rows, rows, 1, page_tokens)

@@ -300,8 +300,8 @@ def _capture(
         line = ("graphs", "off", "not captured over several GPUs yet")
     else:
         report(Phase("capture"))
-        rows = min(executor.info.max_batch, config.options.max_step_tokens)
-        runner = GraphRunner(decoder, cache, executor.compute.inputs, rows, config.options.max_step_tokens)
+        rows = min(executor.info.max_batch, config.options.step_tokens("cuda"))
+        runner = GraphRunner(decoder, cache, executor.compute.inputs, rows, config.options.step_tokens("cuda"))
         executor.compute.runner = runner
         line = ("graphs", "on", str(runner))
     executor.info = dataclasses.replace(executor.info, plan=executor.info.plan.with_line(*line))

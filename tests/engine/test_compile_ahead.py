@@ -84,7 +84,7 @@ def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypa
         serve(engine)
         for rows in capture_order(20):
             argmax(decoder.forward(engine.compute.inputs.decode_batch(rows), cache))
-        for tokens in mixed_sizes(config.options.max_step_tokens):
+        for tokens in mixed_sizes(config.options.step_tokens("cuda")):
             decoder.body(engine.compute.inputs.mixed_batch(tokens), cache)
     assert launched
     assert sorted(keys(launched) - compiled) == []
