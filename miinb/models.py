@@ -383,9 +383,9 @@ _ENCODER = ("text-classification", "token-classification", "question-answering",
 def families() -> FamilyTable:
     """The families that are tested; others that transformers knows run on the baseline engine."""
     encoders = ("bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra")
-    decoders = ("falcon", "mpt", "codegen", "stablelm", "gpt_bigcode", "olmo")
+    decoders = ("mpt", "codegen", "olmo", "granite")
     rows = [FamilyRow(name, _TEXT, True) for name in POLICIES]
-    rows += [FamilyRow(name, _TEXT, False) for name in decoders if name not in POLICIES]
+    rows += [FamilyRow(name, _TEXT, False) for name in decoders]
     return FamilyTable(rows + [FamilyRow(name, _ENCODER, False) for name in encoders])
 
 

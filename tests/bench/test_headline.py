@@ -93,7 +93,7 @@ def test_a_checkpoint_is_written_and_loaded_for_the_memory_suite(folders: dict[s
 def test_what_runs_else_than_the_arm_is_a_failure(tmp_path: Path) -> None:
     folder = presets.write("gpt2", tmp_path, **presets.tiny("gpt2"))
     values = json.loads((folder / "config.json").read_text())
-    values |= {"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"]}
+    values |= {"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"], "multi_query": False}
     (folder / "config.json").write_text(json.dumps(values))
     wanted = Job("odd", str(folder), ARMS["optimized"], "cpu", "fp32", (workload("decode", TINY),))
     with pytest.raises(MiinbError, match="Plain transformers serve"):

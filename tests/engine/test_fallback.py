@@ -20,12 +20,10 @@ from miinb.planner import plan
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "falcon": SIZES,
     "mpt": {"n_layers": 2, "d_model": 32, "n_heads": 4, "max_seq_len": 128},
     "codegen": {"n_layer": 2, "n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
-    "stablelm": SIZES | {"num_key_value_heads": 2, "intermediate_size": 48},
-    "gpt_bigcode": {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 128},
     "olmo": SIZES | {"intermediate_size": 48},
+    "granite": SIZES | {"num_key_value_heads": 2, "intermediate_size": 48},
 }
 PROMPTS = [[7, 8, 9, 10, 11], [40, 41]]
 
