@@ -78,6 +78,7 @@ MAY_BE_HEAVY = (
     "bench.headline.profile",
     "bench.headline.continuous",
     "bench.scheduler_overhead",
+    "bench.startup",
     "demo.train",
 )
 #: Third parties that must not load with a part (inside functions they may).
