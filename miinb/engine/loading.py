@@ -317,7 +317,7 @@ def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, 
     try:
         if spec.head_size > MAX_HEAD_SIZE:
             raise Unavailable(f"heads of {spec.head_size} are wider than {MAX_HEAD_SIZE}")
-        kernels = CpuKernels(DTYPES[place.dtype])
+        kernels = CpuKernels(DTYPES[place.dtype], int8=place.dtype == "int8")
     except Unavailable as reason:
         plan = plan.with_line("kernels", "PyTorch's", str(reason))
         if place.dtype == "int8":

@@ -36,7 +36,7 @@ _TRIED_ROWS = (4, 16, 64)
 
 
 class CpuKernels:
-    """The operators of one process, for weights of one dtype.
+    """The operators of one process, for weights of one dtype (`int8`: all matrices are; `dtype` is the activations').
 
     Attributes:
         dtype: torch.float32 or torch.bfloat16.
@@ -44,7 +44,7 @@ class CpuKernels:
             does not have); measured once, or given by the environment variable MIINB_CPU_TORCH_ROWS (0: never).
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False) -> None:
         self._library = load_library()
         self.dtype = dtype
         self._half = _HALF[dtype]
@@ -53,7 +53,8 @@ class CpuKernels:
         self._rope = self._library.miinb_rope_append
         self._attention = self._library.miinb_attention
         self.limit = 1 << 30
-        self.limit = self._measure()
+        if not int8:
+            self.limit = self._measure()
 
     def _measure(self) -> int:
         """The least number of rows with which PyTorch is clearly faster; AMX and a tuned fp32 product reach that."""

@@ -123,6 +123,7 @@ def test_a_deployment_in_int8(tiny: Tiny, tmp_path: Path) -> None:
     lines = {line.what: f"{line.choice} {line.reason}" for line in plan.lines}
     assert "%" in lines["int8"]
     assert "passed" in lines["parity"]
+    assert "every step" in lines["kernels"]
     assert len(answer(executor, [5, 6, 7], 20)) == 20
 
 
