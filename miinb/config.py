@@ -116,6 +116,8 @@ class EngineOptions(Frozen):
             in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
+        all_reduce: optimized, CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
+            up to a minute) or gloo's; "auto" is the former where cores are left beside the ranks.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
             (weights are then not checked for NaN either).
     """
@@ -129,6 +131,7 @@ class EngineOptions(Frozen):
     speculative: Literal["off", "prompt_lookup"] = "off"
     max_queue: Annotated[Int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[Int, Field(ge=1, le=1024)] | None = None
+    all_reduce: Literal["auto", "shared_memory", "gloo"] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
 
     def step_tokens(self, device: str) -> int:

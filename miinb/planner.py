@@ -47,6 +47,7 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     device = "cuda" if groups else "cpu"
     choice = Plan(config.engine, device, "", config.tensor_parallel, config.replicas)
     choice = _engine(choice, config, model, task)
+    choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
     choice = _dtype(choice, config, model, hardware)
     return _memory(choice, config, model, hardware, groups)
@@ -76,11 +77,6 @@ def _refuse_unbuilt(config: DeploymentConfig) -> None:
         )
     if config.kv_dtype != "auto":
         raise InvalidValue(f"kv_dtype: {config.kv_dtype} is not built yet.", hint="Use kv_dtype='auto'.")
-    if config.tensor_parallel > 1:
-        raise InvalidValue(
-            f"tensor_parallel: {config.tensor_parallel} is not built yet.",
-            hint="Use tensor_parallel=1; replicas=N serves from several GPUs.",
-        )
 
 
 def _device_groups(config: DeploymentConfig, hardware: Hardware) -> list[list[Gpu]]:
@@ -121,12 +117,36 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     return choice.with_line("engine", "optimized", f"fused decoder with the policy of {model.family}")
 
 
+def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
+    """How the model is split over ranks.
+
+    Raises:
+        InvalidValue: it cannot be; the hint has the numbers of ranks that work.
+    """
+    ranks = config.tensor_parallel
+    if ranks == 1:
+        return choice
+    if choice.engine != "optimized" or model.spec is None:
+        raise InvalidValue(
+            f"tensor_parallel: only the optimized engine splits a model ({choice.lines[-1].reason}).",
+            hint="Use tensor_parallel=1; replicas=N serves copies of it.",
+        )
+    if misfit := model.spec.misfit(ranks):
+        fits = [str(n) for n in range(1, 65) if not model.spec.misfit(n)]
+        raise InvalidValue(
+            f"tensor_parallel: the {misfit} of {model.source} do not divide by {ranks}.",
+            hint=f"Numbers of ranks that work: {', '.join(fits)}.",
+        )
+    heads = model.spec.shard(ranks).heads
+    return choice.with_line("tensor_parallel", f"{ranks} ranks", f"{heads} of {model.heads} attention heads each")
+
+
 def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]) -> Plan:
     if groups:
         named = ", ".join(f"{gpu.index} ({gpu.name})" for group in groups for gpu in group)
         return choice.with_line("device", f"cuda {named}", "a GPU a replica")
     reason = "asked for" if config.device == "cpu" else "no GPU can be seen"
-    ranks = config.replicas
+    ranks = config.replicas * config.tensor_parallel
     threads = config.options.threads or max(1, hardware.cores // ranks)
     choice = choice.with_line("device", "cpu", f"{hardware.cpu}, {reason}")
     if config.options.threads:

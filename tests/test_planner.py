@@ -102,7 +102,8 @@ def test_fallbacks_say_so() -> None:
         ({"dtype": "int8", "engine": "baseline"}, InvalidValue, "int8 needs the optimized engine"),
         ({"dtype": "fp8"}, InvalidValue, "not built yet"),
         ({"kv_dtype": "fp8"}, InvalidValue, "kv_dtype"),
-        ({"tensor_parallel": 2}, InvalidValue, "tensor_parallel: 2 is not built yet"),
+        ({"tensor_parallel": 3}, InvalidValue, "do not divide by 3. Numbers of ranks that work: 1, 2, 4, 8"),
+        ({"tensor_parallel": 3, "engine": "baseline"}, InvalidValue, "only the optimized engine splits a model"),
         ({"device": "cuda"}, InvalidValue, "no GPU can be seen"),
         ({"gpus": [0]}, InvalidValue, "no GPU can be seen"),
         ({"task": "fill-mask"}, UnsupportedModel, "does not serve"),
@@ -115,6 +116,13 @@ def test_refused_before_anything_starts(fields: dict[str, Any], error: type[Miin
     with pytest.raises(error) as caught:
         planned(**fields)
     assert words in caught.value.line()
+
+
+def test_ranks_share_weights_cache_and_cores() -> None:
+    one, two = planned(max_batch=2), planned(max_batch=2, tensor_parallel=2)
+    assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes  # each has the whole embedding
+    assert two.kv_cache_bytes == one.kv_cache_bytes / 2
+    assert "2 ranks" in line(two, "threads")
 
 
 def test_gpus_that_are_not_there() -> None:

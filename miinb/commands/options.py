@@ -119,6 +119,7 @@ _ENGINE_HELP = {
     "speculative": "guess several tokens at once from equal text; the answers stay the same",
     "max_queue": "most requests that wait",
     "threads": "CPU threads of one rank",
+    "all_reduce": "several ranks on a CPU: through shared memory (compiled at first use) or gloo",
     "parity": "what a failed self-check at the start does",
 }
 _GENERATION_HELP = {

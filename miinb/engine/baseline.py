@@ -20,7 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
 from miinb.engine.beam_search import search
-from miinb.engine.executor import Emit, Executor, Poll, request_error
+from miinb.engine.compute import request_error
+from miinb.engine.executor import Emit, Executor, Poll
 from miinb.engine.finite import check_finite
 from miinb.engine.generation import DYNAMIC, BaselineRow, generate, measure_caches
 from miinb.engine.pipelines import PredictExecutor

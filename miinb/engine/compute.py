@@ -6,6 +6,8 @@ logits and their noise are the same they draw the same tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,8 +16,12 @@ from torch import Tensor
 from miinb.engine.decoder import Decoder, StepBatch
 from miinb.engine.inputs import StepInputs
 from miinb.engine.kv_cache import KVCache
+from miinb.engine.parallel import Group, PeerLost
 from miinb.engine.rows import Row, StepPlan
 from miinb.engine.sampling import Needs, Sampled, Sampler
+from miinb.errors import MiinbError, OutOfMemory
+
+OnError = Callable[[Exception], None]
 
 #: What a step may raise without the rank being broken.
 STEP_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)
@@ -57,6 +63,8 @@ class StepCompute:
         max_length: longest row.
         max_step_tokens: most tokens in a step.
         vocab_size: tokens in the vocabulary.
+        keeps_tokens: see below.
+        group: the ranks that share the model.
         runner: how the decoder is run; None calls it eagerly.
         max_places: most rows of a batch; a row with a draft has several. None: `max_batch`.
 
@@ -76,6 +84,7 @@ class StepCompute:
         max_step_tokens: int,
         vocab_size: int,
         keeps_tokens: bool,
+        group: Group | None = None,
         runner: Runner | None = None,
         max_places: int | None = None,
     ) -> None:
@@ -93,32 +102,50 @@ class StepCompute:
         )
         self.sampler = Sampler(max_batch, vocab_size, self.device)
         self.keeps_tokens = keeps_tokens
+        self._group = group
+        self._captured = False  # whether the step is run as a CUDA graph
 
-    def admit(self, plan: StepPlan) -> Needs:
-        """Take over the tokens and parameters of the rows that came into a slot. Returns what the step's rows want."""
+    def prepare(self, plan: StepPlan, blank: Sequence[int]) -> Needs:
+        """Zero the pages that may hold NaN, and take over tokens and parameters of the rows that came into a slot.
+
+        Returns:
+            What any row that gets a token wants.
+        """
+        for page in blank:
+            for layer in (*self.cache.k, *self.cache.v):
+                layer[page].zero_()
         for source, target, tokens in plan.copies:
             self.cache.copy(source, target, tokens)
         for row in plan.admitted:
             self.sampler.admit(row)
         return self.sampler.needs(sampled_rows(plan))
 
-    def blank(self, pages: list[int]) -> None:
-        """Zero pages that may hold NaN."""
-        for page in pages:
-            for layer in (*self.cache.k, *self.cache.v):
-                layer[page].zero_()
-
     def run(self, plan: StepPlan, needs: Needs) -> Sampled:
-        """Compute a step.
-
-        Args:
-            plan: the step.
-            needs: what any of its rows wants.
+        """Compute a step that has been prepared (on rank 0).
 
         Returns:
             The new tokens of the plan's rows that sample, on the device.
+
+        Raises:
+            PeerLost: another rank is gone.
         """
+        with self._in_step(plan, needs, lambda error: None):
+            return self._compute(plan, needs)
+
+    def follow(self, plan: StepPlan, needs: Needs, blank: Sequence[int], on_error: OnError) -> None:
+        """Prepare and compute a step (on a follower); `on_error` hears what it raises before the other ranks can."""
+        with self._in_step(plan, needs, on_error):
+            self.prepare(plan, blank)
+            self._compute(plan, needs)
+
+    def close(self) -> None:
+        """Let go of the device's memory."""
+        self.cache.k.clear()
+        self.cache.v.clear()
+
+    def _compute(self, plan: StepPlan, needs: Needs) -> Sampled:
         batch = self.inputs.write(plan)
+        self._captured = bool(batch.bucket)
         slots = self.inputs.sample_slots
         rows = sampled_rows(plan)
         if not rows:
@@ -134,6 +161,28 @@ class StepCompute:
         if self.keeps_tokens:
             self.inputs.last_tokens.index_copy_(0, slots, chosen.token_ids)
         return chosen
+
+    @contextmanager
+    def _in_step(self, plan: StepPlan, needs: Needs, on_error: OnError) -> Iterator[None]:
+        """If this rank fails within a step, take part in what is left of its collectives: the others wait in them."""
+        if self._group is None:
+            yield
+            return
+        self._group.begin()
+        self._captured = self.device.type == "cuda"  # until the step's inputs say otherwise
+        try:
+            yield
+        except STEP_ERRORS as error:
+            if self._captured:  # one launch: how much of its collectives it has done is not known
+                raise PeerLost("A captured step failed.") from error
+            on_error(error)
+            rows = sampled_rows(plan)
+            whole = bool(rows) and needs != Needs.NOTHING
+            try:
+                self.decoder.stand_in(plan.tokens, max(len(rows), 1), whole=whole)
+            except STEP_ERRORS as second:
+                raise PeerLost("A failed step could not be ended.") from second
+            raise
 
 
 def sampled_rows(plan: StepPlan) -> list[Row]:
@@ -151,3 +200,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_lost(error: BaseException) -> bool:
     """Whether a CUDA error makes every later call in this process fail too."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def request_error(error: Exception) -> MiinbError:
+    """What the user of a failed request is told: no paths, no traceback (the rank's log has it)."""
+    if isinstance(error, MiinbError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "The device ran out of memory in this request's step.",
+            hint="Send fewer or shorter prompts at once, or start with a smaller options.max_step_tokens.",
+        )
+    return MiinbError(
+        f"The engine failed on this request ({type(error).__name__}).", hint="The deployment's logs say where."
+    )

@@ -20,7 +20,7 @@ from miinb.engine.parallel import Group
 from miinb.engine.positions import alibi_slopes, rotary_tables
 from miinb.engine.spec import DecoderSpec
 from miinb.kernels.attention import paged_attention
-from miinb.kernels.head import greedy_head
+from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
 from miinb.kernels.reference import dequantize
@@ -226,18 +226,58 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, stream: Stream, rows: Tensor) -> Tensor:
         """Logits [L, vocab] of these tokens of the stream."""
-        logits = self.ops.linear(self._head_input(stream, rows), self.weights.head)
-        if cap := self.spec.logit_softcap:  # `best` does without: the order stays
-            logits = torch.tanh(logits / cap) * cap
-        return logits if self.group is None else self.group.gather(logits)
+        return self.whole(self.own_logits(stream, rows))
 
     @torch.inference_mode()
     def best(self, stream: Stream, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `greedy`, of these tokens of the stream."""
-        if self.group is not None:
-            logits = self.logits(stream, rows)
-            return logits.argmax(-1), torch.isfinite(logits.amax(-1))
-        return self.ops.greedy_head(self._head_input(stream, rows), self.weights.head)
+        if self.group is None:
+            return self.ops.greedy_head(self._head_input(stream, rows), self.weights.head)
+        return self.choose(self.own_logits(stream, rows))
+
+    def own_logits(self, stream: Stream, rows: Tensor) -> Tensor:
+        """[L, n]: as `logits`, of this rank's part of the vocabulary."""
+        return self.ops.linear(self._head_input(stream, rows), self.weights.head)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """[L, vocab] of every rank's own logits [L, n]; the last rank's part may be shorter."""
+        if cap := self.spec.logit_softcap:  # `choose` does without: the order stays
+            logits = torch.tanh(logits / cap) * cap
+        if self.group is None:
+            return logits
+        padded = F.pad(logits, (0, self.spec.vocab_size - logits.shape[-1]))
+        return self.group.gather(padded)[:, : self.weights.embed.shape[0]]
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and finite, as `greedy`, of every rank's own logits: only each rank's best one crosses."""
+        if self.group is None:
+            return argmax(logits)
+        value, token_id = logits.max(-1)  # NaN if one is
+        token_id += self.group.rank * self.spec.vocab_size
+        candidates = self.group.gather(torch.stack([value.float(), token_id.float()], -1))  # ids below 2**24 are exact
+        values, ids = candidates.view(-1, self.group.size, 2).unbind(-1)
+        best = values.amax(-1)
+        winner = torch.where(values == best[:, None], ids, float(1 << 24)).amin(-1).long()  # the lowest of equal ones
+        return winner.clamp_(max=self.weights.embed.shape[0] - 1), torch.isfinite(best)
+
+    def stand_in(self, tokens: int, rows: int, *, whole: bool) -> None:
+        """Take part with zeros in what is left of a step's collectives, after this rank failed within the step.
+
+        Args:
+            tokens: T of the step.
+            rows: L of the step.
+            whole: its logits are gathered, not candidates.
+        """
+        if self.group is None:
+            return
+        like = self.weights.embed
+        hidden = like.new_zeros((tokens, self.spec.hidden_size))
+        branches = 1 if self.spec.block in ("parallel", "parallel_norms") else 2
+        for _ in range(branches * self.spec.layers - self.group.reductions):
+            self.group.all_reduce(hidden)
+        if not self.group.gathers:
+            width, dtype = (self.spec.vocab_size, like.dtype) if whole else (2, torch.float32)
+            self.group.gather(torch.zeros((rows, width), dtype=dtype, device=like.device))
 
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""

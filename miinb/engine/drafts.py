@@ -12,6 +12,12 @@ from miinb.engine.pages import PagePool
 from miinb.engine.rows import Row, RowState, StepPlan
 
 
+def most_places(max_batch: int, max_step_tokens: int, *, speculative: bool) -> int:
+    """Most places in a step: of rows, and of the tokens of drafts."""
+    least = 1 + DRAFT_TOKENS if speculative else 0
+    return min(max(max_batch, least), max_step_tokens)
+
+
 class Drafts:
     """Adds drafts to plans and judges them.
 

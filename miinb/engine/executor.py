@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 
 from miinb.config import EngineOptions
-from miinb.engine.compute import STEP_ERRORS, Runner, StepCompute, is_device_lost, is_out_of_memory, sampled_rows
+from miinb.engine.compute import STEP_ERRORS, Runner, StepCompute, is_device_lost, request_error, sampled_rows
 from miinb.engine.decoder import Decoder
+from miinb.engine.followers import Followers
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.rows import Row, StepPlan
 from miinb.engine.sampling import Landing, Sampled, read_logprobs
 from miinb.engine.scheduler import Scheduler
-from miinb.errors import InvalidRequest, MiinbError, OutOfMemory
+from miinb.errors import InvalidRequest
 from miinb.messages import EngineInfo, Event, FinishReason, PredictedEvent, PredictRequest, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Executor(Protocol):
 class Flight:
     """A launched step whose results have not been read."""
 
+    number: int
     plan: StepPlan
     rows: list[Row]  # those that get a token
     chosen: Sampled  # on the host once `landed`
@@ -79,6 +81,7 @@ class StepExecutor:
         options: `max_step_tokens`, `max_queue` and `prefix_cache` count here.
         runner: how the decoder is run; None calls it eagerly.
         launch_ahead: None: on a GPU.
+        followers: the replica's other ranks, which compute the same steps.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class StepExecutor:
         options: EngineOptions,
         runner: Runner | None = None,
         launch_ahead: bool | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.info = info
         self.device = cache.k[0].device
@@ -115,9 +119,12 @@ class StepExecutor:
             max_step_tokens=self.scheduler.max_step_tokens,
             vocab_size=info.vocab_size,
             keeps_tokens=self._ahead,
+            group=decoder.group if followers else None,
             runner=runner,
             max_places=self.scheduler.max_places,
         )
+        self._followers = followers
+        self._blank: list[int] = []  # pages to be zeroed in the next step
         self._flight: Flight | None = None
         self._steps = 0
         self._landing = [Landing(self.scheduler.max_places, self.device) for _ in range(2)]
@@ -161,8 +168,9 @@ class StepExecutor:
     def close(self) -> None:
         """See `Executor`."""
         self._flight = None
-        self._cache.k.clear()
-        self._cache.v.clear()
+        if self._followers is not None:
+            self._followers.close()
+        self.compute.close()
 
     @torch.inference_mode()
     def step(self, emit: Emit, poll: Poll) -> None:
@@ -181,9 +189,13 @@ class StepExecutor:
 
     def _launch(self, plan: StepPlan) -> Flight | None:
         """Start a step; None if it raised, and then the rows concerned have failed."""
+        self._steps += 1
+        self._blank += self.scheduler.take_blank()
         try:
-            self.compute.blank(self.scheduler.take_blank())
-            needs = self.compute.admit(plan)
+            needs = self.compute.prepare(plan, self._blank)
+            if self._followers is not None:
+                self._followers.publish(self._steps, plan, needs, self._blank)
+            self._blank = []
             return self._take_off(plan, self.compute.run(plan, needs))
         except STEP_ERRORS as error:
             if self.device.type == "cuda" and is_device_lost(error):
@@ -194,19 +206,21 @@ class StepExecutor:
 
     def _take_off(self, plan: StepPlan, chosen: Sampled) -> Flight:
         rows = sampled_rows(plan)
-        self._steps += 1
         chosen = self._landing[self._steps % 2].receive(chosen)
         if self.device.type != "cuda":
-            return Flight(plan, rows, chosen, None)
+            return Flight(self._steps, plan, rows, chosen, None)
         landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         landed.record()
-        return Flight(plan, rows, chosen, landed)
+        return Flight(self._steps, plan, rows, chosen, landed)
 
     def _land(self, flight: Flight) -> None:
         """Read a step's results."""
         if flight.landed is not None:
             flight.landed.synchronize()
         plan = flight.plan
+        if self._followers is not None and (failure := self._followers.failure(flight.number)):
+            self._blame(plan, failure)
+            return
         token_ids, finite = flight.chosen.token_ids.tolist(), flight.chosen.finite.tolist()
         found = read_logprobs(flight.chosen, flight.rows)
         if len(flight.rows) == len(plan.rows):
@@ -227,18 +241,8 @@ class StepExecutor:
         """It is the fault of a row whose prompt was in the step, as the others have computed before; else of any."""
         admitted = set(plan.admitted)
         fresh = [row for row, count in zip(plan.rows, plan.counts, strict=True) if count > 1 or row in admitted]
+        if self._followers is not None:
+            self._followers.forget(plan.rows)
+            if self._flight is not None and any(row in self._flight.plan.rows for row in plan.rows):
+                fresh = plan.rows  # the next step has been launched on what this one did not compute
         self.scheduler.abandon(plan, set(fresh or plan.rows), request_error(error))
-
-
-def request_error(error: Exception) -> MiinbError:
-    """What the user of a failed request is told: no paths, no traceback (the rank's log has it)."""
-    if isinstance(error, MiinbError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            "The device ran out of memory in this request's step.",
-            hint="Send fewer or shorter prompts at once, or start with a smaller options.max_step_tokens.",
-        )
-    return MiinbError(
-        f"The engine failed on this request ({type(error).__name__}).", hint="The deployment's logs say where."
-    )

@@ -19,7 +19,6 @@ from torch import Tensor
 from miinb.engine.decoder import Decoder, StepBatch, Stream
 from miinb.engine.inputs import SMALL_STEP, StepInputs
 from miinb.engine.kv_cache import KVCache
-from miinb.kernels.head import argmax
 
 #: Captures end when they have taken so long or so much memory; steps without a graph are padded to the next or eager.
 MOST_SECONDS = 3.0
@@ -33,12 +32,17 @@ Replay = Callable[[], None]
 class Recorder:
     """Records steps as CUDA graphs that share their memory.
 
+    Args:
+        ranks: whether they hold collectives. NCCL's watchdog, a thread of its own, looks after its events at any time,
+            which a capture takes for an error unless it watches its own thread alone.
+
     Attributes:
         seconds: of the recordings alone: the first start on a machine also compiles kernels.
         bytes: of memory that they took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ranks: bool = False) -> None:
+        self._mode = "thread_local" if ranks else "global"
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._free = torch.cuda.mem_get_info()[0]
@@ -53,7 +57,7 @@ class Recorder:
             self._stream.synchronize()
             started = time.monotonic()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode=self._mode)
             try:
                 results = step()
             finally:
@@ -66,7 +70,7 @@ class Recorder:
 @dataclass(slots=True)
 class _Decode:
     replay: Replay
-    logits: Tensor  # [rows, vocab]
+    logits: Tensor  # [rows, vocab], or the rank's part of it
     token_ids: Tensor  # [rows] int64
     finite: Tensor  # [rows] bool
 
@@ -102,18 +106,24 @@ class GraphRunner:
         self._cache = cache
         self._decodes: dict[int, _Decode] = {}
         self._mixed: dict[int, _Mixed] = {}
-        self._recorder = recorder or Recorder()
+        self._recorder = recorder or Recorder(ranks=decoder.group is not None)
         # The largest of all first: the others fit in its memory.
         *small, largest = mixed_sizes(max_step_tokens)
         captures: list[tuple[Callable[[StepInputs, int], None], int]] = [(self._capture_mixed, largest)]
         captures += [(self._capture_decode, rows) for rows in capture_order(max_batch)]
         captures += [(self._capture_mixed, tokens) for tokens in small]
         for capture, size in captures:
-            if self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES:
+            if self._enough():
                 break
             capture(inputs, size)
         inputs.buckets = sorted(self._decodes)
         inputs.mixed_buckets = sorted(self._mixed)
+
+    def _enough(self) -> bool:
+        """Whether captures end; on all ranks of a model or on none, as they replay together."""
+        enough = self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES
+        group = self._decoder.group
+        return enough if group is None else not group.least(int(not enough), self._cache.k[0].device)
 
     def __str__(self) -> str:
         rows, tokens = (", ".join(map(str, sorted(sizes))) for sizes in (self._decodes, self._mixed))
@@ -129,8 +139,8 @@ class GraphRunner:
 
         def step() -> tuple[Tensor, Tensor, Tensor]:
             inputs.look_up(rows)
-            logits = self._decoder.forward(batch, self._cache)
-            return logits, *argmax(logits)
+            logits = self._decoder.own_logits(self._decoder.body(batch, self._cache), batch.logit_rows)
+            return logits, *self._decoder.choose(logits)
 
         replay, results = self._recorder.record(step)
         self._decodes[rows] = _Decode(replay, *results)
@@ -148,7 +158,7 @@ class GraphRunner:
         if not batch.bucket:
             return self._decoder.forward(batch, self._cache)
         if batch.max_query == 1:
-            return self._decode(batch).logits[: batch.lengths.shape[0]]
+            return self._decoder.whole(self._decode(batch).logits[: batch.lengths.shape[0]])
         return self._decoder.logits(self._body(batch), batch.logit_rows)
 
     def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,20 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.compile_job import CompileJob, use_cache
-from miinb.engine.decoder import Decoder, Operators
+from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
+from miinb.engine.followers import Follower, Followers
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, size_cache
-from miinb.engine.parallel import Group, init_distributed
+from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_int8, set_threads
 from miinb.engine.policies import POLICIES
+from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
 from miinb.engine.tokenizer_files import ensure_chat_template, export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
@@ -36,15 +36,6 @@ from miinb.models import ModelInfo
 from miinb.tasks import TASKS
 
 Report = Callable[[Phase], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank computes and in which dtype, and what is worth saying about that."""
-
-    device: torch.device
-    dtype: str
-    notes: tuple[tuple[str, str, str], ...] = ()
 
 
 def load_executor(
@@ -57,7 +48,24 @@ def load_executor(
     report: Report,
     kernels: CompileJob | None = None,
 ) -> Executor:
-    """Load the model of one rank and return what computes with it.
+    """`load_rank` for rank 0."""
+    loaded = load_rank(config, replica=replica, rank=rank, gpus=gpus, folder=folder, report=report, kernels=kernels)
+    if isinstance(loaded, Follower):
+        raise RuntimeError(f"rank {rank} has no executor")
+    return loaded
+
+
+def load_rank(
+    config: DeploymentConfig,
+    *,
+    replica: int,
+    rank: int,
+    gpus: Sequence[int] | None,
+    folder: Path,
+    report: Report,
+    kernels: CompileJob | None = None,
+) -> Executor | Follower:
+    """Load the model of one rank and return what computes with it: a follower above rank 0.
 
     Args:
         config: the deployment's; "auto" and None are resolved here where the planner has not done so.
@@ -80,23 +88,23 @@ def load_executor(
         load_format=config.load_format,
     )
     task = model.task(config.task)
-    place = _place(config, model, gpus[rank] if gpus else None)
-    _set_threads(config)
+    place = find_place(config, model, gpus[rank] if gpus else None)
+    set_threads(config)
     info = _engine_info(config, replica, model, task, place, folder)
     with ThreadPoolExecutor(1, "start") as thread:  # imports take seconds; weights are read meanwhile
-        ranks, kind = config.tensor_parallel, place.device.type
-        group = thread.submit(init_distributed, replica=replica, rank=rank, ranks=ranks, folder=folder, device=kind)
+        kind = place.device.type
+        ranks = thread.submit(join, config, replica=replica, rank=rank, folder=folder, device=kind)
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
-        executor: Executor | None = None
+        executor: Executor | Follower | None = None
         if config.engine == "optimized" and TASKS[task].streams:
             try:
-                executor = _step_executor(config, model, info, place, Aside(group, kernels), rank, report)
+                executor = _step_executor(config, model, info, place, Aside(ranks, kernels), rank, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, reason.message)
         elif config.engine == "optimized":
             info = _fall_back(info, f"{task} has no fused engine yet")
         tokenizer.result()
-        group.result()
+        ranks.result()
     if executor is None:
         executor = _batch_executor(config, model, info, place, report)
     if rank == 0 and task == "conversational":
@@ -109,7 +117,7 @@ def load_executor(
 class Aside:
     """What goes on while the weights are read."""
 
-    group: Future[Group | None]
+    ranks: Future[Ranks]
     kernels: CompileJob | None
 
 
@@ -117,52 +125,6 @@ def _export_tokenizer(config: DeploymentConfig, model: ModelInfo, task: str, ran
     if rank == 0 and TASKS[task].streams:
         dummy = config.load_format == "dummy"
         export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
-
-
-def _place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place:
-    """Device and dtype of this rank.
-
-    Raises:
-        InvalidValue: the device is not there, or the dtype is not built.
-    """
-    if config.dtype in ("int4", "fp8") or config.kv_dtype != "auto":
-        name = "dtype" if config.dtype in ("int4", "fp8") else "kv_dtype"
-        raise InvalidValue(f"{name}: {getattr(config, name)} is not built yet.", hint=f"Use {name}='auto'.")
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
-    dtype = model.dtype if config.dtype == "auto" else config.dtype
-    if config.device != "cpu" and has_gpu:
-        if dtype == "int8":
-            raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
-        device = torch.device("cuda", gpu or 0)
-        torch.cuda.set_device(device)
-        if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
-            return Place(device, "fp16", (("dtype", "fp16", "this GPU has no bf16"),))
-        return Place(device, dtype)
-    if dtype == "fp16":
-        return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
-    place = Place(torch.device("cpu"), dtype)
-    if config.engine == "baseline":
-        _refuse_int8(place.dtype, "plain transformers have no such form")
-    return place
-
-
-def _refuse_int8(dtype: str, reason: str) -> None:
-    """Raise InvalidValue where int8 was asked for and transformers are to serve."""
-    if dtype == "int8":
-        raise InvalidValue(
-            f"dtype: int8 needs the optimized engine: {reason.rstrip('.')}.", hint="Use dtype='bf16' or dtype='auto'."
-        )
-
-
-def _set_threads(config: DeploymentConfig) -> None:
-    """PyTorch's threads: what was asked for, else OMP_NUM_THREADS, else the cores divided by the ranks."""
-    if config.options.threads:
-        torch.set_num_threads(config.options.threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        ranks = config.replicas * config.tensor_parallel
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _engine_info(
@@ -190,7 +152,7 @@ def _engine_info(
         tokenizer_folder=str(folder / "tokenizer"),
         plan=dataclasses.replace(plan, max_length=length, max_batch=batch),
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
-        device_name=_device_name(place.device),
+        device_name=device_name(place.device),
     )
 
 
@@ -207,15 +169,6 @@ def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "CPU"
-
-
 def _step_executor(
     config: DeploymentConfig,
     model: ModelInfo,
@@ -224,8 +177,8 @@ def _step_executor(
     aside: Aside,
     rank: int,
     report: Report,
-) -> Executor:
-    """The fused decoder under continuous batching.
+) -> Executor | Follower:
+    """The fused decoder under continuous batching; on a follower what computes rank 0's steps.
 
     Raises:
         UnsupportedModel: the family has no policy, its configuration no fused form, or the parity check failed.
@@ -247,40 +200,40 @@ def _step_executor(
         dummy=config.load_format == "dummy",
         report=report,
     )
-    plan = info.plan.with_line("load", *_load_words(weights_bytes(weights), time.monotonic() - started))
+    plan = _load_lines(info.plan, weights, time.monotonic() - started)
     ops, plan = _operators(plan, local, place)
-    if weights.rounding:
-        plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
-    decoder = Decoder(local, weights, group=aside.group.result(), ops=ops)
+    ranks = aside.ranks.result()
+    decoder = Decoder(local, weights, group=ranks.group, ops=ops)
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
-    element_bytes = DTYPES[place.dtype].itemsize
-    size = size_cache(local, config, place.device.type, element_bytes, free_bytes(place.device))
-    plan = dataclasses.replace(
-        plan,
-        max_length=size.max_length,
-        max_batch=size.max_batch,
-        kv_cache_bytes=size.size_bytes,
-        weights_bytes=weights_bytes(weights),
-    )
+    ranks.meet()  # before the first collective, whose time is limited
+    free = ranks.share_of(free_bytes(place.device), place.device)
+    size = size_cache(local, config, place.device.type, DTYPES[place.dtype].itemsize, free)
+    plan = dataclasses.replace(ranks.describe(plan), max_length=size.max_length, max_batch=size.max_batch)
+    plan = dataclasses.replace(plan, kv_cache_bytes=size.size_bytes, weights_bytes=weights_bytes(weights))
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, DTYPES[place.dtype])
     plan = _verified(plan, decoder, size.page_tokens, config)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, DTYPES[place.dtype], place.device)
-    info = dataclasses.replace(
-        info, plan=plan, max_length=size.max_length, max_batch=size.max_batch, load_peak_bytes=peak
-    )
-    executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
-    if place.device.type == "cuda":
-        _capture(executor, decoder, cache, config, report)
-    return executor
+    info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
+    info = dataclasses.replace(info, load_peak_bytes=peak)
+    if ranks.link is not None:
+        return _capture(Follower(info, decoder, cache, config.options, ranks.link), config, report)
+    followers = Followers.of(ranks.leader)
+    executor = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options, followers=followers)
+    return _capture(executor, config, report)
 
 
-def _load_words(size_bytes: int, seconds: float) -> tuple[str, str]:
-    rate = f"in {seconds:.1f} s, {size_bytes / 1e9 / seconds:.1f} GB/s"
-    return (f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"), rate
+def _load_lines(plan: Plan, weights: DecoderWeights, seconds: float) -> Plan:
+    """The plan with what was read, and what rounding has changed of it."""
+    size = weights_bytes(weights)
+    words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    plan = plan.with_line("load", words, f"in {seconds:.1f} s, {size / 1e9 / seconds:.1f} GB/s")
+    if weights.rounding:
+        plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
+    return plan
 
 
 def _compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
@@ -290,21 +243,21 @@ def _compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
     return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
 
 
-def _capture(
-    executor: StepExecutor, decoder: Decoder, cache: KVCache, config: DeploymentConfig, report: Report
-) -> None:
-    """CUDA graphs for the executor's decode steps, and the plan's line on them."""
-    if not config.options.cuda_graphs:
-        line = ("graphs", "off", "asked for")
-    elif decoder.group is not None:
-        line = ("graphs", "off", "not captured over several GPUs yet")
-    else:
+def _capture(loaded: StepExecutor | Follower, config: DeploymentConfig, report: Report) -> StepExecutor | Follower:
+    """CUDA graphs for its steps, and the plan's line on them."""
+    compute, info = loaded.compute, loaded.info
+    if compute.device.type != "cuda":
+        return loaded
+    if config.options.cuda_graphs:
         report(Phase("capture"))
-        rows = min(executor.info.max_batch, config.options.step_tokens("cuda"))
-        runner = GraphRunner(decoder, cache, executor.compute.inputs, rows, config.options.step_tokens("cuda"))
-        executor.compute.runner = runner
+        tokens = config.options.step_tokens("cuda")
+        rows = min(info.max_batch, tokens)
+        compute.runner = runner = GraphRunner(compute.decoder, compute.cache, compute.inputs, rows, tokens)
         line = ("graphs", "on", str(runner))
-    executor.info = dataclasses.replace(executor.info, plan=executor.info.plan.with_line(*line))
+    else:
+        line = ("graphs", "off", "asked for")
+    loaded.info = dataclasses.replace(info, plan=info.plan.with_line(*line))
+    return loaded
 
 
 def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, Plan]:
@@ -346,14 +299,6 @@ def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: Deployment
     raise UnsupportedModel(message)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
-
-
 def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
     """See that there is a chat template; the plan says which."""
     line = ("chat template", "the model's", "it brings one")
@@ -363,7 +308,7 @@ def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
 
 
 def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:
-    _refuse_int8(info.dtype, reason)
+    refuse_int8(info.dtype, reason)
     text = f"Plain transformers serve this model: {reason}"
     plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
     return dataclasses.replace(info, engine="baseline", plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))
@@ -374,7 +319,10 @@ def _batch_executor(
 ) -> Executor:
     """transformers' own model, one batch at a time."""
     if config.tensor_parallel > 1:
-        raise UnsupportedModel(f"{model.family} cannot be split over {config.tensor_parallel} GPUs yet.")
+        why = info.plan.lines[-1].reason if info.plan.lines else "plain transformers are on one device"
+        raise UnsupportedModel(
+            f"{model.family} cannot be split over {config.tensor_parallel} ranks: {why}.", hint="Use tensor_parallel=1."
+        )
     need, free = model.weights_bytes(place.dtype), free_bytes(place.device)
     if need > free:
         raise OutOfMemory(f"The weights need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")

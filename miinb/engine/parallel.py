@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from miinb.engine import shared_memory
+
+#: Longest wait in a collective. Ranks enter them together, so only one that is dead or stopped takes so long.
+COLLECTIVE_S = 60.0
+
+
+class PeerLost(Exception):
+    """Another rank ended or does not answer: this one cannot go on, and is not the one to blame."""
 
 
 class Group:
@@ -15,46 +26,95 @@ class Group:
     Attributes:
         rank: this process's place.
         size: how many ranks share the model.
+        kind: what carries the collectives: "nccl", "gloo" or "shared memory".
+        reductions, gathers: collectives since `begin`, so that a rank that fails within a step knows which are left.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, kind: str = "gloo") -> None:
+        import deepspeed.comm as comm
+
+        self._comm: Any = comm
         self.rank = rank
         self.size = size
+        self.kind = kind
+        self.reductions = self.gathers = 0
+        # Half-precision sums of the operator need AVX-512; without it they are made in fp32, which is still the faster.
+        self._native = {torch.float32, torch.bfloat16} if shared_memory.level() > 1 else {torch.float32}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.reductions = self.gathers = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of every rank's `x`, in place."""
-        import deepspeed.comm as comm
+        """The sum of every rank's `x`; may be in place.
 
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        self.reductions += 1
         x = x.contiguous()  # DeepSpeed's shared-memory operator leaves other tensors unreduced, silently
-        comm.inference_all_reduce(x)
-        return x
+        if self.kind == "shared memory" and x.dtype not in self._native:
+            return self._sum(x.float()).to(x.dtype)
+        return self._sum(x)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Every rank's `x` [L, n] side by side: [L, n * size]."""
-        import deepspeed.comm as comm
+        """Every rank's `x` [L, n] side by side: [L, n * size].
 
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        comm.all_gather(parts, x.contiguous())
-        return torch.cat(parts, -1)
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        self.gathers += 1
+        board = torch.zeros((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        if self.kind == "shared memory":  # a sum in which each place has one rank's numbers is exact
+            wide = board.float()
+            wide[self.rank] = x
+            board = self._sum(wide).to(x.dtype)
+        elif self.kind == "nccl":
+            self._wait(self._comm.all_gather_into_tensor, board, x.contiguous())
+        else:
+            self._wait(self._comm.all_gather, list(board.unbind()), x.contiguous())
+        return torch.cat(board.unbind(), -1)
+
+    def least(self, value: int, device: torch.device) -> int:
+        """The smallest of the ranks' values (at start-up)."""
+        box = torch.tensor([value], dtype=torch.int64, device=device)
+        self._wait(self._comm.all_reduce, box, self._comm.ReduceOp.MIN)
+        return int(box)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        self._wait(self._comm.inference_all_reduce, x)
+        return x
+
+    def _wait(self, collective: Any, *tensors: Any) -> None:
+        try:
+            collective(*tensors)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise PeerLost(f"Rank {self.rank} lost the others in a collective: {error}") from error
 
 
-def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, device: str) -> Group | None:
+def init_distributed(
+    *, replica: int, rank: int, ranks: int, folder: Path, device: str, shared: bool = False
+) -> Group | None:
     """Bring up DeepSpeed's process group of one replica; needed with one rank too, for what builds on it.
 
     The rendezvous is a file in the deployment's private folder, because a TCP store listens on every interface.
     MASTER_PORT is only a name then: DeepSpeed's shared-memory operator calls its segments after it, so two groups need
     two. The supervisor gives it; one rank alone takes its process number.
 
+    Args:
+        replica: which copy of the model this is.
+        rank: this process's place in it.
+        ranks: how many it has.
+        folder: the deployment's.
+        device: "cuda" or "cpu".
+        shared: use DeepSpeed's shared-memory all-reduce (`shared_memory.load` has been called); all ranks alike.
+
     Returns:
         The group, or None with one rank.
     """
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), CROSS_RANK="0",
-        CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT") or str(os.getpid()),
-        GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
-    )  # fmt: skip
-    if device == "cpu" and not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    set_environment(rank=rank, ranks=ranks, device=device)
     import deepspeed
     import deepspeed.ops
 
@@ -65,13 +125,30 @@ def init_distributed(*, replica: int, rank: int, ranks: int, folder: Path, devic
     if ranks == 1:
         rendezvous.unlink(missing_ok=True)  # of a process that was killed; it would be waited for
     # Its build takes half a minute on a fresh machine, and a killed build leaves a lock that later starts wait for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = shared
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         init_method=f"file://{rendezvous}",  # not as_uri(): torch does not decode it, and would wait for ever
         rank=rank,
         world_size=ranks,
+        timeout=timedelta(seconds=COLLECTIVE_S),
         auto_mpi_discovery=False,
         verbose=False,
     )
-    return Group(rank, ranks) if ranks > 1 else None
+    if ranks == 1:
+        return None
+    if shared:
+        deepspeed.comm.barrier()  # every rank has mapped every segment: the names are needed no more
+        shared_memory.unlink(rank)
+    return Group(rank, ranks, "nccl" if device == "cuda" else "shared memory" if shared else "gloo")
+
+
+def set_environment(*, rank: int, ranks: int, device: str) -> None:
+    """What DeepSpeed, NCCL and gloo read from the environment; loopback interfaces only."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), CROSS_RANK="0",
+        CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT") or str(os.getpid()),
+        GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", NCCL_NVLS_ENABLE="0",
+    )  # fmt: skip
+    if device == "cpu" and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from miinb.config import DeploymentConfig
-from miinb.engine.executor import Emit, Poll, request_error
+from miinb.engine.compute import request_error
+from miinb.engine.executor import Emit, Poll
 from miinb.errors import InvalidRequest, QueueFull, UnsupportedModel, did_you_mean
 from miinb.messages import (
     EngineInfo,

@@ -18,8 +18,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
-from miinb.engine.drafts import Drafts
-from miinb.engine.lookup import DRAFT_TOKENS
+from miinb.engine.drafts import Drafts, most_places
 from miinb.engine.pages import ROOT, PagePool
 from miinb.engine.rows import Row, RowState, StepPlan, check_request
 from miinb.engine.slots import SlotMemory
@@ -66,7 +65,7 @@ class Scheduler:
         self.pool = PagePool(pages, page_tokens, prefix_cache=prefix_cache and not whole)
         self._memory = SlotMemory() if prefix_cache and whole else None
         self.max_batch = min(max_batch, max_step_tokens)
-        self.max_places = min(max(max_batch, 1 + DRAFT_TOKENS), max_step_tokens) if speculative else self.max_batch
+        self.max_places = most_places(max_batch, max_step_tokens, speculative=speculative)
         self.speculative = speculative
         self.drafts = Drafts()
         self.max_length = min(max_length, pages * page_tokens)

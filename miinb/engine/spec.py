@@ -39,6 +39,7 @@ class DecoderSpec:
     """The shape of a decoder's computation. Sizes are one rank's after `shard`.
 
     Attributes:
+        vocab_size: after `shard` the largest rank's share of it.
         inner_size: width between the two projections of the MLP.
         max_length: most tokens of one sequence.
         norm, eps: kind of norm and the number under its root.
@@ -106,18 +107,31 @@ class DecoderSpec:
         """
         if ranks == 1:
             return self
-        for what, size in (("attention heads", self.heads), ("inner width", self.inner_size)):
-            if size % ranks:
-                raise UnsupportedModel(f"{size} {what} do not divide by {ranks} ranks.")
-        if self.vocab_size % ranks or (self.kv_heads % ranks and ranks % self.kv_heads):
-            raise UnsupportedModel(f"Vocabulary or key/value heads do not divide by {ranks} ranks.")
+        if misfit := self.misfit(ranks):
+            raise UnsupportedModel(f"{misfit} do not divide by {ranks} ranks.")
         return dataclasses.replace(
             self,
             heads=self.heads // ranks,
             kv_heads=max(1, self.kv_heads // ranks),
             inner_size=self.inner_size // ranks,
-            vocab_size=self.vocab_size // ranks,
+            vocab_size=self.vocabulary_share(ranks),
         )
+
+    def misfit(self, ranks: int) -> str:
+        """What cannot be shared by so many ranks, in words; "" if all can."""
+        if self.heads % ranks:
+            return f"{self.heads} attention heads"
+        if self.kv_heads % ranks and ranks % self.kv_heads:  # fewer of them than ranks are repeated
+            return f"{self.kv_heads} key/value heads"
+        if self.inner_size % ranks:
+            return f"{self.inner_size} columns between the MLP's layers"
+        if self.vocabulary_share(ranks) * (ranks - 1) >= self.vocab_size:
+            return f"{self.vocab_size} tokens of the vocabulary"
+        return ""
+
+    def vocabulary_share(self, ranks: int) -> int:
+        """Rows of the head that each rank has (the last one perhaps fewer): a multiple of 8, as matrix kernels like."""
+        return self.vocab_size if ranks == 1 else -(-self.vocab_size // (8 * ranks)) * 8
 
 
 @dataclass(frozen=True, slots=True)

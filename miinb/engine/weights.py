@@ -105,12 +105,18 @@ class _Builder:
         start, count = self.rank * units // self.ranks, max(1, units // self.ranks)
         return slice(start * unit, (start + count) * unit)
 
+    def vocabulary(self) -> slice:
+        """This rank's rows of the head."""
+        count = self.spec.vocabulary_share(self.ranks)
+        return slice(self.rank * count, min((self.rank + 1) * count, self.spec.vocab_size))
+
     def linear(self, part: str, layer: int = 0) -> PackedLinear:
         """A fused linear layer of `part`: the rank's rows of every matrix in it, one below the other."""
         source = self.policy.weights[part]
         sizes, width, has_bias, unit = linear_shape(self.spec, part)
         columns = self.share(width, unit) if source.split == "row" else slice(0, width)
         shares = [self.share(size, unit) if source.split == "column" else slice(0, size) for size in sizes]
+        shares = [self.vocabulary()] if part == "head" else shares
         packed = self.matrix(sum(s.stop - s.start for s in shares), columns.stop - columns.start)
         bias = self.empty(packed.weight.shape[0]) if has_bias and (source.split != "row" or self.rank == 0) else None
         at = 0
@@ -148,7 +154,7 @@ class _Builder:
     def head(self, embed: PackedLinear) -> PackedLinear:
         if not self.spec.tied:
             return self.linear("head")
-        share, bias = self.share(self.spec.vocab_size), None
+        share, bias = self.vocabulary(), None
         if self.spec.head_bias:
             bias = self.empty(share.stop - share.start)
             (module,) = self.policy.weights["head"].modules

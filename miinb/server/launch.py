@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from miinb.config import DeploymentConfig
-from miinb.registry import INSTANCE_VARIABLE
+from miinb.registry import INSTANCE_VARIABLE, remove_segments
 from miinb.server.process import Process
 
 FRONTEND = "miinb.server.frontend"
@@ -61,8 +61,10 @@ class Launch:
         )
 
     def fresh_rendezvous(self, replica: int) -> None:
-        """A rendezvous file of an earlier start would let the new ranks meet dead ones."""
-        (self.folder / f"rdzv-{replica}").unlink(missing_ok=True)
+        """What is left of an earlier start would let the new ranks meet dead ones."""
+        for name in (f"rdzv-{replica}", f"ranks-{replica}.sock"):
+            (self.folder / name).unlink(missing_ok=True)
+        remove_segments((self.ports[replica],))
 
     def gpu(self, replica: int, rank: int) -> int | None:
         """The GPU of a rank as the user numbers them, None on a CPU."""

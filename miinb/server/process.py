@@ -15,6 +15,8 @@ from typing import Any
 
 from miinb.messages import Phase, from_dict
 
+#: Exit code of a rank that ended because another one of its replica did.
+PEER_LOST = 75
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 #: Signs of a lack of memory in a log, when the process could not say so itself.
@@ -142,6 +144,12 @@ def _die_with(supervisor: int) -> Callable[[], None]:
             os._exit(1)
 
     return before_exec
+
+
+def culprit(ranks: list[Process], child: Process) -> Process:
+    """Which of a replica's ranks ended first, when one has ended: the others end because it did."""
+    ended = (rank for rank in ranks if rank.exit_code is not None)
+    return next((rank for rank in ended if rank.exit_code != PEER_LOST), child)
 
 
 def log_tail(log: Path, lines: int) -> str:

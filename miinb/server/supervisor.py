@@ -30,7 +30,7 @@ from miinb.errors import MiinbError
 from miinb.messages import RankStatus, Status, from_dict
 from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
-from miinb.server.process import Process, machine_oom_kills
+from miinb.server.process import Process, culprit, machine_oom_kills
 from miinb.server.watchdog import Pulse, Watchdog
 
 MAX_RESTARTS = 3
@@ -100,7 +100,8 @@ class Supervisor:
                 self._start_replica(replica)
             while self.end_at is None or (self.end_at > time.monotonic() and self._frontend() is not None):
                 for key, _ in self.selector.select(self._patience()):
-                    key.data()
+                    if self.selector.get_map().get(key.fd) == key:  # the ones before it may have ended its process
+                        key.data()
                 self._watch_time()
         except Exception as error:
             details = traceback.format_exc()
@@ -109,7 +110,7 @@ class Supervisor:
             self._fail({"error": "StartError", "message": message, "hint": "", "details": details})
             raise
         finally:
-            self._end_children(self.children)
+            self._end_children([*self.children])
             self.control.close()
             registry.release(self.folder, self.lock)
 
@@ -219,13 +220,15 @@ class Supervisor:
         """A replica, or the frontend (None), owes an answer. One that hangs is killed, and so started again."""
         silent = [child for child in self.children if child.replica == replica and child.ready is not None]
         if silent and self.watchdog.hangs(replica, seconds, [child.pid for child in silent]):
-            name = "the frontend" if replica is None else f"replica {replica}"
-            log(f"{name} has not answered for {seconds:.0f} s: it hangs and is killed")
+            log(f"{silent[0].label} has not answered for {seconds:.0f} s: it hangs and is killed")
             for child in silent:
                 child.signal_group(signal.SIGKILL)
 
     def _ended(self, child: Process) -> None:
-        child.reports()
+        ranks = [other for other in self.children if other is child or other.replica == child.replica is not None]
+        for rank in ranks:
+            self._reported(rank)
+        child = culprit(ranks, child)
         self._forget(child)
         if self.end_at is not None:
             return
@@ -240,14 +243,13 @@ class Supervisor:
     def _restart(self, dead: Process) -> None:
         """Start the dead one's replica again; the frontend's death takes all with it."""
         self.restarts += 1
-        log(f"{dead.label} ended (exit code {dead.exit_code}); restart {self.restarts} of {MAX_RESTARTS}")
+        log(f"{dead.label} ended: {dead.cause(starting=False)['message']} Restart {self.restarts} of {MAX_RESTARTS}")
         alone = dead.replica is not None
         self.watchdog.forget(dead.replica)
         self._end_children([c for c in self.children if not alone or c.replica == dead.replica])
-        replicas = [dead.replica] if dead.replica is not None else list(range(self.config.replicas))
         if not alone:
             self._start(self.launch.frontend())
-        for replica in replicas:
+        for replica in [dead.replica] if dead.replica is not None else range(self.config.replicas):
             self._start_replica(replica)
         self.state = "starting"
         self.activity = {} if not alone else self.activity
@@ -266,7 +268,6 @@ class Supervisor:
 
     def _end_children(self, children: list[Process]) -> None:
         """SIGTERM, a moment, SIGKILL of the groups; blocks for at most `grace_s`."""
-        children = list(children)
         for child in children:
             child.signal_group(signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s

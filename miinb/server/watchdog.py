@@ -9,6 +9,8 @@ import psutil
 
 #: A replica that owes an answer, and whose ranks use no CPU time for so long, is stopped or deadlocked.
 IDLE_S = 10.0
+#: The same for one rank while others compute: it may wait for them for long, but not for so long.
+ALONE_S = 60.0
 #: No step takes so long: a replica that does not answer is ended even if it computes.
 MAX_SILENT_S = 900.0
 #: CPU seconds that a process may use while it hangs (timers, signals).
@@ -21,8 +23,8 @@ class Watchdog:
     """What is known of the replicas that do not answer, and of the frontend (None); one for a supervisor."""
 
     def __init__(self) -> None:
-        #: By replica: seconds of silence and CPU seconds, as last noted.
-        self._seen: dict[int | None, tuple[float, float]] = {}
+        #: By replica, then process: seconds of silence and CPU seconds when it last used some.
+        self._seen: dict[int | None, dict[int, tuple[float, float]]] = {}
 
     def hangs(self, replica: int | None, silent_s: float, pids: Iterable[int]) -> bool:
         """Whether the replica is to be ended.
@@ -32,11 +34,15 @@ class Watchdog:
             silent_s: seconds since it owes a sign of life.
             pids: its processes.
         """
-        cpu_s = sum(map(_cpu_s, pids))
-        noted = self._seen.get(replica)
-        if noted is None or silent_s < noted[0] or abs(cpu_s - noted[1]) > NOISE_S:
-            noted = self._seen[replica] = (silent_s, cpu_s)
-        return silent_s - noted[0] >= IDLE_S or silent_s >= MAX_SILENT_S
+        seen = self._seen.setdefault(replica, {})
+        idle_s = []
+        for pid in pids:
+            cpu_s = _cpu_s(pid)
+            noted = seen.get(pid)
+            if noted is None or silent_s < noted[0] or abs(cpu_s - noted[1]) > NOISE_S:
+                noted = seen[pid] = (silent_s, cpu_s)
+            idle_s.append(silent_s - noted[0])
+        return min(idle_s) >= IDLE_S or max(idle_s) >= ALONE_S or silent_s >= MAX_SILENT_S
 
     def forget(self, replica: int | None) -> None:
         """The replica has ended."""

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.errors import MiinbError, OutOfMemory, RankFailed, UnsupportedModel
+from miinb.errors import MiinbError, OutOfMemory, RankFailed
 from miinb.messages import EngineInfo, FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
 from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+from miinb.server.process import PEER_LOST
 from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -196,14 +197,14 @@ def serve(order: Order, reports: Reports) -> None:
     """
     config = DeploymentConfig.from_json(json.dumps(order.config))
     folder = Path(order.folder)
-    if order.rank:
-        raise UnsupportedModel("tensor_parallel: a model on several GPUs is not built yet.", hint="Use 1.")
     from miinb.engine.compile_job import CompileJob
 
     kernels = CompileJob.start(config, order.rank)
-    from miinb.engine.loading import load_executor  # torch: seconds
+    from miinb.engine.followers import Follower
+    from miinb.engine.loading import load_rank  # torch: seconds
+    from miinb.engine.parallel import PeerLost
 
-    executor = load_executor(
+    loaded = load_rank(
         config,
         replica=order.replica,
         rank=order.rank,
@@ -213,32 +214,49 @@ def serve(order: Order, reports: Reports) -> None:
         kernels=kernels,
     )
     try:
-        reports.phase(Phase("verify", text="first tokens"))
-        warm_up(executor)
-        # What start-up made lives as long as the process: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        sock = RankSocket.connect(folder / "engine.sock")
-        reports.phase(Phase("ready"))
-        executor.info = info = with_start(executor.info, reports.phases_s)
-        sock.send(info)
-        sock.flush()
-        plan = info.plan
-        reports.write(
-            ready={
-                "engine": info.engine,
-                "dtype": info.dtype,
-                "device": info.device,
-                "weights_bytes": plan.weights_bytes,
-                "kv_cache_bytes": plan.kv_cache_bytes,
-                **device_memory(),
-            }
-        )
-        log.info("ready\n%s", plan)
-        Server(executor, sock).run()
+        if isinstance(loaded, Follower):
+            _freeze()
+            reports.write(ready=_facts(loaded.info))
+            loaded.run()
+        else:
+            _lead(loaded, folder, reports)
     finally:
-        executor.close()
-        _leave_group()
+        loaded.close()
+        if not isinstance(sys.exception(), PeerLost):  # leaving would wait for the others
+            _leave_group()
+
+
+def _lead(executor: Executor, folder: Path, reports: Reports) -> None:
+    """Rank 0's life once its model is there."""
+    reports.phase(Phase("verify", text="first tokens"))
+    warm_up(executor)
+    _freeze()
+    sock = RankSocket.connect(folder / "engine.sock")
+    reports.phase(Phase("ready"))
+    executor.info = info = with_start(executor.info, reports.phases_s)
+    sock.send(info)
+    sock.flush()
+    reports.write(ready=_facts(info))
+    log.info("ready\n%s", info.plan)
+    Server(executor, sock).run()
+
+
+def _freeze() -> None:
+    """What start-up made lives as long as the process: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _facts(info: EngineInfo) -> dict[str, Any]:
+    """What the supervisor is told of a rank that is ready."""
+    return {
+        "engine": info.engine,
+        "dtype": info.dtype,
+        "device": info.device,
+        "weights_bytes": info.plan.weights_bytes,
+        "kv_cache_bytes": info.plan.kv_cache_bytes,
+        **device_memory(),
+    }
 
 
 def _leave_group() -> None:
@@ -254,7 +272,11 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main() -> int:
-    """Run one rank. Exit code 0: told to end, or the frontend is gone; 1: it failed, and the supervisor knows why."""
+    """Run one rank.
+
+    Exit code 0: told to end, or the frontend or rank 0 is gone; 1: it failed, and the supervisor knows why;
+    `PEER_LOST`: another rank failed, and is the one to blame.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the Stop button is not for this process
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -270,6 +292,8 @@ def main() -> int:
         return 0
     except Exception as error:
         log.exception("this rank failed")
+        if type(error).__name__ == "PeerLost":  # its class comes with PyTorch, whose import may be what failed
+            os._exit(PEER_LOST)
         reports.failed(error)
         return 1
     return 0

@@ -169,7 +169,7 @@ def test_a_frontend_that_hangs_is_started_again() -> None:
     before = ranks(one)
     os.kill(_frontend(one), signal.SIGSTOP)
     until(lambda: ranks(one) not in ([], before) and one.status().state == "ready", 40.0)
-    assert "the frontend has not answered" in one.logs(5, None)
+    assert "The frontend has not answered" in one.logs(5, None)
 
 
 @pytest.mark.parametrize("joined", [False, True])

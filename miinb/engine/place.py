@@ -1,0 +1,87 @@
+"""Where a rank computes: its device and dtype, its threads, and how much memory is free there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from miinb.config import DeploymentConfig
+from miinb.errors import InvalidValue
+from miinb.models import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank computes and in which dtype, and what is worth saying about that."""
+
+    device: torch.device
+    dtype: str
+    notes: tuple[tuple[str, str, str], ...] = ()
+
+
+def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> Place:
+    """Device and dtype of this rank.
+
+    Raises:
+        InvalidValue: the device is not there, or the dtype is not built.
+    """
+    if config.dtype in ("int4", "fp8") or config.kv_dtype != "auto":
+        name = "dtype" if config.dtype in ("int4", "fp8") else "kv_dtype"
+        raise InvalidValue(f"{name}: {getattr(config, name)} is not built yet.", hint=f"Use {name}='auto'.")
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    if config.device != "cpu" and has_gpu:
+        if dtype == "int8":
+            raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
+        device = torch.device("cuda", gpu or 0)
+        torch.cuda.set_device(device)
+        if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+            return Place(device, "fp16", (("dtype", "fp16", "this GPU has no bf16"),))
+        return Place(device, dtype)
+    if dtype == "fp16":
+        return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
+    place = Place(torch.device("cpu"), dtype)
+    if config.engine == "baseline":
+        refuse_int8(place.dtype, "plain transformers have no such form")
+    return place
+
+
+def refuse_int8(dtype: str, reason: str) -> None:
+    """Raise InvalidValue where int8 was asked for and transformers are to serve."""
+    if dtype == "int8":
+        raise InvalidValue(
+            f"dtype: int8 needs the optimized engine: {reason.rstrip('.')}.", hint="Use dtype='bf16' or dtype='auto'."
+        )
+
+
+def set_threads(config: DeploymentConfig) -> None:
+    """PyTorch's threads: what was asked for, else OMP_NUM_THREADS, else the cores divided by the ranks."""
+    if config.options.threads:
+        torch.set_num_threads(config.options.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        ranks = config.replicas * config.tensor_parallel
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
