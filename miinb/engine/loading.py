@@ -201,7 +201,7 @@ def _step_executor(
         report=report,
     )
     plan = _load_lines(info.plan, weights, time.monotonic() - started)
-    ops, plan = _operators(plan, local, place)
+    ops, plan = operators_of(plan, local, place)
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)
     if aside.kernels is not None:
@@ -260,7 +260,7 @@ def _capture(loaded: StepExecutor | Follower, config: DeploymentConfig, report: 
     return loaded
 
 
-def _operators(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, Plan]:
+def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators, Plan]:
     """The operators of the device, and the plan with a line on them where there is a choice."""
     if place.device.type == "cuda":
         return Operators(), plan

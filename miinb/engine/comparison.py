@@ -1,0 +1,189 @@
+"""The optimized engine against transformers on the same weights, layer by layer: what `miinb check` runs.
+
+`python -m miinb.engine.comparison`: a `DeploymentConfig` without "auto" as one JSON line on stdin, the result as JSON in
+the file that is named after it (stdout belongs to the libraries). A process of its own: the caller has no torch, and all
+memory is back when it ends. Models are loaded one after another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miinb import models
+from miinb.config import DeploymentConfig
+from miinb.engine.baseline import load_model
+from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.loading import Place, operators_of
+from miinb.engine.policies import POLICIES
+from miinb.engine.weights import load_weights
+from miinb.errors import MiinbError, UnsupportedModel
+from miinb.messages import EngineInfo, Plan
+from miinb.models import ModelInfo
+
+PROMPT_TOKENS = 24
+NEW_TOKENS = 16
+_PAGE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a model computed for the tokens: fp32 on the CPU.
+
+    Attributes:
+        layers: [T, hidden] after each layer.
+        logits: [T, vocab].
+    """
+
+    layers: list[Tensor]
+    logits: Tensor
+
+
+def compare(config: DeploymentConfig) -> dict[str, Any]:
+    """Both engines on a prompt and its continuation: errors of every layer and of the logits, and greedy tokens.
+
+    The truth is transformers in fp32. An error is the largest difference relative to the truth's largest value.
+
+    Raises:
+        UnsupportedModel: the optimized engine has no form for the model.
+        MiinbError: the model cannot be loaded.
+    """
+    model = models.inspect(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if model.spec is None:
+        raise model.unfused or UnsupportedModel(f"{model.family} does not generate text.")
+    tokens = [(7 * i + 3) % model.spec.vocab_size for i in range(min(PROMPT_TOKENS, model.spec.max_length // 2))]
+    new = min(NEW_TOKENS, model.spec.max_length - len(tokens))
+    with _transformers(model, config, "fp32") as plain:
+        ids = torch.tensor([tokens], device=config.device)
+        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        answer = plain.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+        truth = _trace_plain(plain, answer[:-1], model.spec.layers)
+    base, base_dtype = truth, "fp32"
+    if config.dtype in ("bf16", "fp16"):
+        base_dtype = config.dtype
+        with _transformers(model, config, base_dtype) as plain:
+            base = _trace_plain(plain, answer[:-1], model.spec.layers)
+    decoder = _fused(model, config)
+    ours = _trace_fused(decoder, answer[:-1])
+    return {
+        "layers": [
+            [_error(a, t), _error(b, t)] for a, b, t in zip(ours.layers, base.layers, truth.layers, strict=True)
+        ],
+        "logits": [_error(ours.logits, truth.logits), _error(base.logits, truth.logits)],
+        "baseline_dtype": base_dtype,
+        "tokens": _generate(decoder, tokens, new),
+        "expected_tokens": answer[len(tokens) :],
+        "prompt_tokens": len(tokens),
+    }
+
+
+@contextmanager
+def _transformers(model: ModelInfo, config: DeploymentConfig, dtype: str) -> Iterator[Any]:
+    """The model as transformers loads it; its memory is free afterwards."""
+    info = EngineInfo(
+        replica=0, model=config.model, task="text-generation", engine="baseline", dtype=dtype, device=config.device,
+        vocab_size=model.vocab_size, max_length=0, max_batch=1, eos_token_ids=(), tokenizer_folder="",
+        plan=Plan("baseline", config.device, dtype),
+    )  # fmt: skip
+    held = [load_model(model, config, info)]
+    try:
+        with torch.inference_mode():
+            yield held[0]
+    finally:
+        held.clear()
+        torch.cuda.empty_cache()
+
+
+def _trace_plain(plain: Any, tokens: list[int], layers: int) -> Trace:
+    """transformers' forward with the output of every layer caught."""
+    stack = next(m for m in plain.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        caught.append(hidden.reshape(-1, hidden.shape[-1]).float().cpu())
+
+    hooks = [layer.register_forward_hook(catch) for layer in stack]
+    logits = plain(torch.tensor([tokens], device=plain.device)).logits[0].float().cpu()
+    for hook in hooks:
+        hook.remove()
+    return Trace(caught, logits)
+
+
+def _fused(model: ModelInfo, config: DeploymentConfig) -> Decoder:
+    if model.spec is None:
+        raise UnsupportedModel(f"{model.family} has no fused form.")
+    place = Place(torch.device(config.device), config.dtype)
+    weights = load_weights(model, POLICIES[model.family], model.spec, dtype=config.dtype, device=place.device)
+    ops, _ = operators_of(Plan("optimized", config.device, config.dtype), model.spec, place)
+    return Decoder(model.spec, weights, ops=ops)
+
+
+def _cache(decoder: Decoder, tokens: int) -> tuple[KVCache, list[int]]:
+    embed, pages = decoder.weights.embed, -(-tokens // _PAGE_TOKENS)
+    size = CacheSize(pages, _PAGE_TOKENS, pages * _PAGE_TOKENS, 1, 0)
+    return KVCache(decoder.spec, size, embed.dtype, embed.device), list(range(pages))
+
+
+@torch.inference_mode()
+def _trace_fused(decoder: Decoder, tokens: list[int]) -> Trace:
+    cache, pages = _cache(decoder, len(tokens))
+    device = decoder.weights.embed.device
+    batch = StepBatch.of_rows([StepRow(tokens, 0, pages)], _PAGE_TOKENS, device)
+    x, residual = decoder.embed(batch), None
+    layers = []
+    for index in range(decoder.spec.layers):
+        x, residual = decoder.layer(index, x, residual, batch, cache)
+        layers.append((x if residual is None else x.float() + residual.float()).float().cpu())
+    logits = decoder.logits((x, residual), torch.arange(len(tokens), device=device))
+    return Trace(layers, logits.float().cpu())
+
+
+@torch.inference_mode()
+def _generate(decoder: Decoder, tokens: list[int], new: int) -> list[int]:
+    """Greedy tokens of the prompt, one step each, through the cache."""
+    cache, pages = _cache(decoder, len(tokens) + new)
+    device = decoder.weights.embed.device
+    found: list[int] = []
+    step, start = tokens, 0
+    for _ in range(new):
+        batch = StepBatch.of_rows([StepRow(step, start, pages)], _PAGE_TOKENS, device)
+        found.append(int(decoder.greedy(batch, cache)[0][0]))
+        step, start = found[-1:], start + len(step)
+    return found
+
+
+def _error(values: Tensor, truth: Tensor) -> float:
+    error = float((values - truth).abs().max() / truth.abs().max().clamp(min=1e-20))
+    return math.inf if math.isnan(error) else error
+
+
+def main() -> int:
+    """Compare, and write the result or the error to the file."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive who asked
+    config = DeploymentConfig.from_json(sys.stdin.readline())
+    out = Path(sys.argv[1])
+    if config.options.threads:
+        torch.set_num_threads(config.options.threads)
+    try:
+        result = compare(config)
+    except MiinbError as error:
+        result = {"failed": {"error": type(error).__name__, "message": error.message, "hint": error.hint}}
+    out.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
