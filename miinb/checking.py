@@ -1,4 +1,4 @@
-"""`miinb check MODEL`: does the optimized engine compute what transformers computes? In a process of its own, cached."""
+"""`miinb check MODEL`: whether the optimized engine computes what transformers computes. In an own process, cached."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from miinb import hardware, models, planner
 from miinb.config import DeploymentConfig
+from miinb.deployment import environment
 from miinb.errors import RankFailed, StartTimeout, UnsupportedModel, from_name
 from miinb.models import ModelInfo
 
@@ -27,7 +28,10 @@ _SHORT_DTYPE_FACTOR = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `check` found; errors are the largest difference from transformers in fp32, relative to its largest value.
+    """What `check` found; errors are differences from transformers in fp32, relative to its values.
+
+    In fp32 they are the largest difference, in shorter dtypes the root mean square: there the largest is an accident of
+    rounding.
 
     Attributes:
         layers: (the optimized engine's error, the baseline's own in the same dtype) after each layer.
@@ -68,12 +72,17 @@ class Comparison:
         return self.logits[0] <= self.limit and (self.dtype != "fp32" or self.equal_tokens == len(self.tokens))
 
     @property
+    def measure(self) -> str:
+        """What the errors are."""
+        return "largest difference" if self.dtype == "fp32" else "root mean square difference"
+
+    @property
     def verdict(self) -> str:
         """One line: passed or failed, and why."""
         limit = "no limit is stated" if self.limit is None else f"{self.limit:.1e} allowed"
         equal = f"{self.equal_tokens} of {len(self.tokens)} greedy tokens equal"
         word = "passed" if self.passed else "failed"
-        return f"{word}: largest error of the logits {self.logits[0]:.1e} ({limit}), {equal}"
+        return f"{word}: error of the logits {self.logits[0]:.1e} ({limit}), {equal}"
 
 
 def check(model: str | Path, **fields: Any) -> Comparison:
@@ -149,6 +158,7 @@ def _run(config: DeploymentConfig) -> Mapping[str, Any]:
                     stderr=subprocess.STDOUT,
                     timeout=config.start_timeout_s,
                     check=False,
+                    env=environment(),
                 ).returncode
         except subprocess.TimeoutExpired:
             text = f"The check of {config.model} took longer than {config.start_timeout_s:g} s."

@@ -306,7 +306,7 @@ def _spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[sub
             stdin=reader,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env=environment(),
             start_new_session=True,  # the Stop button signals the kernel's process group
         )
     except OSError as error:
@@ -322,8 +322,8 @@ def _spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[sub
     return process, lifeline
 
 
-def _environment() -> dict[str, str]:
-    """This environment, with the package's folder where a plain checkout needs it (behind all else)."""
+def environment() -> dict[str, str]:
+    """This environment, for processes of the package: its folder is on the path, behind all else."""
     root = str(Path(__file__).parent.parent)
     named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     if root in (*named, *sysconfig.get_paths().values()):

@@ -98,7 +98,12 @@ COMMANDS: dict[str, Command] = {
         ),
         Command("reset", "forget the conversation of chat", actions.reset, (_NAME, _WHICH)),
         Command(
-            "predict", "classify, fill masks, answer questions (not there yet)", measuring.later, (_PROMPT, _WHICH)
+            "predict",
+            "classify, fill masks, answer questions, embed",
+            actions.predict,
+            (_PROMPT, _WHICH, _JSON),
+            body='the text, or the inputs as JSON: {"question": "...", "context": "..."}',
+            example='predict "Paris is the capital of [MASK]."',
         ),
         Command(
             "bench",
@@ -144,7 +149,17 @@ COMMANDS: dict[str, Command] = {
             (Option("kind", "default: text", choices=("text",), positional=True), _WHICH),
         ),
         Command("models", "show families, tasks and what is optimized", measuring.models),
-        Command("check", "compare a model layer by layer with transformers (not there yet)", measuring.later, (_NAME,)),
+        Command(
+            "check",
+            "compare a model layer by layer with transformers",
+            measuring.check,
+            (
+                Option("model", "a folder or a hub name", positional=True),
+                *(option for option in DEPLOYMENT if option.name in measuring.CHECKED),
+                _JSON,
+            ),
+            example="check ./SmolLM2-135M-Instruct --dtype bf16",
+        ),
         Command("gpus", "show the GPUs and their memory", measuring.gpus, (_JSON,)),
         Command("env", "show versions and hardware", measuring.env),
         Command("doctor", "check that this machine is ready", measuring.doctor),

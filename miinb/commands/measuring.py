@@ -175,6 +175,25 @@ def demo(context: Context, values: Values, body: str | None) -> None:
     main([])
 
 
-def later(context: Context, values: Values, body: str | None) -> None:
-    """A command of the contract that is not built yet."""
-    raise MiinbError("This command is not there yet.", hint=f"See what is: {context.prog} help.")
+#: Fields of a deployment that `check` takes.
+CHECKED = ("dtype", "device", "gpus", "revision", "trust_remote_code", "start_timeout_s")
+
+
+def check(context: Context, values: Values, body: str | None) -> Table:
+    """A model's layers, logits and greedy tokens beside transformers'; an error if they are not the same answer."""
+    from miinb import checking
+
+    if not values["model"]:
+        raise InvalidValue("check: which model?", hint=f"{context.prog} check MODEL (a folder or a hub name).")
+    fields = {name: values[name] for name in CHECKED if values.get(name) is not None}
+    found = checking.check(values["model"], **fields)
+    rows = [(f"layer {index}", f"{ours:.1e}", f"{plain:.1e}") for index, (ours, plain) in enumerate(found.layers)]
+    rows.append(("logits", f"{found.logits[0]:.1e}", f"{found.logits[1]:.1e}"))
+    title = f"{found.model}, {found.dtype} on {found.device}: {found.measure} from transformers in fp32"
+    columns = ("after", "optimized", f"transformers {found.baseline_dtype}")
+    note = found.verdict + (" (an earlier check of the same files and versions)" if found.cached else "")
+    table = Table(columns, rows, title=title, note=note, records=(found,))
+    if not found.passed:
+        context.screen.show(table)
+        raise MiinbError(f"{found.model}: {found.verdict}.", hint="engine='baseline' serves it with transformers.")
+    return table

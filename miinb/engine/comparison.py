@@ -1,8 +1,8 @@
 """The optimized engine against transformers on the same weights, layer by layer: what `miinb check` runs.
 
-`python -m miinb.engine.comparison`: a `DeploymentConfig` without "auto" as one JSON line on stdin, the result as JSON in
-the file that is named after it (stdout belongs to the libraries). A process of its own: the caller has no torch, and all
-memory is back when it ends. Models are loaded one after another.
+`python -m miinb.engine.comparison FILE`: a `DeploymentConfig` without "auto" as one JSON line on stdin, the result as
+JSON in the file, as stdout belongs to the libraries. It is a process of its own, because the caller has no torch and
+all memory is back when it ends. Models are loaded one after another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.loading import Place, operators_of
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
-from miinb.errors import MiinbError, UnsupportedModel
+from miinb.errors import MiinbError, OutOfMemory, UnsupportedModel
 from miinb.messages import EngineInfo, Plan
 from miinb.models import ModelInfo
 
@@ -54,7 +54,8 @@ class Trace:
 def compare(config: DeploymentConfig) -> dict[str, Any]:
     """Both engines on a prompt and its continuation: errors of every layer and of the logits, and greedy tokens.
 
-    The truth is transformers in fp32. An error is the largest difference relative to the truth's largest value.
+    The truth is transformers in fp32. In fp32 an error is the largest difference relative to the truth's largest value;
+    in shorter dtypes, where the largest is an accident of rounding, the root mean square relative to the truth's.
 
     Raises:
         UnsupportedModel: the optimized engine has no form for the model.
@@ -77,11 +78,11 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
             base = _trace_plain(plain, answer[:-1], model.spec.layers)
     decoder = _fused(model, config)
     ours = _trace_fused(decoder, answer[:-1])
+    error = _largest if config.dtype == "fp32" else _mean_square
+    traces = zip(ours.layers, base.layers, truth.layers, strict=True)
     return {
-        "layers": [
-            [_error(a, t), _error(b, t)] for a, b, t in zip(ours.layers, base.layers, truth.layers, strict=True)
-        ],
-        "logits": [_error(ours.logits, truth.logits), _error(base.logits, truth.logits)],
+        "layers": [[error(fused, exact), error(plain, exact)] for fused, plain, exact in traces],
+        "logits": [error(ours.logits, truth.logits), error(base.logits, truth.logits)],
         "baseline_dtype": base_dtype,
         "tokens": _generate(decoder, tokens, new),
         "expected_tokens": answer[len(tokens) :],
@@ -165,8 +166,13 @@ def _generate(decoder: Decoder, tokens: list[int], new: int) -> list[int]:
     return found
 
 
-def _error(values: Tensor, truth: Tensor) -> float:
+def _largest(values: Tensor, truth: Tensor) -> float:
     error = float((values - truth).abs().max() / truth.abs().max().clamp(min=1e-20))
+    return math.inf if math.isnan(error) else error
+
+
+def _mean_square(values: Tensor, truth: Tensor) -> float:
+    error = float((values - truth).norm() / truth.norm().clamp(min=1e-20))
     return math.inf if math.isnan(error) else error
 
 
@@ -177,12 +183,25 @@ def main() -> int:
     out = Path(sys.argv[1])
     if config.options.threads:
         torch.set_num_threads(config.options.threads)
+    if config.device == "cuda":
+        torch.cuda.set_device(_first_gpu(config))
     try:
         result = compare(config)
+    except torch.OutOfMemoryError:
+        result = _failed(OutOfMemory("transformers in fp32 does not fit on the GPU.", hint="Check with device='cpu'."))
     except MiinbError as error:
-        result = {"failed": {"error": type(error).__name__, "message": error.message, "hint": error.hint}}
+        result = _failed(error)
     out.write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def _first_gpu(config: DeploymentConfig) -> int:
+    first = (config.gpus or [0])[0]
+    return first[0] if isinstance(first, list) else first
+
+
+def _failed(error: MiinbError) -> dict[str, Any]:
+    return {"failed": {"error": type(error).__name__, "message": error.message, "hint": error.hint}}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from IPython.utils.capture import capture_output
 from standin import StandIn
 
 import miinb
-from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, MiinbError, UnknownOption
+from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, UnknownOption
 from miinb.messages import Status
 from miinb.notebook.magics import load_ipython_extension, unload_ipython_extension
 
@@ -151,7 +151,8 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%%mii tinny\nHi", InvalidValue, "Did you mean 'tiny'?"),
         ("%%mii list\nHi", InvalidValue, "takes no cell"),
         ("%%mii gen Hi\nHi", InvalidValue, "on the line and in the cell"),
-        ("%mii predict x", MiinbError, "not there yet"),
+        ("%mii predict", InvalidValue, "prompt is empty"),
+        ("%mii check", InvalidValue, "which model"),
         ("%mii start", InvalidValue, "which model"),
         ("%%mii start\n{not json", InvalidValue, "not JSON"),
         ("%mii plot nosuch", InvalidValue, "latency"),
