@@ -321,8 +321,8 @@ def _smaller_cache(place: _Place, weights: int, token: int) -> list[str]:
 def _smaller_dtypes(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
     smaller = [
         dtype
-        for dtype in ("bf16", "int8")
-        if dtype not in _NOT_BUILT and DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
+        for dtype in (("bf16",) if place.on_gpu else ("bf16", "int8"))
+        if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
     ]
     needs = {dtype: model.weights_bytes(dtype, place.ranks) for dtype in smaller}
     return [f"dtype={dtype!r} ({_gb(need)} of weights)" for dtype, need in needs.items() if need < place.usable]

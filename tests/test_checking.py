@@ -71,6 +71,6 @@ def test_what_cannot_be_checked_says_why(tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(tiny_model(), odd)
     config = json.loads((odd / "config.json").read_text())
-    (odd / "config.json").write_text(json.dumps(config | {"model_type": "falcon"}))
-    with pytest.raises(UnsupportedModel, match="no policy for falcon"):
+    (odd / "config.json").write_text(json.dumps(config | {"model_type": "mpt"}))
+    with pytest.raises(UnsupportedModel, match="no policy for mpt"):
         check(odd)

@@ -75,7 +75,7 @@ def test_charts_of_the_command_are_the_charts_that_exist() -> None:
         (["start", "m", "--dtyp", "fp32"], 2, "Did you mean '--dtype'?"),
         (["gen", "Hi", "-o", "x"], 2, "no option '-o'"),
         (["panel"], 2, "need a notebook"),
-        (["check", "m"], 1, "not there yet"),
+        (["check"], 2, "which model"),
         (["stop", "no-such-deployment"], 1, "no-such-deployment"),
     ],
 )
