@@ -26,7 +26,8 @@ from miinb.config import DeploymentConfig
 from miinb.engine.baseline import load_model
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.kv_cache import CacheSize, KVCache
-from miinb.engine.loading import Place, operators_of
+from miinb.engine.loading import operators_of
+from miinb.engine.place import Place
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
 from miinb.errors import MiinbError, OutOfMemory, UnsupportedModel
