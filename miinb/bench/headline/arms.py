@@ -154,7 +154,12 @@ def measure(executor: Executor, job: Job, workload: Workload) -> tuple[list[dict
     for size in sizes:
         if size:
             executor.info = dataclasses.replace(executor.info, max_batch=size)
-        passes = list(_passes(executor, job, workload, lengths))
+        try:
+            passes = list(_passes(executor, job, workload, lengths))
+        except MiinbError:
+            if size == sizes[-1] and not tried:
+                raise
+            continue  # too large a batch for the memory; the next one is smaller
         rate = statistics.median(token_rate(traces) for traces in passes[_warm(job, workload) :])
         tried[f"batch {size}" if size else "all at once"] = rate
         best = max(best, (rate, passes), key=lambda pair: pair[0])
@@ -226,7 +231,8 @@ def drive_executor(executor: Executor, requests: Sequence[SequenceRequest], limi
         if isinstance(event, TokensEvent):
             traces[event.row_id].times.extend([now] * len(event.token_ids))
         elif isinstance(event, FailedEvent):
-            raise MiinbError(f"{event.error}: {event.message}")
+            traces[event.row_id].error = f"{event.error}: {event.message}"
+            traces[event.row_id].end(now)
         elif isinstance(event, FinishedEvent):
             traces[event.row_id].end(now, cut=event.finish_reason == "cancelled")
 
@@ -242,6 +248,9 @@ def drive_executor(executor: Executor, requests: Sequence[SequenceRequest], limi
     while executor.busy:
         executor.step(take, poll)
         poll()
+    failed = [trace.error for trace in traces.values() if trace.error]
+    if failed:
+        raise MiinbError(f"{len(failed)} of {len(traces)} requests failed. {failed[0]}")
     return list(traces.values())
 
 
@@ -292,6 +301,7 @@ def facts_of(executor: Executor, job: Job, memory: Memory) -> dict[str, Any]:
         "load_peak_bytes": memory.load_peak,
         "peak_mem_bytes": memory.peak(),
         "plan": str(plan).splitlines(),
+        "status": executor.status(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,15 @@ def measure(device: str, dtype: str, *, small: bool = False) -> Rates:
     size = 1 << (20 if small else 32 if device == "cuda" else 28)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    copy_s = _best(lambda: target.copy_(source), device)
+    copy_s = _best(functools.partial(target.copy_, source), device)
+    del source, target
     width = 64 if small else 8192 if device == "cuda" else 1024
     kind = DTYPES.get(dtype, torch.bfloat16)
     left, right = (torch.randn(width, width, device=device).to(kind) for _ in range(2))
-    product_s = _best(lambda: left @ right, device)
+    product_s = _best(functools.partial(torch.matmul, left, right), device)
+    del left, right
+    if device == "cuda":
+        torch.cuda.empty_cache()
     return Rates(2 * size / copy_s, 2 * width**3 / product_s)
 
 

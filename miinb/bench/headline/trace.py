@@ -24,6 +24,7 @@ class Trace:
         began_s: when its pass began, on this process's clock.
         times: of each token.
         cut: it was ended because the pass took too long.
+        error: why it failed.
     """
 
     submitted: str
@@ -34,6 +35,7 @@ class Trace:
     ended: bool = False
     cut: bool = False
     end_s: float = 0.0
+    error: str = ""
 
     @classmethod
     def of(cls, request: SequenceRequest, began: float) -> Trace:
