@@ -20,6 +20,8 @@ SERVER_SHARE, SERVER_S = 0.10, 0.15e-3
 
 def table(runs: Runs) -> str:
     """Every run's arms: time per token or tokens a second, ratios to the baseline, percent of the floor."""
+    if not runs.env:
+        return "Nothing was measured."
     parts = [_head(runs)]
     summary = runs.summary
     for suite in dict.fromkeys(env["suite"] for env in runs.env.values()):
@@ -105,7 +107,7 @@ def _notes(runs: Runs, run_id: str) -> list[str]:
 
 
 def _head(runs: Runs) -> str:
-    env = next(iter(runs.env.values()), {})
+    env = next(iter(runs.env.values()))
     rates = env.get("rates", {})
     words = [hardware_words(env.get("host", {})), "random weights, greedy"]
     for device, found in rates.items():
