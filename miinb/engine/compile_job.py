@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -131,6 +132,17 @@ class CompileJob:
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+def log_late_compilation() -> None:
+    """From now on this process's log names each kernel that was not found in the cache."""
+    from triton import knobs
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            log.info("compiled at first use: %s", src.name)
+
+    knobs.compilation.listener = listen
 
 
 def use_cache() -> Path:

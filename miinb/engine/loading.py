@@ -17,7 +17,7 @@ import torch
 from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
-from miinb.engine.compile_job import CompileJob, use_cache
+from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
@@ -240,6 +240,7 @@ def _compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
     """Wait for the kernels; how many there are, and how long the wait was."""
     report(Phase("compile"))
     outcome = kernels.wait(report)
+    log_late_compilation()
     return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from miinb.engine import tokenizer_cache
 from miinb.errors import BrokenCheckpoint
 from miinb.models import ModelInfo
 
@@ -103,6 +104,9 @@ def _chat_template(folder: Path) -> str | None:
 
 
 def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: bool) -> str | None:
+    place = None if dummy or trust_remote_code else tokenizer_cache.place_of(info)
+    if place is not None and tokenizer_cache.fetch(place, target):
+        return _chat_template(target)
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": info.files[0].name} if info.format == "gguf" else {}
@@ -118,6 +122,8 @@ def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: b
         raise BrokenCheckpoint(
             f"{info.source} has no tokenizer that can be read ({error}).", hint="A model folder has a tokenizer.json."
         ) from error
+    if place is not None:
+        tokenizer_cache.keep(target, place)
     return _chat_template(target)
 
 

@@ -17,7 +17,7 @@ from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.engine.compile import Kernel, compiling_for, kernels_of, recording
-from miinb.engine.compile_job import CompileJob
+from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import capture_order, mixed_sizes
@@ -30,6 +30,16 @@ from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (activation, attention, head, linear, norm, rope, sample)
 H100 = (9, 0)
+SMALL: dict[str, dict[str, int]] = {
+    "gpt2": {"n_layer": 1, "n_embd": 128, "n_head": 2},
+    "smollm2-135m": {
+        "num_hidden_layers": 1,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+}
 GREEDY = GenerationParams(max_new_tokens=4, ignore_eos=True)
 SAMPLED = GenerationParams(max_new_tokens=4, ignore_eos=True, do_sample=True, top_p=0.9, seed=1)
 
@@ -65,11 +75,10 @@ class Blank:
             monkeypatch.setattr(module, "launch_options", lambda x: {"PDL": True, "launch_pdl": True}, raising=False)
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "smollm2-135m"])
+@pytest.mark.parametrize("preset", SMALL)
 def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
-    layers = "n_layer" if preset == "gpt2" else "num_hidden_layers"
-    folder = presets.write(preset, tmp_path, **{layers: 2, "vocab_size": 1003})
+    folder = presets.write(preset, tmp_path, vocab_size=1003, **SMALL[preset])
     fields = {"max_batch": 20, "max_length": 512, "options": {"max_step_tokens": 2048}}  # as a GPU has it
     config, model = of_folder(folder, **fields)
     spec = model.spec
@@ -117,7 +126,10 @@ def test_every_family_is_known(tiny: Callable[[str], tuple[Any, Path]]) -> None:
         assert {"_decode", "_prefill", "_norm", "_argmax", "_rope_append"} <= found, name
 
 
-def test_a_job_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_fills_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("triton.knobs.compilation.listener", None)  # is put back afterwards
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     folder = presets.write("gpt2", tmp_path / "gpt2", n_layer=1, n_embd=64, n_head=1, vocab_size=300)
     small = {"max_batch": 1, "max_length": 64, "options": {"max_step_tokens": 16}}
@@ -128,10 +140,17 @@ def test_a_job_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = set(tmp_path.rglob("*.cubin"))
     assert len(made) >= outcome.total
     kernels = ahead(folder, **small)
+    log_late_compilation()
+    caplog.set_level("INFO", "miinb.engine.compile_job")
     with compiling_for(H100):
         found = {kernel.compile().hash for kernel in kernels}
     assert len(found) == len(kernels) == outcome.total
     assert set(tmp_path.rglob("*.cubin")) == made
+    assert "compiled at first use" not in caplog.text
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
+    with compiling_for(H100):
+        kernels[-1].compile()
+    assert f"compiled at first use: {kernels[-1].name}" in caplog.text
 
 
 def job(config: DeploymentConfig) -> tuple[Any, list[Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from miinb.engine import tokenizer_cache
 from miinb.engine.tokenizer_files import export_tokenizer
 from miinb.errors import BrokenCheckpoint
 from miinb.server.text import TextCodec
@@ -48,3 +49,27 @@ def test_a_damaged_tokenizer_is_found_before_the_frontend_reads_it(tmp_path: Pat
     with pytest.raises(BrokenCheckpoint, match=r"tokenizer\.json of .*model is damaged"):
         export_tokenizer(info, tmp_path / "exported")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_transformers_made_is_kept_until_the_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenizer_cache, "MOST", 1)
+    folder = byte_level(tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    info: Any = SimpleNamespace(format="safetensors", folder=folder, source=folder, files=(), vocab_size=500)
+    export_tokenizer(info, tmp_path / "first")
+    with monkeypatch.context() as without:
+        without.setattr(transformers, "AutoTokenizer", None)
+        export_tokenizer(info, tmp_path / "second")
+        names = sorted(file.name for file in (tmp_path / "first").iterdir())
+        assert names == sorted(file.name for file in (tmp_path / "second").iterdir())
+        for name in names:
+            assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        config.write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 77}))
+        with pytest.raises(BrokenCheckpoint):
+            export_tokenizer(info, tmp_path / "third")
+    export_tokenizer(info, tmp_path / "third")
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
