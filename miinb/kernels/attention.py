@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: split-KV decode and variable-length prefill."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _softmax_step(
     return new_top, total, acc
 
 
-@jit
+@jit(plain=("table_stride", "page_stride", "splits", "least"))
 def _decode(
     q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, partial, weights, counters, q_stride,
     table_stride, page_stride, scale, splits, least, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -262,7 +262,7 @@ def _merge(partial, weights, parts, g, d, mask, HEAD_SIZE: tl.constexpr, BLOCK_G
     return acc / total[:, None]
 
 
-@jit
+@jit(plain=("rows", "table_stride", "page_stride"))
 def _prefill(
     q, k_cache, v_cache, block_table, query_start, lengths, alibi, out, rows, q_stride, table_stride, page_stride,
     scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr,

@@ -34,9 +34,17 @@ __all__ = ["arrival_counters", "jit", "launch_options", "power_of_2", "tl", "use
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where Triton is installed."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Callable[..., Any] | None = None, *, plain: tuple[str, ...] = ()) -> Any:
+    """`triton.jit` where Triton is installed.
+
+    Args:
+        function: the kernel.
+        plain: integer parameters whose value makes no better code: a kernel is compiled once for all of them, not again
+            for 1 and for multiples of 16.
+    """
+    if function is None:
+        return functools.partial(jit, plain=plain)
+    return triton.jit(function, do_not_specialize=plain) if triton is not None else function
 
 
 @jit
