@@ -96,7 +96,7 @@ class Follower:
             PeerLost: a rank is gone in the middle of a step.
         """
         reader = PlanReader()
-        while (data := self._link.receive()) is not None:
+        while data := self._link.receive():  # an empty message ends it, too
             step = reader.read(data)
             try:
                 self.compute.follow(step.plan, Needs(step.needs), step.blank, partial(self._tell, step.number))

@@ -1,0 +1,124 @@
+"""Two ranks as two real processes: the tokens of one, each reading its slices alone, whatever fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miinb.engine import shared_memory
+from miinb.engine.policies import POLICIES
+from tests.engine.conftest import build
+
+SCRIPT = Path(__file__).with_name("rank_process.py")
+#: Odd vocabularies, few key/value heads, and what each family splits in its own way. 101 tokens are 56 and 45.
+CHANGES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_head": 4},
+    "gptj": {},
+    "bloom": {},
+    "llama": {},
+    "llama-tied-mqa": {},
+    "opt": {},
+    "opt-350m": {},
+    "gpt_neox": {},
+}
+FAULTS = ("memory-1", "memory-0", "death-1")
+
+
+def run_ranks(folder: Path, all_reduce: str, passes: list[str], port: str) -> list[dict[str, Any]]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    folder.mkdir(exist_ok=True)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(folder), all_reduce, *passes],
+            env=env,
+            stderr=(folder / f"rank-{rank}.log").open("w"),
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        processes[0].wait(240)
+        processes[1].wait(20)
+    except subprocess.TimeoutExpired:
+        logs = [(folder / f"rank-{rank}.log").read_text()[-1500:] for rank in range(2)]
+        pytest.fail("the ranks hang:\n" + "\n".join(logs))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 0, (folder / "rank-0.log").read_text()[-3000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks saw of every family and every fault: one pair of processes for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, changes in CHANGES.items():
+        build(name, folder / name, changes)
+    passes = [f"{folder / name}=none" for name in CHANGES] + [f"{folder / 'llama'}={fault}" for fault in FAULTS]
+    results = run_ranks(folder / "run", "gloo", passes, "29871")
+    return [{key.rpartition("/")[2]: value for key, value in one.items()} for one in results]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_two_ranks_give_the_tokens_of_one(pair: list[dict[str, Any]], name: str) -> None:
+    seen = pair[0][f"{name}=none"]
+    assert pair[0]["kind"] == "gloo"
+    assert [len(row) for row in seen["alone"]] == [48, 48, 48, 48, 20, 20]
+    assert seen["together"] == seen["alone"]
+    assert len({tuple(row) for row in seen["alone"]}) == 6
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_rank_reads_its_slices_alone(pair: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[f"{name}=none"]["read"] for rank in pair)
+    policy = POLICIES[name.split("-")[0]]
+    split = {
+        f"{module.format(i=layer)}.weight": source.split
+        for source in policy.weights.values()
+        for module in source.modules
+        for layer in range(3)
+    }
+    matrices = 0
+    for tensor, size in pair[0][f"{name}=none"]["shapes"].items():
+        short = tensor.removeprefix(policy.prefix)
+        if short not in first or short not in split:
+            continue  # a tied head, biases
+        if split[short] is None or (name == "llama-tied-mqa" and short.endswith(("k_proj.weight", "v_proj.weight"))):
+            assert first[short] == second[short] == size, short  # norms, embeddings, the one key/value head
+        else:
+            assert first[short] + second[short] == size, short
+            assert abs(first[short] - second[short]) <= size // 8, short
+            matrices += 1
+    assert matrices >= 10
+
+
+@pytest.mark.parametrize("fault", ["memory-1", "memory-0"])
+def test_a_rank_without_memory_fails_its_request_and_the_others_go_on(pair: list[dict[str, Any]], fault: str) -> None:
+    seen = pair[0][f"llama={fault}"]
+    assert seen["together"] == [*seen["alone"][:2], ["OutOfMemory"]]
+    assert seen["again"] == seen["alone"]
+
+
+def test_the_death_of_a_follower_is_noticed_at_once(pair: list[dict[str, Any]]) -> None:
+    seen = pair[0]["llama=death-1"]
+    assert seen["lost"]
+    assert seen["lost_s"] < 20
+    assert "llama=death-1" not in pair[1]
+
+
+@pytest.mark.skipif(not shared_memory._built().exists(), reason="DeepSpeed's operator is not compiled here")
+def test_shared_memory_gives_the_same_and_leaves_nothing(tmp_path: Path) -> None:
+    build("llama", tmp_path / "llama")
+    results = run_ranks(tmp_path / "run", "shared_memory", [f"{tmp_path / 'llama'}=none"], "29872")
+    assert results[0]["kind"] == "shared memory"
+    seen = results[0][f"{tmp_path / 'llama'}=none"]
+    assert seen["together"] == seen["alone"]
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29872_*"))

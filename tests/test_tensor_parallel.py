@@ -1,0 +1,52 @@
+"""A session over two ranks, from end to end: the answers of one, and a life after a rank's death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import miinb
+from miinb import Session
+from miinb.errors import InvalidValue, Unavailable
+
+TINY = Path(miinb.__file__).parent / "demo" / "tiny"
+OPTIONS = {"all_reduce": "gloo", "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+def test_two_ranks_serve_and_come_back_after_one_was_killed() -> None:
+    prompts = ["Once upon a time", "The dog"]
+    with Session(TINY, device="cpu", dtype="fp32", max_batch=4) as one:
+        greedy = one.generate(prompts, max_new_tokens=24).texts
+        drawn = one.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts
+    with Session(TINY, device="cpu", dtype="fp32", max_batch=4, tensor_parallel=2, options=OPTIONS) as two:
+        assert [(rank.rank, rank.state) for rank in two.status().ranks] == [(0, "ready"), (1, "ready")]
+        assert any("gloo" in line.choice for line in two.plan().lines if line.what == "all-reduce")
+        assert two.generate(prompts, max_new_tokens=24).texts == greedy
+        assert two.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts == drawn
+        before = {rank.pid for rank in two.status().ranks}
+        stream = two.stream("Once", max_new_tokens=400, ignore_eos=True)
+        next(stream)
+        os.kill(max(two.status().ranks, key=lambda rank: rank.rank).pid, signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            list(stream)
+        deadline = time.monotonic() + 120
+        while two.state != "ready" or before & {rank.pid for rank in two.status().ranks}:
+            assert time.monotonic() < deadline, two.logs()
+            time.sleep(0.2)
+        assert two.generate(prompts, max_new_tokens=24).texts == greedy
+        assert "Rank 1 of replica 0 ended" in two.logs(200)
+
+
+def test_what_does_not_divide_is_refused_before_anything_starts() -> None:
+    with pytest.raises(InvalidValue, match="4 attention heads") as caught:
+        Session(TINY, device="cpu", tensor_parallel=3)
+    assert "1, 2, 4" in caught.value.hint
