@@ -270,14 +270,14 @@ class Decoder:
         """
         if self.group is None:
             return
-        like = self.weights.embed
-        hidden = like.new_zeros((tokens, self.spec.hidden_size))
+        device = self.weights.embed.device
+        hidden = torch.zeros((tokens, self.spec.hidden_size), dtype=self.weights.dtype, device=device)
         branches = 1 if self.spec.block in ("parallel", "parallel_norms") else 2
         for _ in range(branches * self.spec.layers - self.group.reductions):
             self.group.all_reduce(hidden)
         if not self.group.gathers:
-            width, dtype = (self.spec.vocab_size, like.dtype) if whole else (2, torch.float32)
-            self.group.gather(torch.zeros((rows, width), dtype=dtype, device=like.device))
+            width, dtype = (self.spec.vocab_size, self.weights.dtype) if whole else (2, torch.float32)
+            self.group.gather(torch.zeros((rows, width), dtype=dtype, device=device))
 
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""
