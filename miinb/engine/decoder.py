@@ -235,9 +235,9 @@ class Decoder:
             return self.ops.greedy_head(self._head_input(stream, rows), self.weights.head)
         return self.choose(self.own_logits(stream, rows))
 
-    def own_logits(self, stream: Stream, rows: Tensor) -> Tensor:
-        """[L, n]: as `logits`, of this rank's part of the vocabulary."""
-        return self.ops.linear(self._head_input(stream, rows), self.weights.head)
+    def own_logits(self, stream: Stream, rows: Tensor, **options: Tensor) -> Tensor:
+        """[L, n]: as `logits`, of this rank's part of the vocabulary, in `out` (see `kernels.linear`) if it is given."""
+        return self.ops.linear(self._head_input(stream, rows), self.weights.head, **options)
 
     def whole(self, logits: Tensor) -> Tensor:
         """[L, vocab] of every rank's own logits [L, n]; the last rank's part may be shorter."""

@@ -70,7 +70,6 @@ class Recorder:
 @dataclass(slots=True)
 class _Decode:
     replay: Replay
-    logits: Tensor  # [rows, vocab], or the rank's part of it
     token_ids: Tensor  # [rows] int64
     finite: Tensor  # [rows] bool
 
@@ -107,6 +106,9 @@ class GraphRunner:
         self._decodes: dict[int, _Decode] = {}
         self._mixed: dict[int, _Mixed] = {}
         self._recorder = recorder or Recorder(ranks=decoder.group is not None)
+        head = decoder.weights.head.weight
+        # Of the rank's part of the vocabulary. All graphs write here: one each would be half a gigabyte.
+        self._logits = torch.empty((max_batch, head.shape[0]), dtype=decoder.weights.dtype, device=head.device)
         # The largest of all first: the others fit in its memory.
         *small, largest = mixed_sizes(max_step_tokens)
         captures: list[tuple[Callable[[StepInputs, int], None], int]] = [(self._capture_mixed, largest)]
@@ -137,10 +139,10 @@ class GraphRunner:
         for tensor in (batch.query_start, batch.logit_rows):
             tensor.copy_(torch.arange(tensor.shape[0]))
 
-        def step() -> tuple[Tensor, Tensor, Tensor]:
+        def step() -> tuple[Tensor, Tensor]:
             inputs.look_up(rows)
-            logits = self._decoder.own_logits(self._decoder.body(batch, self._cache), batch.logit_rows)
-            return logits, *self._decoder.choose(logits)
+            stream = self._decoder.body(batch, self._cache)
+            return self._decoder.choose(self._decoder.own_logits(stream, batch.logit_rows, out=self._logits[:rows]))
 
         replay, results = self._recorder.record(step)
         self._decodes[rows] = _Decode(replay, *results)
@@ -158,7 +160,8 @@ class GraphRunner:
         if not batch.bucket:
             return self._decoder.forward(batch, self._cache)
         if batch.max_query == 1:
-            return self._decoder.whole(self._decode(batch).logits[: batch.lengths.shape[0]])
+            self._decode(batch)
+            return self._decoder.whole(self._logits[: batch.lengths.shape[0]])
         return self._decoder.logits(self._body(batch), batch.logit_rows)
 
     def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, A
         MIXED=mixed,
         BLOCK_G=block_g,
         **settings,
-        **_blocks(q),
+        **_blocks(q, most=64, stages=2),
     )
 
 
@@ -122,15 +122,15 @@ def _launch_prefill(tensors: tuple[Any, ...], scale: float, settings: dict[str, 
         scale * _LOG2E,
         BLOCK_M=block_m,
         **settings,
-        **_blocks(q),
+        **_blocks(q, most=32, stages=3),
     )
 
 
-def _blocks(q: Tensor) -> dict[str, Any]:
-    """Keys in a step, few enough for the shared memory of any head size."""
+def _blocks(q: Tensor, most: int, stages: int) -> dict[str, Any]:
+    """Keys in a step, at most so many and few enough for the shared memory of any head size, and steps in flight."""
     block_d = max(power_of_2(q.shape[2]), 16)
-    block_n = min(max(_BLOCK_BYTES // (block_d * q.element_size()), 16), 64)
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2, **launch_options(q)}
+    block_n = min(max(_BLOCK_BYTES // (block_d * q.element_size()), 16), most)
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": stages, **launch_options(q)}
 
 
 # Kernels' long parameter lists stay in rows.

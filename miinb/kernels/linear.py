@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
-from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
 
 @dataclass(slots=True)
@@ -32,7 +32,18 @@ class PackedLinear:
     scale: Tensor | None = None
 
 
-def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+#: Activations that cuBLAS applies to a product with a bias before it is written, and whether each is its gelu.
+_EPILOGUES = {"relu": False, "gelu_tanh": True}
+
+
+def linear(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """activation(x @ weight.T + bias) + residual.
 
     Args:
@@ -40,6 +51,7 @@ def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, re
         packed: the layer's weights [N, K].
         activation: a key of `activation.KINDS` or None.
         residual: [T, N] or None.
+        out: [T, N], contiguous, where a GPU writes the product, without activation and residual; or None.
 
     Returns:
         [T, N] in x's dtype; sums are fp32.
@@ -49,10 +61,21 @@ def linear(x: Tensor, packed: PackedLinear, *, activation: str | None = None, re
             x, packed.weight, packed.bias, activation=activation, residual=residual, scale=packed.scale
         )
     if x.shape[0] == 1:
-        return _gemv_launch(x, packed, activation, residual, gated_pair=False)
-    y = F.linear(x, packed.weight, packed.bias)
-    y = y if activation is None else activate(y, activation)
+        return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
+    if out is not None:
+        return _product(x, packed, out)
+    if activation in _EPILOGUES and packed.bias is not None and not INTERPRETED:
+        y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=_EPILOGUES[activation])
+    else:
+        y = F.linear(x, packed.weight, packed.bias)
+        y = y if activation is None else activate(y, activation)
     return y if residual is None else y + residual
+
+
+def _product(x: Tensor, packed: PackedLinear, out: Tensor) -> Tensor:
+    if packed.bias is None:
+        return torch.mm(x, packed.weight.t(), out=out)
+    return torch.addmm(packed.bias, x, packed.weight.t(), out=out)
 
 
 def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
@@ -72,11 +95,17 @@ def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
 
 
 def _gemv_launch(
-    x: Tensor, packed: PackedLinear, activation: str | None, residual: Tensor | None, *, gated_pair: bool
+    x: Tensor,
+    packed: PackedLinear,
+    activation: str | None,
+    residual: Tensor | None,
+    *,
+    gated_pair: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     rows, k = packed.weight.shape
     n = rows // 2 if gated_pair else rows
-    y = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((1, n), dtype=x.dtype, device=x.device) if out is None else out
     tile = gemv_tile(n, k, gated_pair)
     _gemv[(-(-n // tile["BLOCK_N"]),)](
         x,

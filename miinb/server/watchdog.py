@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import psutil
 
@@ -26,7 +26,7 @@ class Watchdog:
         #: By replica, then process: seconds of silence and CPU seconds when it last used some.
         self._seen: dict[int | None, dict[int, tuple[float, float]]] = {}
 
-    def hangs(self, replica: int | None, silent_s: float, pids: Iterable[int]) -> bool:
+    def hangs(self, replica: int | None, silent_s: float, pids: Sequence[int]) -> bool:
         """Whether the replica is to be ended.
 
         Args:
@@ -35,7 +35,7 @@ class Watchdog:
             pids: its processes.
         """
         seen = self._seen.setdefault(replica, {})
-        idle_s = []
+        idle_s = [] if pids else [0.0]
         for pid in pids:
             cpu_s = _cpu_s(pid)
             noted = seen.get(pid)

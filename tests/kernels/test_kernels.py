@@ -90,10 +90,20 @@ def test_linear(dtype: torch.dtype, n: int, k: int, rows: int) -> None:
     for bias, activation, residual in [
         (None, None, None),
         (rand(n, dtype=dtype), "gelu_tanh", None),
+        (rand(n, dtype=dtype), "relu", None),
         (rand(n, dtype=dtype), None, rand(rows, n, dtype=dtype)),
     ]:
         out = linear(x, PackedLinear(weight, bias), activation=activation, residual=residual)
         same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_writes_where_it_is_told(rows: int, bias: bool) -> None:
+    x, weight, b = rand(rows, 64), rand(40, 64), rand(40) if bias else None
+    out = rand(5, 40)[:rows]
+    linear(x, PackedLinear(weight, b), out=out)
+    same(out, reference.linear(wide(x), wide(weight), wide(b)))
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -25,13 +25,19 @@ def test_a_rank_that_computes_does_not_hang_for_long(monkeypatch: pytest.MonkeyP
 
 
 def test_each_silence_counts_from_its_start() -> None:
-    dog = Watchdog()
-    assert not dog.hangs(0, 1.0, [])
-    assert not dog.hangs(0, 9.0, [])
-    assert not dog.hangs(0, 0.5, [])  # it has answered meanwhile
-    assert not dog.hangs(0, IDLE_S, [])
+    dog, gone = Watchdog(), [1 << 22]
+    assert not dog.hangs(0, 1.0, gone)
+    assert not dog.hangs(0, 9.0, gone)
+    assert not dog.hangs(0, 0.5, gone)  # it has answered meanwhile
+    assert not dog.hangs(0, IDLE_S, gone)
     dog.forget(0)
-    assert not dog.hangs(0, 1.0 + IDLE_S, [])
+    assert not dog.hangs(0, 1.0 + IDLE_S, gone)
+    assert dog.hangs(0, 1.0 + 2 * IDLE_S, gone)
+
+
+def test_a_replica_without_processes_hangs_when_no_step_takes_so_long() -> None:
+    assert not Watchdog().hangs(0, MAX_SILENT_S - 1, [])
+    assert Watchdog().hangs(0, MAX_SILENT_S, [])
 
 
 def test_a_frontend_is_silent_only_while_this_process_looks() -> None:
