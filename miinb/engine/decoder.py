@@ -236,7 +236,7 @@ class Decoder:
         return self.choose(self.own_logits(stream, rows))
 
     def own_logits(self, stream: Stream, rows: Tensor, **options: Tensor) -> Tensor:
-        """[L, n]: as `logits`, of this rank's part of the vocabulary, in `out` (see `kernels.linear`) if it is given."""
+        """[L, n]: as `logits`, of this rank's part of the vocabulary, in `out` (see `kernels.linear`) if given."""
         return self.ops.linear(self._head_input(stream, rows), self.weights.head, **options)
 
     def whole(self, logits: Tensor) -> Tensor:

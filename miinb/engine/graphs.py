@@ -23,6 +23,8 @@ from miinb.engine.kv_cache import KVCache
 #: Captures end when they have taken so long or so much memory; steps without a graph are padded to the next or eager.
 MOST_SECONDS = 3.0
 MOST_BYTES = 1 << 30
+#: Steps of more tokens run eagerly: their graphs would take memory and save no time.
+MOST_TOKENS = 2048
 
 
 Result = TypeVar("Result")
@@ -194,10 +196,13 @@ def _blank(batch: StepBatch) -> None:
 
 
 def mixed_sizes(max_step_tokens: int) -> list[int]:
-    """Tokens of the graphs of steps with prompts, ascending: close together where a step is short."""
+    """Tokens of the graphs of steps with prompts, ascending: close together where a step is short, none where it is
+    so long that the GPU computes while Python launches.
+    """
+    most = min(max_step_tokens, MOST_TOKENS)
     small = (32, 64, 128, 192, 256, 384, SMALL_STEP)
-    large = range(2 * SMALL_STEP, max_step_tokens, SMALL_STEP)
-    return sorted({n for n in (*small, *large) if n < max_step_tokens} | {max_step_tokens})
+    large = range(2 * SMALL_STEP, most, SMALL_STEP)
+    return sorted({n for n in (*small, *large) if n < most} | {most})
 
 
 def capture_order(max_batch: int) -> list[int]:

@@ -25,6 +25,7 @@ _BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
 _ROW_PROGRAMS = 256  # decode: at most so many for one row, about two for each multiprocessor of an H100,
 _DECODE_PROGRAMS = 512  # and so many for all rows, as far as there are keys for them
 _LEAST_KEYS = 64  # of one part of a context; more in longer ones, as merging many parts costs more than it gains
+_MIXED_SPLITS = 4  # of each row of a mixed step, which may have few rows of one query among many
 _PREFILL_ROWS = 64
 
 
@@ -90,7 +91,8 @@ def paged_attention(
 def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], *, mixed: bool) -> None:
     q, block_table, lengths = tensors[0], tensors[3], tensors[5]
     heads, kv_heads, rows = settings["HEADS"], settings["KV_HEADS"], lengths.shape[0]
-    splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), 1), 32)
+    fewest = _MIXED_SPLITS if mixed else 1
+    splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), fewest), 32)
     block_g = max(power_of_2(heads // kv_heads), 16)
     parts = rows * kv_heads * splits
     _decode[(rows, kv_heads, splits)](
@@ -274,7 +276,7 @@ def _prefill(
     Row r's tiles begin at number query_start[r] // TOKENS + r, so that as many programs do for any division of the
     tokens into rows. Rows of one query are `_decode`'s.
     """
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # a prompt's longest tiles go first
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     m = tl.arange(0, BLOCK_M)

@@ -58,3 +58,4 @@ def test_the_largest_graph_is_captured_first_and_then_the_small() -> None:
 def test_graphs_with_prompts_are_close_together_where_steps_are_short() -> None:
     assert mixed_sizes(64) == [32, 64]
     assert mixed_sizes(2048) == [32, 64, 128, 192, 256, 384, 512, 1024, 1536, 2048]
+    assert mixed_sizes(8192) == mixed_sizes(2048)
