@@ -47,7 +47,7 @@ class Recorder:
         self._mode = "thread_local" if ranks else "global"
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._free = torch.cuda.mem_get_info()[0]
+        self._before = torch.cuda.memory_reserved()
         self.seconds = 0.0
         self.bytes = 0
 
@@ -65,7 +65,7 @@ class Recorder:
             finally:
                 graph.capture_end()
             self.seconds += time.monotonic() - started
-        self.bytes = max(0, self._free - torch.cuda.mem_get_info()[0])
+        self.bytes = torch.cuda.memory_reserved() - self._before  # other processes may use the GPU too
         return graph.replay, results
 
 
