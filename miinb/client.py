@@ -49,6 +49,8 @@ CHANNEL_OPTIONS = (
 )
 
 _T = TypeVar("_T")
+#: A conversation ({"role": ..., "content": ...}), or a text of the user's.
+Messages = str | Sequence[Mapping[str, str]]
 
 
 class Client:
@@ -98,10 +100,8 @@ class Client:
         """
         return self._run_all(self._requests(prompts, parameters), timeout_s, StreamGroup())
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
-    ) -> Result:
-        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template.
+    def chat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Result:
+        """The model's answer to a conversation or to a text of the user's, through its chat template.
 
         Of a conversation that has outgrown the context the oldest turns are left out (`Result.dropped_messages`).
         """
@@ -251,9 +251,7 @@ class Client:
         requests = self._requests(prompts, parameters)
         return await _in_thread(lambda: self._run_all(requests, timeout_s, group), group)
 
-    async def achat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
-    ) -> Result:
+    async def achat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Result:
         """`chat`, awaitable."""
         group = StreamGroup()
         request = self._chat_request(messages, parameters)
@@ -345,13 +343,14 @@ def _session_id(given: Any) -> str:
 
 
 def _messages(given: Any) -> Iterator[dict[str, str]]:
-    """The messages of a chat, as far as they are texts; which roles there are is the server's business.
+    """The messages of a chat; a text is one of the user's. Which roles there are is the server's business.
 
     Raises:
         InvalidRequest: it is something else; the message says where.
     """
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)) or not given:
-        raise InvalidRequest('messages: give a list of {"role": text, "content": text}.')
+    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+        raise InvalidRequest('messages: give a list of {"role": text, "content": text}, or a text.')
     for number, message in enumerate(given):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise InvalidRequest(f'messages[{number}]: give {{"role": text, "content": text}}.')
@@ -359,8 +358,8 @@ def _messages(given: Any) -> Iterator[dict[str, str]]:
             if name not in ("role", "content"):
                 raise InvalidRequest(f"messages[{number}]: {name!r:.40} is not served, only role and content are.")
             if not isinstance(value, str):
-                hint = "Images and parts are not served." if isinstance(value, (list, tuple)) else ""
-                raise InvalidRequest(f"messages[{number}]: {name} is {type(value).__name__}, not text.", hint=hint)
+                what = f"{name} is {type(value).__name__}, not text; images and parts are not served"
+                raise InvalidRequest(f"messages[{number}]: {what}.")
         yield {"role": message["role"], "content": message["content"]}
 
 

@@ -340,4 +340,4 @@ def _more_gpus(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

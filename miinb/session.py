@@ -217,8 +217,8 @@ class Session:
         """
         return self._client.generate(prompts, **parameters)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Result:
-        """The model's answer to a conversation ({"role": ..., "content": ...}), through its chat template.
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **parameters: Any) -> Result:
+        """The model's answer to a conversation ({"role": ..., "content": ...}) or a text, through its chat template.
 
         Roles are system, user and assistant; the last message is the user's. Of a conversation that has outgrown the
         context the oldest turns are left out: `Result.dropped_messages` says how many messages.
@@ -262,7 +262,7 @@ class Session:
         """`generate`, awaitable."""
         return self._client.agenerate(prompts, **parameters)
 
-    def achat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Awaitable[Result]:
+    def achat(self, messages: str | Sequence[Mapping[str, str]], **parameters: Any) -> Awaitable[Result]:
         """`chat`, awaitable."""
         return self._client.achat(messages, **parameters)
 

@@ -230,7 +230,8 @@ def _load_lines(plan: Plan, weights: DecoderWeights, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
     size = weights_bytes(weights)
     words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    plan = plan.with_line("load", words, f"in {seconds:.1f} s, {size / 1e9 / seconds:.1f} GB/s")
+    rate = f", {size / 1e9 / seconds:.1f} GB/s" if size >= 1e8 else ""
+    plan = plan.with_line("load", words, f"in {seconds:.1f} s{rate}")
     if weights.rounding:
         plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
     return plan
