@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
 from miinb import cell, hardware, models, planner, queries, registry
-from miinb.client import Client
+from miinb.client import Client, Messages
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
 from miinb.errors import DeploymentExists, InvalidRequest, Unavailable
@@ -217,7 +217,7 @@ class Session:
         """
         return self._client.generate(prompts, **parameters)
 
-    def chat(self, messages: str | Sequence[Mapping[str, str]], **parameters: Any) -> Result:
+    def chat(self, messages: Messages, **parameters: Any) -> Result:
         """The model's answer to a conversation ({"role": ..., "content": ...}) or a text, through its chat template.
 
         Roles are system, user and assistant; the last message is the user's. Of a conversation that has outgrown the
@@ -262,7 +262,7 @@ class Session:
         """`generate`, awaitable."""
         return self._client.agenerate(prompts, **parameters)
 
-    def achat(self, messages: str | Sequence[Mapping[str, str]], **parameters: Any) -> Awaitable[Result]:
+    def achat(self, messages: Messages, **parameters: Any) -> Awaitable[Result]:
         """`chat`, awaitable."""
         return self._client.achat(messages, **parameters)
 

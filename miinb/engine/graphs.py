@@ -83,7 +83,7 @@ class _Mixed:
 
 
 class GraphRunner:
-    """Runs steps as CUDA graphs where there is one, and all others eagerly (see `executor.Runner`).
+    """Runs steps as CUDA graphs where there is one, and all others eagerly (see `compute.Runner`).
 
     Args:
         decoder: the model.
@@ -158,7 +158,7 @@ class GraphRunner:
         self._mixed[tokens] = _Mixed(replay, stream)
 
     def forward(self, batch: StepBatch) -> Tensor:
-        """See `executor.Runner`."""
+        """See `compute.Runner`."""
         if not batch.bucket:
             return self._decoder.forward(batch, self._cache)
         if batch.max_query == 1:
@@ -167,7 +167,7 @@ class GraphRunner:
         return self._decoder.logits(self._body(batch), batch.logit_rows)
 
     def greedy(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """See `executor.Runner`."""
+        """See `compute.Runner`."""
         if not batch.bucket:
             return self._decoder.greedy(batch, self._cache)
         if batch.max_query == 1:
