@@ -1,5 +1,6 @@
 """Continuous batching: which rows compute how many tokens in the next step. Pure Python, no torch.
 
+The scheduler has the order: who computes, who waits, who goes back. The pages and slots themselves are `RowMemory`'s.
 Rows are served in order of arrival. Each step gives one token to every decoding row and fills what is left of
 `max_step_tokens` with prompts, in chunks (Sarathi-Serve, arXiv:2403.02310). Memory is counted in pages (PagedAttention,
 arXiv:2309.06180). When pages run out the youngest row gives its pages back and is computed again later: nothing is
@@ -19,9 +20,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
 from miinb.engine.drafts import Drafts, most_places
-from miinb.engine.pages import ROOT, PagePool
+from miinb.engine.row_memory import RowMemory
 from miinb.engine.rows import Row, RowState, StepPlan, check_request
-from miinb.engine.slots import SlotMemory
 from miinb.errors import DeadlineExceeded, MiinbError, NonFinite, QueueFull
 from miinb.messages import Event, FailedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
@@ -43,6 +43,7 @@ class Scheduler:
         speculative: guess tokens, in the places that the batch has left.
 
     Attributes:
+        pool: the pages of the KV cache.
         drafts, preemptions: what they did since the start.
         max_places: most places in a step: of rows, and of the tokens of drafts.
     """
@@ -61,10 +62,10 @@ class Scheduler:
         prefix_cache: bool = True,
         speculative: bool = False,
     ) -> None:
-        whole = page_tokens >= max_length
-        self.pool = PagePool(pages, page_tokens, prefix_cache=prefix_cache and not whole)
-        self._memory = SlotMemory() if prefix_cache and whole else None
         self.max_batch = min(max_batch, max_step_tokens)
+        whole = page_tokens >= max_length
+        self._memory = RowMemory(pages, page_tokens, self.max_batch, whole=whole, prefix_cache=prefix_cache)
+        self.pool = self._memory.pool
         self.max_places = most_places(max_batch, max_step_tokens, speculative=speculative)
         self.speculative = speculative
         self.drafts = Drafts()
@@ -77,12 +78,9 @@ class Scheduler:
         self._rows: dict[int, Row] = {}  # not ended
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in order of arrival
-        self._leaving: set[Row] = set()  # hold pages until the step in flight is complete
         self._suspects: deque[Row] = deque()  # of a step that raised: each is computed alone, to see whose fault it is
-        self._slots = list(range(self.max_batch - 1, -1, -1))
         self._deadlines: list[tuple[float, int, Row]] = []
         self._events: list[Event] = []
-        self._blank: list[int] = []
         self._arrivals = 0
 
     # ------------------------------------------------------------------ rows come and go
@@ -95,7 +93,8 @@ class Scheduler:
             QueueFull: `max_queue` rows wait.
         """
         check_request(request, self.max_length, self.vocab_size)
-        if len(self._waiting) >= self.max_queue + len(self._slots):  # what arrives between two steps waits for slots
+        # What arrives between two steps waits for slots, not for others.
+        if len(self._waiting) >= self.max_queue + self._memory.free_slots:
             raise QueueFull(f"{len(self._waiting)} rows wait already.", hint="Try again later.")
         params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos
@@ -126,8 +125,7 @@ class Scheduler:
 
     def take_blank(self) -> list[int]:
         """Freed pages that may hold NaN: they are to be zeroed before the next step (masked NaN is still NaN)."""
-        pages, self._blank = self._blank, []
-        return pages
+        return self._memory.take_blank()
 
     @property
     def running(self) -> int:
@@ -151,11 +149,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Compare the books of pages and slots with the rows (for tests). Raises RuntimeError."""
-        holders = [*self._running, *self._leaving]
-        self.pool.check([row.pages for row in holders])
-        slots = sorted([*self._slots, *(row.slot for row in holders)])
-        if slots != list(range(self.max_batch)):
-            raise RuntimeError(f"slots are lost or used twice: {slots}")
+        self._memory.check(self._running)
 
     # ------------------------------------------------------------------ a step
 
@@ -196,14 +190,14 @@ class Scheduler:
             if samples and row.state is not ENDED and (not row.draft or self.drafts.confirm(row, start)):
                 if is_finite:
                     if start + count >= (row.registered + 1) * size:
-                        self._register(row, start + count)
+                        self._memory.register(row, start + count)
                     self._take(row, token_id, now, (logprobs[i],) if logprobs and i in logprobs else ())
                 else:
                     self.fail(row, NonFinite("The model produced NaN or infinity for this request."))
             if row.in_flight == 0:
                 row.draft = ()
-                if row in self._leaving:
-                    self._release(row)
+                if row in self._memory.leaving:
+                    self._memory.release(row)
 
     def abandon(self, plan: StepPlan, suspects: Collection[Row], error: MiinbError) -> None:
         """Undo a step that raised.
@@ -223,8 +217,8 @@ class Scheduler:
         for row in reversed(plan.admitted):  # what they reuse may not have been copied
             if row.state is RUNNING:
                 self._give_back(row)
-        for row in self._leaving.intersection(plan.rows):
-            self._release(row)
+        for row in self._memory.leaving.intersection(plan.rows):
+            self._memory.release(row)
 
     # ------------------------------------------------------------------ inside
 
@@ -273,42 +267,28 @@ class Scheduler:
 
     def _reserve(self, row: Row, count: int) -> bool:
         """Pages for so many more tokens, taken from younger rows if need be. False: not in this step."""
-        need = self.pool.pages_for(row.computed + count) - len(row.pages)
-        while need > self.pool.free:
-            if self._leaving:
+        while not self._memory.grow(row, row.computed + count):
+            if self._memory.leaving:
                 return False  # pages come back when the step in flight is complete
             youngest = self._running[-1]
             self._preempt(youngest)
             if youngest is row:
                 return False
-        for _ in range(need):
-            row.pages.append(self.pool.allocate())
         return True
 
     def _admit(self, plan: StepPlan, chunks: StepPlan, budget: int, now: float, most: int = 1 << 30) -> int:
         """Let waiting rows in, at most so many. Returns what is left of the budget."""
         size = self.pool.page_tokens
         growing = sum(len(row.pages) * size < row.limit for row in self._running)
-        while self._waiting and self._slots and budget > 0 and len(plan.admitted) < most:
+        while self._waiting and self._memory.free_slots and budget > 0 and len(plan.admitted) < most:
             row = self._waiting[0]
             if row.slot >= 0:
                 break  # preempted with a step in flight: its pages and its last token come with that step
-            # The last token is always computed: its logits are wanted.
-            reused, entry = self.pool.match(row.token_ids, row.length - 1)
-            need = self.pool.pages_for(row.length) - len(reused)
             # Every running row shall be able to grow by a page, or this one is soon thrown out again.
-            if need + self.pool.idle(reused) + growing > self.pool.free:
+            if not self._memory.seat(row, growing, self._running, plan, chunks):
                 break
             self._waiting.popleft()
-            self.pool.hold(reused)
-            row.entry, row.registered = entry, len(reused)
-            row.computed = len(reused) * size
-            if self._memory is not None:
-                self._place(row, plan, chunks, self._memory)
-            else:
-                row.pages = reused + [self.pool.allocate() for _ in range(need)]
             growing += len(row.pages) * size < row.limit
-            row.slot = self._slots.pop()
             row.state = RUNNING
             if not row.t_start:
                 row.t_start = now
@@ -320,16 +300,6 @@ class Scheduler:
             (plan if count == 1 else chunks).add(row, count)
         return budget
 
-    def _place(self, row: Row, plan: StepPlan, chunks: StepPlan, memory: SlotMemory) -> None:
-        """Give a row the slot that has most of its tokens, or a copy of them."""
-        # What a row computes in this step is not there yet.
-        before = {id(row): start for part in (chunks, plan) for row, start in zip(part.rows, part.starts, strict=True)}
-        running = ((other.pages[0], other.token_ids, before.get(id(other), other.computed)) for other in self._running)
-        page, source, row.computed = memory.take(row.token_ids, row.length - 1, self.pool.blank, running)
-        row.pages = [self.pool.allocate(page)]
-        if source != page:
-            plan.copies.append((source, page, row.computed))
-
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self._give_back(row)
@@ -340,7 +310,7 @@ class Scheduler:
         row.state = RowState.WAITING
         row.computed = 0
         self._waiting.appendleft(row)
-        self._leave(row)
+        self._memory.leave(row)
 
     def _take(self, row: Row, token_id: int, now: float, logprobs: tuple[TokenLogprob, ...]) -> None:
         """A row's next token."""
@@ -353,13 +323,6 @@ class Scheduler:
         elif len(row.token_ids) == row.limit:
             self._finish(row, "length", now)
 
-    def _register(self, row: Row, written: int) -> None:
-        """Tell the prefix cache of the row's pages that are full, written and proven finite."""
-        size = self.pool.page_tokens
-        for i in range(row.registered, written // size):
-            row.entry = self.pool.register(row.entry, row.token_ids[i * size : (i + 1) * size], row.pages[i])
-            row.registered = i + 1
-
     def _finish(self, row: Row, reason: FinishReason, now: float) -> None:
         self._events.append(row.finished(reason, now))
         self._end(row)
@@ -369,28 +332,10 @@ class Scheduler:
         if row.state is RUNNING:
             self._running.remove(row)
             row.state = ENDED
-            self._leave(row)
+            self._memory.leave(row)
         else:
             self._waiting.remove(row)
             row.state = ENDED
-
-    def _leave(self, row: Row) -> None:
-        """The row needs its memory no more."""
-        self._leaving.add(row)
-        self._release(row)
-
-    def _release(self, row: Row) -> None:
-        if row.in_flight:
-            return
-        self._leaving.discard(row)
-        # Last page first: of a chain the end is forgotten before the start, which alone is of no use without it.
-        blank = [page for page in reversed(row.pages) if self.pool.release(page)]
-        if row.poisoned:
-            self._blank += blank
-        elif self._memory is not None and row.computed:
-            self._memory.keep(row.pages[0], row.token_ids[: row.computed])
-        self._slots.append(row.slot)
-        row.pages, row.slot, row.registered, row.entry = [], -1, 0, ROOT
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
