@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from miinb import __version__, registry
 from miinb.config import DeploymentConfig
 from miinb.errors import MiinbError
 from miinb.messages import RankStatus, Status, from_dict
+from miinb.server.children import Children
 from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
+from miinb.server.owner import Order, Owner, read_order, tell
 from miinb.server.process import Process, culprit, machine_oom_kills
 from miinb.server.watchdog import Pulse, Watchdog
 
@@ -37,18 +38,6 @@ MAX_RESTARTS = 3
 DRAIN_S = 10.0  # for SIGTERM
 GRACE_S = 1.0  # between SIGTERM and SIGKILL of a child
 ABANDONED_S = 0.2  # the same, when nobody is left who could want an answer
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """The JSON line on stdin. `modules` names the programs of the children: tests put others in their place."""
-
-    config: Mapping[str, Any]
-    name: str
-    folder: str
-    kernel_pid: int
-    task: str = ""
-    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -68,8 +57,9 @@ class Supervisor:
         self.restarts = 0
         self.grace_s = GRACE_S
         self.activity: dict[str, int] = {}
-        self.children: list[Process] = []
         self.selector = selectors.DefaultSelector()
+        self.children = Children(self.selector, ended=self._ended, reported=self._reported)
+        self.owner: Owner | None = None  # nobody's if it persists
         self.oom_kills = machine_oom_kills()
         self.watchdog = Watchdog()
         self.pulse = Pulse(self.started)  # the frontend's
@@ -93,12 +83,14 @@ class Supervisor:
         """Until the deployment has ended; everything that it had is gone then."""
         try:
             self.entry.save(self.folder)
-            self._watch_owner()
+            self._watch_signals()
+            if not self.persist:
+                self.owner = Owner(self.selector, self.order.kernel_pid, self._kernel_gone)
             tell({"phase": {"name": "start"}})
-            self._start(self.launch.frontend())
+            self.children.start(self.launch.frontend())
             for replica in range(self.config.replicas):
                 self._start_replica(replica)
-            while self.end_at is None or (self.end_at > time.monotonic() and self._frontend() is not None):
+            while self.end_at is None or (self.end_at > time.monotonic() and self.children.frontend is not None):
                 for key, _ in self.selector.select(self._patience()):
                     if self.selector.get_map().get(key.fd) == key:  # the ones before it may have ended its process
                         key.data()
@@ -110,26 +102,16 @@ class Supervisor:
             self._fail({"error": "StartError", "message": message, "hint": "", "details": details})
             raise
         finally:
-            self._end_children([*self.children])
+            self.children.end(self.children, self.grace_s)
             self.control.close()
             registry.release(self.folder, self.lock)
 
-    def _watch_owner(self) -> None:
+    def _watch_signals(self) -> None:
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         self.selector.register(wake_read, selectors.EVENT_READ, lambda: self._terminated(wake_read))
-        if self.persist:
-            return
-        try:
-            pidfd = os.pidfd_open(self.order.kernel_pid)
-        except ProcessLookupError:
-            self._kernel_gone()
-            return
-        self.selector.register(pidfd, selectors.EVENT_READ, self._kernel_gone)
-        self.selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._lifeline)
-        self.owner_fds = (pidfd, sys.stdin.fileno())
 
     def _terminated(self, wake_fd: int) -> None:
         if signal.SIGTERM in os.read(wake_fd, 64):
@@ -138,10 +120,6 @@ class Supervisor:
     def _kernel_gone(self) -> None:
         self.grace_s = ABANDONED_S
         self.end(0.0)
-
-    def _lifeline(self) -> None:
-        if not os.read(sys.stdin.fileno(), 4096):
-            self._kernel_gone()
 
     def _patience(self) -> float | None:
         """Seconds until the next thing that depends on time."""
@@ -154,7 +132,7 @@ class Supervisor:
     def _watch_time(self) -> None:
         now = time.monotonic()
         if self.start_deadline is not None and now >= self.start_deadline and self.end_at is None:
-            late = next((child for child in self.children if child.ready is None), self.children[0])
+            late = min(self.children, key=lambda child: child.ready is not None)  # the first that is not
             where = f"in phase {late.phase.name}" if late.phase else "before its first report"
             cause = late.cause(starting=True)
             message = f"{late.label} was not ready after {self.config.start_timeout_s:g} s ({where})."
@@ -167,18 +145,10 @@ class Supervisor:
 
     # Children
 
-    def _start(self, child: Process) -> None:
-        self.children.append(child)
-        self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
-        self.selector.register(child.status_fd, selectors.EVENT_READ, lambda: self._reported(child))
-
     def _start_replica(self, replica: int) -> None:
         self.launch.fresh_rendezvous(replica)
         for rank in range(self.config.tensor_parallel):
-            self._start(self.launch.rank(replica, rank))
-
-    def _frontend(self) -> Process | None:
-        return next((child for child in self.children if child.replica is None), None)
+            self.children.start(self.launch.rank(replica, rank))
 
     def _reported(self, child: Process) -> None:
         if child.replica is None:
@@ -195,13 +165,13 @@ class Supervisor:
         elif self.state == "starting" and all(other.ready is not None for other in self.children):
             self._ready()
         if child.silent:
-            self._forget_descriptor(child.status_fd)
+            self.children.unhear(child)
 
     def _ready(self) -> None:
         self.state = "ready"
         self.start_deadline = None
         self.last_active = time.monotonic()
-        frontend = self._frontend()
+        frontend = self.children.frontend
         address = str((frontend.ready or {}).get("address", "")) if frontend else ""
         self.entry = dataclasses.replace(self.entry, state="ready", address=address, persist=self.persist)
         self.entry.save(self.folder)
@@ -218,18 +188,18 @@ class Supervisor:
 
     def _suspect(self, replica: int | None, seconds: float) -> None:
         """A replica, or the frontend (None), owes an answer. One that hangs is killed, and so started again."""
-        silent = [child for child in self.children if child.replica == replica and child.ready is not None]
+        silent = [child for child in self.children.of_replica(replica) if child.ready is not None]
         if silent and self.watchdog.hangs(replica, seconds, [child.pid for child in silent]):
             log(f"{silent[0].label} has not answered for {seconds:.0f} s: it hangs and is killed")
             for child in silent:
                 child.signal_group(signal.SIGKILL)
 
     def _ended(self, child: Process) -> None:
-        ranks = [other for other in self.children if other is child or other.replica == child.replica is not None]
+        ranks = self.children.of_replica(child.replica)
         for rank in ranks:
             self._reported(rank)
         child = culprit(ranks, child)
-        self._forget(child)
+        self.children.forget(child)
         if self.end_at is not None:
             return
         if self.restarts == 0 and self.state == "starting":
@@ -246,9 +216,9 @@ class Supervisor:
         log(f"{dead.label} ended: {dead.cause(starting=False)['message']} Restart {self.restarts} of {MAX_RESTARTS}")
         alone = dead.replica is not None
         self.watchdog.forget(dead.replica)
-        self._end_children([c for c in self.children if not alone or c.replica == dead.replica])
+        self.children.end(self.children.of_replica(dead.replica) if alone else self.children, self.grace_s)
         if not alone:
-            self._start(self.launch.frontend())
+            self.children.start(self.launch.frontend())
         for replica in [dead.replica] if dead.replica is not None else range(self.config.replicas):
             self._start_replica(replica)
         self.state = "starting"
@@ -256,33 +226,13 @@ class Supervisor:
         self.last_active = time.monotonic()
         self.start_deadline = time.monotonic() + self.config.start_timeout_s
 
-    def _forget(self, child: Process) -> None:
-        self.children.remove(child)
-        self._forget_descriptor(child.pidfd)
-        self._forget_descriptor(child.status_fd)
-        child.close()
-
-    def _forget_descriptor(self, descriptor: int) -> None:
-        with contextlib.suppress(KeyError):
-            self.selector.unregister(descriptor)
-
-    def _end_children(self, children: list[Process]) -> None:
-        """SIGTERM, a moment, SIGKILL of the groups; blocks for at most `grace_s`."""
-        for child in children:
-            child.signal_group(signal.SIGTERM)
-        deadline = time.monotonic() + self.grace_s
-        while time.monotonic() < deadline and any(child.exit_code is None for child in children):
-            time.sleep(0.01)
-        for child in children:
-            self._forget(child)
-
     # Ends
 
     def end(self, drain_s: float) -> None:
         """Leave the loop when the requests in flight are done, after `drain_s` at the latest."""
         self.end_at = min(self.end_at or math.inf, time.monotonic() + drain_s)
         self.state = "draining" if self.state != "failed" else self.state
-        frontend = self._frontend()
+        frontend = self.children.frontend
         if drain_s > 0 and frontend is not None:
             frontend.signal_group(signal.SIGTERM)  # it refuses new requests, finishes the others and leaves
 
@@ -317,8 +267,8 @@ class Supervisor:
         kept.save(self.folder)  # first: on a full disk it stays as it was
         self.entry, self.persist = kept, True
         self.last_active = max(self.last_active, time.monotonic())
-        for descriptor in self.owner_fds:
-            self._forget_descriptor(descriptor)
+        if self.owner is not None:
+            self.owner.release()
 
     def status(self) -> Status:
         """The deployment at this moment."""
@@ -353,27 +303,10 @@ class Supervisor:
         return from_dict(RankStatus, {**facts, "replica": child.replica, "rank": child.rank, "gpu": gpu})
 
 
-def tell(line: Mapping[str, Any]) -> None:
-    """One JSON line to the kernel, which may be gone."""
-    with contextlib.suppress(OSError):
-        os.write(1, json.dumps(line).encode() + b"\n")
-
-
 def log(text: str) -> None:
     """One line into supervisor.log."""
     with contextlib.suppress(OSError):  # a full disk is no reason to end
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def read_order() -> Order:
-    """The JSON line on stdin, read byte by byte so that nothing of the lifeline is buffered away."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        piece = os.read(0, 1)
-        if not piece:
-            raise SystemExit("supervisor: stdin ended before its JSON line")
-        line += piece
-    return from_dict(Order, json.loads(line))
 
 
 def main() -> int:
