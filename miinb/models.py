@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import sys
 import types
 from collections.abc import Mapping
@@ -20,7 +17,8 @@ from miinb.config import LoadFormat
 from miinb.engine.parameters import Parameters, count_parameters
 from miinb.engine.policies import POLICIES, decoder_spec
 from miinb.engine.spec import NO_LIMIT, DecoderSpec
-from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel, did_you_mean
+from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, UnsupportedModel
+from miinb.location import gguf_file, locate, read_config
 from miinb.tasks import TASKS, find_task, tasks_of
 
 #: Bytes of one weight by miinb's dtype names; int8 has a scale of fp32 for each 64 weights.
@@ -158,12 +156,12 @@ def inspect(
         BrokenCheckpoint: damaged or missing files, by name.
     """
     place = locate(model, revision=revision)
-    gguf = _gguf_file(place)
+    gguf = gguf_file(place)
     if gguf is not None:
         metadata, entries = read_gguf(gguf)
         config, folder, form = gguf_config(metadata, entries, gguf), gguf.parent, "gguf"
     else:
-        config, folder, form = _read_config(place), place, "safetensors"
+        config, folder, form = read_config(place), place, "safetensors"
         entries = [entry for file in safetensors_files(folder) for entry in read_safetensors(file)]
     if config.get("auto_map") and not trust_remote_code:
         raise UnsupportedModel(
@@ -261,97 +259,6 @@ def estimate_parameters(config: Mapping[str, Any]) -> int:
     inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return layers * (attention + (3 if gated else 2) * hidden * inner) + embeddings
-
-
-def locate(model: str | Path, *, revision: str | None = None) -> Path:
-    """The folder (or GGUF file) of a model: a path as it is, a hub name from the local cache or, online, fetched.
-
-    Raises:
-        ModelNotFound: with the nearest names of the folder or of the cache.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.resolve()
-    name = str(model)
-    if name.count("/") > 1 or name.startswith(("/", ".", "~")) or name.endswith(".gguf") or "\\" in name:
-        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "Give a folder, a .gguf file or a hub name."
-        raise ModelNotFound(f"There is no folder {name}.", hint=hint)
-    return _hub_folder(name, revision)
-
-
-def _names(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-
-
-def _hub_folder(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    folder: Path | None = None
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if not (folder / "config.json").exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")):
-            return folder
-    except HFValidationError:
-        raise ModelNotFound(f"{name!r} is neither a folder nor a hub name.") from None
-    except OSError:
-        pass  # not cached
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    if not offline:
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, etag_timeout=5))
-        except Exception as error:  # the client's errors have no common base; all mean "not to be had"
-            reason = type(error).__name__
-    if folder is not None:
-        return folder
-    why = "HF_HUB_OFFLINE is set" if offline else f"the hub could not give it ({reason})"
-    raise ModelNotFound(f"{name!r} is no folder and not in the local cache, and {why}.", hint=_cached_hint(name))
-
-
-def _cached_hint(name: str) -> str:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        cached = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"]
-    except CacheNotFound:
-        cached = []
-    return did_you_mean(name, cached) if cached else "The local cache is empty; give a folder."
-
-
-def _gguf_file(place: Path) -> Path | None:
-    """The GGUF file that was given or that a folder without other weights holds."""
-    if place.is_file():
-        if place.suffix != ".gguf":
-            raise ModelNotFound(f"{place} is a file.", hint="Give the model's folder, or a .gguf file.")
-        return place
-    files = sorted(place.glob("*.gguf"))
-    if not files or any(place.glob("*.safetensors")):
-        return None
-    if len(files) > 1:
-        raise ModelNotFound(
-            f"{place} holds {len(files)} GGUF files.", hint=f"Give one of them: {', '.join(f.name for f in files[:5])}."
-        )
-    return files[0]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if (folder / "model_index.json").exists():
-        raise UnsupportedModel(f"{folder} is an image pipeline, and text-to-image is not served yet.")
-    if not file.exists():
-        near = [entry.name for entry in folder.iterdir() if (entry / "config.json").exists()] if folder.is_dir() else []
-        hint = f"Did you mean {folder / near[0]}?" if near else "A model folder has a config.json."
-        raise ModelNotFound(f"{folder} is no model: it has no config.json.", hint=hint)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BrokenCheckpoint(f"{file} is damaged ({error}).", hint="Fetch the model again.") from None
-    if not isinstance(config, dict):
-        raise BrokenCheckpoint(f"{file} is damaged: it holds no object.", hint="Fetch the model again.")
-    return config
 
 
 @dataclass(frozen=True, slots=True)
