@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,13 +17,12 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` 
 
 import grpc
 
-from miinb.config import GenerationParams, parse_generation
+from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, Unavailable
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.results import Result, frame_of, merge, predictions_of
 from miinb.rpc import codec
 from miinb.streams import Stream, StreamGroup
-from miinb.tasks import find_task
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +31,6 @@ TIMEOUT_S = 300.0
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
 MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
-MAX_INPUTS = 1024  # of one predict call
 SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
 
 CHANNEL_OPTIONS = (
@@ -49,8 +47,6 @@ CHANNEL_OPTIONS = (
 )
 
 _T = TypeVar("_T")
-#: A conversation ({"role": ..., "content": ...}), or a text of the user's.
-Messages = str | Sequence[Mapping[str, str]]
 
 
 class Client:
@@ -98,43 +94,24 @@ class Client:
             RequestError: a request was refused or failed; the others are canceled.
             Interrupted: the Stop button was pressed.
         """
-        return self._run_all(self._requests(prompts, parameters), timeout_s, StreamGroup())
+        return self._run_all(text_requests(prompts, parameters), timeout_s, StreamGroup())
 
     def chat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Result:
         """The model's answer to a conversation or to a text of the user's, through its chat template.
 
         Of a conversation that has outgrown the context the oldest turns are left out (`Result.dropped_messages`).
         """
-        return self._run_all([self._chat_request(messages, parameters)], timeout_s, StreamGroup())
+        return self._run_all([chat_request(messages, parameters)], timeout_s, StreamGroup())
 
     def stream(
         self, prompt: str | Sequence[Mapping[str, str]], *, timeout_s: float | None = None, **parameters: Any
     ) -> Stream:
         """Chunks of the answer to a prompt, or to a conversation, as they come."""
         if isinstance(prompt, str):
-            (request,) = self._requests(prompt, parameters)
+            (request,) = text_requests(prompt, parameters)
         else:
-            request = self._chat_request(prompt, parameters)
+            request = chat_request(prompt, parameters)
         return self._open(request, self._limit(timeout_s), 1)
-
-    def _requests(self, prompts: str | Sequence[str], parameters: Mapping[str, Any]) -> list[GenerateRequest]:
-        if not isinstance(prompts, Iterable):
-            raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint="Give a text or several.")
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        params, session_id = _parameters(parameters)
-        if not given:
-            raise InvalidRequest("prompts: the list is empty.")
-        for prompt in given:
-            if not isinstance(prompt, str):
-                raise InvalidRequest(f"prompts: {type(prompt).__name__} is not text.", hint="Use chat() for messages.")
-        if session_id and len(given) > 1:
-            raise InvalidRequest("session_id: it goes with one prompt.")
-        return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex, session_id=session_id) for prompt in given]
-
-    def _chat_request(self, messages: Any, parameters: Mapping[str, Any]) -> GenerateRequest:
-        params, session_id = _parameters(parameters)
-        rows = tuple(_messages(messages))
-        return GenerateRequest(None, params, rows, request_id=uuid.uuid4().hex, session_id=session_id)
 
     def _limit(self, timeout_s: float | None) -> float:
         limit = self._timeout_s if timeout_s is None else timeout_s
@@ -194,11 +171,7 @@ class Client:
         self, task: str, inputs: Any, options: Mapping[str, Any], timeout_s: float | None = None
     ) -> PredictedEvent:
         """`predict` as the server answers it, of a deployment whose task is known."""
-        rows = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
-        names = find_task(task).inputs
-        plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
-        if not plain or not all(isinstance(row, Mapping) for row in plain):
-            raise InvalidRequest(f"inputs: give a dictionary with {', '.join(names)}, or a list of them.")
+        plain = task_inputs(task, inputs)
         self._check_open()
         data = codec.encode_predict(plain, options, uuid.uuid4().hex)
         begin = time.perf_counter()
@@ -235,7 +208,7 @@ class Client:
 
     def _change_session(self, method: str, session_id: str | int) -> None:
         self._check_open()
-        data = codec.encode_session(_session_id(session_id))
+        data = codec.encode_session(session_name(session_id))
         try:
             self._channel.unary_unary(method)(data, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
@@ -248,13 +221,13 @@ class Client:
     ) -> Result:
         """`generate`, awaitable; canceling the task cancels the requests."""
         group = StreamGroup()
-        requests = self._requests(prompts, parameters)
+        requests = text_requests(prompts, parameters)
         return await _in_thread(lambda: self._run_all(requests, timeout_s, group), group)
 
     async def achat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Result:
         """`chat`, awaitable."""
         group = StreamGroup()
-        request = self._chat_request(messages, parameters)
+        request = chat_request(messages, parameters)
         return await _in_thread(lambda: self._run_all([request], timeout_s, group), group)
 
     async def apredict(self, inputs: Any, **options: Any) -> list[list[Any]]:
@@ -327,40 +300,6 @@ class Client:
                 "replicas": values["replicas"],
             }
         return self._columns
-
-
-def _parameters(given: Mapping[str, Any]) -> tuple[GenerationParams, str]:
-    """The parameters of a generation, and the session that it belongs to ("" if none)."""
-    rest = dict(given)
-    session_id = rest.pop("session_id", None)
-    return parse_generation(rest), "" if session_id is None else _session_id(session_id)
-
-
-def _session_id(given: Any) -> str:
-    if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
-        raise InvalidRequest(f"session_id: {type(given).__name__} {given!r:.40} is no name.", hint="Give a text.")
-    return str(given)
-
-
-def _messages(given: Any) -> Iterator[dict[str, str]]:
-    """The messages of a chat; a text is one of the user's. Which roles there are is the server's business.
-
-    Raises:
-        InvalidRequest: it is something else; the message says where.
-    """
-    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
-        raise InvalidRequest('messages: give a list of {"role": text, "content": text}, or a text.')
-    for number, message in enumerate(given):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise InvalidRequest(f'messages[{number}]: give {{"role": text, "content": text}}.')
-        for name, value in message.items():
-            if name not in ("role", "content"):
-                raise InvalidRequest(f"messages[{number}]: {name!r:.40} is not served, only role and content are.")
-            if not isinstance(value, str):
-                what = f"{name} is {type(value).__name__}, not text; images and parts are not served"
-                raise InvalidRequest(f"messages[{number}]: {what}.")
-        yield {"role": message["role"], "content": message["content"]}
 
 
 def _channel(address: str) -> Any:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
 from miinb import cell, hardware, models, planner, queries, registry
-from miinb.client import Client, Messages
+from miinb.asking import Messages
+from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment, without_answer
 from miinb.errors import DeploymentExists, InvalidRequest, Unavailable
