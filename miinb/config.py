@@ -197,8 +197,6 @@ class DeploymentConfig(Frozen):
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
         if self.options.speculative != "off" and self.engine != "optimized":
             raise InvalidValueError("options.speculative: only for engine='optimized'")
-        if self.options.speculative != "off" and self.tensor_parallel > 1:
-            raise InvalidValueError("options.speculative: not with tensor_parallel above 1 yet")
         if self.gpus is not None and self.device == "cpu":
             raise InvalidValueError("gpus: not together with device='cpu'")
         if self.gpus is not None:

@@ -154,6 +154,7 @@ def test_a_configuration_that_lacks_a_size_is_broken(folder: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"hidden_act": "mish"}, UnsupportedModel, "'mish' has no fused form"),
+        ({"hidden_act": "mush"}, BrokenCheckpoint, "there is no activation 'mush'"),
         ({"rope_parameters": {"rope_type": "odd"}}, UnsupportedModel, "'odd' has no fused form"),
         ({"num_attention_heads": 0}, BrokenCheckpoint, "cannot be used"),
         ({"num_hidden_layers": None}, BrokenCheckpoint, "cannot be used"),

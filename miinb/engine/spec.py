@@ -7,8 +7,11 @@ parts to the modules of the Hugging Face checkpoint, with the way each is split 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from miinb.errors import UnsupportedModel
@@ -274,7 +277,17 @@ def activation_of(name: str) -> str:
 
     Raises:
         UnsupportedModel: there is no kernel for it.
+        ValueError: transformers does not have it either.
     """
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"Activation {name!r} has no fused form.")
-    return ACTIVATIONS[name]
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    if (known := _activations_of_transformers()) and name not in known:
+        raise ValueError(f"there is no activation {name!r}")
+    raise UnsupportedModel(f"Activation {name!r} has no fused form.")
+
+
+def _activations_of_transformers() -> set[str]:
+    """The keys of its table, read from the source: importing it would import torch. Empty: it is not installed."""
+    found = importlib.util.find_spec("transformers")
+    source = Path(found.origin).with_name("activations.py") if found and found.origin else None
+    return set(re.findall(r'"(\w+)":', source.read_text(encoding="utf-8"))) if source and source.exists() else set()

@@ -188,10 +188,13 @@ class Supervisor:
 
     def _suspect(self, replica: int | None, seconds: float) -> None:
         """A replica, or the frontend (None), owes an answer. One that hangs is killed, and so started again."""
-        silent = [child for child in self.children.of_replica(replica) if child.ready is not None]
-        if silent and self.watchdog.hangs(replica, seconds, [child.pid for child in silent]):
-            log(f"{silent[0].label} has not answered for {seconds:.0f} s: it hangs and is killed")
-            for child in silent:
+        silent = {child.pid: child for child in self.children.of_replica(replica) if child.ready is not None}
+        worst = self.watchdog.hangs(replica, seconds, [*silent]) if silent else None
+        if worst is not None:
+            message = f"{silent[worst].label} has not answered for {seconds:.0f} s: it hangs and is killed."
+            log(message)
+            for child in silent.values():
+                child.failure = {"error": "Unavailable", "message": message}
                 child.signal_group(signal.SIGKILL)
 
     def _ended(self, child: Process) -> None:

@@ -26,23 +26,28 @@ class Watchdog:
         #: By replica, then process: seconds of silence and CPU seconds when it last used some.
         self._seen: dict[int | None, dict[int, tuple[float, float]]] = {}
 
-    def hangs(self, replica: int | None, silent_s: float, pids: Sequence[int]) -> bool:
-        """Whether the replica is to be ended.
+    def hangs(self, replica: int | None, silent_s: float, pids: Sequence[int]) -> int | None:
+        """Whether the replica is to be ended: the process to blame, or None.
 
         Args:
             replica: its number; None for the frontend.
             silent_s: seconds since it owes a sign of life.
-            pids: its processes.
+            pids: its processes, one at least.
         """
         seen = self._seen.setdefault(replica, {})
-        idle_s = [] if pids else [0.0]
+        idle_s = {}
         for pid in pids:
             cpu_s = _cpu_s(pid)
             noted = seen.get(pid)
             if noted is None or silent_s < noted[0] or abs(cpu_s - noted[1]) > NOISE_S:
                 noted = seen[pid] = (silent_s, cpu_s)
-            idle_s.append(silent_s - noted[0])
-        return min(idle_s) >= IDLE_S or max(idle_s) >= ALONE_S or silent_s >= MAX_SILENT_S
+            idle_s[pid] = silent_s - noted[0]
+        stopped = {pid for pid in pids if _stopped(pid)}
+        worst = max(pids, key=lambda pid: (pid in stopped, idle_s[pid]))
+        # Others may spin while they wait for one that is stopped, as collectives in shared memory and on GPUs do.
+        alone_s = IDLE_S if worst in stopped else ALONE_S
+        hangs = min(idle_s.values()) >= IDLE_S or idle_s[worst] >= alone_s or silent_s >= MAX_SILENT_S
+        return worst if hangs else None
 
     def forget(self, replica: int | None) -> None:
         """The replica has ended."""
@@ -82,3 +87,10 @@ def _cpu_s(pid: int) -> float:
         times = psutil.Process(pid).cpu_times()
         return float(times.user + times.system)
     return 0.0
+
+
+def _stopped(pid: int) -> bool:
+    """By SIGSTOP or its like."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 
 import pytest
 
 from miinb.server import watchdog
-from miinb.server.watchdog import CHECK_S, IDLE_S, MAX_SILENT_S, Pulse, Watchdog
+from miinb.server.watchdog import ALONE_S, CHECK_S, IDLE_S, MAX_SILENT_S, Pulse, Watchdog
 
 
 def test_a_rank_without_cpu_time_hangs() -> None:
@@ -35,9 +37,21 @@ def test_each_silence_counts_from_its_start() -> None:
     assert dog.hangs(0, 1.0 + 2 * IDLE_S, gone)
 
 
-def test_a_replica_without_processes_hangs_when_no_step_takes_so_long() -> None:
-    assert not Watchdog().hangs(0, MAX_SILENT_S - 1, [])
-    assert Watchdog().hangs(0, MAX_SILENT_S, [])
+def test_the_rank_that_is_stopped_is_to_blame_while_the_others_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter(range(10_000))
+    monkeypatch.setattr(watchdog, "_cpu_s", lambda pid: 0.0 if pid == sleeper.pid else float(next(used)))
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        try:
+            dog, both = Watchdog(), [os.getpid(), sleeper.pid]
+            assert [dog.hangs(0, seconds, both) for seconds in (1.0, 1.0 + IDLE_S)] == [None, None]
+            assert dog.hangs(0, 1.0 + ALONE_S, both) == sleeper.pid
+            sleeper.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED)
+            dog.forget(0)
+            assert [dog.hangs(0, seconds, both) for seconds in (1.0, IDLE_S)] == [None, None]
+            assert dog.hangs(0, 1.0 + IDLE_S, both) == sleeper.pid
+        finally:
+            sleeper.kill()
 
 
 def test_a_frontend_is_silent_only_while_this_process_looks() -> None:
