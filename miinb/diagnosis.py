@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miinb import hardware, registry
+from miinb.wording import size_words
 
 #: Packages of the server with the ranges that were run together.
 _PACKAGES = {
@@ -65,7 +66,7 @@ def _system() -> Check:
 def _gpus() -> Check:
     machine = hardware.detect()
     if machine.gpus:
-        named = ", ".join(f"{gpu.index} {gpu.name} ({gpu.free_bytes / 1e9:.0f} GB free)" for gpu in machine.gpus)
+        named = ", ".join(f"{gpu.index} {gpu.name} ({size_words(gpu.free_bytes)} free)" for gpu in machine.gpus)
         return Check("GPUs", "ok", f"{named}, driver {machine.driver}")
     return Check("GPUs", "note", f"none can be seen: models run on the CPU ({machine.cores} cores of {machine.cpu})")
 
@@ -73,7 +74,7 @@ def _gpus() -> Check:
 def _memory() -> Check:
     machine = hardware.detect()
     verdict = "ok" if machine.free_bytes > 2e9 else "note"
-    return Check("memory", verdict, f"{machine.free_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free")
+    return Check("memory", verdict, f"{size_words(machine.free_bytes)} of {size_words(machine.memory_bytes)} free")
 
 
 def _compiler() -> Check:
@@ -95,7 +96,7 @@ def _shared_memory() -> Check:
     size = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     verdict = "ok" if size >= _SHM_BYTES else "note"
     more = "" if verdict == "ok" else ": too small for several ranks on a CPU (docker run --shm-size=1g)"
-    return Check("/dev/shm", verdict, f"{size / 1e9:.1f} GB{more}")
+    return Check("/dev/shm", verdict, f"{size_words(size)}{more}")
 
 
 def _fork() -> Check:

@@ -14,6 +14,7 @@ from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, ModelInfo
 from miinb.tasks import TASKS
+from miinb.wording import size_words
 
 #: Dtypes that are planned but not built: what to do instead.
 _NOT_BUILT = {"int4": "bf16", "fp8": "bf16"}
@@ -203,7 +204,7 @@ def _memory(
         raise _does_not_fit(config, choice, model, place, length)
     share = f", the share of each of {ranks} ranks" if ranks > 1 else ""
     why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}{share}"
-    choice = choice.with_line("weights", _gb(weights), why, weights_bytes=weights)
+    choice = choice.with_line("weights", size_words(weights), why, weights_bytes=weights)
     if not token:  # no cache to size: encoders
         return dataclasses.replace(choice, max_length=length, max_batch=config.max_batch or 32)
     choice = _cache(choice, config, length, token, room, place)
@@ -276,7 +277,7 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
     size = rows * length * token
     if not on_gpu and size > budget:
         raise OutOfMemory(
-            f"{rows} rows of {length:,} tokens need {_gb(size)} of cache, {_gb(budget)} are there.",
+            f"{rows} rows of {length:,} tokens need {size_words(size)} of cache, {size_words(budget)} are there.",
             hint=f"Use max_batch={max(1, fits // length)} or a smaller max_length.",
         )
     why = "asked for" if config.max_length else ("the model's context" if on_gpu else "what a CPU serves in good time")
@@ -289,7 +290,7 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
         kind = f"pages for {size // token:,} tokens" + (
             " of all rows together" if size == budget else ", all rows full"
         )
-    return choice.with_line("kv_cache", _gb(size), kind, kv_cache_bytes=size)
+    return choice.with_line("kv_cache", size_words(size), kind, kv_cache_bytes=size)
 
 
 def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, place: _Place, length: int) -> OutOfMemory:
@@ -305,8 +306,8 @@ def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, plac
     largest = max(0.0, place.usable / DTYPE_BYTES[choice.dtype] / 1e9)
     where = "each GPU" if place.on_gpu else "this machine"
     return OutOfMemory(
-        f"{config.model} needs about {_gb(need)} in {choice.dtype} ({_gb(weights)} of weights, {tokens:,} tokens of "
-        f"cache); {_gb(place.free)} are free on {where}, of which {_USABLE:.0%} may be taken.",
+        f"{config.model} needs about {size_words(need)} in {choice.dtype} ({size_words(weights)} of weights, "
+        f"{tokens:,} tokens of cache); {size_words(place.free)} are free on {where}, {_USABLE:.0%} of which may be used.",
         hint=f"What would fit: {'; '.join(fits)}."
         if fits
         else f"There is room for about {largest:.1f} billion parameters; it has {model.parameters / 1e9:.1f} billion.",
@@ -325,7 +326,7 @@ def _smaller_dtypes(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
         if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
     ]
     needs = {dtype: model.weights_bytes(dtype, place.ranks) for dtype in smaller}
-    return [f"dtype={dtype!r} ({_gb(need)} of weights)" for dtype, need in needs.items() if need < place.usable]
+    return [f"dtype={dtype!r} ({size_words(need)} of weights)" for dtype, need in needs.items() if need < place.usable]
 
 
 def _more_gpus(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
@@ -335,9 +336,5 @@ def _more_gpus(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
     for ranks in (2, 4, 8, 16):
         need = model.weights_bytes(choice.dtype, ranks)
         if ranks > place.ranks and need < place.usable and not model.spec.heads % ranks:
-            return [f"tensor_parallel={ranks} on {ranks} such GPUs ({_gb(need)} of weights on each)"]
+            return [f"tensor_parallel={ranks} on {ranks} such GPUs ({size_words(need)} of weights on each)"]
     return []
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
-CORE = ("errors", "config", "messages", "tasks", "models")
+CORE = ("errors", "config", "messages", "tasks", "models", "wording")
 KERNEL_SIDE = (
     "client",
     "results",
@@ -41,11 +41,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", *POLICY_DATA),
     "rpc": ("messages", "errors", "config"),
     "kernels": (),
-    "engine": ("hardware", "kernels", "config", "tasks", "checkpoint", "models", "messages", "errors"),
+    "engine": ("hardware", "kernels", "config", "tasks", "checkpoint", "models", "messages", "errors", "wording"),
     "server": ("rpc", "config", "messages", "errors", "tasks", "registry"),
     "server.worker": ("engine", "config", "messages", "errors", "tasks"),
     "hardware": (),
-    "diagnosis": ("registry", "hardware"),
+    "wording": (),
+    "diagnosis": ("registry", "hardware", "wording"),
     "planner": (*CORE, "hardware"),
     "registry": CORE,
     "deployment": (*CORE, "registry", "hardware"),
@@ -62,9 +63,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checking": (*CORE, "deployment", "planner", "hardware"),
     "constants": (),
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
-    "bench": ("client", "session", "results", "config", "messages", "errors", "models", "hardware", "rpc.address"),
+    "bench": (*CORE, "client", "session", "results", "hardware", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
-    "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware"),
+    "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.headline.profile": ("bench", "engine", "config", "messages", "errors"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),

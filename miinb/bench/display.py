@@ -11,6 +11,7 @@ import pandas as pd
 
 from miinb.bench.environment import hardware_words
 from miinb.bench.summary import ratio_text
+from miinb.wording import number
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -44,8 +45,8 @@ def _row(row: pd.Series, *, many_models: bool, many_runs: bool) -> dict[str, str
         "TTFT ms": _ms(row["ttft_p50_s"]),
         "TPOT ms": _ms(row["tpot_p50_s"]),
         "total ms": _ms(row["e2e_p50_s"]),
-        "tokens/s": _digits(row["output_tok_s"]),
-        "$/Mtok": _digits(row["usd_per_mtok"]),
+        "tokens/s": number(row["output_tok_s"], ""),
+        "$/Mtok": number(row["usd_per_mtok"], ""),
         "speed-up": _speedup(row),
         "same answers": _answers(row),
     }
@@ -67,17 +68,11 @@ def _answers(row: pd.Series) -> str:
 
 
 def _ms(value: float) -> str:
-    return _digits(value * 1e3)
+    return number(value * 1e3, "")
 
 
 def _whole(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else ""
-
-
-def _digits(value: float) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def notes(runs: Runs) -> list[str]:

@@ -25,6 +25,7 @@ from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.client import Client
 from miinb.messages import EngineInfo
 from miinb.session import Session
+from miinb.wording import size_words
 
 _BLOCK_BYTES = 16 << 20
 _READERS = 8
@@ -158,9 +159,9 @@ def run(options: argparse.Namespace, place: Path) -> tuple[Runs, str]:
     workload = {"model": options.model, "checkpoint_bytes": size_bytes, "reading_s": reading_s}
     workload["cached"] = options.cached
     env = {"run_id": run_id, "name": "startup", "created": utc_now(), "host": host, "arms": arms, "workload": workload}
-    head = f"{hardware_words(host)}; {options.model}, {size_bytes / 1e9:.2f} GB of safetensors, bf16"
+    head = f"{hardware_words(host)}; {options.model}, {size_words(size_bytes)} of safetensors, bf16"
     where = "from the page cache" if options.cached else "from the disk"
-    rate = f"reading the files alone, {where}: {reading_s:.1f} s, {size_bytes / 1e9 / reading_s:.1f} GB/s"
+    rate = f"reading the files alone, {where}: {reading_s:.1f} s, {size_words(size_bytes / reading_s)}/s"
     return Runs(records, {run_id: env}), "\n".join([head, rate, *lines])
 
 

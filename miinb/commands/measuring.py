@@ -10,6 +10,7 @@ from miinb.commands.context import Context
 from miinb.commands.options import BENCH, given
 from miinb.commands.screen import Table
 from miinb.errors import InvalidValue, MiinbError
+from miinb.wording import size_words
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -119,7 +120,7 @@ def env(context: Context, values: Values, body: str | None) -> Table:
     from miinb.bench.environment import environment
 
     known = environment()
-    known["memory"] = f"{known.pop('memory_bytes') / (1 << 30):.1f} GiB"
+    known["memory"] = size_words(known.pop("memory_bytes"))
     rows = [(key, text) for key, value in known.items() if (text := _flat(value))]
     return Table(("what", "value"), rows, title="Environment")
 
@@ -137,12 +138,11 @@ def gpus(context: Context, values: Values, body: str | None) -> Table:
     from miinb import hardware
 
     machine = hardware.detect()
-    gib = 1 << 30
     rows = [
-        (gpu.index, gpu.name, f"{gpu.free_bytes / gib:.1f} of {gpu.memory_bytes / gib:.1f} GiB free")
+        (gpu.index, gpu.name, f"{size_words(gpu.free_bytes)} of {size_words(gpu.memory_bytes)} free")
         for gpu in machine.gpus
     ]
-    memory = f"{machine.free_bytes / gib:.1f} of {machine.memory_bytes / gib:.1f} GiB free"
+    memory = f"{size_words(machine.free_bytes)} of {size_words(machine.memory_bytes)} free"
     return Table(
         ("gpu", "name", "memory"),
         rows,

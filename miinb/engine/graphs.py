@@ -19,6 +19,7 @@ from torch import Tensor
 from miinb.engine.decoder import Decoder, StepBatch, Stream
 from miinb.engine.inputs import SMALL_STEP, StepInputs
 from miinb.engine.kv_cache import KVCache
+from miinb.wording import size_words
 
 #: Captures end when they have taken so long or so much memory; steps without a graph are padded to the next or eager.
 MOST_SECONDS = 3.0
@@ -132,7 +133,7 @@ class GraphRunner:
     def __str__(self) -> str:
         rows, tokens = (", ".join(map(str, sorted(sizes))) for sizes in (self._decodes, self._mixed))
         words = f"steps of {rows} rows" + (f" and of {tokens} tokens with prompts" if tokens else "")
-        return f"{words}, captured in {self._recorder.seconds:.1f} s, {self._recorder.bytes / 2**20:.0f} MiB"
+        return f"{words}, captured in {self._recorder.seconds:.1f} s, {size_words(self._recorder.bytes)}"
 
     @torch.inference_mode()
     def _capture_decode(self, inputs: StepInputs, rows: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from miinb.config import DeploymentConfig
 from miinb.engine.spec import DecoderSpec
 from miinb.errors import InvalidValue, OutOfMemory
+from miinb.wording import size_words
 
 #: Rows in one step when the user does not say: a CPU is busy with few.
 DEFAULT_BATCH = {"cuda": 128, "cpu": 16}
@@ -93,7 +94,7 @@ def size_cache(
     if short:
         need = token_bytes * length * (batch if device == "cpu" and config.max_batch else 1)
         raise OutOfMemory(
-            f"A KV cache of {batch} x {length} tokens needs {need / 2**30:.2f} GiB; {budget / 2**30:.2f} GiB are free.",
+            f"A KV cache of {batch} x {length} tokens needs {size_words(need)}; {size_words(budget)} are free.",
             hint="Give a smaller max_length or max_batch.",
         )
     batch = min(batch, pages)

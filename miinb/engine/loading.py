@@ -34,6 +34,7 @@ from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
+from miinb.wording import size_words
 
 Report = Callable[[Phase], None]
 
@@ -229,9 +230,8 @@ def _step_executor(
 def _load_lines(plan: Plan, weights: DecoderWeights, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
     size = weights_bytes(weights)
-    words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    rate = f", {size / 1e9 / seconds:.1f} GB/s" if size >= 1e8 else ""
-    plan = plan.with_line("load", words, f"in {seconds:.1f} s{rate}")
+    rate = f", {size_words(size / seconds)}/s" if size >= 1e8 else ""
+    plan = plan.with_line("load", size_words(size), f"in {seconds:.1f} s{rate}")
     if weights.rounding:
         plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
     return plan
@@ -327,7 +327,7 @@ def _batch_executor(
         )
     need, free = model.weights_bytes(place.dtype), free_bytes(place.device)
     if need > free:
-        raise OutOfMemory(f"The weights need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free.")
+        raise OutOfMemory(f"The weights need {size_words(need)}, {size_words(free)} are free.")
     from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without
 
     return load_baseline(model, config, info, report)

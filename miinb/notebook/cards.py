@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from miinb.commands.screen import Table, printable
 from miinb.errors import MiinbError
 from miinb.messages import Plan, Status
+from miinb.wording import size_words
 
 if TYPE_CHECKING:
     from miinb.results import Result
@@ -60,16 +61,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def size(count: int) -> str:
-    """Bytes as people read them: "512 KiB", "1.2 GiB"."""
-    amount = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            break
-        amount /= 1024
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "bytes" else f"{amount:.1f} {unit}"
 
 
 def pre(text: str) -> str:
@@ -176,7 +167,7 @@ def _status_facts(status: Status) -> list[tuple[str, Any]]:
         ("task", status.task),
         ("engine", f"{status.engine}, {status.dtype} on {status.device}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
-        ("memory", size(memory) if memory else ""),
+        ("memory", size_words(memory) if memory else ""),
         ("up", duration(status.uptime_s) + (", persistent" if status.persist else "")),
         ("requests", work),
         (

@@ -77,10 +77,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert cards.duration(seconds) == text
 
 
-def test_sizes() -> None:
-    assert [cards.size(n) for n in (0, 2048, 3 << 29, 99 << 30)] == ["0 bytes", "2.0 KiB", "1.5 GiB", "99 GiB"]
-
-
 def test_a_result_says_how_long_it_took_and_why_it_ended() -> None:
     answer = Answer(["hello"], ["length"], Usage(5, 42), Timing(ttft_s=0.035, tpot_s=0.0113, e2e_s=0.5))
     _, text = cards.result_card(answer)

@@ -19,7 +19,6 @@ from miinb.bench.charts.style import (
     arm_style,
     finish,
     new_axes,
-    number,
     plain_log_ticks,
     plain_numbers,
     time_unit,
@@ -28,6 +27,7 @@ from miinb.bench.charts.style import (
 from miinb.bench.records import NAN
 from miinb.bench.summary import measured, ratio_text
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.wording import number
 
 BAR = 0.8  # height of a bar; 1 is the distance of neighbors
 GAP = 0.7  # between groups
@@ -149,7 +149,7 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     parts = rows[["weights_bytes", "kv_cache_bytes"]].astype(float).fillna(0.0)
     rest = (rows["peak_mem_bytes"].astype(float) - parts.sum(axis=1)).clip(lower=0.0).fillna(0.0)
     total = parts.sum(axis=1) + rest
-    scale, unit = (1 / 2**30, "GiB") if total.max() >= 2**30 else (1 / 2**20, "MiB")
+    scale, unit = (1e-9, "GB") if total.max() >= 1e9 else (1e-6, "MB")
     labels = frames.arm_labels(rows)
     names = [labels[arm] for arm in rows["arm"]]
     ax = new_axes(ax, 2.3 + 0.42 * len(rows))

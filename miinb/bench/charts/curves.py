@@ -16,13 +16,13 @@ from miinb.bench.charts.style import (
     finish,
     line_style,
     new_axes,
-    number,
     plain_log_ticks,
     plain_numbers,
     time_unit,
 )
 from miinb.bench.summary import FEWEST, measured
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.wording import number
 
 STYLES = ("-", "--", "-.", ":")
 

@@ -193,16 +193,6 @@ def time_unit(largest_s: float) -> tuple[float, str]:
     return (1.0, "s") if largest_s >= 1.0 else (1e3, "ms")
 
 
-def number(value: float) -> str:
-    """Three significant digits without exponents: 0.0123, 1.23, 12.3, 123, 12,345."""
-    if not math.isfinite(value):
-        return "-"
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    return f"{value:,.0f}" if magnitude >= 2 else f"{value:.{min(2 - magnitude, 6)}f}"
-
-
 def unit_word(unit: str) -> str:
     """The unit of `time_unit` as a word."""
     return {"s": "seconds", "ms": "milliseconds"}[unit]

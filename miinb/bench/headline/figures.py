@@ -14,11 +14,12 @@ import pandas as pd
 from miinb.bench import published
 from miinb.bench.charts import frames
 from miinb.bench.charts.bars import Bars
-from miinb.bench.charts.style import INK, SOFT, finish, new_panels, number, save, write_below
+from miinb.bench.charts.style import INK, SOFT, finish, new_panels, save, write_below
 from miinb.bench.headline.suites import Sizes, workload
 from miinb.bench.headline.table import lengths, tok_s
 from miinb.bench.records import NAN, Runs, load_runs
 from miinb.errors import InvalidValue
+from miinb.wording import number
 
 
 @dataclass(frozen=True, slots=True)

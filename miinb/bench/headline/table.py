@@ -11,6 +11,7 @@ import pandas as pd
 from miinb.bench.environment import hardware_words
 from miinb.bench.records import NAN, Runs
 from miinb.bench.summary import ratio_text
+from miinb.wording import number, size_words
 
 #: Suites of which all requests come at once.
 AT_ONCE = ("throughput", "ragged")
@@ -50,23 +51,23 @@ def _row(suite: str, env: Mapping[str, Any], row: pd.Series) -> dict[str, str]:
     cells = {"model": str(row["model"]), "arm": str(row["arm"]), "dtype": str(row["dtype"])}
     if facts.get("error"):
         return cells | {"note": "failed"}
-    first = {"TTFT ms": _number(row["ttft_p50_s"] * 1e3), "TTFT ratio": _ratio(base, row, "ttft_p50_s")}
+    first = {"TTFT ms": number(row["ttft_p50_s"] * 1e3, ""), "TTFT ratio": _ratio(base, row, "ttft_p50_s")}
     if suite == "memory":
         weights, peak = facts.get("weights_bytes") or NAN, facts.get("load_peak_bytes") or NAN
         return cells | {
-            "weights GB": _number(weights / 1e9),
-            "peak at load GB": _number(peak / 1e9),
-            "of weights": _number(peak / weights),
-            "KV GB": _number((facts.get("kv_cache_bytes") or NAN) / 1e9),
-            "planned GB": _number((facts.get("kv_planned_bytes") or NAN) / 1e9),
-            "load s": _number(facts.get("load_s") or NAN),
+            "weights GB": number(weights / 1e9, ""),
+            "peak at load GB": number(peak / 1e9, ""),
+            "of weights": number(peak / weights, ""),
+            "KV GB": number((facts.get("kv_cache_bytes") or NAN) / 1e9, ""),
+            "planned GB": number((facts.get("kv_planned_bytes") or NAN) / 1e9, ""),
+            "load s": number(facts.get("load_s") or NAN, ""),
         }
     if suite in AT_ONCE:
         rate, floor = tok_s(env, row), facts.get("floor_tok_s") or NAN
         ratio = rate / tok_s(env, base) if base is not None and row["arm"] != "baseline" else NAN
         return cells | {
             "requests": str(facts.get("requests", "")),
-            "tokens/s": _number(rate),
+            "tokens/s": number(rate, ""),
             "ratio": ratio_text(ratio) if math.isfinite(ratio) else "",
             **first,
             "% of floor": _percent(rate / floor),
@@ -74,10 +75,10 @@ def _row(suite: str, env: Mapping[str, Any], row: pd.Series) -> dict[str, str]:
     floor = facts.get("floor_s") or NAN
     return cells | {
         **first,
-        "ms/token": _number(row["tpot_p50_s"] * 1e3),
+        "ms/token": number(row["tpot_p50_s"] * 1e3, ""),
         "ratio": _ratio(base, row, "tpot_p50_s"),
         "% of floor": _percent(floor / row["tpot_p50_s"]),
-        "floor ms": _number(floor * 1e3),
+        "floor ms": number(floor * 1e3, ""),
     }
 
 
@@ -93,7 +94,7 @@ def _notes(runs: Runs, run_id: str) -> list[str]:
     for arm, facts in env["arms"].items():
         if "tried_tok_s" in facts:
             notes.append(
-                f"{arm}: {', '.join(f'{name} {_number(rate)}/s' for name, rate in facts['tried_tok_s'].items())}"
+                f"{arm}: {', '.join(f'{name} {number(rate)}/s' for name, rate in facts['tried_tok_s'].items())}"
             )
     times = {arm: float(row["tpot_p50_s"]) for arm, row in _arms(runs.summary, run_id)}
     if "served" in times and "optimized" in times:
@@ -112,7 +113,7 @@ def _head(runs: Runs) -> str:
     words = [hardware_words(env.get("host", {})), "random weights, greedy"]
     for device, found in rates.items():
         words.append(
-            f"{device}: copies move {found['copy_bytes_s'] / 1e9:,.0f} GB/s, "
+            f"{device}: copies move {size_words(found['copy_bytes_s'])}/s, "
             f"matrix products {found['matmul_flop_s'] / 1e12:,.1f} Tflop/s"
         )
     return "; ".join(words)
@@ -140,9 +141,3 @@ def _ratio(base: pd.Series | None, row: pd.Series, name: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if math.isfinite(share) else ""
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3f}"
