@@ -307,7 +307,7 @@ def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, plac
     where = "each GPU" if place.on_gpu else "this machine"
     return OutOfMemory(
         f"{config.model} needs about {size_words(need)} in {choice.dtype} ({size_words(weights)} of weights, "
-        f"{tokens:,} tokens of cache); {size_words(place.free)} are free on {where}, {_USABLE:.0%} of which may be used.",
+        f"{tokens:,} tokens of cache); {size_words(place.free)} are free on {where}, {_USABLE:.0%} of it usable.",
         hint=f"What would fit: {'; '.join(fits)}."
         if fits
         else f"There is room for about {largest:.1f} billion parameters; it has {model.parameters / 1e9:.1f} billion.",
