@@ -74,6 +74,7 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_queue = max_queue
         self.preemptions = 0
+        self._worth_waiting = max_step_tokens // 4 if prefix_cache else 1 << 60  # tokens of a prompt, see `_lends`
         self._eos = frozenset(eos_token_ids)
         self._rows: dict[int, Row] = {}  # not ended
         self._waiting: deque[Row] = deque()
@@ -280,10 +281,15 @@ class Scheduler:
         """Let waiting rows in, at most so many. Returns what is left of the budget."""
         size = self.pool.page_tokens
         growing = sum(len(row.pages) * size < row.limit for row in self._running)
+        prompts = [row for row in self._running if len(row.token_ids) == row.prompt_tokens]
+        later: list[Row] = []
         while self._waiting and self._memory.free_slots and budget > 0 and len(plan.admitted) < most:
             row = self._waiting[0]
             if row.slot >= 0:
                 break  # preempted with a step in flight: its pages and its last token come with that step
+            if any(self._lends(other, row) for other in prompts):
+                later.append(self._waiting.popleft())
+                continue
             # Every running row shall be able to grow by a page, or this one is soon thrown out again.
             if not self._memory.seat(row, growing, self._running, plan, chunks):
                 break
@@ -295,10 +301,21 @@ class Scheduler:
                 row.cached_tokens = row.computed
             insort(self._running, row)
             plan.admitted.append(row)
+            prompts.append(row)
             count = self._chunk(row, budget)
             budget -= count
             (plan if count == 1 else chunks).add(row, count)
+        self._waiting.extendleft(reversed(later))
         return budget
+
+    def _lends(self, other: Row, row: Row) -> bool:
+        """Whether a row had better wait for a prompt that is being computed (as the others of n of one prompt do).
+
+        It is to begin with half of what is computed there, or it would wait for long; and with enough that computing it
+        again takes longer than the two steps until it can be reused.
+        """
+        end = other.cached_tokens + max(self._worth_waiting, (other.prompt_tokens - other.cached_tokens) // 2)
+        return end < min(row.length, other.prompt_tokens) and row.token_ids[:end] == other.token_ids[:end]
 
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1

@@ -342,6 +342,34 @@ def test_a_slot_goes_on_from_the_prompt_before_with_equal_tokens():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("page_tokens", [4, 48])
+def test_four_samples_of_one_prompt_share_it_and_are_those_of_each_alone(ahead, page_tokens):
+    prompt = [1, 2, 3, 4, 5, 6, 7] * 4
+    found = []
+    for sharing in (False, True):
+        executor = make(pages=44 if page_tokens == 4 else 4, page_tokens=page_tokens, ahead=ahead, prefix_cache=sharing)
+        for row_id in range(4):
+            executor.submit(request(row_id, prompt, 8, do_sample=True, temperature=3.0, seed=row_id, ignore_eos=True))
+        found.append(run(executor))
+        assert executor.status()["kv_pages_used"] == 0
+    assert len({tuple(tokens(events)) for events in found[0].values()}) == 4
+    assert [tokens(found[1][row]) for row in range(4)] == [tokens(found[0][row]) for row in range(4)]
+    shared = 24 if page_tokens == 4 else 27
+    assert [found[1][row][-1].cached_tokens for row in range(4)] == [0, shared, shared, shared]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_prompt_is_reused_after_its_row_was_cancelled(ahead):
+    executor, prompt = make(ahead=ahead), [1, 2, 3, 4, 5, 6, 7] * 3
+    executor.submit(request(0, prompt, 20, ignore_eos=True))
+    run(executor, between=lambda step: executor.cancel(0, "cancelled") if step == 4 else None)
+    executor.submit(request(1, prompt, 6))
+    events = run(executor)
+    assert events[1][-1].cached_tokens == 20
+    assert tokens(events[1]) == ContextDecoder().answer(prompt, 6)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_memory_that_ends_in_the_middle_of_a_batch_fails_its_row_alone(ahead):
     decoder = ContextDecoder()
 

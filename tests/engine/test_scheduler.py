@@ -255,6 +255,27 @@ def test_a_prefix_is_computed_once_and_forgotten_when_memory_is_needed():
     assert cached == [0, 8, 0, 4]  # the third took the end of the first's chain
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize(("page_tokens", "pages"), [(4, 40), (64, 6)])
+def test_of_one_prompt_the_first_is_computed_and_the_others_share_it(ahead, page_tokens, pages):
+    device = make(ahead, pages=pages, page_tokens=page_tokens, max_length=64, max_batch=6, max_step_tokens=16)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8] * 5 + [2]
+    other = [3] * 30
+    for row_id, text in enumerate([prompt, prompt, prompt, prompt, other, [*prompt[:8], *other]]):
+        device.scheduler.submit(request(row_id, text, 3, ignore_eos=True))
+    most = 0
+    while device.scheduler.busy or device.flying:
+        device.step()
+        most = max(most, device.scheduler.pool.used)
+    cached = {row_id: event.cached_tokens for row_id, event in device.ended.items()}
+    assert [cached[row_id] for row_id in range(5)] == [0, 40, 40, 40, 0]
+    assert device.started.index(4) < device.started.index(1)  # who shares nothing does not wait
+    assert device.started.index(5) < device.started.index(1)  # nor does one that shares little
+    assert most <= 36  # without sharing they would hold 62
+    for row_id in range(4):
+        assert device.output[row_id] == device.output[0]
+
+
 def test_without_prefix_cache_nothing_is_reused():
     device = make(prefix_cache=False, max_step_tokens=64)
     for row_id in range(2):
