@@ -7,14 +7,16 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import miinb
 from miinb import Session
 from miinb.errors import InvalidValue, Unavailable
+from miinb.server.watchdog import IDLE_S
 
 TINY = Path(miinb.__file__).parent / "demo" / "tiny"
-OPTIONS = {"all_reduce": "gloo", "threads": 1}
+OPTIONS = {"all_reduce": "gloo", "threads": 1, "speculative": "prompt_lookup"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,28 +24,42 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
 
-def test_two_ranks_serve_and_come_back_after_one_was_killed() -> None:
+def test_two_ranks_serve_and_come_back_after_one_was_killed_and_after_one_was_stopped() -> None:
     prompts = ["Once upon a time", "The dog"]
+    repetitive = {"max_new_tokens": 40, "ignore_eos": True, "logit_bias": {260: 12.0, 331: 11.0}}
     with Session(TINY, device="cpu", dtype="fp32", max_batch=4) as one:
         greedy = one.generate(prompts, max_new_tokens=24).texts
+        repeated = one.generate(prompts[0], **repetitive).text
         drawn = one.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts
     with Session(TINY, device="cpu", dtype="fp32", max_batch=4, tensor_parallel=2, options=OPTIONS) as two:
         assert [(rank.rank, rank.state) for rank in two.status().ranks] == [(0, "ready"), (1, "ready")]
         assert any("gloo" in line.choice for line in two.plan().lines if line.what == "all-reduce")
         assert two.generate(prompts, max_new_tokens=24).texts == greedy
         assert two.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts == drawn
-        before = {rank.pid for rank in two.status().ranks}
-        stream = two.stream("Once", max_new_tokens=400, ignore_eos=True)
-        next(stream)
-        os.kill(max(two.status().ranks, key=lambda rank: rank.rank).pid, signal.SIGKILL)
-        with pytest.raises(Unavailable):
-            list(stream)
-        deadline = time.monotonic() + 120
-        while two.state != "ready" or before & {rank.pid for rank in two.status().ranks}:
-            assert time.monotonic() < deadline, two.logs()
-            time.sleep(0.2)
-        assert two.generate(prompts, max_new_tokens=24).texts == greedy
-        assert "Rank 1 of replica 0 ended" in two.logs(200)
+        guessed = two.generate(prompts[0], **repetitive)
+        assert guessed.text == repeated
+        assert guessed.usage.accepted_tokens > 0
+        for fault, words in ((signal.SIGKILL, "Rank 1 of replica 0 ended"), (signal.SIGSTOP, "it hangs and is killed")):
+            _lose_a_follower(two, fault)
+            assert words in two.logs(200)
+            assert two.generate(prompts, max_new_tokens=24).texts == greedy
+
+
+def _lose_a_follower(two: Session, fault: signal.Signals) -> None:
+    """Its requests fail, at the latest when the watchdog says so, and other ranks come."""
+    before = {rank.pid for rank in two.status().ranks}
+    stream = two.stream("Once", max_new_tokens=400, ignore_eos=True)
+    next(stream)
+    began = time.monotonic()
+    os.kill(max(two.status().ranks, key=lambda rank: rank.rank).pid, fault)
+    with pytest.raises(Unavailable):
+        list(stream)
+    assert time.monotonic() - began < IDLE_S + 20
+    deadline = time.monotonic() + 120
+    while two.state != "ready" or before & {rank.pid for rank in two.status().ranks}:
+        assert time.monotonic() < deadline, two.logs()
+        time.sleep(0.2)
+    assert not any(psutil.pid_exists(pid) for pid in before)
 
 
 def test_what_does_not_divide_is_refused_before_anything_starts() -> None:

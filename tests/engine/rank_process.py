@@ -2,7 +2,8 @@
 
 Both ranks go through the passes together. Rank 0 runs each model alone first, then with the follower, and both write
 what they saw to FOLDER/rank-N.json. Faults: "none"; "memory-0", "memory-1": that rank has none in the step of a prompt;
-"death-1": rank 1 is killed in a step.
+"nan-0", "nan-1": a token's embedding is NaN there; "death-1": rank 1 is killed in a step. No faults but other ways:
+"int8", "bf16", and "ahead": steps are launched before the tokens of the one before are read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from miinb.engine.parallel import PeerLost
 from miinb.engine.policies import POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.readers import SafetensorsReader
-from miinb.engine.weights import load_weights
+from miinb.engine.weights import DTYPES, load_weights
+from miinb.kernels.cpu import CpuKernels
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest, TokensEvent
 
 CPU = torch.device("cpu")
@@ -45,22 +47,24 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
 ]
 
 
-def load(folder: str, ranks: Ranks | None) -> tuple[EngineInfo, Decoder, KVCache]:
+def load(folder: str, ranks: Ranks | None, dtype: str) -> tuple[EngineInfo, Decoder, KVCache]:
     model = models.inspect(folder)
     spec, size = model.spec, 2 if ranks else 1
     assert spec is not None
     weights = load_weights(
-        model, POLICIES[model.family], spec, dtype="fp32", device=CPU, rank=ranks.rank if ranks else 0, ranks=size
+        model, POLICIES[model.family], spec, dtype=dtype, device=CPU, rank=ranks.rank if ranks else 0, ranks=size
     )
     local = spec.shard(size)
-    decoder = Decoder(local, weights, group=ranks.group if ranks else None)
+    kernels = CpuKernels(DTYPES[dtype], int8=dtype == "int8")
+    ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})
+    decoder = Decoder(local, weights, group=ranks.group if ranks else None, ops=ops)
     pages = CacheSize(24, 8, 96, 5, 0)  # too few for all rows: some are preempted
     info = EngineInfo(
         replica=0, model=folder, task="text-generation", engine="optimized", dtype="fp32", device="cpu",
         vocab_size=spec.vocab_size, max_length=96, max_batch=5, eos_token_ids=(2,), tokenizer_folder="",
         plan=Plan("optimized", "cpu", "fp32"),
     )  # fmt: skip
-    return info, decoder, KVCache(local, pages, torch.float32, CPU)
+    return info, decoder, KVCache(local, pages, DTYPES[dtype], CPU)
 
 
 def answers(executor: StepExecutor, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Any]:
@@ -83,6 +87,8 @@ def answers(executor: StepExecutor, requests: list[tuple[list[int], dict[str, An
 def break_down(decoder: Decoder, fault: str, rank: int) -> None:
     """Make an operator of this rank fail after some collectives of a long step, and of the next long one."""
     kind, _, whose = fault.partition("-")
+    if kind == "nan" and whose == str(rank):
+        decoder.weights.embed[PROMPTS[0][3]] = float("nan")
     whole = decoder.ops.linear
     left = [7, 7]  # calls of each step; a layer makes three
 
@@ -96,7 +102,7 @@ def break_down(decoder: Decoder, fault: str, rank: int) -> None:
                 raise torch.OutOfMemoryError("no memory")
         return whole(x, packed, **options)
 
-    if whose == str(rank):
+    if kind in ("memory", "death") and whose == str(rank):
         decoder.ops = Operators(**{**decoder.ops._asdict(), "linear": linear})
 
 
@@ -108,25 +114,29 @@ def run_pass(folder: str, fault: str, ranks: Ranks) -> dict[str, Any]:
         seen[name] = seen.get(name, 0) + target.numel()
         fill(self, target, name, region)
 
-    alone = load(folder, None)
+    dtype = fault if fault in DTYPES else "fp32"
+    alone = load(folder, None, dtype)
     SafetensorsReader.fill = counting  # type: ignore[method-assign]
-    info, decoder, cache = load(folder, ranks)
+    info, decoder, cache = load(folder, ranks, dtype)
     SafetensorsReader.fill = fill  # type: ignore[method-assign]
     break_down(decoder, fault, ranks.rank)
     ranks.meet()
     if ranks.link is not None:
         Follower(info, decoder, cache, OPTIONS, ranks.link).run()
         return {"read": seen}
-    requests = REQUESTS if fault == "none" else REQUESTS[:3]
+    requests = REQUESTS if "-" not in fault else REQUESTS[:3]
     result: dict[str, Any] = {"read": seen, "shapes": sizes(folder)}
     one = StepExecutor(info=alone[0], decoder=alone[1], cache=alone[2], options=OPTIONS)
     result["alone"] = answers(one, requests)
-    two = StepExecutor(info=info, decoder=decoder, cache=cache, options=OPTIONS, followers=Followers.of(ranks.leader))
+    two = StepExecutor(
+        info=info, decoder=decoder, cache=cache, options=OPTIONS, followers=Followers.of(ranks.leader),
+        launch_ahead=fault == "ahead",
+    )  # fmt: skip
     started = time.monotonic()
     try:
         result["together"] = answers(two, requests)
-        result["again"] = answers(two, requests) if fault != "none" else result["together"]
-        result["preemptions"] = two.scheduler.preemptions
+        result["again"] = answers(two, requests) if "-" in fault else result["together"]
+        result["accepted"] = two.scheduler.drafts.accepted
         assert ranks.leader is not None
         ranks.leader.send(b"")
     except PeerLost as error:

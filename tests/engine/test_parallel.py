@@ -27,7 +27,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "opt-350m": {},
     "gpt_neox": {},
 }
-FAULTS = ("memory-1", "memory-0", "death-1")
+#: Halves that are whole groups of 64 columns: int8 rounds them as one rank does.
+WIDE = {"intermediate_size": 256, "head_dim": 32}
+FAULTS = ("ahead", "bf16", "nan-0", "nan-1", "memory-1", "memory-0", "death-1")
 
 
 def run_ranks(folder: Path, all_reduce: str, passes: list[str], port: str) -> list[dict[str, Any]]:
@@ -62,7 +64,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     for name, changes in CHANGES.items():
         build(name, folder / name, changes)
-    passes = [f"{folder / name}=none" for name in CHANGES] + [f"{folder / 'llama'}={fault}" for fault in FAULTS]
+    build("llama", folder / "wide", WIDE)
+    passes = [f"{folder / name}=none" for name in CHANGES] + [f"{folder / 'wide'}=int8"]
+    passes += [f"{folder / 'llama'}={fault}" for fault in FAULTS]
     results = run_ranks(folder / "run", "gloo", passes, "29871")
     return [{key.rpartition("/")[2]: value for key, value in one.items()} for one in results]
 
@@ -74,6 +78,35 @@ def test_two_ranks_give_the_tokens_of_one(pair: list[dict[str, Any]], name: str)
     assert [len(row) for row in seen["alone"]] == [48, 48, 48, 48, 20, 20]
     assert seen["together"] == seen["alone"]
     assert len({tuple(row) for row in seen["alone"]}) == 6
+    assert seen["accepted"] > 0  # the fourth row guesses, and its tokens are the same
+
+
+def test_two_ranks_that_launch_ahead_and_guess_give_the_tokens_of_one(pair: list[dict[str, Any]]) -> None:
+    assert pair[0]["llama=ahead"]["together"] == pair[0]["llama=none"]["alone"]
+    assert pair[0]["llama=ahead"]["accepted"] > 0
+
+
+def test_two_ranks_round_to_int8_as_one_does(pair: list[dict[str, Any]]) -> None:
+    seen = pair[0]["wide=int8"]
+    assert seen["together"] == seen["alone"]
+    matrices = 0
+    for name, size in seen["shapes"].items():
+        read = [rank["wide=int8"]["read"][name.removeprefix("model.")] for rank in pair]
+        assert sum(read) == size if "_proj" in name else max(read) <= size, name
+        matrices += "_proj" in name
+    assert matrices == 21
+
+
+def test_two_ranks_answer_in_bf16(pair: list[dict[str, Any]]) -> None:
+    seen = pair[0]["llama=bf16"]
+    assert [row[:4] for row in seen["together"]] == [row[:4] for row in seen["alone"]]  # sums round differently
+    assert [len(row) for row in seen["together"]] == [48, 48, 48, 48, 20, 20]
+
+
+@pytest.mark.parametrize("fault", ["nan-0", "nan-1"])
+def test_nan_on_one_rank_fails_its_request_and_the_others_go_on(pair: list[dict[str, Any]], fault: str) -> None:
+    seen = pair[0][f"llama={fault}"]
+    assert seen["together"] == seen["again"] == [["NonFinite"], *seen["alone"][1:]]
 
 
 @pytest.mark.parametrize("name", CHANGES)
