@@ -153,6 +153,6 @@ def _read_row(data: bytes, at: int) -> tuple[int, Row, int]:
     at += length
     ids = array("i", data[at : at + 4 * tokens]).tolist()
     params = GenerationParams.from_json(json.dumps(words["params"]))
-    row = Row(SequenceRequest(words["row_id"], ids, params, 0.0), 0, frozenset(words["eos"]))
+    row = Row(SequenceRequest(words["row_id"], ids, params, 0.0), (0, 0, 0), frozenset(words["eos"]))
     row.prompt_tokens = words["prompt_tokens"]
     return place, row, at + 4 * tokens

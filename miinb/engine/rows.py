@@ -35,6 +35,10 @@ def check_request(request: SequenceRequest, max_length: int, vocab_size: int) ->
         )
 
 
+#: When a row arrived: plans made before, the negative of its new tokens, rows submitted before.
+Order = tuple[int, int, int]
+
+
 class RowState(Enum):
     """Where a row is in its life."""
 
@@ -47,6 +51,7 @@ class Row:
     """One sequence in the scheduler.
 
     Attributes:
+        order: the least goes first.
         token_ids: prompt and the new tokens that the host knows.
         length: prompt and new tokens, those of steps in flight included.
         computed: how many of them have their keys and values in the cache, or will when the steps in flight end.
@@ -85,7 +90,7 @@ class Row:
         "token_ids",
     )
 
-    def __init__(self, request: SequenceRequest, order: int, eos: frozenset[int]) -> None:
+    def __init__(self, request: SequenceRequest, order: Order, eos: frozenset[int]) -> None:
         self.request = request
         self.row_id = request.row_id
         self.order = order

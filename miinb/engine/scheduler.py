@@ -1,11 +1,12 @@
 """Continuous batching: which rows compute how many tokens in the next step. Pure Python, no torch.
 
 The scheduler has the order: who computes, who waits, who goes back. The pages and slots themselves are `RowMemory`'s.
-Rows are served in order of arrival. Each step gives one token to every decoding row and fills what is left of
-`max_step_tokens` with prompts, in chunks (Sarathi-Serve, arXiv:2403.02310). Memory is counted in pages (PagedAttention,
-arXiv:2309.06180). When pages run out the youngest row gives its pages back and is computed again later: nothing is
-lost, and because no younger row ever goes first, the oldest row always makes progress and none starves. A long prompt
-leaves half of a step's room to those who came after it.
+Rows are served in order of arrival; of those that arrive between two steps, in practice the prompts of one call, the
+longest answers go first, as the call ends with them. Each step gives one token to every decoding row and fills what is
+left of `max_step_tokens` with prompts, in chunks (Sarathi-Serve, arXiv:2403.02310). Memory is counted in pages
+(PagedAttention, arXiv:2309.06180). When pages run out the youngest row gives its pages back and is computed again
+later: nothing is lost, and because no younger row ever goes first, the oldest row always makes progress and none
+starves. A long prompt leaves half of a step's room to those who came after it.
 
 `schedule` may run ahead of `complete` by a step: the tokens of step n are then still on the GPU while step n+1 is
 planned. So a row's end (EOS) acts one step late, and the pages of a row are given back only when no step in flight can
@@ -21,7 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from miinb.engine.drafts import Drafts, most_places
 from miinb.engine.row_memory import RowMemory
-from miinb.engine.rows import Row, RowState, StepPlan, check_request
+from miinb.engine.rows import Order, Row, RowState, StepPlan, check_request
 from miinb.errors import DeadlineExceeded, MiinbError, NonFinite, QueueFull
 from miinb.messages import Event, FailedEvent, FinishReason, SequenceRequest, TokenLogprob, TokensEvent
 
@@ -80,9 +81,9 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in order of arrival
         self._suspects: deque[Row] = deque()  # of a step that raised: each is computed alone, to see whose fault it is
-        self._deadlines: list[tuple[float, int, Row]] = []
+        self._deadlines: list[tuple[float, Order, Row]] = []
         self._events: list[Event] = []
-        self._arrivals = 0
+        self._arrivals = self._plans = 0
 
     # ------------------------------------------------------------------ rows come and go
 
@@ -99,12 +100,13 @@ class Scheduler:
             raise QueueFull(f"{len(self._waiting)} rows wait already.", hint="Try again later.")
         params = request.params
         eos = frozenset(params.eos_token_id) if params.eos_token_id is not None else self._eos
-        row = Row(request, self._arrivals, frozenset() if params.ignore_eos else eos)
+        order = (self._plans, -params.max_new_tokens, self._arrivals)
+        row = Row(request, order, frozenset() if params.ignore_eos else eos)
         if self.speculative:
             self.drafts.enable(row, params)
         self._arrivals += 1
         self._rows[row.row_id] = row
-        self._waiting.append(row)
+        insort(self._waiting, row)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, row.order, row))
 
@@ -157,6 +159,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """Plan the next step; None if nothing can be computed before a step in flight is complete, or at all."""
         self._expire(now)
+        self._plans += 1
         plan = StepPlan()
         if self._suspects:
             self._isolate(plan, now)

@@ -29,7 +29,19 @@ try:
 except ImportError:
     triton = tl = gdc_launch_dependents = gdc_wait = None
 
-__all__ = ["arrival_counters", "jit", "launch_options", "power_of_2", "tl", "use_triton", "wait_for_inputs"]
+__all__ = [
+    "arrival_counters",
+    "jit",
+    "launch_options",
+    "power_of_2",
+    "shared_memory_bytes",
+    "tl",
+    "use_triton",
+    "wait_for_inputs",
+]
+
+#: Shared memory that one program may have, by compute capability; others have what 8.6 has.
+_SHARED_MEMORY = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -62,17 +74,25 @@ def use_triton(x: Tensor) -> bool:
 
 def launch_options(x: Tensor) -> dict[str, Any]:
     """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
-    pdl = _target_has_pdl() if x.is_meta else x.is_cuda and _has_pdl(x.device)
+    pdl = _target_arch() >= 90 if x.is_meta else x.is_cuda and _capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 @functools.cache
-def _has_pdl(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
-def _target_has_pdl() -> bool:
-    return bool(triton.runtime.driver.active.get_current_target().arch >= 90)
+def shared_memory_bytes(x: Tensor) -> int:
+    """Shared memory that one program on the tensor's GPU may have."""
+    if x.is_cuda:
+        major, minor = _capability(x.device)
+        return _SHARED_MEMORY.get(10 * major + minor, 99 << 10)
+    return _SHARED_MEMORY.get(_target_arch(), 99 << 10) if x.is_meta else 227 << 10
+
+
+def _target_arch() -> int:
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @functools.cache

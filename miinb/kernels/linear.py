@@ -1,4 +1,4 @@
-"""Linear layers on packed weights: a matrix-vector kernel for one row, cuBLAS for more."""
+"""Linear layers on packed weights: a matrix-vector kernel for one row, `product` or cuBLAS for more."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
 from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.product import product, product_tile
 
 
 @dataclass(slots=True)
@@ -62,6 +63,10 @@ def linear(
         )
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
+    if tile := product_tile(x, packed.weight.shape[0], gated=False):
+        if out is not None:
+            return product(x, packed.weight, packed.bias, tile, out=out)
+        return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
         return _product(x, packed, out)
     if activation in _EPILOGUES and packed.bias is not None and not INTERPRETED:
@@ -89,8 +94,11 @@ def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
     Returns:
         [T, I].
     """
-    if use_triton(x) and x.shape[0] == 1 and packed.scale is None:
-        return _gemv_launch(x, packed, kind, None, gated_pair=True)
+    if use_triton(x) and packed.scale is None:
+        if x.shape[0] == 1:
+            return _gemv_launch(x, packed, kind, None, gated_pair=True)
+        if tile := product_tile(x, packed.weight.shape[0] // 2, gated=True):
+            return product(x, packed.weight, packed.bias, tile, activation=kind, gated=True)
     return gated(linear(x, packed), kind)
 
 

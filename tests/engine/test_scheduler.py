@@ -234,6 +234,16 @@ def test_rows_start_in_order_of_arrival_and_a_large_one_is_not_passed_by_small_o
     assert list(dict.fromkeys(device.started)) == [0, 1, 2, 3, 4, 5]
 
 
+def test_of_rows_that_arrive_together_the_longest_answers_go_first_and_later_ones_do_not_pass_them():
+    device = make(max_batch=1, eos_token_ids=[])
+    for row_id, new in enumerate([2, 4, 3, 4]):
+        device.scheduler.submit(request(row_id, [1, row_id], new))
+    device.step()
+    device.scheduler.submit(request(4, [1, 4], 5))
+    device.run()
+    assert list(device.ended) == [1, 3, 2, 0, 4]
+
+
 def test_prompts_are_chunked_beside_decoding_rows():
     device = make(max_step_tokens=8)
     device.scheduler.submit(request(0, [1, 2], 10, ignore_eos=True))

@@ -17,6 +17,7 @@ from miinb.kernels.dispatch import INTERPRETED
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.product import product_tile
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
 
@@ -113,6 +114,41 @@ def test_gated_linear(rows: int, bias: bool) -> None:
     b = rand(2 * 33) if bias else None
     expected = reference.gated(reference.linear(wide(x), wide(weight), wide(b)), "silu")
     same(gated_linear(x, PackedLinear(weight, b), "silu"), expected)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:])
+@pytest.mark.parametrize("rows", [2, 40, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_gated_pairs(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    x, weight = rand(rows, 256, dtype=dtype), rand(2 * 128, 256, dtype=dtype)
+    b = rand(2 * 128, dtype=dtype) if bias else None
+    assert product_tile(x, 128, gated=True)
+    expected = reference.gated(reference.linear(wide(x), wide(weight), wide(b)), "silu")
+    same(gated_linear(x, PackedLinear(weight, b), "silu"), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 20, 70])
+def test_products_with_long_sums(rows: int) -> None:
+    shapes = ((rows, 1152), (128, 1152), (128,), (rows, 128))
+    x, weight, bias, residual = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in shapes)
+    tile = product_tile(x, 128, gated=False)
+    assert tile
+    assert tile["SPLIT"] > 1
+    expected = reference.linear(wide(x), wide(weight), wide(bias), activation="relu", residual=wide(residual))
+    out = linear(x, PackedLinear(weight, bias), activation="relu", residual=residual)
+    same(out, expected)
+    again = torch.empty(rows + 1, 128, dtype=x.dtype, device=x.device)
+    linear(x, PackedLinear(weight, bias), out=again[:rows])
+    same(again[:rows], reference.linear(wide(x), wide(weight), wide(bias)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "dtype"),
+    [(1, 256, 128, torch.bfloat16), (257, 256, 128, torch.bfloat16), (2, 200, 128, torch.bfloat16),
+     (2, 256, 100, torch.bfloat16), (2, 256, 128, torch.float32)],
+)  # fmt: skip
+def test_other_products_are_cublas(rows: int, k: int, n: int, dtype: torch.dtype) -> None:
+    assert product_tile(torch.empty(rows, k, dtype=dtype), n, gated=True) is None
 
 
 ROPE = [
