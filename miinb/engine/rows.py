@@ -174,6 +174,13 @@ class StepPlan:
         row.length += samples
         row.in_flight += 1
 
+    def longest_first(self) -> None:
+        """Order rows of one token by context: a GPU starts with those that take longest, and ends with all at once."""
+        order = sorted(range(len(self.rows)), key=self.starts.__getitem__, reverse=True)
+        self.rows = [self.rows[i] for i in order]
+        self.starts = [self.starts[i] for i in order]
+        self.samples = [self.samples[i] for i in order]
+
     def widen(self, budget: int, page_tokens: int) -> int:
         """Let rows compute more of their prompts, as far as their pages reach. Returns what is left of the budget."""
         for i, row in enumerate(self.rows):

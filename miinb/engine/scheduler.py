@@ -256,6 +256,8 @@ class Scheduler:
             (plan if count == 1 else chunks).add(row, count)
         if self._waiting and not short:
             budget = self._admit(plan, chunks, budget, now)
+        if len(plan.rows) > 1:
+            plan.longest_first()
         if chunks.rows:
             budget = chunks.widen(budget, size)
         if self.speculative:

@@ -95,7 +95,7 @@ def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, A
     splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), fewest), 32)
     block_g = max(power_of_2(heads // kv_heads), 16)
     parts = rows * kv_heads * splits
-    _decode[(rows, kv_heads, splits)](
+    _decode[(kv_heads, rows, splits)](  # rows in their order, which begins with the longest contexts
         *tensors,
         torch.empty((parts, block_g, settings["HEAD_SIZE"]), dtype=torch.float32, device=q.device),
         torch.empty((parts, 2, block_g), dtype=torch.float32, device=q.device),
@@ -186,7 +186,7 @@ def _decode(
 
     All query heads that share a KV head are the rows of one product. A MIXED step's longer rows are `_prefill`'s.
     """
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)

@@ -1,6 +1,6 @@
 """Products of few rows with many weights, where cuBLAS leaves memory idle: gated pairs, and sums over many columns.
 
-Between 2 and 256 rows reading the weights and multiplying take about equally long. Two things help there: to apply the
+Between 2 and 128 rows reading the weights and multiplying take about equally long. Two things help there: to apply the
 gate before anything is written, and to split a long sum over programs when the outputs alone do not fill the GPU.
 """
 
@@ -16,13 +16,11 @@ from torch import Tensor
 from miinb.kernels.activation import activation_of
 from miinb.kernels.dispatch import arrival_counters, jit, launch_options, shared_memory_bytes, tl, wait_for_inputs
 
-_MOST_GATED_ROWS = 256
-_MOST_DEEP_ROWS = 128
-#: (rows, outputs, columns) of a tile and its warps: the first that has the rows, or several of the last.
-_GATED = ((16, 64, 128, 4), (32, 64, 128, 4), (64, 64, 128, 4), (128, 64, 128, 8))
-_DEEP = ((16, 64, 128, 4), (32, 64, 128, 4), (64, 64, 64, 4), (128, 64, 64, 4))
+#: (rows, outputs, columns) of a tile, its warps, and loads in flight; the first tile that has the rows.
+_GATED = ((16, 32, 128, 4, 5), (32, 64, 128, 4, 5), (64, 64, 64, 4, 5), (128, 64, 128, 8, 3))
+_DEEP = ((16, 64, 128, 4, 7), (32, 64, 128, 4, 7), (64, 32, 128, 4, 7), (128, 64, 64, 4, 7))
+_MOST_ROWS = 128
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
-_MOST_STAGES = 7  # loads in flight; more gain nothing
 
 
 def product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None:
@@ -32,13 +30,12 @@ def product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None:
     the kernel needs no masks for weights.
     """
     rows, k = x.shape
-    most_rows = _MOST_GATED_ROWS if gated else _MOST_DEEP_ROWS
     deep = gated or k >= 2 * n
-    if not 1 < rows <= most_rows or not deep or x.element_size() != 2 or k % 128 or n % 128:
+    if not 1 < rows <= _MOST_ROWS or not deep or x.element_size() != 2 or k % 128 or n % 128:
         return None
-    block_m, block_n, block_k, warps = next(t for t in (_GATED if gated else _DEEP) if rows <= t[0] or t[0] == 128)
+    block_m, block_n, block_k, warps, stages = next(tile for tile in (_GATED if gated else _DEEP) if rows <= tile[0])
     stage_bytes = (block_m + block_n * (2 if gated else 1)) * block_k * 2
-    stages = min(shared_memory_bytes(x) // stage_bytes, _MOST_STAGES)
+    stages = min(shared_memory_bytes(x) // stage_bytes, stages)
     if stages < 2:
         return None
     split = 1 if gated else min(max(_PROGRAMS // (n // block_n), 1), 8)
