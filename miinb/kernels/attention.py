@@ -23,7 +23,7 @@ from miinb.kernels.dispatch import (
 _LOG2E = 1.4426950408889634
 _BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
 _ROW_PROGRAMS = 256  # decode: at most so many for one row, about two for each multiprocessor of an H100,
-_DECODE_PROGRAMS = 512  # and so many for all rows, as far as there are keys for them
+_DECODE_PROGRAMS = 1024  # and so many for all rows, as far as there are keys for them
 _LEAST_KEYS = 64  # of one part of a context; more in longer ones, as merging many parts costs more than it gains
 _MIXED_SPLITS = 4  # of each row of a mixed step, which may have few rows of one query among many
 _PREFILL_ROWS = 64
