@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from miinb import splitting
 from miinb.config import DeploymentConfig
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
 from miinb.hardware import Gpu, Hardware
@@ -128,10 +129,7 @@ def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
     if ranks == 1:
         return choice
     if choice.engine != "optimized" or model.spec is None:
-        raise InvalidValue(
-            f"tensor_parallel: only the optimized engine splits a model ({choice.lines[-1].reason}).",
-            hint="Use tensor_parallel=1; replicas=N serves copies of it.",
-        )
+        return _split_by_autotp(choice, model, ranks)
     if misfit := model.spec.misfit(ranks):
         fits = [str(n) for n in range(1, 65) if not model.spec.misfit(n)]
         raise InvalidValue(
@@ -140,6 +138,20 @@ def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
         )
     heads = model.spec.shard(ranks).heads
     return choice.with_line("tensor_parallel", f"{ranks} ranks", f"{heads} of {model.heads} attention heads each")
+
+
+def _split_by_autotp(choice: Plan, model: ModelInfo, ranks: int) -> Plan:
+    """The same where transformers run the model. Raises InvalidValue."""
+    if why := splitting.misfit(model, ranks):
+        fits = splitting.fitting(model)
+        raise InvalidValue(
+            f"tensor_parallel: {why}.",
+            hint=f"Numbers of ranks that work: {', '.join(map(str, fits))}."
+            if len(fits) > 1
+            else "Use tensor_parallel=1; replicas=N serves copies of it.",
+        )
+    reason = f"{model.heads // ranks} of {model.heads} attention heads each; the embedding is whole on each"
+    return choice.with_line("tensor_parallel", f"{ranks} ranks, DeepSpeed AutoTP", reason)
 
 
 def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]) -> Plan:
@@ -200,6 +212,10 @@ def _memory(
     token = model.kv_bytes_per_token(choice.dtype, ranks)
     length = _length(config, model, on_gpu=place.on_gpu)
     room = place.usable - weights
+    if ranks > 1 and choice.engine != "optimized":
+        choice = _loaded_whole(choice, config, model, hardware)
+        weights = splitting.rank_bytes(model, choice.dtype, ranks)
+        room = place.usable - (weights if place.on_gpu else model.weights_bytes(choice.dtype))
     if room < token * (config.max_length or min(length, 64)):
         raise _does_not_fit(config, choice, model, place, length)
     share = f", the share of each of {ranks} ranks" if ranks > 1 else ""
@@ -213,6 +229,19 @@ def _memory(
     if config.options.speculative != "off":
         return choice.with_line("speculation", "off", "plain transformers serve this model")
     return choice
+
+
+def _loaded_whole(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
+    """The plan with what AutoTP takes of the host's memory at the start. Raises OutOfMemory."""
+    ranks = config.tensor_parallel * config.replicas
+    whole = model.weights_bytes(choice.dtype)
+    if ranks * whole > hardware.free_bytes * _USABLE:
+        raise OutOfMemory(
+            f"Each of {ranks} ranks reads all {_gb(whole)} of {config.model} before it keeps its part; "
+            f"{_gb(hardware.free_bytes)} of the host's memory are free.",
+            hint="Use fewer ranks.",
+        )
+    return choice.with_line("load", f"{ranks} x {_gb(whole)}", "of host memory: each rank reads the whole model first")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

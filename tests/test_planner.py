@@ -103,7 +103,11 @@ def test_fallbacks_say_so() -> None:
         ({"dtype": "fp8"}, InvalidValue, "not built yet"),
         ({"kv_dtype": "fp8"}, InvalidValue, "kv_dtype"),
         ({"tensor_parallel": 3}, InvalidValue, "do not divide by 3. Numbers of ranks that work: 1, 2, 4, 8"),
-        ({"tensor_parallel": 3, "engine": "baseline"}, InvalidValue, "only the optimized engine splits a model"),
+        (
+            {"tensor_parallel": 3, "engine": "baseline"},
+            InvalidValue,
+            "the 32 attention heads of llama do not divide by 3",
+        ),
         ({"device": "cuda"}, InvalidValue, "no GPU can be seen"),
         ({"gpus": [0]}, InvalidValue, "no GPU can be seen"),
         ({"task": "fill-mask"}, UnsupportedModel, "does not serve"),
@@ -123,6 +127,35 @@ def test_ranks_share_weights_cache_and_cores() -> None:
     assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes  # each has the whole embedding
     assert two.kv_cache_bytes == one.kv_cache_bytes / 2
     assert "2 ranks" in line(two, "threads")
+
+
+def test_transformers_models_are_split_by_autotp() -> None:
+    one, two = planned(engine="baseline", max_batch=2), planned(engine="baseline", max_batch=2, tensor_parallel=2)
+    assert line(two, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP: 16 of 32 attention heads each")
+    assert line(two, "load") == "2 x 1.71 GB: of host memory: each rank reads the whole model first"
+    assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes
+    with pytest.raises(OutOfMemory, match="Each of 2 ranks reads all 137"):
+        planned(dataclasses.replace(TWO_GPUS, free_bytes=200 * GB), large(), engine="baseline", tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt2", {}, "AutoTP does not split gpt2"),
+        ("olmo2", {}, "AutoTP does not split olmo2"),
+        ("mixtral", {}, "AutoTP does not split mixtral"),
+        ("falcon", {}, "falcon with new_decoder_architecture=True alone"),
+        ("cohere", {"use_qk_norm": True}, "cohere with use_qk_norm=False alone"),
+        ("codegen", {"heads": 12}, "the 12 attention heads of llama do not divide by 8"),
+        ("granite", {"kv_heads": 1}, "the 1 key/value heads of llama do not divide by 2"),
+    ],
+)
+def test_what_autotp_cannot_split_is_refused(family: str, changes: dict[str, Any], words: str) -> None:
+    facts = {name: value for name, value in changes.items() if name in ("heads", "kv_heads")}
+    model = dataclasses.replace(LLAMA, family=family, config=CONFIG | changes, spec=None, **facts)
+    with pytest.raises(InvalidValue, match="tensor_parallel") as caught:
+        planned(model=model, tensor_parallel=2, engine="baseline")
+    assert words in caught.value.message
 
 
 def test_gpus_that_are_not_there() -> None:

@@ -19,12 +19,16 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
+from miinb.engine.autotp import split
 from miinb.engine.beam_search import search
-from miinb.engine.compute import request_error
+from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Executor, Poll
 from miinb.engine.finite import check_finite
 from miinb.engine.generation import DYNAMIC, BaselineRow, generate, measure_caches
+from miinb.engine.lockstep import BatchFollower, Lead, settled
+from miinb.engine.parallel import PeerLost
 from miinb.engine.pipelines import PredictExecutor
+from miinb.engine.ranks import ALONE, Ranks
 from miinb.engine.rows import check_request
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
 from miinb.messages import (
@@ -34,6 +38,7 @@ from miinb.messages import (
     FinishedEvent,
     FinishReason,
     Phase,
+    Plan,
     PredictRequest,
     SequenceRequest,
     TokenLogprob,
@@ -61,11 +66,13 @@ def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> 
         )
     cls = getattr(transformers, TASKS[info.task].auto_class)
     dtype = DTYPES[info.dtype]
+    device = info.device if config.tensor_parallel == 1 else "cpu"  # the whole model may not fit a GPU
     if config.load_format == "dummy":
+        torch.manual_seed(0)  # every rank must make the same
         settings = transformers.AutoConfig.from_pretrained(
             model.folder, local_files_only=True, trust_remote_code=config.trust_remote_code
         )
-        with torch.device(info.device):
+        with torch.device(device):
             loaded = cls.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return loaded.eval()
     extra = {"gguf_file": model.files[0].name} if model.format == "gguf" else {"use_safetensors": True}
@@ -84,23 +91,29 @@ def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> 
             + (f" and {len(missing) - 1} more." if missing[1:] else "."),
             hint=f"It cannot serve {info.task}.",
         )
-    return loaded.to(info.device).eval()
+    return loaded.to(device).eval()
 
 
 def load_baseline(
-    model: ModelInfo, config: DeploymentConfig, info: EngineInfo, report: Callable[[Phase], None]
-) -> Executor:
-    """The executor of plain transformers for a model's task.
+    model: ModelInfo,
+    config: DeploymentConfig,
+    info: EngineInfo,
+    report: Callable[[Phase], None],
+    ranks: Ranks = ALONE,
+) -> Executor | BatchFollower:
+    """The executor of plain transformers for a model's task; above rank 0 what follows it.
 
     Args:
         model: the model's files.
         config: `options.compile` measures the KV caches of transformers and takes the fastest.
         info: what the frontend is told; its plan gets a line about how transformers is run.
         report: told of each phase.
+        ranks: the others of this replica.
 
     Raises:
         MissingHead: the checkpoint lacks weights that the task needs.
-        UnsupportedModel: the task is not served.
+        UnsupportedModel: the task is not served, or the model cannot be split.
+        PeerLost: another rank ended.
     """
     report(Phase("load", 0, 1, f"{model.family} with transformers"))
     loaded = load_model(model, config, info)
@@ -109,14 +122,16 @@ def load_baseline(
         report(Phase("verify"))
         check_finite(loaded.parameters(), model, DTYPES[info.dtype])
     attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
-    plan = info.plan.with_line(
-        "engine",
-        "transformers",
-        f"eager, attention {attention}",
-        weights_bytes=sum(parameter.nbytes for parameter in loaded.parameters()),
-    )
+    plan = info.plan.with_line("engine", "transformers", f"eager, attention {attention}")
+    if config.tensor_parallel > 1:
+        loaded, plan = _split(loaded, config, ranks, plan)
+    plan = dataclasses.replace(plan, weights_bytes=sum(parameter.nbytes for parameter in loaded.parameters()))
+    info = dataclasses.replace(info, plan=plan)
+    lead = Lead(ranks.leader, config.tensor_parallel - 1) if ranks.leader is not None else None
     if not TASKS[info.task].streams:
-        return PredictExecutor(loaded, model, config, dataclasses.replace(info, plan=plan))
+        if ranks.link is not None:
+            return BatchFollower(info, loaded, ranks.link)
+        return PredictExecutor(loaded, model, config, info, lead)
     cache = batch_cache = DYNAMIC
     # In place of the optimized engine transformers gets its fastest cache on a GPU; on a CPU compiling takes too long.
     stands_in = config.engine == "optimized" and info.device == "cuda"
@@ -130,7 +145,22 @@ def load_baseline(
         more = f"; {batch_cache} for several rows" if batch_cache != cache else ""
         plan = plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1{more}")
     info, queue = dataclasses.replace(info, plan=plan), config.options.max_queue
-    return BatchExecutor(loaded, info, max_queue=queue, cache=cache, batch_cache=batch_cache)
+    if ranks.link is not None:
+        return BatchFollower(info, loaded, ranks.link)
+    return BatchExecutor(loaded, info, max_queue=queue, cache=cache, batch_cache=batch_cache, lead=lead)
+
+
+def _split(model: Any, config: DeploymentConfig, ranks: Ranks, plan: Plan) -> tuple[Any, Plan]:
+    """This rank's part of the model, and the plan with what was done. Raises UnsupportedModel, PeerLost."""
+    ranks.meet()  # before the first collective, whose time is limited
+    count, verify = config.tensor_parallel, config.options.parity != "off"
+    try:
+        model, difference = split(model, count, device=plan.device, verify=verify)
+    except UnsupportedModel:
+        ranks.check()
+        raise
+    how = f"outputs within {difference:.1e} of the whole model's" if verify else "not compared with the whole model"
+    return model, ranks.describe(plan.with_line("tensor_parallel", f"{count} ranks, DeepSpeed AutoTP", how))
 
 
 class BatchExecutor:
@@ -142,6 +172,7 @@ class BatchExecutor:
         max_queue: most rows that wait.
         cache: which of `generation.CACHES` for a row alone.
         batch_cache: the same for batches of several; None: `cache`.
+        lead: to the replica's other ranks, which compute the same batches.
     """
 
     def __init__(
@@ -152,14 +183,14 @@ class BatchExecutor:
         max_queue: int,
         cache: str = DYNAMIC,
         batch_cache: str | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.info = info
         self.model = model
-        # Requests say everything; nothing comes unasked from the checkpoint's generation_config.json.
-        self.model.generation_config = transformers.GenerationConfig()
         self.cache = cache
         self.batch_cache = batch_cache or cache
         self._max_queue = max_queue
+        self._lead = lead
         self._waiting: deque[BaselineRow] = deque()
         self._running: list[BaselineRow] = []
         self._rows: dict[int, BaselineRow] = {}
@@ -202,9 +233,11 @@ class BatchExecutor:
     def close(self) -> None:
         """See `Executor`."""
         self.model = None
+        if self._lead is not None:
+            self._lead.close()
 
     def step(self, emit: Emit, poll: Poll) -> None:
-        """Generate one batch from the longest-waiting row and those like it."""
+        """Generate one batch from the longest-waiting row and those like it. Raises PeerLost."""
         self._expire()
         self._running = self._next_batch()
 
@@ -217,14 +250,18 @@ class BatchExecutor:
             self._batches += 1
             try:
                 if self._running[0].params.num_beams > 1:
-                    search(self.model, self._running, self, between)
+                    search(self.model, self._running, self, between, self._lead)
                 else:
                     cache = self.cache if len(self._running) == 1 else self.batch_cache
-                    generate(self.model, self._running, self, between, cache)
-            except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+                    generate(self.model, self._running, self, between, cache, self._lead)
+            except (*STEP_ERRORS, MiinbError, PeerLost) as error:
                 log.exception("a batch of %d rows raised", len(self._running))
+                failure, lost = settled(self._lead, error)
                 for row in self._running:
-                    self.fail(row, request_error(error))
+                    self.fail(row, failure)
+                if lost is not None:
+                    between()
+                    raise lost from error
         self._running = []
         self._flush(emit)
 

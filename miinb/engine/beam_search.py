@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from miinb.engine.generation import BaselineRow, Sink, Watcher, pad_left, processors_of
+from miinb.engine.generation import DYNAMIC, BaselineRow, Sink, Watcher, processors_of, run_generate
 from miinb.errors import NonFinite
+
+if TYPE_CHECKING:
+    from miinb.engine.lockstep import Lead
 
 
 class _Ear(transformers.StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
@@ -29,8 +32,7 @@ class _Ear(transformers.StoppingCriteria):  # type: ignore[misc]  # transformers
         return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
 
 
-@torch.inference_mode()
-def search(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callable[[], None]) -> None:
+def search(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callable[[], None], lead: Lead | None) -> None:
     """The best answers to one prompt.
 
     Args:
@@ -38,30 +40,22 @@ def search(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callabl
         rows: of equal keys; a row gets the answer of rank `request.index`.
         sink: gets tokens and failures.
         between: called after each step.
+        lead: to the other ranks.
     """
-    params = rows[0].params
-    input_ids, mask = pad_left([rows[0].request.token_ids], model.device)
-    width = input_ids.shape[1]
+    params, prompt = rows[0].params, rows[0].request.token_ids
     watcher = Watcher(rows)
-    settings = transformers.GenerationConfig(
-        max_new_tokens=params.max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        num_beams=params.num_beams,
-        num_return_sequences=max(row.request.index for row in rows) + 1,
-        length_penalty=params.length_penalty,
-        early_stopping=params.early_stopping,
-        eos_token_id=sorted(rows[0].eos) or None,
-        pad_token_id=0,
-    )
-    answers = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=processors_of(rows, watcher, width, model.device),
-        stopping_criteria=transformers.StoppingCriteriaList([_Ear(rows, watcher, sink, between)]),
-    )
+    settings = {
+        "max_new_tokens": params.max_new_tokens,
+        "num_beams": params.num_beams,
+        "num_return_sequences": max(row.request.index for row in rows) + 1,
+        "length_penalty": params.length_penalty,
+        "early_stopping": params.early_stopping,
+        "eos_token_id": sorted(rows[0].eos) or None,
+    }
+    processors = processors_of(rows, watcher, len(prompt), model.device)
+    ear = _Ear(rows, watcher, sink, between)
+    answers = run_generate(model, [prompt], settings, DYNAMIC, processors, [ear], lead)
     for row in rows:
-        for token_id in answers[row.request.index, width:].tolist():
+        for token_id in answers[row.request.index, len(prompt) :].tolist():
             if not row.ended:  # after its last token comes padding
                 sink.take(row, token_id, ())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,19 @@ from miinb.errors import MiinbError, from_name
 from miinb.messages import EngineInfo
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A rank above 0: this module's `Follower`, or `lockstep.BatchFollower`."""
+
+    info: EngineInfo
+
+    def run(self) -> None:
+        """Compute what rank 0 says until it has ended. Raises PeerLost."""
+
+    def close(self) -> None:
+        """Let go of the device's memory."""
 
 
 class Followers:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from miinb.errors import MiinbError, NonFinite
 from miinb.messages import SequenceRequest, TokenLogprob
+
+if TYPE_CHECKING:
+    from miinb.engine.lockstep import Lead
 
 #: Parameters that may differ between the rows of one batch.
 PER_ROW = {"seed", "stop", "num_return_sequences", "return_full_text", "max_new_tokens", "logprobs"}
@@ -179,8 +182,9 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-@torch.inference_mode()
-def generate(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callable[[], None], cache: str) -> None:
+def generate(
+    model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Callable[[], None], cache: str, lead: Lead | None
+) -> None:
     """Run rows that share a key to their ends.
 
     Args:
@@ -189,20 +193,56 @@ def generate(model: Any, rows: Sequence[BaselineRow], sink: Sink, between: Calla
         sink: gets tokens and failures.
         between: called after each step.
         cache: which of `CACHES`.
+        lead: to the other ranks.
     """
-    input_ids, mask = pad_left([row.request.token_ids for row in rows], model.device)
-    width = input_ids.shape[1]
-    new = max(row.params.max_new_tokens for row in rows)
+    prompts = [row.request.token_ids for row in rows]
     watcher = Watcher(rows)
-    model.generate(
+    processors = processors_of(rows, watcher, max(map(len, prompts)), model.device)
+    settings = {"max_new_tokens": max(row.params.max_new_tokens for row in rows)}
+    run_generate(model, prompts, settings, cache, processors, [Taker(rows, watcher, sink, between)], lead)
+
+
+@torch.inference_mode()
+def run_generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: Mapping[str, Any],
+    cache: str,
+    processors: Sequence[Any],
+    criteria: Sequence[Any],
+    lead: Lead | None = None,
+) -> Tensor:
+    """transformers' `generate`, the same call on every rank.
+
+    Args:
+        model: the transformers model.
+        prompts: the batch.
+        settings: arguments of GenerationConfig, as JSON can say them.
+        cache: which of `CACHES`.
+        processors: this rank's logits processors; the largest of the scores that come out is a row's token.
+        criteria: this rank's stopping criteria.
+        lead: on rank 0: to the others.
+
+    Returns:
+        Prompts and answers, [R, n].
+    """
+    input_ids, mask = pad_left(prompts, model.device)
+    if lead is not None:
+        lead.begin(prompts=[list(prompt) for prompt in prompts], settings=dict(settings), cache=cache)
+        processors, criteria = lead.join(processors, criteria, beams="num_beams" in settings)
+    length = input_ids.shape[1] + settings["max_new_tokens"]
+    # Requests say everything; nothing comes unasked from the checkpoint's generation_config.json.
+    model.generation_config = transformers.GenerationConfig()
+    answers: Tensor = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
         generation_config=transformers.GenerationConfig(
-            max_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0, **cache_arguments(cache, width + new)
+            do_sample=False, use_cache=True, pad_token_id=0, **settings, **cache_arguments(cache, length)
         ),
-        logits_processor=processors_of(rows, watcher, width, model.device),
-        stopping_criteria=transformers.StoppingCriteriaList([Taker(rows, watcher, sink, between)]),
+        logits_processor=transformers.LogitsProcessorList(processors),
+        stopping_criteria=transformers.StoppingCriteriaList(criteria),
     )
+    return answers
 
 
 def cache_arguments(name: str, length: int) -> dict[str, Any]:

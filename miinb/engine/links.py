@@ -111,10 +111,17 @@ class Link:
                 return
             time.sleep(0.01)
 
-    def receive(self) -> bytes | None:
-        """The next message; None: rank 0 has ended."""
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        """The next message; None: rank 0 has ended. Raises TimeoutError."""
+        self._socket.settimeout(timeout_s)
         head = self._read(_HEAD.size)
         return self._read(_HEAD.unpack(head)[0]) if head else None
+
+    def check(self) -> None:
+        """Raise PeerLost if rank 0 has ended."""
+        with contextlib.suppress(BlockingIOError):
+            if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise PeerLost("Rank 0 ended.")
 
     def _read(self, count: int) -> bytes | None:
         data = bytearray(count)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from miinb import models
+from miinb import models, splitting
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
-from miinb.engine.followers import Follower, Followers
+from miinb.engine.followers import Follower, Followers, Following
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, size_cache
 from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_int8, set_threads
@@ -51,7 +51,7 @@ def load_executor(
 ) -> Executor:
     """`load_rank` for rank 0."""
     loaded = load_rank(config, replica=replica, rank=rank, gpus=gpus, folder=folder, report=report, kernels=kernels)
-    if isinstance(loaded, Follower):
+    if isinstance(loaded, Following):
         raise RuntimeError(f"rank {rank} has no executor")
     return loaded
 
@@ -65,7 +65,7 @@ def load_rank(
     folder: Path,
     report: Report,
     kernels: CompileJob | None = None,
-) -> Executor | Follower:
+) -> Executor | Following:
     """Load the model of one rank and return what computes with it: a follower above rank 0.
 
     Args:
@@ -96,7 +96,7 @@ def load_rank(
         kind = place.device.type
         ranks = thread.submit(join, config, replica=replica, rank=rank, folder=folder, device=kind)
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
-        executor: Executor | Follower | None = None
+        executor: Executor | Following | None = None
         if config.engine == "optimized" and TASKS[task].streams:
             try:
                 executor = _step_executor(config, model, info, place, Aside(ranks, kernels), rank, report)
@@ -107,7 +107,7 @@ def load_rank(
         tokenizer.result()
         ranks.result()
     if executor is None:
-        executor = _batch_executor(config, model, info, place, report)
+        executor = _batch_executor(config, model, info, place, ranks.result(), report)
     if rank == 0 and task == "conversational":
         executor.info = _with_chat_template(executor.info, folder / "tokenizer")
     executor.info = dataclasses.replace(executor.info, load_s=time.monotonic() - started)
@@ -317,17 +317,21 @@ def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:
 
 
 def _batch_executor(
-    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, report: Report
-) -> Executor:
-    """transformers' own model, one batch at a time."""
-    if config.tensor_parallel > 1:
-        why = info.plan.lines[-1].reason if info.plan.lines else "plain transformers are on one device"
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, ranks: Ranks, report: Report
+) -> Executor | Following:
+    """transformers' own model, one batch at a time; on several ranks split by DeepSpeed's AutoTP."""
+    count = config.tensor_parallel
+    if count > 1 and (why := splitting.misfit(model, count)):
         raise UnsupportedModel(
-            f"{model.family} cannot be split over {config.tensor_parallel} ranks: {why}.", hint="Use tensor_parallel=1."
+            f"{model.family} cannot be split over {count} ranks: {why}.", hint="Use tensor_parallel=1."
         )
-    need, free = model.weights_bytes(place.dtype), free_bytes(place.device)
+    # Each rank reads the whole model into the host's memory before it keeps its part.
+    need, free = (
+        count * model.weights_bytes(place.dtype),
+        free_bytes(place.device if count == 1 else torch.device("cpu")),
+    )
     if need > free:
         raise OutOfMemory(f"The weights need {size_words(need)}, {size_words(free)} are free.")
     from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without
 
-    return load_baseline(model, config, info, report)
+    return load_baseline(model, config, info, report, ranks)

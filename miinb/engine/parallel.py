@@ -20,6 +20,10 @@ class PeerLost(Exception):
     """Another rank ended or does not answer: this one cannot go on, and is not the one to blame."""
 
 
+class OutOfStep(PeerLost):
+    """This rank failed where the others went on: it ends, and is the one to blame."""
+
+
 class Group:
     """The tensor-parallel ranks of one replica. Collectives are issued by one thread, on one stream.
 

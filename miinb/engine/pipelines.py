@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from miinb.config import DeploymentConfig
-from miinb.engine.compute import request_error
+from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Poll
+from miinb.engine.lockstep import Lead, settled
+from miinb.engine.parallel import PeerLost
 from miinb.errors import InvalidRequest, QueueFull, UnsupportedModel, did_you_mean
 from miinb.messages import (
     EngineInfo,
@@ -59,11 +61,20 @@ def check_options(task: str, options: Mapping[str, Any]) -> None:
 class PredictExecutor:
     """One predict request after another through a transformers pipeline.
 
+    Args:
+        model: the transformers model.
+        files: its files.
+        config: the deployment's.
+        info: what the frontend is told.
+        lead: to the replica's other ranks, which compute the same forwards.
+
     Raises:
         UnsupportedModel: the task is not served.
     """
 
-    def __init__(self, model: Any, files: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> None:
+    def __init__(
+        self, model: Any, files: ModelInfo, config: DeploymentConfig, info: EngineInfo, lead: Lead | None = None
+    ) -> None:
         if info.task not in OPTIONS:
             raise UnsupportedModel(f"{info.task} is not served yet.", hint=f"Served: {', '.join(OPTIONS)}.")
         self.info = info
@@ -79,6 +90,9 @@ class PredictExecutor:
         self._model_s = 0.0
         self._t_first = 0.0
         self._served = 0
+        self._lead = lead
+        if lead is not None:
+            lead.announce(model)
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
 
@@ -113,10 +127,12 @@ class PredictExecutor:
     def close(self) -> None:
         """See `Executor`."""
         self._pipe = self._model = None
+        if self._lead is not None:
+            self._lead.close()
 
     @torch.inference_mode()
     def step(self, emit: Emit, poll: Poll) -> None:
-        """Answer the request that has waited longest."""
+        """Answer the request that has waited longest. Raises PeerLost."""
         if not self._waiting:
             return
         request = self._waiting.popleft()
@@ -127,10 +143,13 @@ class PredictExecutor:
             outputs = self._answer([one["query"] for one in request.inputs], request.options)
         except transformers.pipelines.PipelineException as error:  # such as a text without a mask token
             emit(FailedEvent(request.row_id, "InvalidRequest", str(error)))
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        except (*STEP_ERRORS, PeerLost) as error:
             log.exception("a predict request of %d inputs raised", len(request.inputs))
-            failure = request_error(error)
+            failure, lost = settled(self._lead, error)
             emit(FailedEvent(request.row_id, type(failure).__name__, failure.message, failure.hint))
+            if lost is not None:
+                poll()
+                raise lost from error
         else:
             end = time.monotonic()
             before = (self._t_first or end) - start

@@ -43,6 +43,13 @@ class Ranks:
             self.link.tell({})
             _expect(self.link)
 
+    def check(self) -> None:
+        """Raise PeerLost if another rank has ended, which makes a collective raise here."""
+        if self.leader is not None:
+            self.leader.news()
+        elif self.link is not None:
+            self.link.check()
+
     def share_of(self, free_bytes: int, device: torch.device) -> int:
         """This rank's part of the free memory: the same on every rank, as their caches have the same pages."""
         if self.group is None:
@@ -55,6 +62,10 @@ class Ranks:
         if self.group is None:
             return plan
         return plan.with_line("all-reduce", self.group.kind, self.reason)
+
+
+#: The only rank of a replica.
+ALONE = Ranks(0)
 
 
 def join(config: DeploymentConfig, *, replica: int, rank: int, folder: Path, device: str) -> Ranks:

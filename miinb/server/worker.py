@@ -200,7 +200,7 @@ def serve(order: Order, reports: Reports) -> None:
     from miinb.engine.compile_job import CompileJob
 
     kernels = CompileJob.start(config, order.rank)
-    from miinb.engine.followers import Follower
+    from miinb.engine.followers import Following
     from miinb.engine.loading import load_rank  # torch: seconds
     from miinb.engine.parallel import PeerLost
 
@@ -214,7 +214,7 @@ def serve(order: Order, reports: Reports) -> None:
         kernels=kernels,
     )
     try:
-        if isinstance(loaded, Follower):
+        if isinstance(loaded, Following):
             _freeze()
             reports.write(ready=_facts(loaded.info))
             loaded.run()
@@ -295,6 +295,8 @@ def main() -> int:
         if type(error).__name__ == "PeerLost":  # its class comes with PyTorch, whose import may be what failed
             os._exit(PEER_LOST)
         reports.failed(error)
+        if type(error).__name__ == "OutOfStep":  # leaving in good order would wait for the others
+            os._exit(1)
         return 1
     return 0
 
