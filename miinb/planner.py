@@ -237,11 +237,13 @@ def _loaded_whole(choice: Plan, config: DeploymentConfig, model: ModelInfo, hard
     whole = model.weights_bytes(choice.dtype)
     if ranks * whole > hardware.free_bytes * _USABLE:
         raise OutOfMemory(
-            f"Each of {ranks} ranks reads all {_gb(whole)} of {config.model} before it keeps its part; "
-            f"{_gb(hardware.free_bytes)} of the host's memory are free.",
+            f"Each of {ranks} ranks reads all {size_words(whole)} of {config.model} before it keeps its part; "
+            f"{size_words(hardware.free_bytes)} of the host's memory are free.",
             hint="Use fewer ranks.",
         )
-    return choice.with_line("load", f"{ranks} x {_gb(whole)}", "of host memory: each rank reads the whole model first")
+    return choice.with_line(
+        "load", f"{ranks} x {size_words(whole)}", "of host memory: each rank reads the whole model first"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
