@@ -134,7 +134,7 @@ def test_transformers_models_are_split_by_autotp() -> None:
     assert line(two, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP: 16 of 32 attention heads each")
     assert line(two, "load") == "2 x 1.71 GB: of host memory: each rank reads the whole model first"
     assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes
-    with pytest.raises(OutOfMemory, match="Each of 2 ranks reads all 137"):
+    with pytest.raises(OutOfMemory, match="Each of 2 ranks reads all 138 GB"):
         planned(dataclasses.replace(TWO_GPUS, free_bytes=200 * GB), large(), engine="baseline", tensor_parallel=2)
 
 
