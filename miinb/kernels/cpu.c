@@ -125,7 +125,7 @@ INLINE float activate(float x, int kind) {
     case RELU: return x > 0 || x != x ? x : 0;
     case SILU: return x / (1 + exp_fast(-x));
     case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case GELU_TANH: return x / (1 + exp_fast(-1.59576912f * (x + 0.044715f * x * x * x))); /* (1 + tanh(u)) / 2 */
     default: return x;
   }
 }
@@ -304,6 +304,153 @@ INLINE void many_rows(const linear_args *a, const float *x, int64_t rows, int ki
   free(panel);
 }
 
+/* ---- linear, of a block of rows ------------------------------------------------------------------------------- */
+
+/* Of many rows of x a tile's sums are best held in registers while a column of x and a column of weights are multiplied
+   with each other (Goto and van de Geijn, https://doi.org/10.1145/1356052.1356053). So that the sums are those of `tile`
+   to the bit, the columns go by in its order: first those of lane 0, then those of lane 1, and so on, and the lanes' sums
+   are added as `sum_vec` does. For that x and the weights are packed lane by lane. */
+#if defined(__AVX512F__)
+#define MR 12 /* rows of x in a tile: 2 * MR sums, two vectors of weights and one number of x have to be in registers */
+#else
+#define MR 6
+#endif
+#define NR (2 * LANES) /* rows of weights in a tile */
+#define MANY 16        /* rows of x from which packing is worth its time */
+#define CHUNK 192      /* rows of x for which weights are packed once, a multiple of MR */
+
+#if LANES == 16
+typedef int32_t places __attribute__((vector_size(64)));
+#define LOW (places){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#define HIGH (places){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
+#else
+typedef int32_t places __attribute__((vector_size(32)));
+#define LOW (places){0, 8, 1, 9, 2, 10, 3, 11}
+#define HIGH (places){4, 12, 5, 13, 6, 14, 7, 15}
+#endif
+
+INLINE void transpose(reg rows[LANES]) {
+  for (int round = 1; round < LANES; round *= 2) {
+    reg from[LANES];
+    for (int i = 0; i < LANES; i++) from[i] = rows[i];
+    for (int i = 0; i < LANES / 2; i++) {
+      rows[2 * i] = __builtin_shuffle(from[i], from[i + LANES / 2], LOW);
+      rows[2 * i + 1] = __builtin_shuffle(from[i], from[i + LANES / 2], HIGH);
+    }
+  }
+}
+
+/* Rows [m, m + MR) of x as [lane][column of the lane][MR], rows that are not there as zeros. */
+INLINE void pack_x(const void *x, float *to, int64_t m, int64_t rows, int64_t k, int half) {
+  const int64_t steps = k / LANES;
+  for (int64_t r = 0; r < MR; r++)
+    for (int64_t t = 0; t < steps; t++) {
+      const int64_t from = (m + r) * k + t / 2 * BLOCK + t % 2 * (half ? 1 : LANES); /* see `weights_of` */
+      for (int64_t l = 0; l < LANES; l++)
+        to[(l * steps + t) * MR + r] = m + r < rows ? load(x, from + l * (half ? 2 : 1), half) : 0;
+    }
+}
+
+/* A tile's rows of weights as [lane][column of the lane][NR]. */
+INLINE void pack_weights(const linear_args *a, const void *const *w, const float *const *scale, float *to, int kind) {
+  const int64_t steps = a->k / LANES;
+  for (int first = 0; first < NR; first += LANES)
+    for (int64_t t = 0; t < steps; t++) {
+      const int64_t i = t / 2 * BLOCK;
+      reg rows[LANES];
+      for (int n = 0; n < LANES; n++) {
+        const float by = kind == INT8 ? scale[first + n][i / a->group] : 0;
+        rows[n] = weights_of(w[first + n], i, t % 2, by, kind);
+      }
+      transpose(rows);
+      for (int l = 0; l < LANES; l++) *(vec *)(to + (l * steps + t) * NR + first) = rows[l];
+    }
+}
+
+/* One lane's sums of a tile. */
+INLINE void outer(const float *x, const float *w, int64_t steps, reg out[MR][2]) {
+  reg sums[MR][2] = {{{0}}};
+  for (int64_t t = 0; t < steps; t++, x += MR, w += NR) {
+    reg first = *(const vec *)w, second = *(const vec *)(w + LANES);
+    for (int r = 0; r < MR; r++) {
+      sums[r][0] += first * x[r];
+      sums[r][1] += second * x[r];
+    }
+  }
+  memcpy(out, sums, sizeof sums);
+}
+
+INLINE void activate_all(float *values, int64_t n, int kind) {
+  for (int64_t j = 0; j < n; j++) values[j] = activate(values[j], kind);
+}
+
+/* Bias, activation and residual of a row's sums: as in `store_tile`, but of all outputs of a tile at a time. */
+INLINE void finish_row(const linear_args *a, const float *sums, int64_t m, int64_t n, int64_t end, int half) {
+  const int64_t step = a->gated ? LANES : NR, count = end - n < step ? end - n : step;
+  float values[NR], gated[LANES];
+  for (int64_t j = 0; j < step; j++) values[j] = sums[j] + (j < count ? bias_of(a, n + j, half) : 0);
+  for (int64_t j = 0; a->gated && j < step; j++)
+    gated[j] = sums[LANES + j] + (j < count ? bias_of(a, a->n + n + j, half) : 0);
+  switch (a->activation) {
+    case RELU: activate_all(values, step, RELU); break;
+    case SILU: activate_all(values, step, SILU); break;
+    case GELU: activate_all(values, step, GELU); break;
+    case GELU_TANH: activate_all(values, step, GELU_TANH); break;
+  }
+  for (int64_t j = 0; a->gated && j < step; j++) values[j] *= gated[j];
+  for (int64_t j = 0; a->residual && j < count; j++) values[j] += load(a->residual, m * a->n + n + j, half);
+  for (int64_t j = 0; j < count; j++) store(a->y, m * a->n + n + j, values[j], half);
+}
+
+/* Rows [m, end) of the outputs of one tile of weights. x, w: packed. */
+static __attribute__((noinline)) void block(const linear_args *a, const float *x, const float *w, int64_t m, int64_t end,
+                                            int64_t n, int half) {
+  const int64_t steps = a->k / LANES;
+  for (; m < end; m += MR) {
+    reg lanes[LANES][MR][2];
+    for (int l = 0; l < LANES; l++) outer(x + m * a->k + l * steps * MR, w + l * steps * NR, steps, lanes[l]);
+    for (int r = 0; r < MR && m + r < end; r++) {
+      reg sums[2];
+      for (int side = 0; side < 2; side++) {
+        reg quarter[4];
+        for (int j = 0; j < 4; j++) quarter[j] = lanes[j][r][side];
+        for (int l = 4; l < LANES; l++) quarter[l % 4] += lanes[l][r][side];
+        sums[side] = (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+      }
+      finish_row(a, (const float *)sums, m + r, n, a->n, half);
+    }
+  }
+}
+
+/* All of many rows of x, in a parallel region. packed: room for whole tiles of x. */
+INLINE void block_rows(const linear_args *a, const void *x, float *packed, int64_t rows, int kind, int half) {
+  const int64_t k = a->k, step = a->gated ? LANES : NR, tiles = (a->n + step - 1) / step, threads = omp_get_num_threads();
+  int64_t chunks = (rows + CHUNK - 1) / CHUNK, row[NR];
+  if (tiles * chunks < threads) chunks = (threads + tiles - 1) / tiles;
+  const int64_t chunk = ((rows + chunks - 1) / chunks + MR - 1) / MR * MR;
+  const void *w[NR];
+  const float *scale[NR];
+  float *panel;
+  if (posix_memalign((void **)&panel, 64, sizeof(float) * NR * k)) abort();
+#pragma omp for
+  for (int64_t m = 0; m < rows; m += MR) pack_x(x, packed + m * k, m, rows, k, half);
+#pragma omp for
+  for (int64_t i = 0; i < tiles * chunks; i++) {
+    const int64_t n = i / chunks * step, m = i % chunks * chunk, end = m + chunk < rows ? m + chunk : rows;
+    for (int64_t j = 0; j < NR; j++) {
+      const int64_t at = n + j % step < a->n ? n + j % step : a->n - 1;
+      row[j] = j < step ? at : at + a->n;
+      w[j] = (const char *)a->w + row[j] * k * width(kind);
+      scale[j] = kind == INT8 ? a->scale + row[j] * ((k + a->group - 1) / a->group) : NULL;
+    }
+    if (m < end) pack_weights(a, w, scale, panel, kind);
+    block(a, packed, panel, m, end, n, half);
+  }
+  free(panel);
+}
+
+/* ---- linear, of any rows -------------------------------------------------------------------------------------- */
+
 INLINE void linear_rows(const linear_args *a, const float *x, int64_t m, int kind, int half) {
   if (m == 1)
     few_rows(a, x, 1, kind == INT8 ? 4 : 8, kind, half); /* int8: fewer streams were faster, AVX2 */
@@ -321,18 +468,26 @@ INLINE void linear_rows(const linear_args *a, const float *x, int64_t m, int kin
 void miinb_linear(const void *x, const void *w, const float *scale, const void *bias, const void *residual, void *y,
                   int64_t m, int64_t n, int64_t k, int64_t group, int activation, int gated, int half) {
   const linear_args a = {w, bias, residual, scale, y, n, k, scale ? group : k, activation, gated};
+  const int blocks = m >= MANY && k % BLOCK == 0; /* what is left of a row, `tile` adds one by one */
+  const int64_t room = blocks ? (m + MR - 1) / MR * MR * k : half ? m * k : 0;
   float *wide = NULL;
-  if (half && posix_memalign((void **)&wide, 64, sizeof(float) * m * k)) abort();
+  if (room && posix_memalign((void **)&wide, 64, sizeof(float) * room)) abort();
   if (half && m <= FEW)
     for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
 #pragma omp parallel
   {
-    if (half && m > FEW) {
+    if (half && m > FEW && !blocks) {
 #pragma omp for
       for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
     }
     /* Chosen in here: what is passed into a parallel region is no constant for the compiler. */
-    if (scale)
+    if (blocks && scale)
+      block_rows(&a, x, wide, m, INT8, 0);
+    else if (blocks && half)
+      block_rows(&a, x, wide, m, BF16, 1);
+    else if (blocks)
+      block_rows(&a, x, wide, m, FP32, 0);
+    else if (scale)
       linear_rows(&a, x, m, INT8, 0);
     else if (half)
       linear_rows(&a, wide, m, BF16, 1);

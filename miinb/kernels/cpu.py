@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,10 @@ _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 #: Widest head that the library's buffers hold.
 MAX_HEAD_SIZE = 1024
-#: Rows at which PyTorch's linear layer is tried against the library's.
+#: Rows at which PyTorch's linear layer is tried against the library's, and how much faster it must be to be taken: with
+#: the library alone a row's answer does not depend on what else is in the step.
 _TRIED_ROWS = (4, 16, 64)
+_CLEARLY = 1.5
 
 
 class CpuKernels:
@@ -57,15 +59,21 @@ class CpuKernels:
             self.limit = self._measure()
 
     def _measure(self) -> int:
-        """The least number of rows with which PyTorch is clearly faster; AMX and a tuned fp32 product reach that."""
+        """The least number of rows with which PyTorch is clearly faster, as it is in bf16 where the CPU has AMX."""
         given = os.environ.get("MIINB_CPU_TORCH_ROWS", "")
         if given.isdigit():
             return int(given) or 1 << 30
+        if torch.backends.cpu.get_cpu_capability() == "AVX2":
+            return (
+                1 << 30
+            )  # PyTorch is as fast at best there (see docs/decisions): no trial that other work may disturb
         packed = PackedLinear(torch.randn(512, 768).to(self.dtype))
         for rows in _TRIED_ROWS:
             x = torch.randn(rows, 768).to(self.dtype)
-            ours = _fastest(functools.partial(self.linear, x, packed))
-            if _fastest(functools.partial(F.linear, x, packed.weight)) * 1.1 < ours:
+            ours, theirs = _fastest(
+                functools.partial(self.linear, x, packed), functools.partial(F.linear, x, packed.weight)
+            )
+            if theirs * _CLEARLY < ours:
                 return rows
         return 1 << 30
 
@@ -279,13 +287,14 @@ def _leading_singles(query_start: Tensor) -> int:
     return next((i for i in range(len(starts) - 1) if starts[i + 1] != i + 1), len(starts) - 1)
 
 
-def _fastest(run: Any) -> float:
-    """Seconds of the fastest of a few calls: the one that nothing interrupted."""
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
+def _fastest(*runs: Callable[[], object]) -> list[float]:
+    """Seconds of the fastest of a few calls of each, in turns: those that nothing interrupted."""
+    best = [float("inf")] * len(runs)
+    for _ in range(6):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
     return best
 
 

@@ -83,13 +83,27 @@ def test_linear_of_int8(plain: CpuKernels, rows: int, n: int, k: int) -> None:
     )
 
 
-def test_a_row_of_int8_does_not_depend_on_its_neighbors(plain: CpuKernels) -> None:
-    x, packed = random(plain, 13, 200), quantized(random(plain, 24, 200), random(plain, 24))
-    alone = torch.cat([plain.linear(row[None], packed) for row in x])
-    gated = torch.cat([plain.gated_linear(row[None], packed, "silu") for row in x])
-    for rows in range(2, 14):
-        assert torch.equal(plain.linear(x[:rows], packed), alone[:rows])
-        assert torch.equal(plain.gated_linear(x[:rows], packed, "silu"), gated[:rows])
+@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.mark.parametrize("k", [40, 208])  # from 16 rows on, 208 columns are multiplied in blocks
+def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels, weights: str, k: int) -> None:
+    """Bit for bit: else an answer would change with what else is asked at that moment."""
+    x, w, bias, residual = (random(kernels, *shape) for shape in ((205, k), (26, k), (26,), (205, 26)))
+    if weights == "int8" and kernels.dtype != torch.float32:
+        pytest.skip("activations are fp32 where weights are int8")
+    packed = quantized(w, bias) if weights == "int8" else PackedLinear(w, bias)
+    for activation in (None, "relu", "silu", "gelu", "gelu_tanh"):
+        alone = torch.cat(
+            [
+                kernels.linear(x[i : i + 1], packed, activation=activation, residual=residual[i : i + 1])
+                for i in range(32)
+            ]
+        )
+        for rows in (2, 3, 4, 5, 13, 16, 18, 31, 205):
+            some = kernels.linear(x[:rows], packed, activation=activation, residual=residual[:rows])
+            assert torch.equal(some[:32], alone[:rows]), (activation, rows)
+    gated = torch.cat([kernels.gated_linear(row[None], packed, "silu") for row in x[:32]])
+    for rows in (2, 13, 16, 31, 205):
+        assert torch.equal(kernels.gated_linear(x[:rows], packed, "silu")[:32], gated[:rows]), rows
 
 
 def test_many_rows_by_pytorch_give_the_same(kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,16 +217,6 @@ def test_build_is_made_once(tmp_path: Path) -> None:
     assert cpu_build.build(tmp_path) == first
     assert first.stat().st_mtime_ns == made
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".so"] == ["lock"]
-
-
-def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels) -> None:
-    """Bit for bit: else an answer in bf16 would change with what else is asked at that moment."""
-    x, packed = random(kernels, 13, 200), PackedLinear(random(kernels, 24, 200), random(kernels, 24))
-    alone = torch.cat([kernels.linear(row[None], packed) for row in x])
-    gated = torch.cat([kernels.gated_linear(row[None], packed, "silu") for row in x])
-    for rows in range(2, 14):
-        assert torch.equal(kernels.linear(x[:rows], packed), alone[:rows])
-        assert torch.equal(kernels.gated_linear(x[:rows], packed, "silu"), gated[:rows])
 
 
 def test_a_decoding_row_does_not_depend_on_prompts_in_its_step(kernels: CpuKernels) -> None:
