@@ -55,11 +55,16 @@ def task_inputs(task: str, inputs: Any) -> list[Any]:
     Raises:
         InvalidRequest: there are none, or one is of another kind.
     """
-    rows = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
     names = find_task(task).inputs
+    kind = "a text" if len(names) == 1 else f"a dictionary of {' and '.join(names)}"
+    rows = [inputs] if isinstance(inputs, (str, Mapping)) else inputs
+    if not isinstance(rows, Iterable):
+        raise InvalidRequest(f"inputs: {type(inputs).__name__} is no input of {task}.", hint=f"Give {kind}, or a list.")
     plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
-    if not plain or not all(isinstance(row, Mapping) for row in plain):
-        raise InvalidRequest(f"inputs: give a dictionary with {', '.join(names)}, or a list of them.")
+    if not plain:
+        raise InvalidRequest("inputs: there are none.", hint=f"Give {kind}, or a list.")
+    if wrong := [row for row in plain if not isinstance(row, Mapping)]:
+        raise InvalidRequest(f"inputs: {wrong[0]!r:.60} is no input of {task}.", hint=f"Each is {kind}.")
     return plain
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from miinb.commands import actions, measuring
 from miinb.commands.context import Context, Settings
-from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, Option, words
+from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PREDICTION, Option, words
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
 from miinb.commands.screen import PlainScreen, Screen, Table, as_json
 from miinb.errors import InvalidValue, did_you_mean
@@ -101,7 +101,7 @@ COMMANDS: dict[str, Command] = {
             "predict",
             "classify, fill masks, answer questions, embed",
             actions.predict,
-            (_PROMPT, _WHICH, _JSON),
+            (_PROMPT, _WHICH, *PREDICTION, _JSON),
             body='the text, or the inputs as JSON: {"question": "...", "context": "..."}',
             example='predict "Paris is the capital of [MASK]."',
         ),

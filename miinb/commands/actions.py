@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import ENDED, Context
-from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, given
+from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, PREDICTION, given
 from miinb.commands.screen import Table
 from miinb.errors import InvalidValue
 
@@ -223,7 +223,10 @@ def predict(context: Context, values: Values, body: str | None) -> Table:
             inputs = json.loads(text)
         except ValueError:
             inputs = text  # "[MASK] is a city": a text that begins so
-    found = list(_each(session.predict(inputs)))
+    answers = session.predict(inputs, **given(values, PREDICTION))
+    # Of several inputs each row says which one it is of.
+    which: list[dict[str, Any]] = [{"input": i} for i in range(len(answers))] if len(answers) > 1 else [{}]
+    found = [mark | one for mark, answer in zip(which, answers, strict=False) for one in _each(answer)]
     columns = list(found[0]) if found else []
     rows = [[_short(one[name]) for name in columns] for one in found]
     return Table(columns, rows, note="" if rows else "Nothing was found.", records=found)

@@ -200,6 +200,15 @@ DEPLOYMENT = options_of(DeploymentConfig, _DEPLOYMENT_HELP)
 ENGINE = options_of(EngineOptions, _ENGINE_HELP)
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
 BENCH = options_of(BenchConfig, _BENCH_HELP)
+#: Of `predict`: each task has its own of them, and refuses the others.
+PREDICTION = (
+    Option("top_k", "the best so many (text-classification, fill-mask)", int),
+    Option("targets", "only these tokens: a,b (fill-mask)", words),
+    Option("function_to_apply", "of logits: sigmoid, softmax or none (text-classification)"),
+    Option("aggregation_strategy", "none, simple, first, average or max: join tokens to names (token-classification)"),
+    Option("pooling", "mean, first or none: a vector a text, or one a token (feature-extraction)"),
+    Option("normalize", "vectors of length 1 (feature-extraction)", read=None),
+)
 
 
 def given(values: Mapping[str, Any], options: Iterable[Option]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Poll
 from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
-from miinb.errors import InvalidRequest, QueueFull, UnsupportedModel, did_you_mean
+from miinb.errors import InvalidRequest, PromptTooLong, QueueFull, UnsupportedModel, did_you_mean
 from miinb.messages import (
     EngineInfo,
     FailedEvent,
@@ -101,15 +101,25 @@ class PredictExecutor:
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use predict.")
 
     def predict(self, request: PredictRequest) -> None:
-        """See `Executor`. Raises InvalidRequest, QueueFull."""
+        """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
         check_options(self.info.task, request.options)
         (key,) = TASKS[self.info.task].inputs
         for one in request.inputs:
             if set(one) != {key} or not isinstance(one[key], str) or not one[key]:
                 raise InvalidRequest(f"An input of {self.info.task} is {{{key!r}: text}}, not {str(one)[:60]}.")
+            self._check_length(one[key])
         if len(self._waiting) >= self._max_queue:
             raise QueueFull(f"{len(self._waiting)} requests wait already.", hint="Try again later.")
         self._waiting.append(request)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what the model would fail at, or a pipeline cut off. Raises PromptTooLong."""
+        most = min(self.info.max_length, self._tokenizer.model_max_length)
+        if len(text.encode()) + 2 <= most:  # no tokenizer makes more tokens than bytes, and two of its own
+            return
+        tokens = len(self._tokenizer(text, verbose=False)["input_ids"])
+        if tokens > most:
+            raise PromptTooLong(f"An input has {tokens} tokens, but the model takes {most}.", hint="Shorten it.")
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """See `Executor`; a request that is being computed is answered all the same."""

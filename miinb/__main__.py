@@ -1,0 +1,7 @@
+"""`python -m miinb`: the commands of `miinb`."""
+
+import sys
+
+from miinb.cli import main
+
+sys.exit(main())
