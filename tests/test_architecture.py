@@ -84,6 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),
     "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
+    "__main__": ("cli",),
     "demo": (*CORE, *KERNEL_SIDE, "bench"),
     "targets": ("config", "errors"),
 }
