@@ -41,6 +41,8 @@ DESCRIBE = f"/{SERVICE}/Describe"
 #: Names in the trailing metadata of a failed call. Values are ASCII or, with "-bin", UTF-8.
 ERROR_KEY = "miinb-error"
 HINT_KEY = "miinb-hint-bin"
+#: The times that the server measures; the others are the client's.
+_SERVER_TIMES = tuple(name for name in Timing.__slots__ if name in pb.RequestEnd.DESCRIPTOR.fields_by_name)
 MAX_TEXT = 2000  # characters of a message or hint on the wire: metadata is bounded
 
 Code = grpc.StatusCode
@@ -232,15 +234,8 @@ def encode_event(event: StreamEvent) -> bytes:
     else:
         message = pb.GenerateChunk(
             end=pb.RequestEnd(
-                prompt_tokens=event.usage.prompt_tokens,
-                output_tokens=event.usage.output_tokens,
-                cached_tokens=event.usage.cached_tokens,
-                draft_tokens=event.usage.draft_tokens,
-                accepted_tokens=event.usage.accepted_tokens,
-                queue_s=event.timing.queue_s,
-                tokenize_s=event.timing.tokenize_s,
-                model_s=event.timing.model_s,
-                detokenize_s=event.timing.detokenize_s,
+                **{name: getattr(event.usage, name) for name in Usage.__slots__},
+                **{name: getattr(event.timing, name) for name in _SERVER_TIMES},
                 seed=event.seed,
                 history=_messages(event.history),
             )
@@ -266,8 +261,8 @@ def decode_event(data: bytes) -> StreamEvent:
     if kind == "end":
         end = message.end
         return RequestEnd(
-            Usage(end.prompt_tokens, end.output_tokens, end.cached_tokens, end.draft_tokens, end.accepted_tokens),
-            Timing(queue_s=end.queue_s, tokenize_s=end.tokenize_s, model_s=end.model_s, detokenize_s=end.detokenize_s),
+            Usage(**{name: getattr(end, name) for name in Usage.__slots__}),
+            Timing(**{name: getattr(end, name) for name in _SERVER_TIMES}),
             end.seed,
             _plain_messages(end.history),
         )

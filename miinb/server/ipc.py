@@ -88,6 +88,8 @@ _KINDS: dict[type, Kind] = {
     PredictedEvent: Kind.PREDICTED,
 }
 _CLASSES: dict[Kind, type] = {kind: cls for cls, kind in _KINDS.items() if cls is not EngineInfo}
+#: What of a SequenceRequest is JSON as it is: all but what is packed and what has its own JSON.
+_PLAIN = tuple(f.name for f in dataclasses.fields(SequenceRequest) if f.name not in ("token_ids", "params"))
 
 
 def frame(kind: Kind, *parts: bytes) -> bytes:
@@ -102,14 +104,8 @@ def encode(message: Message) -> bytes:
         tokens = _tokens_frame({message.row_id: message.token_ids})
         return _logprobs_frame(message) + tokens if message.logprobs else tokens
     if isinstance(message, SequenceRequest):
-        head = _json(
-            {
-                "row_id": message.row_id,
-                "params": message.params.model_dump(mode="json", exclude_defaults=True),
-                "t_submit": message.t_submit,
-                "deadline": message.deadline,
-            }
-        )
+        plain = {name: getattr(message, name) for name in _PLAIN}
+        head = _json({**plain, "params": message.params.model_dump(mode="json", exclude_defaults=True)})
         return frame(Kind.SUBMIT, LENGTH.pack(len(head)), head, array("i", message.token_ids).tobytes())
     if isinstance(message, EngineStatus):
         return frame(Kind.STATUS, _json(dict(message.values)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,8 @@ from miinb.messages import (
     TokensEvent,
 )
 from miinb.server import ipc
+from tests.filled import PARAMS as FILLED_PARAMS
+from tests.filled import filled
 
 INFO = EngineInfo(
     replica=1,
@@ -66,6 +70,22 @@ def test_every_message_survives_any_fragmentation(step: int) -> None:
     decoder = ipc.Decoder()
     received = [m for at in range(0, len(data), step) for m in decoder.feed(data[at : at + step])]
     assert received == MESSAGES
+
+
+@pytest.mark.parametrize("cls", typing.get_args(ipc.Message), ids=lambda cls: cls.__name__)
+def test_no_field_of_any_message_is_lost(cls: type) -> None:
+    message = filled(cls)
+    if isinstance(message, TokensEvent):  # the chosen tokens' log-probabilities come as tuples
+        message = replace(message, logprobs=tuple(message.logprobs))
+    for params in FILLED_PARAMS:
+        if isinstance(message, SequenceRequest):
+            message = replace(message, params=params)
+        assert ipc.Decoder().feed(ipc.encode(message)) == [message]
+
+
+def test_every_parameter_is_among_the_filled_ones() -> None:
+    names = {name for params in FILLED_PARAMS for name in params.model_fields_set}
+    assert names == set(GenerationParams.model_fields)
 
 
 @pytest.mark.parametrize(
