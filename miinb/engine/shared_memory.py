@@ -43,6 +43,8 @@ def unusable(ranks: int) -> str:
         return "the CPU has no AVX2"
     if shutil.which("ninja") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
         return "there is no C++ compiler or no ninja"
+    if not os.access(_FOLDER, os.W_OK | os.X_OK):  # the operator would wait for its segments for ever
+        return f"{_FOLDER} is not there or not writable"
     space = os.statvfs(_FOLDER)
     if space.f_bavail * space.f_frsize < ranks * SEGMENT_BYTES:
         return f"/dev/shm has less than {ranks * SEGMENT_BYTES >> 20} MiB free"

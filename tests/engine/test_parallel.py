@@ -155,3 +155,11 @@ def test_shared_memory_gives_the_same_and_leaves_nothing(tmp_path: Path) -> None
     seen = results[0][f"{tmp_path / 'llama'}=none"]
     assert seen["together"] == seen["alone"]
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29872_*"))
+
+
+def test_why_ranks_do_without_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "MiB free" in shared_memory.unusable(1 << 24)
+    monkeypatch.setattr(shared_memory, "_FOLDER", tmp_path / "none")
+    assert "not writable" in shared_memory.unusable(2)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in shared_memory.unusable(2)
