@@ -21,10 +21,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from miinb.config import DeploymentConfig
 from miinb.engine.autotp import split
 from miinb.engine.beam_search import search
+from miinb.engine.caches import DYNAMIC, measure_caches, pads
 from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Executor, Poll
 from miinb.engine.finite import check_finite
-from miinb.engine.generation import DYNAMIC, BaselineRow, generate, measure_caches
+from miinb.engine.generation import BaselineRow, generate
 from miinb.engine.lockstep import BatchFollower, Lead, settled
 from miinb.engine.parallel import PeerLost
 from miinb.engine.pipelines import PredictExecutor
@@ -132,22 +133,35 @@ def load_baseline(
         if ranks.link is not None:
             return BatchFollower(info, loaded, ranks.link)
         return PredictExecutor(loaded, model, config, info, lead)
-    cache = batch_cache = DYNAMIC
-    # In place of the optimized engine transformers gets its fastest cache on a GPU; on a CPU compiling takes too long.
-    stands_in = config.engine == "optimized" and info.device == "cuda"
-    if config.options.compile or stands_in:
-        report(Phase("capture", text="comparing transformers' caches"))
-        times = measure_caches(loaded, info.vocab_size)
-        cache = min(times, key=lambda name: times[name].seconds)
-        told = ", ".join(f"{name} {time.text}" for name, time in times.items())
-        # Compiled again for every number of rows, a served batch would wait for minutes.
-        batch_cache = DYNAMIC if stands_in else cache
-        more = f"; {batch_cache} for several rows" if batch_cache != cache else ""
-        plan = plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1{more}")
+    padded = config.options.parity == "off" or pads(loaded, info.vocab_size)
+    if not padded:
+        plan = plan.with_line("batches", "equal lengths", f"{model.family} takes padding for a part of the prompt")
+    cache, batch_cache, plan = _choose_cache(loaded, config, info, plan, report)
     info, queue = dataclasses.replace(info, plan=plan), config.options.max_queue
     if ranks.link is not None:
         return BatchFollower(info, loaded, ranks.link)
-    return BatchExecutor(loaded, info, max_queue=queue, cache=cache, batch_cache=batch_cache, lead=lead)
+    return BatchExecutor(loaded, info, max_queue=queue, cache=cache, batch_cache=batch_cache, padded=padded, lead=lead)
+
+
+def _choose_cache(
+    model: Any, config: DeploymentConfig, info: EngineInfo, plan: Plan, report: Callable[[Phase], None]
+) -> tuple[str, str, Plan]:
+    """The cache for a row alone, that for several, and the plan with a line on them; all ranks make the same calls."""
+    # In place of the optimized engine transformers gets its fastest cache on a GPU; on a CPU compiling takes too long.
+    stands_in = config.engine == "optimized"
+    if stands_in and info.device != "cuda":
+        why = "static ones and torch.compile are tried on GPUs, or with engine='baseline' and options.compile"
+        return DYNAMIC, DYNAMIC, plan.with_line("cache", DYNAMIC, why)
+    if not (config.options.compile or stands_in):
+        return DYNAMIC, DYNAMIC, plan
+    report(Phase("capture", text="comparing transformers' caches"))
+    times = measure_caches(model, info.vocab_size, info.max_length)
+    cache = min(times, key=lambda name: times[name].seconds)
+    told = ", ".join(f"{name} {time.text}" for name, time in times.items())
+    # Compiled again for every number of rows, a served batch would wait for minutes.
+    batch_cache = DYNAMIC if stands_in else cache
+    more = f"; {batch_cache} for several rows" if batch_cache != cache else ""
+    return cache, batch_cache, plan.with_line("cache", cache, f"the fastest of {told} a token at batch 1{more}")
 
 
 def _split(model: Any, config: DeploymentConfig, ranks: Ranks, plan: Plan) -> tuple[Any, Plan]:
@@ -172,6 +186,7 @@ class BatchExecutor:
         max_queue: most rows that wait.
         cache: which of `generation.CACHES` for a row alone.
         batch_cache: the same for batches of several; None: `cache`.
+        padded: rows of different lengths may share a batch.
         lead: to the replica's other ranks, which compute the same batches.
     """
 
@@ -183,6 +198,7 @@ class BatchExecutor:
         max_queue: int,
         cache: str = DYNAMIC,
         batch_cache: str | None = None,
+        padded: bool = True,
         lead: Lead | None = None,
     ) -> None:
         self.info = info
@@ -190,6 +206,7 @@ class BatchExecutor:
         self.cache = cache
         self.batch_cache = batch_cache or cache
         self._max_queue = max_queue
+        self._padded = padded
         self._lead = lead
         self._waiting: deque[BaselineRow] = deque()
         self._running: list[BaselineRow] = []
@@ -248,22 +265,43 @@ class BatchExecutor:
 
         if self._running:
             self._batches += 1
-            try:
-                if self._running[0].params.num_beams > 1:
-                    search(self.model, self._running, self, between, self._lead)
-                else:
-                    cache = self.cache if len(self._running) == 1 else self.batch_cache
-                    generate(self.model, self._running, self, between, cache, self._lead)
-            except (*STEP_ERRORS, MiinbError, PeerLost) as error:
-                log.exception("a batch of %d rows raised", len(self._running))
-                failure, lost = settled(self._lead, error)
+            cache = self.cache if len(self._running) == 1 else self.batch_cache
+            failure = self._compute(cache, between)
+            if failure is not None and cache != DYNAMIC:
+                self._leave_cache(cache, failure)
+                failure = self._compute(DYNAMIC, between)
+            if failure is not None:
                 for row in self._running:
                     self.fail(row, failure)
-                if lost is not None:
-                    between()
-                    raise lost from error
         self._running = []
         self._flush(emit)
+
+    def _compute(self, cache: str, between: Poll) -> MiinbError | None:
+        """Run the batch to its end; what its rows are to be told if it raised. Raises PeerLost, its rows told."""
+        try:
+            if self._running[0].params.num_beams > 1:
+                search(self.model, self._running, self, between, self._lead)
+            else:
+                generate(self.model, self._running, self, between, cache, self._lead)
+        except (*STEP_ERRORS, MiinbError, PeerLost) as error:
+            log.exception("a batch of %d rows raised with the %s", len(self._running), cache)
+            failure, lost = settled(self._lead, error)
+            if lost is None:
+                return failure
+            for row in self._running:
+                self.fail(row, failure)
+            between()
+            raise lost from error
+        return None
+
+    def _leave_cache(self, cache: str, failure: MiinbError) -> None:
+        """From now on the dynamic cache; the running rows' tokens so far hold."""
+        self.cache = self.batch_cache = DYNAMIC
+        text = f"The {cache} failed on a batch and is used no more: {failure.message}"
+        plan = self.info.plan.with_line("cache", DYNAMIC, f"the {cache} failed on a batch")
+        self.info = dataclasses.replace(self.info, plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))
+        for row in self._running:
+            row.replay = list(row.output)
 
     def _flush(self, emit: Emit) -> None:
         events, self._events = self._events, []
@@ -279,8 +317,8 @@ class BatchExecutor:
     def _next_batch(self) -> list[BaselineRow]:
         if not self._waiting:
             return []
-        key = self._waiting[0].key()
-        batch = [row for row in self._waiting if row.key() == key][: self.info.max_batch]
+        key = self._waiting[0].key(padded=self._padded)
+        batch = [row for row in self._waiting if row.key(padded=self._padded) == key][: self.info.max_batch]
         now = time.monotonic()
         for row in batch:
             self._waiting.remove(row)

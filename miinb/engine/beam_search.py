@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from miinb.engine.generation import DYNAMIC, BaselineRow, Sink, Watcher, processors_of, run_generate
+from miinb.engine.caches import DYNAMIC
+from miinb.engine.generation import BaselineRow, Sink, Watcher, processors_of, run_generate
 from miinb.errors import NonFinite
 
 if TYPE_CHECKING:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
 
+from miinb.engine.caches import cache_arguments
 from miinb.errors import MiinbError, NonFinite
 from miinb.messages import SequenceRequest, TokenLogprob
 
@@ -21,17 +18,6 @@ if TYPE_CHECKING:
 
 #: Parameters that may differ between the rows of one batch.
 PER_ROW = {"seed", "stop", "num_return_sequences", "return_full_text", "max_new_tokens", "logprobs"}
-
-#: What transformers does unless told otherwise: a cache that grows with each token.
-DYNAMIC = "dynamic cache"
-#: The KV caches that the arm "baseline-best" chooses from, as arguments of transformers' GenerationConfig.
-CACHES: dict[str, dict[str, Any]] = {
-    DYNAMIC: {},
-    "static cache": {"cache_implementation": "static", "disable_compile": True},
-    "static cache, compiled": {"cache_implementation": "static"},
-}
-#: Static caches are as long as a multiple of this, so that few lengths are compiled.
-CACHE_STEP = 256
 
 
 class BaselineRow:
@@ -42,17 +28,23 @@ class BaselineRow:
         self.params = request.params
         self.eos = eos
         self.output: list[int] = []
+        self.replay: list[int] = []  # tokens that it has had from a batch that raised; they are computed again
         self.ended = False
         self.t_start = 0.0
         self.t_first = 0.0
 
-    def key(self) -> tuple[object, ...]:
-        """Rows of equal keys may share a batch; under beam search those are the answers to one prompt."""
+    def key(self, *, padded: bool) -> tuple[object, ...]:
+        """Rows of equal keys may share a batch; under beam search those are the answers to one prompt.
+
+        Args:
+            padded: rows of different lengths may.
+        """
         if self.params.num_beams > 1:
             alike = self.params.model_dump_json(exclude=PER_ROW - {"max_new_tokens"})
             return alike, tuple(self.request.token_ids), self.eos
         # transformers would count the padding among the tokens that a repetition penalty has seen.
-        same_length = len(self.request.token_ids) if self.params.repetition_penalty != 1.0 else 0
+        padded = padded and self.params.repetition_penalty == 1.0
+        same_length = 0 if padded else len(self.request.token_ids)
         return self.params.model_dump_json(exclude=PER_ROW), same_length, self.eos
 
 
@@ -121,17 +113,35 @@ class RowNoise(transformers.LogitsProcessor):  # type: ignore[misc]
         return scores - noise.log()
 
 
+class Replay(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Makes `generate` choose what the rows have had before; the noise goes on as it would have."""
+
+    def __init__(self, rows: Sequence[BaselineRow], width: int) -> None:
+        self._rows, self._width = rows, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Called by transformers."""
+        step = input_ids.shape[1] - self._width
+        for place, row in enumerate(self._rows):
+            if step < len(row.replay):
+                scores[place] = -torch.inf
+                scores[place, row.replay[step]] = 0.0
+        return scores
+
+
 class Taker(transformers.StoppingCriteria):  # type: ignore[misc]
     """Called by transformers after each step: hands out the new tokens and says which rows have ended."""
 
     def __init__(self, rows: Sequence[BaselineRow], watcher: Watcher, sink: Sink, between: Callable[[], None]) -> None:
         self._rows, self._watcher, self._sink, self._between = rows, watcher, sink, between
+        self._steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Called by transformers with all tokens [R, n]; True where a row has ended."""
+        self._steps += 1
         finite = self._watcher.finite.tolist() if self._watcher.finite is not None else []
         for place, (row, token_id) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
-            if row.ended:
+            if row.ended or self._steps <= len(row.replay):
                 continue
             if finite[place]:
                 self._sink.take(row, token_id, self._watcher.read(place, token_id))
@@ -171,6 +181,8 @@ def processors_of(rows: Sequence[BaselineRow], watcher: Watcher, width: int, dev
         if params.min_p:
             found.append(transformers.MinPLogitsWarper(params.min_p))
         found.append(RowNoise(rows, device))
+    if any(row.replay for row in rows):
+        found.append(Replay(rows, width))
     return found
 
 
@@ -192,7 +204,7 @@ def generate(
         rows: the batch.
         sink: gets tokens and failures.
         between: called after each step.
-        cache: which of `CACHES`.
+        cache: which of `caches.CACHES`.
         lead: to the other ranks.
     """
     prompts = [row.request.token_ids for row in rows]
@@ -218,7 +230,7 @@ def run_generate(
         model: the transformers model.
         prompts: the batch.
         settings: arguments of GenerationConfig, as JSON can say them.
-        cache: which of `CACHES`.
+        cache: which of `caches.CACHES`.
         processors: this rank's logits processors; the largest of the scores that come out is a row's token.
         criteria: this rank's stopping criteria.
         lead: on rank 0: to the others.
@@ -243,49 +255,3 @@ def run_generate(
         stopping_criteria=transformers.StoppingCriteriaList(criteria),
     )
     return answers
-
-
-def cache_arguments(name: str, length: int) -> dict[str, Any]:
-    """GenerationConfig's arguments for one of `CACHES` that holds `length` tokens."""
-    arguments = dict(CACHES[name])
-    if arguments:
-        arguments["max_cache_len"] = -(-length // CACHE_STEP) * CACHE_STEP
-    if name.endswith("compiled"):
-        arguments["compile_config"] = transformers.CompileConfig()
-        arguments["compile_config"]._compile_all_devices = True  # by itself transformers compiles on GPUs alone
-    return arguments
-
-
-@dataclass(frozen=True, slots=True)
-class CacheTime:
-    """Seconds a token with one kind of cache; infinite if it did not run, and why."""
-
-    seconds: float
-    reason: str = ""
-
-    @property
-    def text(self) -> str:
-        """For the plan."""
-        return self.reason or f"{self.seconds * 1e3:.1f} ms"
-
-
-@torch.inference_mode()
-def measure_caches(model: Any, vocab_size: int) -> dict[str, CacheTime]:
-    """Time a token at batch 1 with each of `CACHES`, warm, median of three."""
-    found = {}
-    prompt = torch.randint(0, vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-    for name in CACHES:
-        times = []
-        try:
-            settings = transformers.GenerationConfig(
-                max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0, **cache_arguments(name, 16 + 24)
-            )
-            for _ in range(5):
-                start = time.perf_counter()
-                model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-                times.append((time.perf_counter() - start) / 24)
-        except Exception as error:  # a missing compiler shows in many ways; the other caches are there
-            found[name] = CacheTime(math.inf, f"failed ({type(error).__name__})")
-        else:
-            found[name] = CacheTime(statistics.median(times[2:]))
-    return found

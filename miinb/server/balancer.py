@@ -150,6 +150,8 @@ class Balancer:
             if type(message) is TokensEvent:
                 if (sink := rows.get(message.row_id)) is not None:
                     sink(message)
+            elif isinstance(message, EngineInfo) and replica is not None:
+                replica.info = message  # its plan has changed
             elif isinstance(message, EngineInfo):
                 task = asyncio.ensure_future(self._admit(channel, message))
                 self._admissions.add(task)

@@ -122,6 +122,7 @@ class Server:
     def __init__(self, executor: Executor, sock: RankSocket) -> None:
         self.executor = executor
         self.socket = sock
+        self._told = executor.info
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -131,6 +132,9 @@ class Server:
             self._handle(self.socket.receive(0.0 if self.executor.busy else None))
             if self.executor.busy:
                 self.executor.step(self.socket.send, self._poll)
+                if self.executor.info is not self._told:  # a fallback while serving: the plan says so
+                    self._told = self.executor.info
+                    self.socket.send(self._told)
                 self.socket.flush()
 
     def _poll(self) -> None:

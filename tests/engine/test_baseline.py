@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.engine import generation
+from miinb.engine import caches
 from miinb.engine.baseline import BatchExecutor, load_baseline
-from miinb.engine.generation import measure_caches
+from miinb.engine.caches import measure_caches
 from miinb.engine.pipelines import PredictExecutor
 from miinb.errors import InvalidRequest, MissingHead, PromptTooLong, QueueFull, UnsupportedModel
 from miinb.messages import (
@@ -312,8 +312,8 @@ def test_a_static_cache_gives_the_same_tokens(llama, executor):
 
 
 def test_the_best_cache_is_measured_and_a_failing_one_left_out(llama, monkeypatch):
-    monkeypatch.delitem(generation.CACHES, "static cache, compiled")
-    monkeypatch.setitem(generation.CACHES, "static cache", {"cache_implementation": "no such cache"})
+    monkeypatch.delitem(caches.CACHES, "static cache, compiled")
+    monkeypatch.setitem(caches.CACHES, "static cache", {"cache_implementation": "no such cache"})
     executor = load(llama, config={"options": {"compile": True}})
     assert executor.cache == "dynamic cache"
     (line,) = [line for line in executor.info.plan.lines if line.what == "cache"]
@@ -322,8 +322,34 @@ def test_the_best_cache_is_measured_and_a_failing_one_left_out(llama, monkeypatc
 
 @pytest.mark.slow
 def test_the_compiled_cache_runs(llama, executor):
-    times = measure_caches(executor.model, VOCAB)
+    times = measure_caches(executor.model, VOCAB, 64)
     assert all(not time.reason for time in times.values()), times
+
+
+@pytest.mark.parametrize(("step", "batch"), [(1, 1), (4, 1), (4, 2)])
+def test_a_cache_that_fails_while_serving_is_left_without_a_failed_request(llama, executor, monkeypatch, step, batch):
+    static = BatchExecutor(executor.model, executor.info, max_queue=8, cache="static cache")
+    drawn = {"do_sample": True, "temperature": 1.5, "ignore_eos": True}
+    for row in range(batch):
+        executor.submit(request(row, PROMPTS[row], 8, seed=row, **drawn))
+        static.submit(request(row, PROMPTS[row], 8, seed=row, **drawn))
+    steps = []
+
+    def breaks(*_):
+        steps.append(0)
+        if len(steps) == step:
+            raise RuntimeError("no such cache")
+
+    hook = executor.model.register_forward_pre_hook(breaks)
+    got = run(static)
+    hook.remove()
+    wanted = run(executor)
+    for row in range(batch):
+        assert tokens(got[row]) == tokens(wanted[row])
+        assert got[row][-1].finish_reason == "length"
+    assert static.cache == static.batch_cache == "dynamic cache"
+    assert "The static cache failed on a batch" in static.info.plan.warnings[0]
+    assert static.info.plan.lines[-1].choice == "dynamic cache"
 
 
 def test_dummy_weights_need_no_checkpoint(llama, tmp_path):
