@@ -24,14 +24,16 @@ _COMPARISON = "miinb.engine.comparison"
 _FP32_TOLERANCE = 1e-4
 #: How much larger than the baseline's own error in a dtype ours may be, both against fp32.
 _SHORT_DTYPE_FACTOR = 1.5
+#: What an fp8 cache may add to that: root mean square of the logits' errors, relative to theirs.
+_FP8_CACHE_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """What `check` found; errors are differences from transformers in fp32, relative to its values.
 
-    In fp32 they are the largest difference, in shorter dtypes the root mean square: there the largest is an accident of
-    rounding.
+    In fp32 they are the largest difference, in shorter dtypes and with an fp8 cache the root mean square: there the
+    largest is an accident of rounding.
 
     Attributes:
         layers: (the optimized engine's error, the baseline's own in the same dtype) after each layer.
@@ -49,6 +51,7 @@ class Comparison:
     tokens: tuple[int, ...]
     expected_tokens: tuple[int, ...]
     prompt_tokens: int
+    kv_dtype: str = "auto"
     cached: bool = False
 
     @property
@@ -60,21 +63,28 @@ class Comparison:
     @property
     def limit(self) -> float | None:
         """The largest error of the logits that passes; None where no rule is stated (quantized weights)."""
-        if self.dtype == "fp32":
+        if self.exact:
             return _FP32_TOLERANCE
-        return _SHORT_DTYPE_FACTOR * self.logits[1] if self.baseline_dtype == self.dtype else None
+        if self.baseline_dtype != self.dtype:
+            return None
+        return _SHORT_DTYPE_FACTOR * self.logits[1] + (_FP8_CACHE_TOLERANCE if self.kv_dtype == "fp8" else 0.0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded: both compute in fp32."""
+        return self.dtype == "fp32" and self.kv_dtype == "auto"
 
     @property
     def passed(self) -> bool:
         """Whether it is the same answer: in fp32 also the same tokens."""
         if self.limit is None:
             return self.logits[0] < float("inf")
-        return self.logits[0] <= self.limit and (self.dtype != "fp32" or self.equal_tokens == len(self.tokens))
+        return self.logits[0] <= self.limit and (not self.exact or self.equal_tokens == len(self.tokens))
 
     @property
     def measure(self) -> str:
         """What the errors are."""
-        return "largest difference" if self.dtype == "fp32" else "root mean square difference"
+        return "largest difference" if self.exact else "root mean square difference"
 
     @property
     def verdict(self) -> str:
@@ -90,7 +100,7 @@ def check(model: str | Path, **fields: Any) -> Comparison:
 
     Args:
         model: a folder or a hub name.
-        fields: of `DeploymentConfig`: dtype, device, gpus, revision, options.
+        fields: of `DeploymentConfig`: dtype, kv_dtype, device, gpus, revision, options.
 
     Raises:
         UnsupportedModel: the optimized engine has no form for the model.
@@ -112,10 +122,10 @@ def check(model: str | Path, **fields: Any) -> Comparison:
         found = _run(resolved)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
-    values = dict(found)
+    values = dict(found) | {"dtype": resolved.dtype, "kv_dtype": resolved.kv_dtype, "cached": cached}
     for name in ("layers", "logits", "tokens", "expected_tokens"):
         values[name] = tuple(tuple(part) if isinstance(part, list) else part for part in values[name])
-    return Comparison(model=str(model), device=device, dtype=resolved.dtype, cached=cached, **values)
+    return Comparison(model=str(model), device=device, **values)
 
 
 def _key(info: ModelInfo, config: DeploymentConfig, device: str) -> str:
@@ -127,7 +137,7 @@ def _key(info: ModelInfo, config: DeploymentConfig, device: str) -> str:
         "config": dict(info.config),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "sources": max(source.stat().st_mtime_ns for source in sources),
-        "place": (device, config.dtype),
+        "place": (device, config.dtype, config.kv_dtype),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -318,6 +318,7 @@ class Status:
     in_flight: int = 0
     queued: int = 0
     requests: int = 0
+    kv_dtype: str = "auto"  # of the KV cache: auto is `dtype`
     ranks: tuple[RankStatus, ...] = ()
     phase: Phase | None = None
 

@@ -21,6 +21,8 @@ from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, Unsupported
 from miinb.location import gguf_file, locate, read_config
 from miinb.tasks import TASKS, find_task, tasks_of
 
+#: The least compute capability of a GPU that converts fp8 by itself.
+FP8_CAPABILITY = (8, 9)
 #: Bytes of one weight by miinb's dtype names; int8 has a scale of fp32 for each 64 weights.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5}
 
@@ -111,13 +113,20 @@ class ModelInfo:
         numbers = self.parameters if counted is None else counted.others + -(-counted.matrices // ranks)
         return int(numbers * DTYPE_BYTES[dtype or self.dtype])
 
-    def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1) -> int:
-        """Bytes of keys and values that one token adds to the cache of each rank, by the weights' dtype."""
+    def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1, kv_dtype: str = "auto") -> int:
+        """Bytes of keys and values that one token adds to the cache of each rank.
+
+        Args:
+            dtype: of the weights, and so of the cache.
+            ranks: that share the model.
+            kv_dtype: "fp8" is one byte a number, and a scale of two bytes for each head's key and value.
+        """
         number = 4.0 if dtype == "int8" else DTYPE_BYTES[dtype or self.dtype]  # weights alone are int8
         layers, heads, size = self.layers, self.kv_heads, self.head_size
         if self.spec is not None:
             layers, heads, size = self.spec.layers, self.spec.kv_heads, self.spec.head_size
-        return int(2 * layers * -(-heads // ranks) * size * number)
+        head = size + 2 if kv_dtype == "fp8" else size * number
+        return int(2 * layers * -(-heads // ranks) * head)
 
     def task(self, asked: str | None = None) -> str:
         """The task to serve: the one asked for if the model can, else the only one that it names.

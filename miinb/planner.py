@@ -13,7 +13,7 @@ from miinb.config import DeploymentConfig
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
 from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
-from miinb.models import DTYPE_BYTES, ModelInfo
+from miinb.models import DTYPE_BYTES, FP8_CAPABILITY, ModelInfo
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
@@ -52,6 +52,8 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
     choice = _dtype(choice, config, model, hardware)
+    if config.kv_dtype == "fp8":
+        _check_fp8_cache(choice, groups)
     return _memory(choice, config, model, hardware, groups)
 
 
@@ -77,8 +79,6 @@ def _refuse_unbuilt(config: DeploymentConfig) -> None:
         raise InvalidValue(
             f"dtype: {config.dtype} is not built yet.", hint=f"Use dtype={_NOT_BUILT[config.dtype]!r} or 'auto'."
         )
-    if config.kv_dtype != "auto":
-        raise InvalidValue(f"kv_dtype: {config.kv_dtype} is not built yet.", hint="Use kv_dtype='auto'.")
 
 
 def _device_groups(config: DeploymentConfig, hardware: Hardware) -> list[list[Gpu]]:
@@ -197,6 +197,16 @@ def _int8(choice: Plan) -> Plan:
     return choice.with_line("dtype", "int8", reason, dtype="int8")
 
 
+def _check_fp8_cache(choice: Plan, groups: list[list[Gpu]]) -> None:
+    """Raise InvalidValue where there is no fp8 cache."""
+    if choice.engine == "baseline":
+        raise InvalidValue(
+            "kv_dtype: fp8 needs the optimized engine, and plain transformers serve this.", hint="Use kv_dtype='auto'."
+        )
+    if any(gpu.capability < FP8_CAPABILITY for group in groups for gpu in group):
+        raise InvalidValue("kv_dtype: this GPU has no fp8; Ada, Hopper and later have.", hint="Use kv_dtype='auto'.")
+
+
 def _memory(
     choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
 ) -> Plan:
@@ -209,7 +219,7 @@ def _memory(
         ranks=ranks,
     )
     weights = model.weights_bytes(choice.dtype, ranks)
-    token = model.kv_bytes_per_token(choice.dtype, ranks)
+    token = model.kv_bytes_per_token(choice.dtype, ranks, config.kv_dtype)
     length = _length(config, model, on_gpu=place.on_gpu)
     room = place.usable - weights
     if ranks > 1 and choice.engine != "optimized":
@@ -321,13 +331,16 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
         kind = f"pages for {size // token:,} tokens" + (
             " of all rows together" if size == budget else ", all rows full"
         )
+    if config.kv_dtype == "fp8":
+        kind += ", in fp8: answers can differ from those of other caches"
+        kind += "" if on_gpu else ", and steps are slower, as each widens what it reads"
     return choice.with_line("kv_cache", size_words(size), kind, kv_cache_bytes=size)
 
 
 def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, place: _Place, length: int) -> OutOfMemory:
     """The error with the estimate, and with what would fit."""
     weights = model.weights_bytes(choice.dtype, place.ranks)
-    token = model.kv_bytes_per_token(choice.dtype, place.ranks)
+    token = model.kv_bytes_per_token(choice.dtype, place.ranks, config.kv_dtype)
     tokens = config.max_length or min(length, 64)
     need = weights + token * tokens + (GPU_RUNTIME_BYTES if place.on_gpu else RUNTIME_BYTES)
     fits = [*_smaller_cache(place, weights, token), *_smaller_dtypes(choice, model, place)]

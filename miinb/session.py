@@ -49,7 +49,8 @@ class Session:
         replicas: copies of the model.
         max_length: most tokens of one sequence, prompt and answer.
         max_batch: most sequences at once.
-        kv_dtype: dtype of the key-value cache.
+        kv_dtype: of the KV cache: "auto" is `dtype`; "fp8" takes about half of bf16's memory, and answers can
+            differ (the optimized engine's alone; of GPUs Ada, Hopper and later).
         load_format: "dummy" makes random weights from config.json.
         revision: of a hub name.
         trust_remote_code: allow Python code from the model's folder.

@@ -30,6 +30,8 @@ BF16 = {"dtype": "bf16", "baseline_dtype": "bf16"}
         (BF16 | {"logits": (0.014, 0.01), "tokens": (1, 3)}, True, "1.5e-02 allowed"),
         (BF16 | {"logits": (0.016, 0.01)}, False, "failed"),
         ({"dtype": "int8", "logits": (0.1, 0.0)}, True, "no limit is stated"),
+        ({"kv_dtype": "fp8", "logits": (0.05, 0.0), "tokens": (1, 3)}, True, "1.0e-01 allowed"),
+        (BF16 | {"kv_dtype": "fp8", "logits": (0.13, 0.01)}, False, "1.3e-01 (1.2e-01 allowed)"),
         ({"dtype": "int8", "logits": (float("inf"), 0.0)}, False, "failed"),
     ],
 )
@@ -55,6 +57,14 @@ def test_the_tiny_model_passes_once_computed_and_once_from_the_cache(
     shown = capsys.readouterr().out
     assert "layer 0" in shown
     assert "passed: error of the logits" in shown
+
+
+def test_an_fp8_cache_has_a_bound_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = check(tiny_model(), dtype="fp32", kv_dtype="fp8", device="cpu")
+    assert found.passed, found.verdict
+    assert found.logits[0] > 1e-4
+    assert found.measure.startswith("root mean square")
 
 
 def test_another_answer_is_an_error_of_the_command(

@@ -83,6 +83,20 @@ def test_a_gpu_without_bf16() -> None:
         planned(old, dtype="bf16")
 
 
+def test_an_fp8_cache() -> None:
+    choice, plain = planned(TWO_GPUS, kv_dtype="fp8", max_batch=8), planned(TWO_GPUS, max_batch=8)
+    assert choice.kv_cache_bytes / plain.kv_cache_bytes == (64 + 2) / (2 * 64)
+    assert line(choice, "kv_cache").endswith("all rows full, in fp8: answers can differ from those of other caches")
+    assert "slower" in line(planned(kv_dtype="fp8"), "kv_cache")
+    old = dataclasses.replace(CPU, gpus=(dataclasses.replace(GPUS[0], capability=(8, 0)),))
+    with pytest.raises(InvalidValue, match="no fp8"):
+        planned(old, kv_dtype="fp8")
+    assert planned(old, kv_dtype="fp8", device="cpu").device == "cpu"
+    bert = dataclasses.replace(LLAMA, family="bert", tasks=("fill-mask",), spec=None, kv_heads=0, context_length=512)
+    with pytest.raises(InvalidValue, match="optimized engine"):
+        planned(model=bert, kv_dtype="fp8")
+
+
 def test_fallbacks_say_so() -> None:
     no_policy = UnsupportedModel("There is no policy for falcon yet.")
     model = dataclasses.replace(LLAMA, family="falcon", spec=None, unfused=no_policy)
@@ -101,7 +115,7 @@ def test_fallbacks_say_so() -> None:
     [
         ({"dtype": "int8", "engine": "baseline"}, InvalidValue, "int8 needs the optimized engine"),
         ({"dtype": "fp8"}, InvalidValue, "not built yet"),
-        ({"kv_dtype": "fp8"}, InvalidValue, "kv_dtype"),
+        ({"kv_dtype": "fp8", "engine": "baseline"}, InvalidValue, "kv_dtype: fp8 needs the optimized engine"),
         ({"tensor_parallel": 3}, InvalidValue, "do not divide by 3. Numbers of ranks that work: 1, 2, 4, 8"),
         (
             {"tensor_parallel": 3, "engine": "baseline"},

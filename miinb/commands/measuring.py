@@ -176,7 +176,7 @@ def demo(context: Context, values: Values, body: str | None) -> None:
 
 
 #: Fields of a deployment that `check` takes.
-CHECKED = ("dtype", "device", "gpus", "revision", "trust_remote_code", "start_timeout_s")
+CHECKED = ("dtype", "kv_dtype", "device", "gpus", "revision", "trust_remote_code", "start_timeout_s")
 
 
 def check(context: Context, values: Values, body: str | None) -> Table:
@@ -189,7 +189,8 @@ def check(context: Context, values: Values, body: str | None) -> Table:
     found = checking.check(values["model"], **fields)
     rows = [(f"layer {index}", f"{ours:.1e}", f"{plain:.1e}") for index, (ours, plain) in enumerate(found.layers)]
     rows.append(("logits", f"{found.logits[0]:.1e}", f"{found.logits[1]:.1e}"))
-    title = f"{found.model}, {found.dtype} on {found.device}: {found.measure} from transformers in fp32"
+    cache = ", fp8 cache" if found.kv_dtype == "fp8" else ""
+    title = f"{found.model}, {found.dtype}{cache} on {found.device}: {found.measure} from transformers in fp32"
     columns = ("after", "optimized", f"transformers {found.baseline_dtype}")
     note = found.verdict + (" (an earlier check of the same files and versions)" if found.cached else "")
     table = Table(columns, rows, title=title, note=note, records=(found,))

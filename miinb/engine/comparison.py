@@ -25,7 +25,7 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine.baseline import load_model
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
-from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.loading import operators_of
 from miinb.engine.place import Place
 from miinb.engine.policies import POLICIES
@@ -56,7 +56,8 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
     """Both engines on a prompt and its continuation: errors of every layer and of the logits, and greedy tokens.
 
     The truth is transformers in fp32. In fp32 an error is the largest difference relative to the truth's largest value;
-    in shorter dtypes, where the largest is an accident of rounding, the root mean square relative to the truth's.
+    in shorter dtypes and with an fp8 cache, where the largest is an accident of rounding, the root mean square relative
+    to the truth's.
 
     Raises:
         UnsupportedModel: the optimized engine has no form for the model.
@@ -78,14 +79,14 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
         with _transformers(model, config, base_dtype) as plain:
             base = _trace_plain(plain, answer[:-1], model.spec.layers)
     decoder = _fused(model, config)
-    ours = _trace_fused(decoder, answer[:-1])
-    error = _largest if config.dtype == "fp32" else _mean_square
+    ours = _trace_fused(decoder, answer[:-1], config.kv_dtype)
+    error = _largest if config.dtype == "fp32" and config.kv_dtype == "auto" else _mean_square
     traces = zip(ours.layers, base.layers, truth.layers, strict=True)
     return {
         "layers": [[error(fused, exact), error(plain, exact)] for fused, plain, exact in traces],
         "logits": [error(ours.logits, truth.logits), error(base.logits, truth.logits)],
         "baseline_dtype": base_dtype,
-        "tokens": _generate(decoder, tokens, new),
+        "tokens": _generate(decoder, tokens, new, config.kv_dtype),
         "expected_tokens": answer[len(tokens) :],
         "prompt_tokens": len(tokens),
     }
@@ -133,15 +134,16 @@ def _fused(model: ModelInfo, config: DeploymentConfig) -> Decoder:
     return Decoder(model.spec, weights, ops=ops)
 
 
-def _cache(decoder: Decoder, tokens: int) -> tuple[KVCache, list[int]]:
-    embed, pages = decoder.weights.embed, -(-tokens // _PAGE_TOKENS)
+def _cache(decoder: Decoder, tokens: int, kv_dtype: str) -> tuple[KVCache, list[int]]:
+    weights, pages = decoder.weights, -(-tokens // _PAGE_TOKENS)
     size = CacheSize(pages, _PAGE_TOKENS, pages * _PAGE_TOKENS, 1, 0)
-    return KVCache(decoder.spec, size, embed.dtype, embed.device), list(range(pages))
+    cache = KVCache(decoder.spec, size, cache_dtype(kv_dtype, weights.dtype), weights.embed.device)
+    return cache, list(range(pages))
 
 
 @torch.inference_mode()
-def _trace_fused(decoder: Decoder, tokens: list[int]) -> Trace:
-    cache, pages = _cache(decoder, len(tokens))
+def _trace_fused(decoder: Decoder, tokens: list[int], kv_dtype: str) -> Trace:
+    cache, pages = _cache(decoder, len(tokens), kv_dtype)
     device = decoder.weights.embed.device
     batch = StepBatch.of_rows([StepRow(tokens, 0, pages)], _PAGE_TOKENS, device)
     x, residual = decoder.embed(batch), None
@@ -154,9 +156,9 @@ def _trace_fused(decoder: Decoder, tokens: list[int]) -> Trace:
 
 
 @torch.inference_mode()
-def _generate(decoder: Decoder, tokens: list[int], new: int) -> list[int]:
+def _generate(decoder: Decoder, tokens: list[int], new: int, kv_dtype: str) -> list[int]:
     """Greedy tokens of the prompt, one step each, through the cache."""
-    cache, pages = _cache(decoder, len(tokens) + new)
+    cache, pages = _cache(decoder, len(tokens) + new, kv_dtype)
     device = decoder.weights.embed.device
     found: list[int] = []
     step, start = tokens, 0

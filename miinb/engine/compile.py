@@ -39,7 +39,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, StepBatch
 from miinb.engine.graphs import capture_order, mixed_sizes
-from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache
+from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import POLICIES
 from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.weights import DTYPES, load_weights
@@ -168,7 +168,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     page_tokens = config.options.page_tokens
     pages = -(-config.options.step_tokens("cuda") // page_tokens)
     size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
-    cache = KVCache(local, size, DTYPES[dtype], META)
+    cache = KVCache(local, size, cache_dtype(config.kv_dtype, DTYPES[dtype]), META)
     rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.step_tokens("cuda"))
     with recording() as kernels:
         for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:

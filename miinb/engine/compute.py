@@ -112,8 +112,7 @@ class StepCompute:
             What any row that gets a token wants.
         """
         for page in blank:
-            for layer in (*self.cache.k, *self.cache.v):
-                layer[page].zero_()
+            self.cache.blank(page)
         for source, target, tokens in plan.copies:
             self.cache.copy(source, target, tokens)
         for row in plan.admitted:
@@ -140,8 +139,7 @@ class StepCompute:
 
     def close(self) -> None:
         """Let go of the device's memory."""
-        self.cache.k.clear()
-        self.cache.v.clear()
+        self.cache.close()
 
     def _compute(self, plan: StepPlan, needs: Needs) -> Sampled:
         batch = self.inputs.write(plan)

@@ -328,11 +328,12 @@ class Decoder:
 
     def _attention(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
         w = self.weights.layers[index]
-        k, v = cache.k[index], cache.v[index]
+        k, v, kv_scale = cache.k[index], cache.v[index], cache.scale[index]
         cos, sin = self._angles[index]
         qkv = self.ops.linear(x, w.qkv)
+        norms = {"q_norm": w.q_norm, "k_norm": w.k_norm}
         q = self.ops.rope_append(
-            qkv, batch.positions, cos, sin, k, v, batch.slots, q_norm=w.q_norm, k_norm=w.k_norm, **self._rope
+            qkv, batch.positions, cos, sin, k, v, batch.slots, kv_scale=kv_scale, **norms, **self._rope
         )
         out = self.ops.paged_attention(
             q,
@@ -345,6 +346,7 @@ class Decoder:
             window=self._windows[index],
             alibi=self.alibi,
             softcap=self.spec.softcap,
+            kv_scale=kv_scale,
             max_query=batch.max_query,
         )
         out = self.ops.linear(out.flatten(1), w.out)

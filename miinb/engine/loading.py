@@ -23,8 +23,8 @@ from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
 from miinb.engine.followers import Follower, Followers, Following
 from miinb.engine.graphs import GraphRunner
-from miinb.engine.kv_cache import KVCache, size_cache
-from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_int8, set_threads
+from miinb.engine.kv_cache import KVCache, cache_dtype, size_cache
+from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_fallback, set_threads
 from miinb.engine.policies import POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
@@ -101,9 +101,9 @@ def load_rank(
             try:
                 executor = _step_executor(config, model, info, place, Aside(ranks, kernels), rank, report)
             except UnsupportedModel as reason:
-                info = _fall_back(info, reason.message)
+                info = _fall_back(info, config, reason.message)
         elif config.engine == "optimized":
-            info = _fall_back(info, f"{task} has no fused engine yet")
+            info = _fall_back(info, config, f"{task} has no fused engine yet")
         tokenizer.result()
         ranks.result()
     if executor is None:
@@ -209,15 +209,16 @@ def _step_executor(
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
     ranks.meet()  # before the first collective, whose time is limited
     free = ranks.share_of(free_bytes(place.device), place.device)
-    size = size_cache(local, config, place.device.type, DTYPES[place.dtype].itemsize, free)
+    kv_dtype = cache_dtype(config.kv_dtype, DTYPES[place.dtype])
+    size = size_cache(local, config, place.device.type, kv_dtype, free)
     plan = dataclasses.replace(ranks.describe(plan), max_length=size.max_length, max_batch=size.max_batch)
     plan = dataclasses.replace(plan, kv_cache_bytes=size.size_bytes, weights_bytes=weights_bytes(weights))
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, DTYPES[place.dtype])
-    plan = _verified(plan, decoder, size.page_tokens, config)
+    plan = _verified(plan, decoder, size.page_tokens, kv_dtype, config)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
-    cache = KVCache(local, size, DTYPES[place.dtype], place.device)
+    cache = KVCache(local, size, kv_dtype, place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
     info = dataclasses.replace(info, load_peak_bytes=peak)
     if ranks.link is not None:
@@ -283,7 +284,7 @@ def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators
     return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
 
 
-def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: DeploymentConfig) -> Plan:
+def _verified(plan: Plan, decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype, config: DeploymentConfig) -> Plan:
     """The plan with a line on the parity check.
 
     Raises:
@@ -292,7 +293,7 @@ def _verified(plan: Plan, decoder: Decoder, page_tokens: int, config: Deployment
     """
     if config.options.parity == "off":
         return plan.with_line("parity", "off", "asked for")
-    result = parity.check(decoder, page_tokens)
+    result = parity.check(decoder, page_tokens, kv_dtype)
     if result.passed:
         return plan.with_line("parity", "passed", str(result))
     message = f"The fused layers differ from their reference: {result}."
@@ -309,8 +310,8 @@ def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
     return dataclasses.replace(info, plan=info.plan.with_line(*line))
 
 
-def _fall_back(info: EngineInfo, reason: str) -> EngineInfo:
-    refuse_int8(info.dtype, reason)
+def _fall_back(info: EngineInfo, config: DeploymentConfig, reason: str) -> EngineInfo:
+    refuse_fallback(config, reason)
     text = f"Plain transformers serve this model: {reason}"
     plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
     return dataclasses.replace(info, engine="baseline", plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))

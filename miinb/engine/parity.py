@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
-from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.kv_cache import FP8, CacheSize, KVCache
 from miinb.kernels import reference
 from miinb.kernels.linear import PackedLinear
 
 #: Largest difference that is taken, relative to the largest value: rounding of the dtype, several operators deep.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+#: The same where the cache is fp8: a last bit that differs may be a whole step of fp8, 6 %, in a key or a value.
+FP8_TOLERANCE = 0.1
 #: Tokens of the prompt's chunk: above what the small-batch kernels take, so that both kinds are run.
 PROMPT_TOKENS = 20
 
@@ -75,14 +77,21 @@ class ParityReport:
 
 
 @torch.inference_mode()
-def check(decoder: Decoder, page_tokens: int) -> ParityReport:
-    """Compare the decoder's fused operators with the references on its own weights."""
+def check(decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype | None = None) -> ParityReport:
+    """Compare the decoder's fused operators with the references on its own weights.
+
+    Args:
+        decoder: the rank's.
+        page_tokens: of the cache.
+        kv_dtype: of the cache; None: the weights'.
+    """
+    kv_dtype = kv_dtype or decoder.weights.dtype
     started = time.monotonic()
     plain = Decoder(decoder.spec, decoder.weights, group=decoder.group, ops=REFERENCE)
     last = decoder.spec.layers - 1
     worst, where = 0.0, "nowhere"
     for index in sorted({0, last // 2, last}):
-        for step, ours, theirs in _layer_outputs(index, decoder, plain, page_tokens):
+        for step, ours, theirs in _layer_outputs(index, decoder, plain, page_tokens, kv_dtype):
             error = _difference(ours, theirs)
             if error > worst:
                 worst, where = error, f"layer {index}, {step}"
@@ -90,7 +99,8 @@ def check(decoder: Decoder, page_tokens: int) -> ParityReport:
     error = _difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
     if error > worst:
         worst, where = error, "head"
-    return ParityReport(worst, TOLERANCE[x.dtype], where, time.monotonic() - started)
+    allowed = FP8_TOLERANCE if kv_dtype == FP8 else TOLERANCE[x.dtype]
+    return ParityReport(worst, allowed, where, time.monotonic() - started)
 
 
 def _head_input(head: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -109,26 +119,29 @@ def batches(decoder: Decoder, page_tokens: int) -> dict[str, StepBatch]:
     return {name: StepBatch.of_rows([row], page_tokens, device) for name, row in steps.items()}
 
 
-def _layer_outputs(index: int, decoder: Decoder, plain: Decoder, page_tokens: int) -> list[tuple[str, Tensor, Tensor]]:
+def _layer_outputs(
+    index: int, decoder: Decoder, plain: Decoder, page_tokens: int, kv_dtype: torch.dtype
+) -> list[tuple[str, Tensor, Tensor]]:
     """(step, fused output, reference output) of one layer."""
     page_tokens = min(page_tokens, 64)  # a CPU's page is a whole slot
     steps = batches(decoder, page_tokens)
     pages = int(steps["prefill"].block_table.shape[1])
     outputs: dict[str, list[Tensor]] = {name: [] for name in steps}
     for model in (decoder, plain):
-        cache = _one_layer_cache(model, pages, page_tokens)
+        cache = _one_layer_cache(model, pages, page_tokens, kv_dtype)
         for name, batch in steps.items():
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
             outputs[name].append(x if residual is None else x + residual)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
 
 
-def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int) -> KVCache:
+def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:
     """A small cache of which every layer is the same memory."""
     spec = dataclasses.replace(decoder.spec, layers=1)
     size = CacheSize(pages, page_tokens, decoder.spec.max_length, 1, 0)
-    cache = KVCache(spec, size, decoder.weights.dtype, decoder.weights.embed.device)
-    cache.k, cache.v = cache.k * decoder.spec.layers, cache.v * decoder.spec.layers
+    cache = KVCache(spec, size, kv_dtype, decoder.weights.embed.device)
+    layers = decoder.spec.layers
+    cache.k, cache.v, cache.scale = cache.k * layers, cache.v * layers, cache.scale * layers
     return cache
 
 

@@ -13,13 +13,16 @@ from miinb.engine.kv_cache import CacheSize, KVCache
 
 
 @torch.inference_mode()
-def perplexity(decoder: Decoder, token_ids: Sequence[int], *, window: int = 512) -> float:
+def perplexity(
+    decoder: Decoder, token_ids: Sequence[int], *, window: int = 512, kv_dtype: torch.dtype | None = None
+) -> float:
     """exp of the mean negative log-likelihood of each token after the ones before it in its window.
 
     Args:
         decoder: with one rank.
         token_ids: the text.
         window: it is cut into parts of so many tokens; the first of a part is not predicted.
+        kv_dtype: of the KV cache, which every token's attention reads; None: the weights'.
 
     Raises:
         ValueError: the text has fewer than two tokens.
@@ -28,7 +31,7 @@ def perplexity(decoder: Decoder, token_ids: Sequence[int], *, window: int = 512)
         raise ValueError("a perplexity needs two tokens")
     window = min(window, decoder.spec.max_length)
     device = decoder.weights.embed.device
-    cache = KVCache(decoder.spec, CacheSize(1, window, window, 1, 0), decoder.weights.dtype, device)
+    cache = KVCache(decoder.spec, CacheSize(1, window, window, 1, 0), kv_dtype or decoder.weights.dtype, device)
     total, count = 0.0, 0
     for start in range(0, len(token_ids) - 1, window):
         part = token_ids[start : start + window]

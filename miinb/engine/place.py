@@ -11,7 +11,7 @@ import torch
 
 from miinb.config import DeploymentConfig
 from miinb.errors import InvalidValue
-from miinb.models import ModelInfo
+from miinb.models import FP8_CAPABILITY, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,10 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
     Raises:
         InvalidValue: the device is not there, or the dtype is not built.
     """
-    if config.dtype in ("int4", "fp8") or config.kv_dtype != "auto":
-        name = "dtype" if config.dtype in ("int4", "fp8") else "kv_dtype"
-        raise InvalidValue(f"{name}: {getattr(config, name)} is not built yet.", hint=f"Use {name}='auto'.")
+    if config.dtype in ("int4", "fp8"):
+        raise InvalidValue(f"dtype: {config.dtype} is not built yet.", hint="Use dtype='auto'.")
+    if config.engine == "baseline":
+        refuse_fallback(config, "plain transformers have no such form")
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
@@ -41,23 +42,23 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
             raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
         device = torch.device("cuda", gpu or 0)
         torch.cuda.set_device(device)
+        if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise InvalidValue("kv_dtype: this GPU has no fp8.", hint="Use kv_dtype='auto'.")
         if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
             return Place(device, "fp16", (("dtype", "fp16", "this GPU has no bf16"),))
         return Place(device, dtype)
     if dtype == "fp16":
         return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
-    place = Place(torch.device("cpu"), dtype)
-    if config.engine == "baseline":
-        refuse_int8(place.dtype, "plain transformers have no such form")
-    return place
+    return Place(torch.device("cpu"), dtype)
 
 
-def refuse_int8(dtype: str, reason: str) -> None:
-    """Raise InvalidValue where int8 was asked for and transformers are to serve."""
-    if dtype == "int8":
-        raise InvalidValue(
-            f"dtype: int8 needs the optimized engine: {reason.rstrip('.')}.", hint="Use dtype='bf16' or dtype='auto'."
-        )
+def refuse_fallback(config: DeploymentConfig, reason: str) -> None:
+    """Raise InvalidValue where transformers are to serve and what was asked for is the optimized engine's alone."""
+    for name, value in (("dtype", "int8"), ("kv_dtype", "fp8")):
+        if getattr(config, name) == value:
+            raise InvalidValue(
+                f"{name}: {value} needs the optimized engine: {reason.rstrip('.')}.", hint=f"Use {name}='auto'."
+            )
 
 
 def set_threads(config: DeploymentConfig) -> None:

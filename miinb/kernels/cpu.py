@@ -184,8 +184,15 @@ class CpuKernels:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
+        kv_scale: Tensor | None = None,
     ) -> Tensor:
-        """See `rope.rope_append`."""
+        """See `rope.rope_append`; PyTorch's for an fp8 cache."""
+        if kv_scale is not None:
+            return reference.rope_append(
+                qkv, positions, cos, sin, k_cache, v_cache, slots, heads=heads, kv_heads=kv_heads,
+                head_size=head_size, rotary_dim=rotary_dim, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm,
+                eps=eps, kv_scale=kv_scale,
+            )  # fmt: skip
         tokens = qkv.shape[0]
         q = torch.empty((tokens, heads, head_size), dtype=qkv.dtype)
         self._rope(
@@ -223,12 +230,18 @@ class CpuKernels:
         window: int | None = None,
         alibi: Tensor | None = None,
         softcap: float | None = None,
+        kv_scale: Tensor | None = None,
         max_query: int,
     ) -> Tensor:
-        """See `attention.paged_attention`; chunks of prompts are PyTorch's, whose blocks suit them.
+        """See `attention.paged_attention`; chunks of prompts and fp8 caches are PyTorch's.
 
         Rows of one token are this library's in every step, so that a row's answer does not depend on its neighbors.
         """
+        if kv_scale is not None:
+            return reference.paged_attention(
+                q, k_cache, v_cache, block_table, query_start, lengths,
+                scale=scale, window=window, alibi=alibi, softcap=softcap, kv_scale=kv_scale,
+            )  # fmt: skip
         rows = lengths.shape[0]
         singles = rows if max_query == 1 and q.shape[0] == rows else _leading_singles(query_start)
         if singles == rows:

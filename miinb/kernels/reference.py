@@ -19,6 +19,8 @@ _U32 = 0xFFFFFFFF
 #: Columns of an int8 weight that have one scale; the last group of a row may have fewer.
 GROUP = 64
 _WIDENED_ROWS = 4096
+#: The largest number of torch.float8_e4m3fn.
+FP8_MAX = 448.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,7 @@ def rope_append(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """See `rope.rope_append`."""
     packed = qkv.view(-1, heads + 2 * kv_heads, head_size)
@@ -88,9 +91,22 @@ def rope_append(
         cos, sin = cos[positions], sin[positions]
         q = rotate(q, cos, sin, rotary_dim, interleaved=interleaved)
         k = rotate(k, cos, sin, rotary_dim, interleaved=interleaved)
-    k_cache.view(-1, kv_heads, head_size)[slots] = k
-    v_cache.view(-1, kv_heads, head_size)[slots] = v
+    for which, new, cache in ((0, k, k_cache), (1, v, v_cache)):
+        if kv_scale is not None:
+            page_tokens = cache.shape[1]
+            new, kv_scale[slots // page_tokens, :, slots % page_tokens, which] = to_fp8(new)
+        cache.view(-1, kv_heads, head_size)[slots] = new
     return q
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [..., D] as fp8 (e4m3fn), the largest of each row as its largest, and the rows' scales [...] in bf16.
+
+    NaN and infinity become NaN, or a scale that is not finite.
+    """
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=1e-30).bfloat16()
+    return (wide / scale.float()[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def paged_attention(
@@ -105,6 +121,7 @@ def paged_attention(
     window: int | None = None,
     alibi: Tensor | None = None,
     softcap: float | None = None,
+    kv_scale: Tensor | None = None,
     max_query: int | None = None,
 ) -> Tensor:
     """See `attention.paged_attention`. Reads the tables on the host: free on a CPU, a synchronization elsewhere."""
@@ -116,10 +133,19 @@ def paged_attention(
         if start == end:
             continue
         pages = tables[row][: -(-length // page_tokens)]
-        k = k_cache[pages[0]] if len(pages) == 1 else k_cache[pages].flatten(0, 1)
-        v = v_cache[pages[0]] if len(pages) == 1 else v_cache[pages].flatten(0, 1)
-        out[start:end] = _attend(q[start:end], k[:length], v[:length], scale, window, alibi, softcap)
+        k = _of_pages(k_cache, None if kv_scale is None else kv_scale[..., 0], pages, length, q.dtype)
+        v = _of_pages(v_cache, None if kv_scale is None else kv_scale[..., 1], pages, length, q.dtype)
+        out[start:end] = _attend(q[start:end], k, v, scale, window, alibi, softcap)
     return out
+
+
+def _of_pages(cache: Tensor, scale: Tensor | None, pages: list[int], length: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values [length, kv_heads, head_size] of a row; those of one page are a view unless they are fp8."""
+    found = (cache[pages[0]] if len(pages) == 1 else cache[pages].flatten(0, 1))[:length]
+    if scale is None:
+        return found
+    scales = scale[pages].transpose(1, 2).flatten(0, 1)[:length]
+    return (found.float() * scales.float()[..., None]).to(dtype)
 
 
 def _attend(

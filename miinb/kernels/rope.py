@@ -32,6 +32,7 @@ def rope_append(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Normalize (where asked) and rotate queries and keys, and write keys and values to their slots of the cache.
 
@@ -51,6 +52,7 @@ def rope_append(
         q_norm: [head_size], weight of an RMS norm of each query head before the rotation (Qwen3), or None.
         k_norm: the same for key heads.
         eps: of these norms.
+        kv_scale: [pages, kv_heads, page_tokens, 2] bf16, the scales of an fp8 cache, written as well; or None.
 
     Returns:
         The queries, [T, heads, head_size].
@@ -59,10 +61,10 @@ def rope_append(
         return reference.rope_append(
             qkv, positions, cos, sin, k_cache, v_cache, slots,
             heads=heads, kv_heads=kv_heads, head_size=head_size, rotary_dim=rotary_dim, interleaved=interleaved,
-            q_norm=q_norm, k_norm=k_norm, eps=eps,
+            q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scale=kv_scale,
         )  # fmt: skip
     return _launch(
-        (qkv, positions, cos, sin, k_cache, v_cache, slots, q_norm, k_norm),
+        (qkv, positions, cos, sin, k_cache, v_cache, kv_scale, slots, q_norm, k_norm),
         eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
@@ -70,6 +72,8 @@ def rope_append(
         HALF=rotary_dim // 2 if cos is not None else 0,
         INTERLEAVED=interleaved,
         NORM=q_norm is not None,
+        PAGE=k_cache.shape[1],
+        FP8=kv_scale is not None,
     )
 
 
@@ -105,11 +109,19 @@ def _norm_weight(q_norm, k_norm, d, HEAD_SIZE: tl.constexpr, is_q):
 
 
 @jit
+def _to_fp8(value):
+    """Rows [heads, D] as fp8, the largest number of each as fp8's largest, and their scales [heads]."""
+    wide = value.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 1) / 448.0, 1e-30).to(tl.bfloat16)
+    return (wide / scale.to(tl.float32)[:, None]).to(tl.float8e4nv), scale
+
+
+@jit
 def _rope_append(
-    qkv, positions, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, q, eps, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, FIRST: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    qkv, positions, cos, sin, k_cache, v_cache, kv_scale, slots, q_norm, k_norm, q, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a token and BLOCK_H heads, counted over q, k, v. HALF is rotary_dim / 2, 0 without rotation."""
     token = tl.program_id(0).to(tl.int64)
@@ -148,8 +160,14 @@ def _rope_append(
     if FIRST == 0:
         tl.store(q + token * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :], value, inside & is_q[:, None])
     slot = tl.load(slots + token)
-    inside = inside & (slot >= 0)
+    is_k = (head >= HEADS) & ~is_v
+    k_head, v_head = head - HEADS, head - HEADS - KV_HEADS
+    stored = inside & (slot >= 0)
+    if FP8:
+        value, scale = _to_fp8(value)
+        to = kv_scale + 2 * ((slot // PAGE) * KV_HEADS * PAGE + slot % PAGE)
+        tl.store(to + 2 * PAGE * k_head, scale, is_k & (slot >= 0))
+        tl.store(to + 2 * PAGE * v_head + 1, scale, is_v & (v_head < KV_HEADS) & (slot >= 0))
     to = slot * KV_HEADS * HEAD_SIZE + d[None, :]
-    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    tl.store(k_cache + to + (head - HEADS)[:, None] * HEAD_SIZE, value, inside & is_k[:, None])
-    tl.store(v_cache + to + (head - HEADS - KV_HEADS)[:, None] * HEAD_SIZE, value, inside & is_v[:, None])
+    tl.store(k_cache + to + k_head[:, None] * HEAD_SIZE, value, stored & is_k[:, None])
+    tl.store(v_cache + to + v_head[:, None] * HEAD_SIZE, value, stored & is_v[:, None])

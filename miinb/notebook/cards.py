@@ -160,12 +160,13 @@ def _task(session: Session) -> str:
 
 
 def _status_facts(status: Status) -> list[tuple[str, Any]]:
+    cache = f", KV cache in {status.kv_dtype}" if status.kv_dtype != "auto" else ""
     memory = sum(rank.memory_bytes for rank in status.ranks)
     work = f"{status.requests} done, {status.in_flight} in flight, {status.queued} waiting"
     return [
         ("model", _at_home(status.model)),
         ("task", status.task),
-        ("engine", f"{status.engine}, {status.dtype} on {status.device}"),
+        ("engine", f"{status.engine}, {status.dtype} on {status.device}{cache}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
         ("memory", size_words(memory) if memory else ""),
         ("up", duration(status.uptime_s) + (", persistent" if status.persist else "")),

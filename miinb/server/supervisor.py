@@ -292,6 +292,7 @@ class Supervisor:
             in_flight=self.activity.get("in_flight", 0),
             queued=self.activity.get("queued", 0),
             requests=self.activity.get("requests", 0),
+            kv_dtype=config.kv_dtype,
             ranks=tuple(self._rank_status(child) for child in self.children if child.replica is not None),
             phase=phase,
         )

@@ -58,7 +58,7 @@ def main(folder: Path, prompts: list[list[int]], new_tokens: int) -> None:
     spec = policy.spec(info.config)
     decoder = Decoder(spec, load_weights(info, policy, spec, dtype="fp32", device=torch.device("cpu")))
     cache = KVCache(spec, CacheSize(24, 16, 64, 3, 0), torch.float32, torch.device("cpu"))
-    cache.memory.zero_()
+    cache.memory[0].zero_()
     engine_info = EngineInfo(
         replica=0, model="", task="text-generation", engine="optimized", dtype="", device="cpu",
         vocab_size=spec.vocab_size, max_length=64, max_batch=3, eos_token_ids=(), tokenizer_folder="",

@@ -58,7 +58,7 @@ def test_cache_is_sized_by_memory_and_wishes(tiny: Tiny) -> None:
     token = 2 * 3 * 2 * 12 * 4
 
     def size(device: str, free: int, **fields: Any) -> CacheSize:
-        return size_cache(spec, DeploymentConfig(model="x", **fields), device, 4, free)
+        return size_cache(spec, DeploymentConfig(model="x", **fields), device, torch.float32, free)
 
     assert size("cpu", 1 << 30) == CacheSize(16, 128, 128, 16, 16 * 128 * token)
     few = size("cpu", int(128 * token * 3 / 0.4) + 8)

@@ -26,8 +26,16 @@ def packed(n: int, k: int, bias: bool) -> linear.PackedLinear:
     return linear.PackedLinear(t(n, k), t(n) if bias else None)
 
 
+def kv_cache(kv_heads: int, size: int, options: dict[str, Any]) -> torch.Tensor:
+    """Keys or values; the option "fp8" is replaced by their scales."""
+    if not options.pop("fp8", False):
+        return t(4, 16, kv_heads, size)
+    options["kv_scale"] = t(4, kv_heads, 16, 2)
+    return t(4, 16, kv_heads, size, dtype=torch.float8_e4m3fn)
+
+
 def rope_call(heads: int, kv_heads: int, size: int, **options: Any) -> Callable[[], Any]:
-    cache, table = t(4, 16, kv_heads, size), t(64, size // 2, dtype=torch.float32)
+    cache, table = kv_cache(kv_heads, size, options), t(64, size // 2, dtype=torch.float32)
     tables = (None, None) if options.pop("plain", False) else (table, table)
     options = {"rotary_dim": size} | options | {"heads": heads, "kv_heads": kv_heads, "head_size": size}
     tokens = ids(1, dtype=torch.int64)
@@ -37,7 +45,7 @@ def rope_call(heads: int, kv_heads: int, size: int, **options: Any) -> Callable[
 
 
 def attention_call(heads: int, kv_heads: int, size: int, max_query: int, **options: Any) -> Callable[[], Any]:
-    q, cache = t(max_query, heads, size), t(4, 16, kv_heads, size)
+    q, cache = t(max_query, heads, size), kv_cache(kv_heads, size, options)
     return lambda: attention.paged_attention(
         q, cache, cache, ids(1, 4), ids(2), ids(1), scale=0.1, max_query=max_query, **options
     )
@@ -56,12 +64,16 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rope norm": rope_call(16, 8, 128, q_norm=t(128), k_norm=t(128)),
     "rope interleaved": rope_call(16, 16, 256, interleaved=True, rotary_dim=64),
     "append": rope_call(12, 12, 64, plain=True),
+    "append fp8": rope_call(32, 8, 128, fp8=True),
     "decode": attention_call(32, 8, 128, 1),
     "decode window": attention_call(9, 3, 80, 1, window=100),
     "decode alibi": attention_call(16, 16, 64, 1, alibi=t(16, dtype=torch.float32)),
     "decode one key head": attention_call(71, 1, 64, 1),
     "prefill one key head": attention_call(71, 1, 64, 200),
     "decode wide": attention_call(16, 16, 256, 1),
+    "decode fp8": attention_call(32, 8, 128, 1, fp8=True),
+    "decode fp8 wide": attention_call(16, 16, 256, 1, fp8=True),
+    "prefill fp8": attention_call(8, 4, 256, 200, softcap=50.0, window=4096, fp8=True),
     "prefill": attention_call(32, 8, 128, 200),
     "prefill alibi": attention_call(16, 16, 64, 200, alibi=t(16, dtype=torch.float32)),
     "prefill softcap": attention_call(8, 4, 256, 200, softcap=50.0, window=4096),
@@ -91,6 +103,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("gemv gated", (8, 0)),
         ("product gated", (8, 0)),
         ("decode", (8, 0)),
+        ("decode fp8", (8, 9)),
         ("argmax", (8, 0)),
     ],
 )
@@ -108,3 +121,13 @@ def test_weights_are_read_16_bytes_at_a_time() -> None:
     (kernel,) = compiled(CALLS["gemv"], (9, 0))
     assert "ld.global.v4.b32" in kernel.asm["ptx"]
     assert dispatch.INTERPRETED is False
+
+
+def test_an_fp8_cache_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:
+    (kernel,) = compiled(CALLS["decode fp8"], (9, 0))
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("cp.async.cg.shared.global [") >= 8
+    assert "0x10, %r" in ptx  # bytes of a copy
+    assert "cvt.rn.f16x2.e4m3x2" in ptx
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
+    assert "ld.shared.b8" not in ptx

@@ -5,6 +5,7 @@
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,46 @@ def test_rope_append(
     same(v_cache, v_wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "rotary", "interleaved", "norm"), ROPE[::2])
+def test_rope_append_to_fp8(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, rotary: int, interleaved: bool, norm: bool
+) -> None:
+    """What is stored is the nearest fp8 number to what another cache would hold; its largest uses the whole range."""
+    pages, page_tokens = 6, 4
+    qkv = rand(6, (heads + 2 * kv_heads) * size, dtype=dtype, scale=100)
+    qkv[1] = 0
+    angle = torch.arange(32.0)[:, None] / 10 ** torch.linspace(0, 2, max(rotary // 2, 1))
+    cos, sin = (angle.cos(), angle.sin()) if rotary else (None, None)
+    norms = {"q_norm": rand(size, dtype=dtype), "k_norm": rand(size, dtype=dtype)} if norm else {}
+    positions, slots = torch.arange(6) * 5, torch.tensor([3, 8, 20, 23, 0, -1])
+    options = {"heads": heads, "kv_heads": kv_heads, "head_size": size, "rotary_dim": rotary}
+    options |= {"interleaved": interleaved} | norms
+    caches = torch.zeros(2, pages, page_tokens, kv_heads, size, dtype=torch.float8_e4m3fn, device=DEVICE)
+    kv_scale = torch.zeros(pages, kv_heads, page_tokens, 2, dtype=torch.bfloat16, device=DEVICE)
+    exact = torch.zeros(caches.shape, dtype=dtype, device=DEVICE)
+    tables = [None if table is None else table.to(DEVICE) for table in (cos, sin)]
+    for k, v, scales in ((*caches, {"kv_scale": kv_scale}), (*exact, {})):
+        q = rope_append(qkv, positions.to(DEVICE), *tables, k, v, slots.to(DEVICE), **options, **scales)
+    assert q.isfinite().all()
+    exact, scale = exact.double(), kv_scale.permute(3, 0, 2, 1)[..., None].double()
+    largest = exact.abs().amax(-1, keepdim=True)
+    allowed = (exact.abs() / 16).clamp(min=largest / 448 / 1024)  # half a step; fp8's least is 2**-9
+    assert ((caches.double() * scale - exact).abs() <= 1.01 * allowed).all()
+    assert (caches.double().abs().amax(-1, keepdim=True) == torch.where(largest > 0, 448, 0)).all()
+
+
+def test_what_is_not_finite_stays_so_in_fp8() -> None:
+    qkv = rand(2, 3 * 16, dtype=torch.bfloat16)
+    qkv[0, 20], qkv[1, 40] = math.nan, math.inf
+    caches = torch.zeros(2, 1, 16, 1, 16, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale = torch.zeros(1, 1, 16, 2, dtype=torch.bfloat16, device=DEVICE)
+    slots = torch.arange(2, device=DEVICE)
+    rope_append(qkv, slots, None, None, *caches, slots, heads=1, kv_heads=1, head_size=16, kv_scale=scale)
+    found = caches[:, 0, :2, 0].double() * scale[0, 0, :2].double().T[..., None]
+    assert found.isfinite().all(-1).tolist() == [[False, True], [True, False]]
+
+
 ATTENTION = [
     # heads, kv_heads, head_size, window, alibi, softcap
     (4, 2, 16, None, False, None),
@@ -238,6 +279,43 @@ def test_paged_attention(
     expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]),
                                          alibi=wide(slopes), **options)  # fmt: skip
     same(out, expected)
+
+
+def attend_to_fp8(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Attention over these keys and values as fp8, and the inputs again with the numbers that those are."""
+    size = torch.arange(1.0, 1 + k.shape[1], device=DEVICE)[:, None, None]  # scales differ within a page
+    (k8, k_scale), (v8, v_scale) = reference.to_fp8(k / size), reference.to_fp8(v * 40 * size)
+    kv_scale = torch.stack((k_scale, v_scale), -1).transpose(1, 2).contiguous()
+    out = paged_attention(q, k8, v8, *rest, kv_scale=kv_scale, **options)
+    k, v = (x.double() * scale[..., None].double() for x, scale in ((k8, k_scale), (v8, v_scale)))
+    return out, (q, k, v, *rest)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "window", "alibi", "softcap"), ATTENTION)
+def test_attention_to_fp8(
+    heads: int, kv_heads: int, size: int, window: int | None, alibi: bool, softcap: float | None
+) -> None:
+    queries = [1, 5, 1, 30]
+    inputs = attention_inputs(heads, kv_heads, size, torch.bfloat16, queries, [100, 5, 70, 40])
+    slopes = torch.tensor([2.0 ** -(i + 1) for i in range(heads)], device=DEVICE) if alibi else None
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    out, tensors = attend_to_fp8(*inputs, alibi=slopes, max_query=max(queries), **options)
+    expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]),
+                                         alibi=wide(slopes), **options)  # fmt: skip
+    same(out, expected)
+
+
+@pytest.mark.parametrize("large", [1.0, 1e6])
+def test_queries_of_an_fp8_cache_may_be_beyond_fp16(large: float) -> None:
+    q, *rest = attention_inputs(4, 2, 16, torch.float32, [1, 5], [90, 30])
+    out, (_, *wider) = attend_to_fp8(q * large, *rest, scale=0.3 / large, max_query=5)
+    tensors = (wide(q), *(wide(t) for t in wider[:2]), *(t.cpu() for t in wider[2:]))
+    same(out, reference.paged_attention(*tensors, scale=0.3))
+    if large > 1:
+        out, _ = attend_to_fp8((q * large).bfloat16(), *rest, scale=0.3 / large, max_query=5)
+        same(out, reference.paged_attention(*tensors, scale=0.3), 2e-2)
 
 
 def test_decode_is_the_same_again_and_pads_with_zeros() -> None:
