@@ -251,6 +251,7 @@ class GenerationParams(Frozen):
     """Parameters of one text generation: transformers' names, meanings and (but for `do_sample`) defaults.
 
     `temperature`, `top_k`, `top_p`, `min_p` need `do_sample=True`; transformers would ignore them without it.
+    `min_new_tokens` holds end tokens back, and they alone: a stop string ends an answer at once, as in transformers.
     Without a seed the server draws one, and the record keeps it.
     """
 

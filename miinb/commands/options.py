@@ -124,7 +124,7 @@ _ENGINE_HELP = {
 }
 _GENERATION_HELP = {
     "max_new_tokens": "most new tokens of an answer",
-    "min_new_tokens": "fewest new tokens",
+    "min_new_tokens": "fewest new tokens before an end token (a stop string ends an answer all the same)",
     "do_sample": "draw tokens at random instead of taking the most likely one",
     "temperature": "above 1 more random, below 1 less (with --do-sample)",
     "top_k": "draw among the k most likely tokens (with --do-sample); 0: all",

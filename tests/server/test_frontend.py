@@ -79,6 +79,28 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(client: Client) -> No
     assert client.generate("abc", max_new_tokens=3, stop="cx").text == "abc"
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_no_part_of_a_stop_string_is_streamed_wherever_tokens_and_characters_end(client: Client, slow: bool) -> None:
+    text = "SLOW a☃b" if slow else "le café ☃☃🌰b 日本語 aaab 😀."
+    whole = text * 4
+    for start in range(0, len(text), 5 if slow else 1):
+        for size in (1, 2, 5):
+            stop = whole[start : start + size]
+            stops = [stop, stop[1:]] if size > 1 else [stop]  # they overlap
+            stream = client.stream(text, max_new_tokens=200, stop=stops)
+            shown = "".join(chunk.text for chunk in stream)
+            assert shown == whole[: min(whole.index(one) for one in stops)], stops
+            assert stream.result is not None
+            assert stream.result.finish_reasons == ("stop",)
+            assert stream.result.text == shown
+
+
+def test_a_stop_string_ends_its_row_and_the_others_go_on(client: Client) -> None:
+    result = client.generate(["a☃b", "xyz", "b☃"], max_new_tokens=12, stop="☃")
+    assert result.texts == ("a", "xyz" * 4, "b")
+    assert result.finish_reasons == ("stop", "length", "stop")
+
+
 def test_sequences_have_following_seeds(frontend: FrontendProcess, client: Client) -> None:
     before = len(frontend.told("submit"))
     result = client.generate("the fox", max_new_tokens=2, do_sample=True, num_return_sequences=3, seed=7)
