@@ -17,6 +17,7 @@ MAX_NEW_TOKENS = 1 << 20
 MAX_SEED = (1 << 63) - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
+MAX_LOGIT_BIAS = 1e30
 #: Most tokens in a step by default. A CPU computes few as fast as many, and its streams wait less for a prompt.
 STEP_TOKENS = {"cuda": 2048, "cpu": 128}
 
@@ -292,6 +293,8 @@ class GenerationParams(Frozen):
     def _bias(cls, value: dict[int, float] | None) -> dict[int, float] | None:
         if value is not None and (len(value) > 1024 or any(not math.isfinite(bias) for bias in value.values())):
             raise InvalidValueError("logit_bias: at most 1024 finite biases by token id")
+        if value is not None and any(abs(bias) > MAX_LOGIT_BIAS for bias in value.values()):
+            raise InvalidValueError(f"logit_bias: at most {MAX_LOGIT_BIAS:g}, which decides alone already")
         return value
 
     @model_validator(mode="after")

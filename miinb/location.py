@@ -111,3 +111,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BrokenCheckpoint(f"{file} is damaged: it holds no object.", hint="Fetch the model again.")
     return config
+
+
+#: What tokenizers of all kinds are kept in.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "*.vocab",
+    "merges.txt",
+    "*.tiktoken",
+    "*.spm",
+    "tekken.json",
+    "*.gguf",
+)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder without any file of a tokenizer, before anything starts. Raises BrokenCheckpoint."""
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise BrokenCheckpoint(
+            f"{folder} has no tokenizer: neither tokenizer.json nor another file of one.",
+            hint="Save it beside the model: tokenizer.save_pretrained(folder).",
+        )

@@ -233,6 +233,9 @@ def _decoder(
 ) -> tuple[DecoderSpec | None, ModelError | None]:
     if tasks and "text-generation" not in tasks:
         return None, None
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
+        return None, UnsupportedModel(f"The weights of {source} are quantized already ({method}).")
     try:
         return decoder_spec(config, source), None
     except ModelError as error:

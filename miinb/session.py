@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
-from miinb import cell, hardware, models, planner, queries, registry
+from miinb import cell, hardware, location, models, planner, queries, registry
 from miinb.asking import Messages
 from miinb.client import Client
 from miinb.config import DeploymentConfig
@@ -117,6 +117,8 @@ class Session:
             trust_remote_code=config.trust_remote_code,
             load_format=config.load_format,
         )
+        if config.load_format != "dummy":
+            location.check_tokenizer(info.folder)
         machine = hardware.detect()
         planned = planner.plan(config, info, machine)
         resolved = planner.resolve(config, planned, machine)

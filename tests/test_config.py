@@ -51,6 +51,7 @@ def test_config_survives_json() -> None:
         ({"seed": 2**64}, "seed"),
         ({"stop": ["x"] * 1000}, "stop"),
         ({"stop": [""]}, "stop"),
+        ({"logit_bias": {5: 1e39}}, "logit_bias"),
         ({"num_beams": 4, "do_sample": True}, "do_sample"),
         ({"num_beams": 4, "logprobs": 1}, "logprobs"),
         ({"num_beams": 4, "num_return_sequences": 5}, "num_return_sequences"),

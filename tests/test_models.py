@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import miinb.models as models
+from miinb import Session, location
 from miinb.engine.policies import POLICIES
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel
 
@@ -153,6 +154,7 @@ def test_a_configuration_that_lacks_a_size_is_broken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModel, "quantized already (gptq)"),
         ({"hidden_act": "mish"}, UnsupportedModel, "'mish' has no fused form"),
         ({"hidden_act": "mush"}, BrokenCheckpoint, "there is no activation 'mush'"),
         ({"rope_parameters": {"rope_type": "odd"}}, UnsupportedModel, "'odd' has no fused form"),
@@ -168,6 +170,15 @@ def test_what_has_no_fused_form_is_known_from_the_configuration(
     assert not info.optimized
     assert isinstance(info.unfused, error)
     assert words in info.unfused.message
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_anything_starts(folder: Path) -> None:
+    with pytest.raises(BrokenCheckpoint, match="has no tokenizer"):
+        location.check_tokenizer(folder)
+    with pytest.raises(BrokenCheckpoint, match="has no tokenizer"):
+        Session(folder)
+    (folder / "vocab.txt").write_text("a")
+    location.check_tokenizer(folder)
 
 
 def test_remote_code_is_refused_unless_asked(folder: Path) -> None:

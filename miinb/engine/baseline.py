@@ -58,13 +58,25 @@ def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> 
 
     Raises:
         MissingHead: the checkpoint lacks weights that the task needs.
-        UnsupportedModel: the installed transformers does not know the family.
+        UnsupportedModel: the installed transformers does not know the family, or cannot make the model.
     """
     if model.family not in CONFIG_MAPPING and not config.trust_remote_code:
         raise UnsupportedModel(
             f"transformers {transformers.__version__} does not know the model type {model.family!r}.",
             hint="Is it misspelled in config.json? A newer transformers may know it.",
         )
+    try:
+        return _load_model(model, config, info)
+    except (MiinbError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what transformers makes of an unusual config.json or checkpoint
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UnsupportedModel(
+            f"transformers cannot make the model of {model.source} ({why}).", hint="Look at its config.json."
+        ) from error
+
+
+def _load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> Any:
     cls = getattr(transformers, TASKS[info.task].auto_class)
     dtype = DTYPES[info.dtype]
     device = info.device if config.tensor_parallel == 1 else "cpu"  # the whole model may not fit a GPU

@@ -8,7 +8,6 @@ from miinb.engine.spec import LAYER_NORMS, DecoderSpec, Policy, linear_shape
 
 #: Linear layers of each layer; `weights.py` fuses what the checkpoint has apart.
 _LAYER_LINEARS = ("qkv", "out", "up", "down")
-_LAYER_NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")
 
 
 @dataclass(frozen=True, slots=True)

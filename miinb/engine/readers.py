@@ -93,6 +93,11 @@ class SafetensorsReader:
             raise RuntimeError(f"a vector is not transposed: {name}")
         placed, unit = region.place(target)
         dtype = _DTYPES[entry.dtype]
+        if not dtype.is_floating_point:
+            raise BrokenCheckpoint(
+                f"{entry.name} of {self._source} holds whole numbers ({entry.dtype}), where weights belong.",
+                hint="It may be quantized: give the model it was made from, and a dtype.",
+            )
         pitch = entry.size_bytes // entry.shape[0]  # bytes from row to row
         size = dtype.itemsize
         part = slice(0, pitch) if columns is None else slice(columns.start * size, columns.stop * size)

@@ -1,4 +1,4 @@
-"""From logits to tokens: every row with its own parameters, the same result in any batch.
+"""From logits to tokens: every row with its own parameters; the same logits give the same token in any batch.
 
 The order is transformers': logit bias, repetition penalty, presence and frequency penalty (which transformers lacks;
 they count new tokens only), the ban on ending before `min_new_tokens`, then for sampled rows temperature, top-k, top-p,

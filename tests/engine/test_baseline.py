@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -418,6 +420,21 @@ def test_embeddings_are_pooled_over_the_text_alone(tmp_path):
     assert sum(x * x for x in unit["embedding"]) == pytest.approx(1.0, abs=1e-5)
     ((rows,),) = predict(executor, TEXTS[1:], pooling="none").outputs
     assert len(rows["embedding"]) == 5  # [CLS] a model . [SEP]
+
+
+def test_what_transformers_cannot_make_is_the_model_s_fault(llama, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "odd", "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"cannot make the model of .*odd"):
+        load_baseline(
+            inspect(folder),
+            DeploymentConfig(model=str(folder), engine="baseline"),
+            info_of("text-generation"),
+            lambda phase: None,
+        )
 
 
 def test_a_missing_head_or_task_is_named(tmp_path):

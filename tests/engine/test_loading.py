@@ -155,6 +155,9 @@ def test_wrong_tensors_are_named(tiny: Tiny, tmp_path: Path) -> None:
 
     with pytest.raises(BrokenCheckpoint, match=rf"{name}.*\[25, 48\].*\[24, 48\]"):
         load(edit(folder, tmp_path / "a", grow), tmp_path)
+    whole = edit(folder, tmp_path / "w", lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(BrokenCheckpoint, match=rf"{name}.*holds whole numbers \(I8\)"):
+        load(whole, tmp_path)
     with pytest.raises(BrokenCheckpoint, match=r"layers\.1\.self_attn\.k_proj\.weight"):
         load(edit(folder, tmp_path / "b", without(name)), tmp_path)
     with pytest.raises(MissingHead):
