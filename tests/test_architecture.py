@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "queries": (*CORE, "results", "client"),
     "session": (
         *("cell", *CORE, "rpc", "results", "asking", "client", "queries"),
-        *("registry", "deployment", "planner", "hardware"),
+        *("registry", "deployment", "planner", "hardware", "location"),
     ),
     "checking": (*CORE, "deployment", "planner", "hardware"),
     "constants": (),
