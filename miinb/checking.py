@@ -15,8 +15,8 @@ from typing import Any
 
 from miinb import hardware, models, planner
 from miinb.config import DeploymentConfig
-from miinb.deployment import environment
 from miinb.errors import RankFailed, StartTimeout, UnsupportedModel, from_name
+from miinb.launching import environment
 from miinb.models import ModelInfo
 
 _COMPARISON = "miinb.engine.comparison"

@@ -12,10 +12,7 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,9 +35,9 @@ from miinb.errors import (
     from_name,
 )
 from miinb.hardware import gpu_processes
+from miinb.launching import check_port, spawn
 from miinb.messages import Phase, Status, from_dict
 
-_SUPERVISOR = "miinb.server.supervisor"
 #: What the supervisor has for ending everything after its own time limit, before this side gives up on it.
 _SLACK_S = 15.0
 #: A supervisor that is asked to stop and does not answer for so long is told by signal; then it has as long once more.
@@ -90,7 +87,7 @@ class Deployment:
             "modules": _modules,
         }
         with tempfile.TemporaryFile() as errors:
-            process, lifeline = _spawn(order, errors.fileno(), persist=config.persist)
+            process, lifeline = spawn(order, errors.fileno(), persist=config.persist)
             self = cls(_entry_before_it_is_written(name, folder, process.pid), process, lifeline)
             _owned.append(self)
             try:
@@ -297,40 +294,6 @@ def without_answer(entry: registry.Entry) -> Status:
     )
 
 
-def _spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[subprocess.Popen[bytes], int]:
-    """The supervisor's process and the writing end of its lifeline (-1 when it has none)."""
-    reader, lifeline = os.pipe()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _SUPERVISOR],
-            stdin=reader,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment(),
-            start_new_session=True,  # the Stop button signals the kernel's process group
-        )
-    except OSError as error:
-        os.close(lifeline)
-        raise StartError(f"The supervisor could not be started: {error}.") from None
-    finally:
-        os.close(reader)
-    with contextlib.suppress(BrokenPipeError):
-        os.write(lifeline, json.dumps(order).encode() + b"\n")
-    if persist:
-        os.close(lifeline)
-        lifeline = -1
-    return process, lifeline
-
-
-def environment() -> dict[str, str]:
-    """This environment, for processes of the package: its folder is on the path, behind all else."""
-    root = str(Path(__file__).parent.parent)
-    named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    if root in (*named, *sysconfig.get_paths().values()):
-        return dict(os.environ)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*named, root])}
-
-
 def _entry_before_it_is_written(name: str, folder: Path, pid: int) -> registry.Entry:
     ticks = registry.start_ticks(pid) or 0
     return registry.Entry(name, "", pid, ticks, registry.boot_id(), "", {}, folder=str(folder))
@@ -341,25 +304,6 @@ def _error(failed: Mapping[str, str]) -> MiinbError:
     if name not in all_errors():  # of Python or of a library
         name, message = "StartError", f"{name}: {message}" if name else message
     return from_name(name, message, failed.get("details", ""), hint=failed.get("hint", ""))
-
-
-def check_port(port: int) -> None:
-    """Refuse a TCP port that another process listens on.
-
-    Raises:
-        StartError: naming that process where the system tells it.
-    """
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-            return
-        except OSError as error:
-            reason = error.strerror
-    holder = ""
-    with contextlib.suppress(psutil.Error):
-        pids = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid]
-        holder = f" by process {pids[0]}" if pids else ""
-    raise StartError(f"Port {port} cannot be used: {reason}{holder}.", hint="Use port=0 for a free one.")
 
 
 def _left(pids: set[int]) -> str:

@@ -294,7 +294,7 @@ def test_a_start_on_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    spawn = deployment._spawn
+    spawn = deployment.spawn
 
     def cramped(*arguments: Any, **named: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -303,7 +303,7 @@ def test_a_start_on_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(deployment, "_spawn", cramped)
+    monkeypatch.setattr(deployment, "spawn", cramped)
     with pytest.raises(StartError, match="File too large"):
         start()
     assert registry.entries() == []
