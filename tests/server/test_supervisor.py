@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from miinb import deployment, registry
+from miinb import deployment, launching, registry
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment
 from miinb.errors import (
@@ -117,7 +117,7 @@ def test_a_start_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_supervisor_that_cannot_run_shows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_SUPERVISOR", "miinb.server.no_such_module")
+    monkeypatch.setattr(launching, "_SUPERVISOR", "miinb.server.no_such_module")
     with pytest.raises(MiinbError, match="ended during start-up") as caught:
         start()
     assert "no_such_module" in caught.value.details
