@@ -216,7 +216,7 @@ def _step_executor(
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, DTYPES[place.dtype])
-    plan = _verified(plan, decoder, size.page_tokens, kv_dtype, config)
+    plan = _verified(plan, decoder, size.page_tokens, kv_dtype, config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, kv_dtype, place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
@@ -284,7 +284,9 @@ def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators
     return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
 
 
-def _verified(plan: Plan, decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype, config: DeploymentConfig) -> Plan:
+def _verified(
+    plan: Plan, decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype, config: DeploymentConfig, ranks: Ranks
+) -> Plan:
     """The plan with a line on the parity check.
 
     Raises:
@@ -294,9 +296,10 @@ def _verified(plan: Plan, decoder: Decoder, page_tokens: int, kv_dtype: torch.dt
     if config.options.parity == "off":
         return plan.with_line("parity", "off", "asked for")
     result = parity.check(decoder, page_tokens, kv_dtype)
-    if result.passed:
+    if ranks.agree(result.passed, torch.device(plan.device)):
         return plan.with_line("parity", "passed", str(result))
-    message = f"The fused layers differ from their reference: {result}."
+    where = " on another rank" if result.passed else ""
+    message = f"The fused layers differ from their reference{where}: {result}."
     if config.options.parity == "raise":
         raise RankFailed(message, hint="options={'parity': 'fallback'} serves with plain transformers instead.")
     raise UnsupportedModel(message)

@@ -57,6 +57,10 @@ class Ranks:
         least = self.group.least(free_bytes, device)
         return least if device.type == "cuda" else least // self.group.size
 
+    def agree(self, holds: bool, device: torch.device) -> bool:
+        """Whether it holds on every rank: they fall back together, or none does."""
+        return holds if self.group is None else bool(self.group.least(int(holds), device))
+
     def describe(self, plan: Plan) -> Plan:
         """The plan with a line on how the ranks work together."""
         if self.group is None:

@@ -2,7 +2,8 @@
 
 Both ranks go through the passes together. Rank 0 writes what the split model answered to FOLDER/answers.json. Faults:
 "none"; "all": both ranks' model raises once in a batch; "lead": rank 0's processors raise once; "alone": the follower
-raises within the model; "death": rank 1 is killed in a batch. The last two end the processes.
+raises within the model; "death": rank 1 is killed in a batch (both end the processes); "parity": the optimized engine's
+check fails on rank 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.engine import generation
+from miinb.engine import generation, parity
 from miinb.engine.followers import Following
 from miinb.engine.loading import load_rank
 from miinb.engine.parallel import PeerLost
@@ -100,11 +101,14 @@ def break_down(loaded: Any, fault: str, rank: int) -> None:
 
 
 def run_pass(folder: str, fault: str, rank: int, state: Path, options: dict[str, Any]) -> dict[str, Any]:
+    if fault == "parity" and rank == 1:
+        parity.TOLERANCE[torch.float32] = -1.0
     config = DeploymentConfig.parse({"model": folder, "tensor_parallel": 2, "device": "cpu", **options})
     loaded = load_rank(config, replica=0, rank=rank, gpus=None, folder=state, report=lambda phase: None)
     lines = {line.what: f"{line.choice}: {line.reason}" for line in loaded.info.plan.lines}
     break_down(loaded, fault, rank)
-    result: dict[str, Any] = {"plan": lines, "weights": loaded.info.plan.weights_bytes, "dtype": loaded.info.dtype}
+    plan = loaded.info.plan
+    result: dict[str, Any] = {"plan": lines, "weights": plan.weights_bytes, "warnings": plan.warnings}
     try:
         if isinstance(loaded, Following):
             loaded.run()
@@ -114,6 +118,8 @@ def run_pass(folder: str, fault: str, rank: int, state: Path, options: dict[str,
             result["answers"] = answers(loaded, REQUESTS)
             result["canceled"] = answers(loaded, REQUESTS[:1], stop_after=5)[0]
             result["again"] = answers(loaded, AGAIN)[0]
+        elif fault == "parity":
+            result["answers"] = answers(loaded, AGAIN)
         else:
             answers(loaded, REQUESTS[:3], result.setdefault("answers", []))
             result["again"] = answers(loaded, AGAIN)[0]

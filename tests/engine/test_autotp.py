@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from miinb import splitting
 from miinb.config import DeploymentConfig
 from miinb.engine.loading import load_executor
 from miinb.engine.tokenizer_files import _stand_in
@@ -115,6 +116,7 @@ def pair(folders: Path) -> list[dict[str, Any]]:
     given = json.dumps(BASELINE)
     passes = [f"{folders / 'olmo'}=none", f"{folders / 'granite'}=none", f"{folders / 'mpt'}=none"]
     passes += [f"{folders / 'llama'}=none={given}", f"{folders / 'bert'}=none"]
+    passes += [f"{folders / 'llama'}=parity"]  # the optimized engine, until its check fails
     passes += [f"{folders / 'olmo'}={fault}" for fault in ("all", "lead", "death")]
     return run_ranks(folders / "run", passes, "29873")
 
@@ -140,6 +142,13 @@ def test_an_encoder_is_split_too(pair: list[dict[str, Any]], folders: Path) -> N
         assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
 
 
+def test_a_failed_check_of_one_rank_lets_all_fall_back(pair: list[dict[str, Any]]) -> None:
+    seen = pair[0]["llama=parity"]
+    assert seen["plan"]["tensor_parallel"].startswith("2 ranks, DeepSpeed AutoTP")
+    assert "differ from their reference on another rank" in seen["warnings"][0]
+    assert seen["answers"] == [pair[0]["llama=none"]["again"]]
+
+
 @pytest.mark.parametrize(("fault", "error"), [("all", "OutOfMemory"), ("lead", "MiinbError")])
 def test_what_ends_a_batch_ends_it_on_all_ranks(pair: list[dict[str, Any]], fault: str, error: str) -> None:
     seen = pair[0][f"olmo={fault}"]
@@ -153,6 +162,23 @@ def test_a_rank_that_was_killed_is_told(pair: list[dict[str, Any]]) -> None:
     assert seen["lost"].startswith("PeerLost")
     assert [row[-1] for row in seen["answers"]] == ["Unavailable"] * 3
     assert "olmo=death" not in pair[1]
+
+
+SLOW = [family for family in splitting.DECODERS if family not in USUAL]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_family_of_the_list_gives_the_answers_of_one_rank(tmp_path: Path) -> None:
+    given = json.dumps(BASELINE)
+    wanted = {}
+    for family in SLOW:
+        (tmp_path / family).mkdir()
+        save(family, tmp_path / family)
+        wanted[family] = answers(alone(tmp_path / family, tmp_path / "state", **BASELINE), REQUESTS)
+    passes = [f"{tmp_path / family}=none={given}" for family in SLOW]
+    seen = run_ranks(tmp_path / "run", passes, "29879", limit_s=800)[0]
+    assert {family for family in SLOW if seen[f"{family}=none"]["answers"] != wanted[family]} == set()
 
 
 @pytest.mark.slow
