@@ -66,3 +66,25 @@ def test_what_does_not_divide_is_refused_before_anything_starts() -> None:
     with pytest.raises(InvalidValue, match="4 attention heads") as caught:
         Session(TINY, device="cpu", tensor_parallel=3)
     assert "1, 2, 4" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_transformers_models_are_split_by_autotp_and_come_back_as_well() -> None:
+    plain = {"device": "cpu", "dtype": "fp32", "max_batch": 4, "engine": "baseline"}
+    options = {"all_reduce": "gloo", "threads": 1}
+    prompts = ["Once upon a time", "The dog"]
+    with Session(TINY, **plain) as one:
+        greedy = one.generate(prompts, max_new_tokens=24).texts
+        drawn = one.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts
+    with Session(TINY, **plain, tensor_parallel=2, options=options) as two:
+        assert "2 ranks, DeepSpeed AutoTP" in str(two.plan())
+        assert two.generate(prompts, max_new_tokens=24).texts == greedy
+        assert two.generate(prompts, max_new_tokens=16, do_sample=True, temperature=1.5, seed=3).texts == drawn
+        stream = two.stream("Once", max_new_tokens=400, ignore_eos=True)
+        next(stream)
+        stream.cancel()
+        assert two.generate(prompts, max_new_tokens=24).texts == greedy
+        for fault, words in ((signal.SIGKILL, "Rank 1 of replica 0 ended"), (signal.SIGSTOP, "it hangs and is killed")):
+            _lose_a_follower(two, fault)
+            assert words in two.logs(200)
+            assert two.generate(prompts, max_new_tokens=24).texts == greedy
