@@ -117,7 +117,7 @@ class EngineOptions(Frozen):
             in one step; the answers stay the same.
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
-        all_reduce: optimized, CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
+        all_reduce: CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
             up to a minute) or gloo's; "auto" is the former where cores are left beside the ranks.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
             (weights are then not checked for NaN either).
