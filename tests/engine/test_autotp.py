@@ -58,6 +58,7 @@ def save(family: str, folder: Path, **changes: Any) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     _stand_in(101, folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
 
 
 def run_ranks(folder: Path, passes: list[str], port: str, limit_s: float = 200) -> list[dict[str, Any]]:
