@@ -60,6 +60,16 @@ def test_an_arm_runs_every_workload_with_equal_work(arm: str, folders: dict[str,
     assert found["decode"].facts["floor_s"] > 0
 
 
+def test_the_arm_with_an_fp8_cache(folders: dict[str, str]) -> None:
+    plain, lossy = (
+        next(iter(arms.run_job(job(folders, arm, "ragged", repeats=1), RATES)))
+        for arm in ("optimized", "optimized, lossy fp8 cache")
+    )
+    assert lossy.error == ""
+    assert lossy.facts["kv_cache_bytes"] < 0.4 * plain.facts["kv_cache_bytes"]
+    assert lossy.facts["floor_tok_s"] > plain.facts["floor_tok_s"]
+
+
 def test_the_baseline_counts_its_faster_static_batch(folders: dict[str, str]) -> None:
     (found,) = arms.run_job(job(folders, "baseline", "throughput", batches=(1,)), RATES)
     tried = found.facts["tried_tok_s"]
@@ -131,6 +141,9 @@ def test_an_arm_loads_once_for_all_suites_and_costly_arms_come_last() -> None:
     assert [w.suite for w in optimized.workloads] == ["decode", "throughput", "ragged"]
     assert [j.arm.turn for j in found] == sorted(j.arm.turn for j in found)
     assert {j.model for j in found if j.arm.served} == {"gpt2", "llama-8b"}
+    assert not any(j.arm.kv_dtype == "fp8" for j in found)
+    lossy = jobs(dataclasses.replace(choice, kv_dtype="fp8", arms=["optimized"], models=["llama-8b"]), folders)
+    assert [(j.arm.label, len(j.workloads)) for j in lossy] == [("optimized", 3), ("optimized, lossy fp8 cache", 3)]
     cpu = jobs(Choice(["cpu"], "cuda", "bf16", models=["gpt2"]), folders)
     assert {(j.arm.label, j.dtype, j.device) for j in cpu} >= {("optimized int8", "int8", "cpu")}
 

@@ -21,7 +21,7 @@ from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import capture_order, mixed_sizes
-from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
 from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample
@@ -75,11 +75,14 @@ class Blank:
             monkeypatch.setattr(module, "launch_options", lambda x: {"PDL": True, "launch_pdl": True}, raising=False)
 
 
-@pytest.mark.parametrize("preset", SMALL)
-def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("preset", "kv_dtype"), [*((preset, "auto") for preset in SMALL), ("smollm2-135m", "fp8")])
+def test_an_executor_launches_nothing_else(
+    preset: str, kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
     folder = presets.write(preset, tmp_path, vocab_size=1003, **SMALL[preset])
-    fields = {"max_batch": 20, "max_length": 512, "options": {"max_step_tokens": 2048}}  # as a GPU has it
+    fields = {"max_batch": 20, "max_length": 512, "kv_dtype": kv_dtype}
+    fields |= {"options": {"max_step_tokens": 2048}}  # as a GPU has it
     config, model = of_folder(folder, **fields)
     spec = model.spec
     assert spec is not None
@@ -87,7 +90,8 @@ def test_an_executor_launches_nothing_else(preset: str, tmp_path: Path, monkeypa
     Blank(monkeypatch)
     weights = load_weights(model, POLICIES[model.family], spec, dtype="bf16", device=torch.device("cpu"), dummy=True)
     size = CacheSize(256, config.options.page_tokens, 512, 20, 0)
-    decoder, cache = Decoder(spec, weights), KVCache(spec, size, torch.bfloat16, torch.device("cpu"))
+    decoder = Decoder(spec, weights)
+    cache = KVCache(spec, size, cache_dtype(kv_dtype, torch.bfloat16), torch.device("cpu"))
     info = EngineInfo(0, "", "text-generation", "optimized", "bf16", "cpu", 1003, 512, 20, (), "", Plan("", "", ""))
     with compiling_for(H100), recording() as launched:
         engine = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)

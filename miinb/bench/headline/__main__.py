@@ -19,6 +19,7 @@ from miinb.bench.headline.isolation import Worker
 from miinb.bench.headline.suites import (
     ARMS,
     DEFAULT_SUITES,
+    FP8_CACHE_SUITES,
     QUICK,
     SUITES,
     TINY,
@@ -109,9 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = dataclasses.replace(sizes, **changes)
     if sizes.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the time per token is taken between tokens")
+    if options.kv_dtype == "fp8" and not {*(options.suite or DEFAULT_SUITES[device])} & {*FP8_CACHE_SUITES}:
+        parser.error(f"--kv-dtype fp8: an arm of the suites {', '.join(FP8_CACHE_SUITES)}")
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     suites = options.suite or DEFAULT_SUITES[device]
-    choice = Choice(suites, device, dtype, sizes, options.models or (), options.arms or ())
+    choice = Choice(suites, device, dtype, sizes, options.models or (), options.arms or (), options.kv_dtype)
     runs = measure(
         choice,
         out=options.out,
@@ -128,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=sorted(presets.PRESETS), help="default: those of each suite")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="default: all of each suite")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], help="default: bf16; fp32 on a CPU")
+    words = "fp8 adds the optimized engine with an fp8 KV cache, which is lossy"
+    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help=words)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, a smaller sample for the baseline")
     parser.add_argument("--tiny", action="store_true", help="tiny models and lengths: shows that everything runs")

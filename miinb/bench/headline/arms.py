@@ -103,6 +103,7 @@ def _load(job: Job, folder: Path, memory: Memory) -> Executor:
             "engine": job.arm.engine,
             "load_format": "auto" if job.checkpoint else "dummy",
             "dtype": job.dtype,
+            "kv_dtype": job.arm.kv_dtype,
             "device": job.device,
             "options": options,
         }
@@ -312,6 +313,7 @@ def floor_of(
     weights = executor.info.plan.weights_bytes or model.weights_bytes(executor.info.dtype)
     if not workload.at_once:
         return {"floor_s": floors.one_row_s(model, weights, rates)}
-    whole = floors.all_rows_s(model, weights, executor.info.dtype, workload.lengths, rates)
+    token = model.kv_bytes_per_token(executor.info.dtype, kv_dtype=job.arm.kv_dtype)
+    whole = floors.all_rows_s(model, weights, token, workload.lengths, rates)
     tokens = sum(new for _, new in workload.lengths)
     return {"floor_tok_s": tokens / whole if whole > 0 else math.inf}

@@ -15,7 +15,7 @@ from miinb.bench import published
 from miinb.bench.charts import frames
 from miinb.bench.charts.bars import Bars
 from miinb.bench.charts.style import INK, SOFT, finish, new_panels, save, write_below
-from miinb.bench.headline.suites import Sizes, workload
+from miinb.bench.headline.suites import FP8_CACHE, Sizes, workload
 from miinb.bench.headline.table import lengths, tok_s
 from miinb.bench.records import NAN, Runs, load_runs
 from miinb.errors import InvalidValue
@@ -81,6 +81,7 @@ ARMS = {
     "baseline-best": "its KV cache (static or not, compiled or not) that was fastest here",
     "baseline-continuous": "its continuous batching",
     "served": "optimized, behind its server",
+    FP8_CACHE: "keys and values in one byte a number: answers can differ",
 }
 
 

@@ -76,16 +76,16 @@ def one_row_s(model: ModelInfo, weights_bytes: float, rates: Rates) -> float:
 
 
 def all_rows_s(
-    model: ModelInfo, weights_bytes: float, dtype: str, lengths: Sequence[tuple[int, int]], rates: Rates
+    model: ModelInfo, weights_bytes: float, cache_bytes: int, lengths: Sequence[tuple[int, int]], rates: Rates
 ) -> float:
     """Least seconds of requests that run all at once.
 
     Each step reads the weights once and every live row's cache, at the speed of a copy; the prompts' matrix products
-    (two operations a weight and token) run at the speed of a large one, and overlap with nothing.
+    (two operations a weight and token) run at the speed of a large one, and overlap with nothing. `cache_bytes` are a
+    token's.
     """
-    cache = model.kv_bytes_per_token(dtype)
     steps = max(new for _, new in lengths)
-    read = sum(new * prompt + new * (new + 1) / 2 for prompt, new in lengths) * cache
+    read = sum(new * prompt + new * (new + 1) / 2 for prompt, new in lengths) * cache_bytes
     weights = token_bytes(model, weights_bytes)
     operations = 2 * model.parameters * sum(prompt for prompt, _ in lengths)
     return (steps * weights + read) / rates.copy_bytes_s + operations / rates.matmul_flop_s

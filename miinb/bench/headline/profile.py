@@ -115,6 +115,7 @@ def load(options: argparse.Namespace, place: Path) -> StepExecutor:
     changes = presets.tiny(options.model) if options.tiny else {}
     folder = presets.write(options.model, place / options.model, **changes)
     fields = {"model": str(folder), "load_format": "dummy", "dtype": options.dtype, "device": options.device}
+    fields |= {"kv_dtype": options.kv_dtype}
     fields |= {"max_batch": max(options.rows), "max_length": options.context + 2 * options.steps + 16}
     gpus = [0] if options.device == "cuda" else None
     config = DeploymentConfig.parse(fields)
@@ -159,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=256, help="tokens of each row (256)")
     parser.add_argument("--steps", type=int, default=20, help="steps under the profiler (20)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], default="bf16")
+    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of the KV cache")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of the family, to show that it runs")
     for times in run(parser.parse_args(arguments)):

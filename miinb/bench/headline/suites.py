@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Arm:
         label: as the records name it.
         engine: "optimized" or "baseline".
         dtype: "" is the run's.
+        kv_dtype: of the KV cache; "auto" is the dtype.
         compiled: transformers' fastest KV cache or `torch.compile`, measured at load.
         continuous: transformers' own continuous batching instead of `generate`.
         served: through a `Session` and its server.
@@ -42,22 +44,27 @@ class Arm:
     label: str
     engine: str
     dtype: str = ""
+    kv_dtype: str = "auto"
     compiled: bool = False
     continuous: bool = False
     served: bool = False
     turn: int = 0
 
 
+FP8_CACHE = "optimized, lossy fp8 cache"
 ARMS = {
     arm.label: arm
     for arm in (
         Arm("optimized", "optimized"),
         Arm("baseline", "baseline"),
+        Arm(FP8_CACHE, "optimized", kv_dtype="fp8"),
         Arm("served", "optimized", served=True, turn=1),
         Arm("baseline-continuous", "baseline", continuous=True, turn=2),
         Arm("baseline-best", "baseline", compiled=True, turn=3),
     )
 }
+#: Suites that have this arm when it is asked for.
+FP8_CACHE_SUITES = ("decode", "throughput", "ragged")
 CPU_ARMS = (
     Arm("baseline", "baseline", "fp32"),
     *(Arm(f"optimized {dtype}", "optimized", dtype) for dtype in ("fp32", "bf16", "int8")),
@@ -205,6 +212,7 @@ class Choice:
     sizes: Sizes = field(default_factory=Sizes)
     models: Sequence[str] = ()
     arms: Sequence[str] = ()
+    kv_dtype: str = "auto"  # "fp8" adds an arm
 
 
 def jobs(choice: Choice, folders: dict[str, str]) -> list[Job]:
@@ -217,11 +225,12 @@ def jobs(choice: Choice, folders: dict[str, str]) -> list[Job]:
     wanted: dict[tuple[str, str, str], dict[str, Workload]] = {}
     for suite in choice.suites:
         device = "cpu" if suite == "cpu" else choice.device
-        arms = [arm.label for arm in CPU_ARMS] if suite == "cpu" else SUITE_ARMS[suite]
+        arms = [arm.label for arm in CPU_ARMS] if suite == "cpu" else list(SUITE_ARMS[suite])
+        arms += [FP8_CACHE] if choice.kv_dtype == "fp8" and suite in FP8_CACHE_SUITES else []
         group = suite if suite in ("cpu", "memory") else ""
         for model in choice.models or MODELS[choice.device][suite]:
             for label in arms:
-                if choice.arms and label not in choice.arms and label.split()[0] not in choice.arms:
+                if choice.arms and label not in choice.arms and re.split("[ ,]", label)[0] not in choice.arms:
                     continue
                 found = workload(suite, choice.sizes)
                 wanted.setdefault((model, f"{device}/{group}", label), {})[found.suite] = found
