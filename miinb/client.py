@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` 
 import grpc
 
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
-from miinb.errors import Interrupted, InvalidRequest, Unavailable
+from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.results import Result, frame_of, merge, predictions_of
 from miinb.rpc import codec
@@ -69,16 +69,22 @@ class Client:
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed: Unavailable | None = None  # what a call is told
 
-    def close(self) -> None:
-        """Close the channel; calls that still run end as canceled."""
-        self._closed = True
+    def close(self, *, because: MiinbError | None = None) -> None:
+        """Close the channel; calls that still run end as canceled.
+
+        Args:
+            because: why the deployment could not be started again, for those that ask all the same.
+        """
+        self._closed = Unavailable("The deployment was stopped.", hint="Start it again with restart().")
+        if because is not None:
+            self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
         self._channel.close()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise Unavailable("The deployment was stopped.", hint="Start it again with restart().")
+        if self._closed is not None:
+            raise Unavailable(self._closed.message, hint=self._closed.hint)
 
     # Text
 

@@ -36,7 +36,7 @@ from miinb.errors import (
 )
 from miinb.hardware import gpu_processes
 from miinb.launching import check_port, spawn
-from miinb.messages import Phase, Status, from_dict
+from miinb.messages import Phase, Plan, Status, from_dict
 
 #: What the supervisor has for ending everything after its own time limit, before this side gives up on it.
 _SLACK_S = 15.0
@@ -54,11 +54,13 @@ class Deployment:
     Attributes:
         entry: what the registry knows of it.
         failure: why it ended by itself, once that is known.
+        stopped: whether this process has ended it.
     """
 
     def __init__(self, entry: registry.Entry, process: subprocess.Popen[bytes] | None = None, lifeline: int = -1):
         self.entry = entry
         self.failure: MiinbError | None = None
+        self.stopped = False
         self._process = process
         self._lifeline = lifeline
         self._output = b""
@@ -67,8 +69,23 @@ class Deployment:
     # Starting and joining
 
     @classmethod
-    def start(cls, config: DeploymentConfig, *, name: str, task: str, on_phase: Callable[[Phase], None]) -> Deployment:
+    def start(
+        cls,
+        config: DeploymentConfig,
+        *,
+        name: str,
+        task: str,
+        on_phase: Callable[[Phase], None],
+        plan: Plan | None = None,
+    ) -> Deployment:
         """Start a deployment and wait until it is ready; on any failure nothing is left.
+
+        Args:
+            config: resolved: what the ranks get.
+            name: the deployment's.
+            task: what it serves.
+            on_phase: told where the start is.
+            plan: what was chosen before the start; the deployment's own plan goes on from it.
 
         Raises:
             StartError: it did not start; `details` has the log's tail. Other classes by the cause.
@@ -84,6 +101,7 @@ class Deployment:
             "folder": str(folder),
             "kernel_pid": os.getpid(),
             "task": task,
+            "plan": dataclasses.asdict(plan) if plan is not None else {},
             "modules": _modules,
         }
         with tempfile.TemporaryFile() as errors:
@@ -112,8 +130,10 @@ class Deployment:
             VersionMismatch: another version of miinb started it.
         """
         entry = registry.find(name)
-        if entry.state != "ready":
+        if entry.state == "starting":
             raise DeploymentNotFound(f"Deployment {name!r} is still starting.", hint="Try again when it is ready.")
+        if entry.state != "ready":
+            raise DeploymentNotFound(f"Deployment {name!r} is ending.", hint="Start it again when it has ended.")
         owned = next((one for one in _owned if one.entry.instance_id == entry.instance_id), None)
         return owned or cls(entry)
 
@@ -161,13 +181,14 @@ class Deployment:
 
     def status(self, *, timeout_s: float = 5.0) -> Status:
         """Its status now; "failed" or "lost" if it ended without being asked to, or does not answer."""
+        if self.stopped and self._last is not None:
+            return self._last
         try:
             answer = registry.ask(self.entry, "status", timeout_s=timeout_s)
         except Unavailable:
             self._look_for_failure()
-            last = self._last or without_answer(self.entry)
-            state = "failed" if self.failure else "lost"
-            return dataclasses.replace(last, state=state, ranks=(), in_flight=0, queued=0)
+            state = "failed" if self.failure else registry.last_state(self.entry) or "lost"
+            return _over(self._last or registry.without_answer(self.entry, state), state)
         self._last = Status.from_dict(answer["status"])
         return self._last
 
@@ -224,7 +245,8 @@ class Deployment:
                 raise MiinbError(f"Deployment {self.entry.name!r} is not gone: {left}.", hint="Try stop() again.")
             time.sleep(0.02)
         registry.entries()  # sweeps what a supervisor that died could not
-        return dataclasses.replace(last, state="stopped", ranks=(), in_flight=0, queued=0)
+        self._last, self.stopped = _over(last, "stopped"), True
+        return self._last
 
     def _abort(self) -> None:
         """Order the end without waiting, so that a second interrupt cannot lose it."""
@@ -275,23 +297,9 @@ class Deployment:
         self._process = None
 
 
-def without_answer(entry: registry.Entry) -> Status:
-    """What the registry alone tells of a deployment whose supervisor does not answer: state "lost"."""
-    names = ("model", "task", "engine", "dtype", "device")
-    model, task, engine, dtype, device = (str(entry.config.get(name) or "") for name in names)
-    return Status(
-        name=entry.name,
-        state="lost",
-        model=model,
-        task=task,
-        engine=engine,
-        dtype=dtype,
-        device=device,
-        address=entry.address,
-        pid=entry.pid,
-        persist=entry.persist,
-        uptime_s=0.0,
-    )
+def _over(last: Status, state: str) -> Status:
+    """The last status of a deployment that does nothing any more."""
+    return dataclasses.replace(last, state=state, ranks=(), in_flight=0, queued=0)
 
 
 def _entry_before_it_is_written(name: str, folder: Path, pid: int) -> registry.Entry:

@@ -223,6 +223,14 @@ class Plan:
         """The same plan with one more reason (and changed fields)."""
         return dataclasses.replace(self, lines=(*self.lines, PlanLine(what, choice, reason)), **changes)
 
+    def following(self, before: Plan) -> Plan:
+        """This plan after the lines of an earlier one. A line that it tells anew is not kept, nor is its warning."""
+        told = {line.what for line in self.lines}
+        kept = [line for line in before.lines if line.what not in told]
+        gone = {line.reason for line in before.lines if line.what in told}
+        warnings = [text for text in before.warnings if text not in gone]
+        return dataclasses.replace(self, lines=(*kept, *self.lines), warnings=(*warnings, *self.warnings))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """The plan of `dataclasses.asdict`'s output."""

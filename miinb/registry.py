@@ -30,7 +30,7 @@ import psutil
 
 from miinb import __version__
 from miinb.errors import DeploymentExists, DeploymentNotFound, MiinbError, Unavailable, VersionMismatch, did_you_mean
-from miinb.messages import from_dict
+from miinb.messages import Status, from_dict
 
 #: Longest path of a unix socket that Linux takes, less its closing zero.
 MAX_SOCKET_PATH = 107
@@ -39,6 +39,8 @@ _HASHED_NAME = 17
 #: In the environment of every process of a deployment, so that orphans are told apart from strangers.
 INSTANCE_VARIABLE = "MIINB_INSTANCE"
 _SHM = Path("/dev/shm")
+#: States that a supervisor writes when it begins to end; it answers no more questions soon after.
+ENDING = ("draining", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Entry:
     config: Mapping[str, Any]
     folder: str = ""
     address: str = ""
-    state: str = "starting"
+    state: str = "starting"  # then ready, and draining or failed at the end
     persist: bool = False
     started_at: float = 0.0  # seconds since the epoch
     ports: tuple[int, ...] = ()  # names of shared-memory segments hold them
@@ -321,3 +323,33 @@ def ask(entry: Entry, command: str, *, timeout_s: float = 5.0, **fields: Any) ->
     if "error" in answer:
         raise Unavailable(f"{gone}: {answer['error']}.", hint="Use miinb.attach(name).")
     return answer
+
+
+def last_state(entry: Entry) -> str | None:
+    """The state of a deployment whose supervisor does not answer: what it wrote when it began to end, else "lost".
+
+    None: its files are gone, as it has ended.
+    """
+    now = load_entry(Path(entry.folder))
+    if now is None or now.instance_id != entry.instance_id:
+        return None
+    return now.state if now.state in ENDING else "lost"
+
+
+def without_answer(entry: Entry, state: str) -> Status:
+    """What the entry alone tells of a deployment in this state."""
+    names = ("model", "task", "engine", "dtype", "device")
+    model, task, engine, dtype, device = (str(entry.config.get(name) or "") for name in names)
+    return Status(
+        name=entry.name,
+        state=state,
+        model=model,
+        task=task,
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        address=entry.address,
+        pid=entry.pid,
+        persist=entry.persist,
+        uptime_s=max(0.0, time.time() - entry.started_at) if entry.started_at else 0.0,
+    )

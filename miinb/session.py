@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 import weakref
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
-from miinb import cell, hardware, location, models, planner, queries, registry
+from miinb import cell, queries, registry
 from miinb.asking import Messages
 from miinb.client import Client
 from miinb.config import DeploymentConfig
-from miinb.deployment import Deployment, without_answer
-from miinb.errors import DeploymentExists, InvalidRequest, Unavailable
+from miinb.deployment import Deployment
+from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, Unavailable
 from miinb.messages import Chunk, EngineInfo, Plan, Status
+from miinb.preparation import Preparation, prepare
 from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ class Session:
         DeploymentExists: the name is taken.
     """
 
-    _planned: Plan | None
-
     def __init__(
         self,
         model: str | Path,
@@ -95,44 +94,30 @@ class Session:
         values = {**locals(), **more}
         for word in ("self", "more", "__class__"):
             values.pop(word, None)
-        self._begin(DeploymentConfig.parse(values))
+        self._begin(prepare(DeploymentConfig.parse(values)))
 
     @classmethod
     def _of(cls, deployment: Deployment) -> Self:
         """A session that joins a running deployment."""
         self = cls.__new__(cls)
         self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
-        self._planned = None
         self._connect(deployment)
         return self
 
-    def _begin(self, config: DeploymentConfig) -> None:
-        """Plan, start, connect. Everything that can be refused is refused before a process starts."""
-        path = Path(config.model).expanduser()
-        if path.exists():  # the server outlives this process's working directory
-            config = config.model_copy(update={"model": str(path.resolve())})
-        info = models.inspect(
-            config.model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            load_format=config.load_format,
-        )
-        if config.load_format != "dummy":
-            location.check_tokenizer(info.folder)
-        machine = hardware.detect()
-        planned = planner.plan(config, info, machine)
-        resolved = planner.resolve(config, planned, machine)
-        self._planned = planned
-        self._config = config
-        self._connect(self._start(resolved, info.task(config.task)))
+    def _begin(self, prepared: Preparation) -> None:
+        """Start and connect."""
+        self._config = prepared.config
+        self._connect(self._start(prepared))
 
-    def _start(self, resolved: DeploymentConfig, task: str) -> Deployment:
+    def _start(self, prepared: Preparation) -> Deployment:
         wanted = self._config.name or registry.default_name(self._config.model)
         for attempt in range(_NAME_TRIES):
             name = self._config.name or registry.unique_name(wanted)
             try:
                 with cell.progress(name) as on_phase:
-                    return Deployment.start(resolved, name=name, task=task, on_phase=on_phase)
+                    return Deployment.start(
+                        prepared.resolved, name=name, task=prepared.task, plan=prepared.plan, on_phase=on_phase
+                    )
             except DeploymentExists:  # another process took the free name first
                 if self._config.name or attempt == _NAME_TRIES - 1:
                     raise
@@ -140,7 +125,6 @@ class Session:
 
     def _connect(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._state = "ready"
         self._client = Client(deployment.entry.address)
         self._info: EngineInfo | None = None
         _sessions[deployment.entry.instance_id] = self
@@ -170,7 +154,7 @@ class Session:
     @property
     def state(self) -> str:
         """starting, ready, draining, stopped, failed or lost, at this moment."""
-        return self._state if self._state == "stopped" else self.status().state
+        return self.status().state
 
     @property
     def address(self) -> str:
@@ -300,11 +284,7 @@ class Session:
 
     def plan(self) -> Plan:
         """Which optimizations run and why: what was chosen before the start, then what the rank found."""
-        ranks = self._describe().plan
-        told = {line.what for line in ranks.lines}
-        before = self._planned.lines if self._planned is not None else ()
-        lines = (*(line for line in before if line.what not in told), *ranks.lines)
-        return dataclasses.replace(ranks, lines=lines)
+        return self._describe().plan
 
     def logs(self, n: int = 50, rank: int | None = None) -> str:
         """The last `n` lines of each log, or of one rank's."""
@@ -319,18 +299,30 @@ class Session:
         Raises:
             MiinbError: something is left; the message names it.
         """
-        if self._state == "stopped":
+        if self._deployment.stopped:
             return None
         self._client.close()
-        last = self._deployment.stop(drain_s=drain_s)
-        self._state = "stopped"
-        return last
+        return self._deployment.stop(drain_s=drain_s)
 
     def restart(self) -> Self:
-        """End it and start it again with the same configuration and name."""
-        self._config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
+        """End it and start it again with the same configuration and name.
+
+        What a start would refuse is refused before it ends; so it goes on.
+
+        Raises:
+            ConfigError, ModelError: it cannot be started again as it was; it still runs.
+            StartError: it has ended and did not start again.
+        """
+        config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
+        with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
+            prepare(config)
         self.stop()
-        self._begin(self._config)
+        try:
+            self._begin(prepare(config))
+        except MiinbError as error:
+            error.hint = f"{error.hint} {self.name} has ended; restart() tries to start it once more.".strip()
+            self._client.close(because=error)
+            raise
         return self
 
     def keep(self) -> None:
@@ -369,16 +361,17 @@ def attach(name: str) -> Session:
     """
     deployment = Deployment.join(name)
     own = _sessions.get(deployment.entry.instance_id)
-    return own if own is not None and own._state != "stopped" else Session._of(deployment)
+    return own if own is not None and not own._deployment.stopped else Session._of(deployment)
 
 
 def deployments() -> list[Status]:
     """The deployments of this user on this machine, by name; state "lost" for one that does not answer."""
-    found = []
+    found: list[Status] = []
     for entry in registry.entries():
         try:
             found.append(Status.from_dict(registry.ask(entry, "status")["status"]))
         except Unavailable:
-            if entry.alive:
-                found.append(without_answer(entry))
+            state = registry.last_state(entry)
+            if entry.alive and state is not None:
+                found.append(registry.without_answer(entry, state))
     return found

@@ -26,6 +26,7 @@ from miinb.errors import (
     ModelNotFound,
     StartError,
     StartTimeout,
+    Unavailable,
     UnknownOption,
     UnsupportedModel,
 )
@@ -102,7 +103,8 @@ def test_it_says_what_it_is(session: miinb.Session) -> None:
     assert status.ranks[0].memory_bytes > 0
     plan = session.plan()
     assert (plan.engine, plan.dtype, plan.device) == ("optimized", "fp32", "cpu")
-    assert {"engine", "dtype", "max_length"} <= {line.what for line in plan.lines}
+    chosen = {"engine", "device", "dtype", "weights", "max_length", "max_batch", "kv_cache", "step_budget"}
+    assert chosen | {"load", "parity", "start"} <= {line.what for line in plan.lines}
     assert len({line.what for line in plan.lines}) == len(plan.lines)
     assert "==> rank-0-0.log <==" in session.logs()
     with pytest.raises(InvalidValue, match="no rank 7"):
@@ -151,7 +153,7 @@ def test_others_find_it_and_join_it(session: miinb.Session) -> None:
     joined = miinb.attach("a/tiny")
     assert joined.generate(PROMPT, max_new_tokens=3).text
     assert joined is session  # one session a deployment in this process, so that no record is missed
-    assert miinb.Session._of(joined._deployment).plan().dtype == "fp32"  # as another process would see it
+    assert miinb.Session._of(joined._deployment).plan() == session.plan()  # as another process would see it
     with pytest.raises(DeploymentNotFound, match="Did you mean 'a/tiny'"):
         miinb.attach("a/tinny")
 
@@ -185,9 +187,27 @@ def test_restart_and_stop(session: miinb.Session) -> None:
     assert session.generate(PROMPT, max_new_tokens=3).text
     last = session.stop()
     assert last is not None
-    assert last.state == session.state == "stopped"
+    assert last.state == session.state == session.status().state == "stopped"
     assert session.stop() is None
     assert not miinb.deployments()
+
+
+def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    shutil.copytree(tiny_model(), folder)
+    with miinb.Session(folder, **TINY) as session:
+        folder.rename(elsewhere)
+        with pytest.raises(ModelNotFound):
+            session.restart()
+        assert session.state == "ready"
+        assert session.generate(PROMPT, max_new_tokens=3).text
+        elsewhere.rename(folder)
+        (folder / "tokenizer.json").write_text("{")  # seen by the rank alone
+        with pytest.raises(BrokenCheckpoint, match=r"has ended; restart\(\) tries"):
+            session.restart()
+        assert session.state == session.status().state == "stopped"
+        with pytest.raises(Unavailable, match=r"did not start again: .*tokenizer\.json"):
+            session.generate(PROMPT)
 
 
 def broken(folder: Path, change: str) -> Path:

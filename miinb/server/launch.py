@@ -7,11 +7,11 @@ import secrets
 import socket
 import sys
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 
 from miinb.config import DeploymentConfig
 from miinb.registry import INSTANCE_VARIABLE, remove_segments
+from miinb.server.owner import Order
 from miinb.server.process import Process
 
 FRONTEND = "miinb.server.frontend"
@@ -26,14 +26,14 @@ class Launch:
         ports: one a replica, free at this moment: the name of its group's rendezvous and shared memory.
     """
 
-    def __init__(self, name: str, config: DeploymentConfig, folder: Path, modules: Mapping[str, str]) -> None:
-        self.name = name
+    def __init__(self, order: Order, config: DeploymentConfig) -> None:
         self.config = config
-        self.folder = folder
+        self.folder = folder = Path(order.folder)
         self.instance_id = uuid.uuid4().hex
         self.ports = free_ports(config.replicas)
-        self._modules = {"frontend": FRONTEND, "worker": WORKER, **modules}
-        self._line = {"config": config.model_dump(mode="json"), "folder": str(folder), "name": name}
+        self._modules = {"frontend": FRONTEND, "worker": WORKER, **order.modules}
+        self._line = {"config": config.model_dump(mode="json"), "folder": str(folder), "name": order.name}
+        self._plan = order.plan
         if config.port is not None:
             _write_token(folder / "token")
 
@@ -49,7 +49,7 @@ class Launch:
 
     def rank(self, replica: int, rank: int) -> Process:
         """Start one rank of a replica."""
-        line = {**self._line, "replica": replica, "rank": rank, "gpus": self._gpus(replica)}
+        line = {**self._line, "replica": replica, "rank": rank, "gpus": self._gpus(replica), "plan": self._plan}
         return Process(
             f"Rank {rank} of replica {replica}",
             self._modules["worker"],

@@ -16,13 +16,19 @@ from miinb.messages import from_dict
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The JSON line on stdin. `modules` names the programs of the children: tests put others in their place."""
+    """The JSON line on stdin.
+
+    Attributes:
+        plan: what was chosen before the start (a `Plan`; {} is none): rank 0 goes on from it.
+        modules: names the programs of the children: tests put others in their place.
+    """
 
     config: Mapping[str, Any]
     name: str
     folder: str
     kernel_pid: int
     task: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -48,7 +48,7 @@ class Supervisor:
         self.config = DeploymentConfig.from_json(json.dumps(order.config))
         self.folder = Path(order.folder)
         self.lock = lock
-        self.launch = Launch(order.name, self.config, self.folder, order.modules)
+        self.launch = Launch(order, self.config)
         self.state = "starting"
         self.persist = self.config.persist
         self.started = self.last_active = time.monotonic()
@@ -235,6 +235,9 @@ class Supervisor:
         """Leave the loop when the requests in flight are done, after `drain_s` at the latest."""
         self.end_at = min(self.end_at or math.inf, time.monotonic() + drain_s)
         self.state = "draining" if self.state != "failed" else self.state
+        self.entry = dataclasses.replace(self.entry, state=self.state)
+        with contextlib.suppress(OSError):  # a full disk is no reason to live on
+            self.entry.save(self.folder)
         frontend = self.children.frontend
         if drain_s > 0 and frontend is not None:
             frontend.signal_group(signal.SIGTERM)  # it refuses new requests, finishes the others and leaves

@@ -16,13 +16,13 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError, OutOfMemory, RankFailed
-from miinb.messages import EngineInfo, FailedEvent, Phase, PredictRequest, SequenceRequest, from_dict
+from miinb.messages import EngineInfo, FailedEvent, Phase, Plan, PredictRequest, SequenceRequest, from_dict
 from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
 from miinb.server.process import PEER_LOST
 from miinb.tasks import TASKS
@@ -40,6 +40,7 @@ class Order:
     Attributes:
         gpus: the replica's GPUs as the user numbers them, one a rank ([] on a CPU); CUDA_VISIBLE_DEVICES holds these.
         port: names the replica's group; nothing listens on it.
+        plan: what was chosen before the start (a `Plan`; {} is none).
     """
 
     config: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Order:
     rank: int
     gpus: Sequence[int] = ()
     port: int = 0
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Reports:
@@ -95,10 +97,12 @@ def process_start() -> float:
     return psutil.Process().create_time()
 
 
-def with_start(info: EngineInfo, phases_s: Mapping[str, float]) -> EngineInfo:
-    """The information and its plan with what each phase of the start took."""
+def with_start(info: EngineInfo, planned: Mapping[str, Any], phases_s: Mapping[str, float]) -> EngineInfo:
+    """The information with the whole plan: what was chosen before, what this rank found, what each phase took."""
     words = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases_s.items())
     plan = info.plan.with_line("start", f"{sum(phases_s.values()):.1f} s", words)
+    if planned:
+        plan = plan.following(Plan.from_dict(planned))
     return replace(info, plan=plan, phases_s=dict(phases_s))
 
 
@@ -224,21 +228,21 @@ def serve(order: Order, reports: Reports) -> None:
             reports.write(ready=_facts(loaded.info))
             loaded.run()
         else:
-            _lead(loaded, folder, reports)
+            _lead(loaded, order, reports)
     finally:
         loaded.close()
         if not isinstance(sys.exception(), PeerLost):  # leaving would wait for the others
             _leave_group()
 
 
-def _lead(executor: Executor, folder: Path, reports: Reports) -> None:
+def _lead(executor: Executor, order: Order, reports: Reports) -> None:
     """Rank 0's life once its model is there."""
     reports.phase(Phase("verify", text="first tokens"))
     warm_up(executor)
     _freeze()
-    sock = RankSocket.connect(folder / "engine.sock")
+    sock = RankSocket.connect(Path(order.folder, "engine.sock"))
     reports.phase(Phase("ready"))
-    executor.info = info = with_start(executor.info, reports.phases_s)
+    executor.info = info = with_start(executor.info, order.plan, reports.phases_s)
     sock.send(info)
     sock.flush()
     reports.write(ready=_facts(info))

@@ -55,6 +55,8 @@ def main() -> None:
         silent_s += 20.0
         tell(silent={"replica": 0, "seconds": silent_s})
 
+    if asked == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, busier)
     signal.signal(signal.SIGUSR2, silent)
     tell(ready={} if rank else {"address": "unix:" + line["folder"] + "/rpc.sock"})

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
+import miinb
 from miinb import deployment, launching, registry
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment
 from miinb.errors import (
     BrokenCheckpoint,
     DeploymentExists,
+    DeploymentNotFound,
     MiinbError,
     OutOfMemory,
     RankFailed,
@@ -327,6 +329,21 @@ def test_interrupts_do_not_reach_the_supervisor() -> None:
     os.kill(ranks(one)[0], signal.SIGINT)
     time.sleep(0.3)
     assert one.status().state == "ready"
+
+
+def test_a_deployment_that_ends_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN", "stubborn")  # its rank takes a second to end
+    one = start()
+    seen = {one.status().state}
+    registry.ask(one.entry, "stop")
+    with pytest.raises(DeploymentNotFound, match="is ending"):
+        Deployment.join("m")
+    while registry.entries():
+        seen |= {status.state for status in miinb.deployments()} | {registry.last_state(one.entry) or "gone"}
+    assert seen - {"gone"} == {"ready", "draining"}
+    last = one.stop()
+    assert one.status() == last
+    assert last.state == "stopped"
 
 
 def test_a_bad_question_is_answered_and_harms_nothing() -> None:
