@@ -31,7 +31,7 @@ _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 _KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
-    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
     "kv_heads": ("num_key_value_heads",),
     "context_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_seq_len"),
     "vocab_size": ("vocab_size",),
