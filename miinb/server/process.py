@@ -27,6 +27,7 @@ _MEMORY_SIGNS = (
     "memoryerror",
     "std::bad_alloc",
     "failed to map segment",
+    "memory allocation still failed",  # OpenBLAS
 )
 
 
