@@ -37,8 +37,8 @@ def test_options_do_not_clash_and_every_command_builds_its_help() -> None:
 
 def test_the_contract_names_every_command() -> None:
     wanted = (
-        "start attach list use status stop restart keep logs gen chat predict bench compare plot runs panel models "
-        "check gpus env doctor config help reset demo"
+        "start attach list use status plan stop restart keep logs gen chat predict bench compare plot runs panel "
+        "models check gpus env doctor config help reset demo"
     )
     assert set(commands.COMMANDS) == set(wanted.split())
 
@@ -106,7 +106,15 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
         return capsys.readouterr().out
 
     start = ["start", str(tiny_model()), "--name", "cli", "--dtype", "fp32", "--idle-timeout-s", "90"]
-    assert "Session cli (ready)" in said(*start)
+    shown = said(*start)
+    assert "Session cli (ready)" in shown
+    assert "step_budget" in shown
+    planned = said("plan", "cli")
+    assert "step_budget" in planned and "parity" in planned  # noqa: PT018
+    assert planned == said("plan", "-d", "cli") == said("plan")
+    assert cli.main(["plan", "cli", "--dtype", "int8"]) == 2
+    assert "dtype goes with a model" in capsys.readouterr().err
+    assert "int8" in said("plan", str(tiny_model()), "--dtype", "int8")
     assert cli.main(start) == 1
     assert "cli" in capsys.readouterr().err
     assert "yes" in said("list").splitlines()[2]  # persistent
@@ -117,7 +125,7 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
     assert cli.main(["gen", "Hi", "-n", "9999"]) == 1
     assert "max_new_tokens" in capsys.readouterr().err
     assert "compiled" in said("logs") or "ready" in said("logs")
-    assert "optimized" in said("status", "cli")
+    assert "optimized, fp32 on cpu" in said("status", "cli")
     assert said("stop") == "Stopped cli.\n"
     assert "No deployment is running" in said("list")
 

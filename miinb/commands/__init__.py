@@ -7,7 +7,7 @@ from typing import Any
 
 from miinb.commands import actions, measuring
 from miinb.commands.context import Context, Settings
-from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PREDICTION, Option, words
+from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PLANNED, PREDICTION, Option, words
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
 from miinb.commands.screen import PlainScreen, Screen, Table, as_json
 from miinb.errors import InvalidValue, did_you_mean
@@ -63,6 +63,18 @@ COMMANDS: dict[str, Command] = {
         Command("list", "show the running deployments", actions.list_deployments, (_JSON,)),
         Command("use", "choose the deployment for commands without -d", actions.use, (_NAME,), example="use chat"),
         Command("status", "show how a deployment is", actions.status, (_NAME, _WHICH, _JSON)),
+        Command(
+            "plan",
+            "show what was chosen for a deployment and why, or what would be for a model",
+            actions.plan,
+            (
+                Option("subject", "a deployment, a folder or a hub name", positional=True, names="deployments"),
+                _WHICH,
+                *PLANNED,
+                _JSON,
+            ),
+            example="plan ./SmolLM2-135M-Instruct --dtype int8",
+        ),
         Command(
             "stop",
             "end a deployment",

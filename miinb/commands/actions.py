@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from miinb.commands.context import ENDED, Context
 from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, PREDICTION, given
 from miinb.commands.screen import Table
+from miinb.config import DeploymentConfig
 from miinb.errors import InvalidValue
 
 if TYPE_CHECKING:
+    from miinb.messages import Plan
     from miinb.results import Result
     from miinb.session import Session
 
@@ -23,9 +25,7 @@ def start(context: Context, values: Values, body: str | None) -> Session:
     """Start a deployment, or find the one that the same command started before."""
     import miinb
 
-    options = given(values, DEPLOYMENT)
-    if engine_options := given(values, ENGINE):
-        options["options"] = engine_options
+    options = _deployment_options(values)
     if context.settings.start_timeout_s:
         options.setdefault("start_timeout_s", context.settings.start_timeout_s)
     if not context.in_notebook:
@@ -42,7 +42,17 @@ def start(context: Context, values: Values, body: str | None) -> Session:
     session: Session = miinb.Session(**options)
     context.sessions[session.name] = session
     context.configs[session.name] = options
+    if not context.in_notebook:  # there the card of the session is enough, and plan() a cell away
+        context.screen.show(session.plan())
     return session
+
+
+def _deployment_options(values: Values) -> dict[str, Any]:
+    """The fields of `DeploymentConfig` that the user gave."""
+    options = given(values, DEPLOYMENT)
+    if engine_options := given(values, ENGINE):
+        options["options"] = engine_options
+    return options
 
 
 def _options_of_body(body: str) -> dict[str, Any]:
@@ -82,13 +92,14 @@ def list_deployments(context: Context, values: Values, body: str | None) -> Tabl
             status.state,
             status.model,
             status.engine,
+            status.dtype,
             status.device,
             _duration(status.uptime_s),
             "yes" if status.persist else "no",
         )
         for status in found
     ]
-    columns = ("name", "state", "model", "engine", "device", "up", "persistent")
+    columns = ("name", "state", "model", "engine", "dtype", "device", "up", "persistent")
     note = "" if rows else f"No deployment is running. Start one: {context.prog} start MODEL"
     return Table(columns, rows, title="Deployments" if rows else "", note=note, records=found)
 
@@ -109,6 +120,23 @@ def use(context: Context, values: Values, body: str | None) -> str:
 def status(context: Context, values: Values, body: str | None) -> Any:
     """How a deployment is."""
     return context.session(values["name"] or values["deployment"]).status()
+
+
+def plan(context: Context, values: Values, body: str | None) -> Plan:
+    """What runs in a deployment and why, or what would be chosen for a model; the latter starts nothing."""
+    from miinb.preparation import prepare
+
+    subject, options = values["subject"], _deployment_options(values)
+    if subject in (None, *context.sessions, *context.names()):
+        if options:
+            raise InvalidValue(
+                f"plan: {next(iter(options))} goes with a model, not with a deployment.",
+                hint="Give a folder or a hub name.",
+            )
+        return context.session(subject or values["deployment"]).plan()
+    if values["deployment"]:
+        raise InvalidValue(f"plan: {subject!r} and -d {values['deployment']}.", hint="Give one of them.")
+    return prepare(DeploymentConfig.parse({"model": subject, **options})).plan
 
 
 def stop(context: Context, values: Values, body: str | None) -> str:

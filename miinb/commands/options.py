@@ -198,6 +198,11 @@ def options_of(config: type[BaseModel], texts: Mapping[str, str]) -> tuple[Optio
 
 DEPLOYMENT = options_of(DeploymentConfig, _DEPLOYMENT_HELP)
 ENGINE = options_of(EngineOptions, _ENGINE_HELP)
+#: What of a deployment's options the plan depends on.
+PLANNED = (
+    *(o for o in DEPLOYMENT if o.name not in ("name", "persist", "idle_timeout_s", "start_timeout_s", "port")),
+    *ENGINE,
+)
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
 BENCH = options_of(BenchConfig, _BENCH_HELP)
 #: Of `predict`: each task has its own of them, and refuses the others.
