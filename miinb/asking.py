@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from miinb.config import GenerationParams, parse_generation
@@ -25,15 +25,18 @@ def text_requests(prompts: str | Sequence[str], parameters: Mapping[str, Any]) -
     Raises:
         InvalidRequest: there is no prompt, or one is no text; or several go to one session.
     """
-    if not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint="Give a text or several.")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set, bytes)):
+        hint = "query() takes a dictionary." if isinstance(prompts, Mapping) else "Give a text or a list of texts."
+        raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint=hint)
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     params, session_id = _parameters(parameters)
     if not given:
         raise InvalidRequest("prompts: the list is empty.")
-    for prompt in given:
+    for place, prompt in enumerate(given):
         if not isinstance(prompt, str):
-            raise InvalidRequest(f"prompts: {type(prompt).__name__} is not text.", hint="Use chat() for messages.")
+            raise InvalidRequest(
+                f"prompts[{place}]: {type(prompt).__name__} is not text.", hint="Use chat() for messages."
+            )
     if session_id and len(given) > 1:
         raise InvalidRequest("session_id: it goes with one prompt.")
     return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex, session_id=session_id) for prompt in given]

@@ -97,7 +97,8 @@ class Client:
             parameters: `miinb.config.GenerationParams`, and `session_id` of a conversation (see `create_session`).
 
         Raises:
-            RequestError: a request was refused or failed; the others are canceled.
+            RequestError: a request was refused or failed; the message says which prompt's (`prompts[1]`). The others
+                are canceled, and no answer of the call is kept.
             Interrupted: the Stop button was pressed.
         """
         return self._run_all(text_requests(prompts, parameters), timeout_s, StreamGroup())
@@ -153,11 +154,11 @@ class Client:
                 pool.shutdown(wait=False, cancel_futures=True)
                 tokens = group.cancel()
                 raise Interrupted(f"stopped after {tokens} tokens; the deployment lives on.") from None
-            failed = [future for future in futures if future.done() and future.exception()]
-            if failed:
-                pool.shutdown(wait=False, cancel_futures=True)
-                group.cancel()
-                failed[0].result()
+            for place, future in enumerate(futures):
+                if future.done() and (failure := future.exception()):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    group.cancel()
+                    raise _failure_of_prompt(place, failure)
         return merge([future.result() for future in futures])
 
     # Other tasks
@@ -329,6 +330,14 @@ async def _in_thread(work: Callable[[], _T], group: StreamGroup) -> _T:
     except asyncio.CancelledError:
         group.cancel()
         raise
+
+
+def _failure_of_prompt(place: int, failure: BaseException) -> BaseException:
+    """What is raised where one prompt of a list has failed."""
+    if not isinstance(failure, MiinbError):
+        return failure
+    failure.message = failure.message.removeprefix("prompt: ")
+    return failure.of(f"prompts[{place}]", hint="No answer of this call is kept.")
 
 
 def _predict_row(event: PredictedEvent, inputs: int, e2e_s: float) -> dict[str, Any]:

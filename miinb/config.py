@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from miinb.errors import ConfigError, InvalidRequest, InvalidValue, MiinbError, UnknownOption, did_you_mean
+from miinb.errors import ConfigError, InvalidRequest, InvalidValue, MiinbError, UnknownOption, did_you_mean, near
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,64}")
 MAX_NEW_TOKENS = 1 << 20
@@ -70,6 +70,9 @@ def _explain(failure: ValidationError, cls: type[BaseModel], error: type[MiinbEr
             owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else owner
         known = list(getattr(owner, "model_fields", cls.model_fields))
         return unknown(f"There is no option {field!r}.", hint=did_you_mean(str(first["loc"][-1]), known))
+    if first["loc"][-1:] == ("[key]",):
+        field = ".".join(str(part) for part in first["loc"][:-2])
+        return error(f"{field}: the key {_short(first['input'])} is no whole number.")
     if isinstance(cause := first.get("ctx", {}).get("error"), MiinbError):
         return error(cause.message, hint=cause.hint)
     text = first["msg"].removeprefix("Value error, ")
@@ -334,6 +337,14 @@ REFUSED_GENERATION = {
     "pad_token_id": "Batches are packed; nothing is padded.",
     "use_cache": "The cache is always on.",
 }
+#: What other libraries call a parameter.
+_OTHER_NAMES = {
+    "n": "num_return_sequences",
+    "max_tokens": "max_new_tokens",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "timeout": "timeout_s",
+}
 
 
 def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
@@ -342,9 +353,15 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     Raises:
         InvalidRequest: an unknown, refused or wrong parameter; the message names it.
     """
+    known = GenerationParams.model_fields
     for name in values:
         if name in REFUSED_GENERATION:
             raise InvalidRequest(f"{name} cannot be set.", hint=REFUSED_GENERATION[name])
+        if name in _OTHER_NAMES:
+            raise InvalidRequest(f"There is no option {name!r}.", hint=f"Use {_OTHER_NAMES[name]}.")
+        meant = near(name, (*known, *REFUSED_GENERATION))
+        if name not in known and meant in REFUSED_GENERATION:
+            raise InvalidRequest(f"There is no option {name!r}.", hint=REFUSED_GENERATION[meant])
     kept = {name: value for name, value in values.items() if value is not None}
     return GenerationParams.parse(kept, error=InvalidRequest)
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+from typing import Self
 
 
 class MiinbError(Exception):
@@ -59,6 +60,11 @@ class MiinbError(Exception):
     def line(self) -> str:
         """Message and hint on one line."""
         return f"{self.message} {self.hint}".strip()
+
+    def of(self, what: str, *, hint: str = "") -> Self:
+        """The same error, told of one thing among several, with more of a hint."""
+        hints = " ".join(part for part in (self.hint, hint) if part)
+        return type(self)(f"{what}: {self.message}", hint=hints, details=self.details)
 
     def _render_traceback_(self) -> list[str]:
         if not MiinbError.short:
@@ -192,5 +198,10 @@ def from_name(name: str, message: str, details: str = "", *, hint: str = "") -> 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint: the nearest known name, else the sorted list of known names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
+    found = near(name, names)
+    return f"Did you mean {found!r}?" if found else f"Known: {', '.join(names)}."
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one, if one is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)

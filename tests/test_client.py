@@ -32,7 +32,10 @@ def test_a_list_keeps_its_order(client: Client) -> None:
     ("arguments", "named"),
     [
         ({"prompts": []}, "prompts"),
-        ({"prompts": [1]}, "prompts"),
+        ({"prompts": ["a", 1]}, "prompts[1]"),
+        ({"prompts": ["a", ""]}, "prompts[1]: it is empty."),
+        ({"prompts": {"query": "a"}}, "query() takes a dictionary"),
+        ({"prompts": {"a", "b"}}, "set is not text"),
         ({"prompts": "a\ud800"}, "surrogate"),
         ({"prompts": "a", "max_tokens": 3}, "max_new_tokens"),
         ({"prompts": "a", "max_length": 3}, "max_new_tokens"),
@@ -79,7 +82,7 @@ def test_a_text_is_a_message_of_the_user(client: Client) -> None:
 
 
 def test_one_failure_cancels_the_others(frontend: FrontendProcess, client: Client) -> None:
-    with pytest.raises(errors.NonFinite):
+    with pytest.raises(errors.NonFinite, match=r"prompts\[1\]: The logits.* No answer of this call is kept"):
         client.generate(["SLOW abc", "NAN abc", "SLOW abc"], max_new_tokens=1000)
     wait_for(lambda: frontend.running() == 0, "the end of the others")
 

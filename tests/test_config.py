@@ -58,14 +58,18 @@ def test_config_survives_json() -> None:
         ({"num_beams": 0}, "num_beams"),
         ({"length_penalty": 2.0}, "length_penalty"),
         ({"early_stopping": True}, "early_stopping"),
-        ({"temprature": 0.5}, "temprature"),
+        ({"temprature": 0.5}, "Did you mean 'temperature'"),
+        ({"max_lenght": 3}, "'max_lenght'. Use max_new_tokens"),
+        ({"n": 2}, "Use num_return_sequences"),
+        ({"logit_bias": {"5": 2.0}}, "logit_bias: the key '5' is no whole number"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"top_p": 0.9}, "top_p"),
     ],
 )
 def test_wrong_generation_parameters_are_refused_by_name(values: dict[str, object], field: str) -> None:
-    with pytest.raises(InvalidRequest, match=field):
+    with pytest.raises(InvalidRequest) as caught:
         parse_generation(values)
+    assert field in caught.value.line()
 
 
 def test_generation_accepts_usual_spellings() -> None:
