@@ -58,11 +58,16 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a chosen token and of the `logprobs=` most likely ones (by token id)."""
+    """The log-probability of a chosen token and of the `logprobs=` most likely ones (by token id).
+
+    The texts are each token's alone, filled in by the frontend: ranks know none.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
+    top_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from miinb.messages import Chunk
+from miinb.messages import Chunk, TokenLogprob
+
+#: Tokens in a table of log-probabilities: a notebook is no place for thousands of rows.
+LOGPROB_ROWS = 32
 
 #: Control characters as visible pictures: model text must not drive a terminal.
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -49,8 +52,10 @@ class PlainScreen:
     """Prints, and strips what a terminal would act on."""
 
     def show(self, thing: Any) -> None:
-        """Print it."""
+        """Print it; of an answer also the log-probabilities that were asked for."""
         print(printable(str(thing)))
+        for table in logprob_tables(thing):
+            print(printable(str(table)))
 
     def stream(self, stream: TextStream) -> Any:
         """Print chunks as they come; closing the pipe that reads us cancels."""
@@ -62,6 +67,8 @@ class PlainScreen:
             stream.cancel()
             raise
         sys.stdout.write("\n")
+        for table in logprob_tables(stream.result):
+            print(printable(str(table)))
         return stream.result
 
 
@@ -100,6 +107,29 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def logprob_tables(result: Any) -> list[Table]:
+    """The log-probabilities of a `Result`, one table a sequence; none of what has none, or was not asked for them."""
+    rows = [entries for entries in getattr(result, "logprobs", ()) if entries]
+    return [_logprob_table(entries, f" of answer {i + 1}" * (len(rows) > 1)) for i, entries in enumerate(rows)]
+
+
+def _logprob_table(entries: Sequence[TokenLogprob], which: str) -> Table:
+    rows = [(_named(e.text, e.token_id), f"{e.logprob:.3f}", _alternatives(e)) for e in entries[:LOGPROB_ROWS]]
+    more = len(entries) - len(rows)
+    note = f"{more} more tokens are in the result's .logprobs." if more else ""
+    return Table(("token", "log-probability", "most likely"), rows, title=f"Log-probabilities{which}", note=note)
+
+
+def _named(text: str, token_id: int) -> str:
+    return repr(text) if text else f"token {token_id}"
+
+
+def _alternatives(entry: TokenLogprob) -> str:
+    texts = entry.top_texts or ("",) * len(entry.top)
+    named = zip(texts, entry.top, strict=True)
+    return "  ".join(f"{_named(text, token_id)} {logprob:.3f}" for text, (token_id, logprob) in named)
 
 
 def as_json(value: Any) -> str:

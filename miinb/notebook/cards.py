@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.screen import Table, printable
+from miinb.commands.screen import Table, logprob_tables, printable
 from miinb.errors import MiinbError
 from miinb.messages import Plan, Status
 from miinb.wording import size_words
@@ -226,8 +226,10 @@ def result_card(result: Result) -> Card:
         body = [f'<div style="{_QUIET}">{i + 1} of {len(texts)}</div>{pre(text)}' for i, text in enumerate(texts)]
         plain = "\n\n".join(f"[{i + 1} of {len(texts)}]\n{text}" for i, text in enumerate(texts))
     line = timing_line(result)
+    tables = logprob_tables(result)
+    body += [f'<div style="{_QUIET}">{table.title} {table.note}</div>{_grid(table)}' for table in tables]
     html, _ = card("", body=body, foot=line)
-    return html, printable(f"{plain}\n({line})")
+    return html, printable("\n".join([plain, *map(str, tables), f"({line})"]))
 
 
 def live_card(text: str, line: str) -> Card:

@@ -220,6 +220,8 @@ def encode_event(event: StreamEvent) -> bytes:
                 logprob=entry.logprob,
                 top_ids=[token_id for token_id, _ in entry.top],
                 top_logprobs=[logprob for _, logprob in entry.top],
+                text=entry.text,
+                top_texts=entry.top_texts,
             )
         message = pb.GenerateChunk(text=text)
     elif isinstance(event, RequestBegin):
@@ -251,7 +253,13 @@ def decode_event(data: bytes) -> StreamEvent:
     if kind == "text":
         text = message.text
         logprobs = tuple(
-            TokenLogprob(row.token_id, row.logprob, tuple(zip(row.top_ids, row.top_logprobs, strict=True)))
+            TokenLogprob(
+                row.token_id,
+                row.logprob,
+                tuple(zip(row.top_ids, row.top_logprobs, strict=True)),
+                row.text,
+                tuple(row.top_texts),
+            )
             for row in text.logprobs
         )
         return Chunk(text.text, tuple(text.token_ids), text.index, logprobs)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miinb/rpc/inference.proto\x12\x08miinb.v1\x1a\x1cgoogle/protobuf/struct.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x8d\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0e.miinb.v1.ChatH\x00\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\tB\x07\n\x05input\"+\n\x04\x43hat\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.miinb.v1.Message\"X\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0f\n\x07top_ids\x18\x03 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\"\xba\x01\n\rGenerateChunk\x12#\n\x04text\x18\x01 \x01(\x0b\x32\x13.miinb.v1.TextChunkH\x00\x12-\n\x0csequence_end\x18\x02 \x01(\x0b\x32\x15.miinb.v1.SequenceEndH\x00\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x14.miinb.v1.RequestEndH\x00\x12\'\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.miinb.v1.RequestBeginH\x00\x42\x07\n\x05\x65vent\"?\n\x0cRequestBegin\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10\x64ropped_messages\x18\x02 \x01(\x05\"e\n\tTextChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\r\n\x05index\x18\x03 \x01(\x05\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.miinb.v1.TokenLogprob\"J\n\x0bSequenceEnd\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xfe\x01\n\nRequestEnd\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x12\n\ntokenize_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x64\x65tokenize_s\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\t \x01(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\n \x01(\x05\x12\"\n\x07history\x18\x0b \x03(\x0b\x32\x11.miinb.v1.Message\"\x86\x01\n\x0ePredictRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05\x62lobs\x18\x03 \x03(\x0c\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"m\n\x0cPredictEvent\x12&\n\x08progress\x18\x01 \x01(\x0b\x32\x12.miinb.v1.ProgressH\x00\x12,\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x15.miinb.v1.PredictionsH\x00\x42\x07\n\x05\x65vent\"8\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05total\x18\x02 \x01(\x05\x12\x0f\n\x07preview\x18\x03 \x01(\x0c\"\x81\x01\n\x0bPredictions\x12\x14\n\x0coutputs_json\x18\x01 \x01(\t\x12\r\n\x05\x62lobs\x18\x02 \x03(\x0c\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x14\n\x0cpreprocess_s\x18\x04 \x01(\x01\x12\x0f\n\x07model_s\x18\x05 \x01(\x01\x12\x15\n\rpostprocess_s\x18\x06 \x01(\x01\"$\n\x0eSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x0e\n\x0cSessionReply\"\x11\n\x0f\x44\x65scribeRequest\"\x1d\n\rDescribeReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\xd3\x02\n\tInference\x12@\n\x08Generate\x12\x19.miinb.v1.GenerateRequest\x1a\x17.miinb.v1.GenerateChunk0\x01\x12=\n\x07Predict\x12\x18.miinb.v1.PredictRequest\x1a\x16.miinb.v1.PredictEvent0\x01\x12\x41\n\rCreateSession\x12\x18.miinb.v1.SessionRequest\x1a\x16.miinb.v1.SessionReply\x12\x42\n\x0e\x44\x65stroySession\x12\x18.miinb.v1.SessionRequest\x1a\x16.miinb.v1.SessionReply\x12>\n\x08\x44\x65scribe\x12\x19.miinb.v1.DescribeRequest\x1a\x17.miinb.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miinb/rpc/inference.proto\x12\x08miinb.v1\x1a\x1cgoogle/protobuf/struct.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x8d\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0e.miinb.v1.ChatH\x00\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\tB\x07\n\x05input\"+\n\x04\x43hat\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.miinb.v1.Message\"y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0f\n\x07top_ids\x18\x03 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x11\n\ttop_texts\x18\x06 \x03(\t\"\xba\x01\n\rGenerateChunk\x12#\n\x04text\x18\x01 \x01(\x0b\x32\x13.miinb.v1.TextChunkH\x00\x12-\n\x0csequence_end\x18\x02 \x01(\x0b\x32\x15.miinb.v1.SequenceEndH\x00\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x14.miinb.v1.RequestEndH\x00\x12\'\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.miinb.v1.RequestBeginH\x00\x42\x07\n\x05\x65vent\"?\n\x0cRequestBegin\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10\x64ropped_messages\x18\x02 \x01(\x05\"e\n\tTextChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\r\n\x05index\x18\x03 \x01(\x05\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.miinb.v1.TokenLogprob\"J\n\x0bSequenceEnd\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\routput_tokens\x18\x03 \x01(\x05\"\xfe\x01\n\nRequestEnd\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x12\n\ntokenize_s\x18\x05 \x01(\x01\x12\x0f\n\x07model_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x64\x65tokenize_s\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\t \x01(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\n \x01(\x05\x12\"\n\x07history\x18\x0b \x03(\x0b\x32\x11.miinb.v1.Message\"\x86\x01\n\x0ePredictRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05\x62lobs\x18\x03 \x03(\x0c\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"m\n\x0cPredictEvent\x12&\n\x08progress\x18\x01 \x01(\x0b\x32\x12.miinb.v1.ProgressH\x00\x12,\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x15.miinb.v1.PredictionsH\x00\x42\x07\n\x05\x65vent\"8\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05total\x18\x02 \x01(\x05\x12\x0f\n\x07preview\x18\x03 \x01(\x0c\"\x81\x01\n\x0bPredictions\x12\x14\n\x0coutputs_json\x18\x01 \x01(\t\x12\r\n\x05\x62lobs\x18\x02 \x03(\x0c\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x14\n\x0cpreprocess_s\x18\x04 \x01(\x01\x12\x0f\n\x07model_s\x18\x05 \x01(\x01\x12\x15\n\rpostprocess_s\x18\x06 \x01(\x01\"$\n\x0eSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x0e\n\x0cSessionReply\"\x11\n\x0f\x44\x65scribeRequest\"\x1d\n\rDescribeReply\x12\x0c\n\x04json\x18\x01 \x01(\t2\xd3\x02\n\tInference\x12@\n\x08Generate\x12\x19.miinb.v1.GenerateRequest\x1a\x17.miinb.v1.GenerateChunk0\x01\x12=\n\x07Predict\x12\x18.miinb.v1.PredictRequest\x1a\x16.miinb.v1.PredictEvent0\x01\x12\x41\n\rCreateSession\x12\x18.miinb.v1.SessionRequest\x1a\x16.miinb.v1.SessionReply\x12\x42\n\x0e\x44\x65stroySession\x12\x18.miinb.v1.SessionRequest\x1a\x16.miinb.v1.SessionReply\x12>\n\x08\x44\x65scribe\x12\x19.miinb.v1.DescribeRequest\x1a\x17.miinb.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,33 +39,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=255
   _globals['_CHAT']._serialized_end=298
   _globals['_TOKENLOGPROB']._serialized_start=300
-  _globals['_TOKENLOGPROB']._serialized_end=388
-  _globals['_GENERATECHUNK']._serialized_start=391
-  _globals['_GENERATECHUNK']._serialized_end=577
-  _globals['_REQUESTBEGIN']._serialized_start=579
-  _globals['_REQUESTBEGIN']._serialized_end=642
-  _globals['_TEXTCHUNK']._serialized_start=644
-  _globals['_TEXTCHUNK']._serialized_end=745
-  _globals['_SEQUENCEEND']._serialized_start=747
-  _globals['_SEQUENCEEND']._serialized_end=821
-  _globals['_REQUESTEND']._serialized_start=824
-  _globals['_REQUESTEND']._serialized_end=1078
-  _globals['_PREDICTREQUEST']._serialized_start=1081
-  _globals['_PREDICTREQUEST']._serialized_end=1215
-  _globals['_PREDICTEVENT']._serialized_start=1217
-  _globals['_PREDICTEVENT']._serialized_end=1326
-  _globals['_PROGRESS']._serialized_start=1328
-  _globals['_PROGRESS']._serialized_end=1384
-  _globals['_PREDICTIONS']._serialized_start=1387
-  _globals['_PREDICTIONS']._serialized_end=1516
-  _globals['_SESSIONREQUEST']._serialized_start=1518
-  _globals['_SESSIONREQUEST']._serialized_end=1554
-  _globals['_SESSIONREPLY']._serialized_start=1556
-  _globals['_SESSIONREPLY']._serialized_end=1570
-  _globals['_DESCRIBEREQUEST']._serialized_start=1572
-  _globals['_DESCRIBEREQUEST']._serialized_end=1589
-  _globals['_DESCRIBEREPLY']._serialized_start=1591
-  _globals['_DESCRIBEREPLY']._serialized_end=1620
-  _globals['_INFERENCE']._serialized_start=1623
-  _globals['_INFERENCE']._serialized_end=1962
+  _globals['_TOKENLOGPROB']._serialized_end=421
+  _globals['_GENERATECHUNK']._serialized_start=424
+  _globals['_GENERATECHUNK']._serialized_end=610
+  _globals['_REQUESTBEGIN']._serialized_start=612
+  _globals['_REQUESTBEGIN']._serialized_end=675
+  _globals['_TEXTCHUNK']._serialized_start=677
+  _globals['_TEXTCHUNK']._serialized_end=778
+  _globals['_SEQUENCEEND']._serialized_start=780
+  _globals['_SEQUENCEEND']._serialized_end=854
+  _globals['_REQUESTEND']._serialized_start=857
+  _globals['_REQUESTEND']._serialized_end=1111
+  _globals['_PREDICTREQUEST']._serialized_start=1114
+  _globals['_PREDICTREQUEST']._serialized_end=1248
+  _globals['_PREDICTEVENT']._serialized_start=1250
+  _globals['_PREDICTEVENT']._serialized_end=1359
+  _globals['_PROGRESS']._serialized_start=1361
+  _globals['_PROGRESS']._serialized_end=1417
+  _globals['_PREDICTIONS']._serialized_start=1420
+  _globals['_PREDICTIONS']._serialized_end=1549
+  _globals['_SESSIONREQUEST']._serialized_start=1551
+  _globals['_SESSIONREQUEST']._serialized_end=1587
+  _globals['_SESSIONREPLY']._serialized_start=1589
+  _globals['_SESSIONREPLY']._serialized_end=1603
+  _globals['_DESCRIBEREQUEST']._serialized_start=1605
+  _globals['_DESCRIBEREQUEST']._serialized_end=1622
+  _globals['_DESCRIBEREPLY']._serialized_start=1624
+  _globals['_DESCRIBEREPLY']._serialized_end=1653
+  _globals['_INFERENCE']._serialized_start=1656
+  _globals['_INFERENCE']._serialized_end=1995
 # @@protoc_insertion_point(module_scope)

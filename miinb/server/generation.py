@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from miinb.config import MAX_SEED
 from miinb.errors import InvalidRequest, MiinbError, from_name
@@ -166,7 +166,7 @@ class Generation:
         row = self._touched[event.row_id] = self._rows[event.row_id]
         if type(event) is TokensEvent:
             row.new_ids += event.token_ids
-            row.logprobs += event.logprobs
+            row.logprobs += map(self._with_texts, event.logprobs) if event.logprobs else ()
             if self._timer is not None or self._arrived.is_set():
                 return
             wait_s = self._not_before - time.monotonic()
@@ -179,6 +179,13 @@ class Generation:
             self._failure = from_name(event.error, event.message)
             self._failure.hint = event.hint
         self._arrived.set()
+
+    def _with_texts(self, entry: TokenLogprob) -> TokenLogprob:
+        text = self._replica.text
+        if text is None:
+            return entry
+        tops = tuple(text.token_text(token_id) for token_id, _ in entry.top)
+        return replace(entry, text=text.token_text(entry.token_id), top_texts=tops)
 
     async def events(self) -> AsyncIterator[StreamEvent]:
         """The answer as it comes: what has arrived since the last look is one chunk a sequence.

@@ -41,6 +41,7 @@ class TextCodec:
         self._chat_template = chat_template
         self._template: jinja2.Template | None = None  # compiled when the first chat comes: it may be broken
         self._special_tokens = dict(special_tokens)
+        self._texts: dict[int, str] = {}
         self.max_token_bytes = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
 
     @classmethod
@@ -92,6 +93,14 @@ class TextCodec:
             raise InvalidRequest(
                 f"messages: the model's chat template fails at them ({type(error).__name__})."
             ) from error
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token in the middle of others, special or not; a part of a character is U+FFFD."""
+        found = self._texts.get(token_id)
+        if found is None:
+            once, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+            found = self._texts[token_id] = twice[len(once) :]  # a first token may lose its space
+        return found
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A detokenizer of the tokens that follow a prompt."""

@@ -6,10 +6,11 @@ from typing import Any, cast
 import pytest
 from standin import Answer, StandIn
 
-from miinb.commands import Table
+from miinb.commands import PlainScreen, Table
 from miinb.errors import Unavailable
-from miinb.messages import Plan, PlanLine, Timing, Usage
+from miinb.messages import Plan, PlanLine, Timing, TokenLogprob, Usage
 from miinb.notebook import cards
+from miinb.results import Result
 
 EVIL = "<img src=x onerror=alert(1)>\x1b]0;title\x07&amp;\r"
 
@@ -35,11 +36,14 @@ def all_cards() -> list[cards.Card]:
     session = StandIn(name=EVIL, model=EVIL)
     plan = Plan(EVIL, "cpu", "fp32", lines=(PlanLine(EVIL, EVIL, EVIL),), warnings=(EVIL,))
     answer = Answer([EVIL, EVIL], ["stop", "length"], Usage(1, 2), Timing(e2e_s=0.5))
+    likely = (TokenLogprob(1, -0.5, ((2, -1.0),), EVIL, (EVIL,)),)
+    rated = Result((EVIL,), ("stop",), Usage(1, 1), Timing(), logprobs=(likely,))
     return [
         cards.session_card(session),
         cards.status_card(session.status()),
         cards.plan_card(plan),
         cards.result_card(answer),
+        cards.result_card(rated),
         cards.live_card(EVIL, EVIL),
         cards.table_card(Table((EVIL,), [(EVIL,)], title=EVIL, note=EVIL)),
     ]
@@ -81,6 +85,17 @@ def test_a_result_says_how_long_it_took_and_why_it_ended() -> None:
     answer = Answer(["hello"], ["length"], Usage(5, 42), Timing(ttft_s=0.035, tpot_s=0.0113, e2e_s=0.5))
     _, text = cards.result_card(answer)
     assert text == "hello\n(42 tokens · first token 35 ms · 84 tokens/s · 500 ms in all · reached max_new_tokens)"
+
+
+def test_log_probabilities_stand_under_their_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = tuple(TokenLogprob(i, -0.5, ((i, -0.5), (7, -1.25)), " fox", (" fox", "")) for i in range(40))
+    result = Result(("fox",), ("stop",), Usage(5, 40), Timing(), logprobs=(entries,))
+    html, text = cards.result_card(result)
+    assert "\n' fox'  -0.500           ' fox' -0.500  token 7 -1.250\n" in text
+    assert "8 more tokens" in text
+    assert "8 more tokens" in html
+    PlainScreen().show(result)
+    assert capsys.readouterr().out.count("token 7 -1.250") == 32
 
 
 def test_a_stopped_session_is_not_asked() -> None:

@@ -119,7 +119,8 @@ def test_a_seed_is_drawn_and_told(frontend: FrontendProcess, client: Client) -> 
 def test_logprobs_belong_to_their_tokens(client: Client) -> None:
     result = client.generate(PROMPT, max_new_tokens=30, logprobs=2)
     assert tuple(entry.token_id for entry in result.logprobs[0]) == result.token_ids[0]
-    assert all(len(entry.top) == 2 for entry in result.logprobs[0])
+    assert all(len(entry.top) == 2 == len(entry.top_texts) for entry in result.logprobs[0])
+    assert "".join(entry.text for entry in result.logprobs[0]).strip() == result.text.strip()
 
 
 def test_full_text_begins_with_the_prompt(client: Client) -> None:

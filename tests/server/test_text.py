@@ -45,6 +45,15 @@ def test_token_ids_equal_transformers(pair: tuple[TextCodec, Any]) -> None:
         assert codec.encode(text, add_special_tokens=False) == reference(text, add_special_tokens=False).input_ids
 
 
+def test_texts_of_single_tokens_make_the_whole(pair: tuple[TextCodec, Any]) -> None:
+    codec, _ = pair
+    ids = codec.encode("a little fox, who liked", add_special_tokens=False)
+    for _ in range(2):
+        assert "".join(map(codec.token_text, ids)).lstrip() == "a little fox, who liked"
+    assert codec.token_text(1) in ("<s>", "</s>")
+    assert codec.token_text(1 << 30) == ""
+
+
 def test_chats_equal_transformers(pair: tuple[TextCodec, Any]) -> None:
     codec, reference = pair
     if reference.chat_template is None:
