@@ -102,8 +102,7 @@ class Sampler:
         self.device = device
         self._max_batch = max_batch
         self._needs = [0] * max_batch  # plain numbers: Needs' operators are slow, and `needs` is called each step
-        self._seed = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self._top_k = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self._integers = torch.zeros(max_batch, 2, dtype=torch.int64, device=device)  # top_k, seed
         # temperature, top_p, min_p, repetition, presence, frequency penalty
         self._numbers = torch.zeros(max_batch, 6, device=device)
         self._written: list[tuple[float, ...]] = [()] * max_batch  # what these hold now
@@ -128,8 +127,7 @@ class Sampler:
         if values != self._written[slot]:
             self._written[slot] = values
             self._numbers[slot] = self._send(values[:6], torch.float32)
-            self._top_k[slot] = top_k
-            self._seed[slot] = values[7]
+            self._integers[slot] = self._send(values[6:], torch.int64)
         if needs & Needs.PENALTY:
             self._count(row)
 
@@ -194,8 +192,8 @@ class Sampler:
             self._ban_end(scores, rows, lengths)
         if needs & Needs.SAMPLE:
             temperature, top_p, min_p = self._numbers[slots, :3].unbind(1)
-            top_k = self._top_k[slots]
-            token_ids, finite = sample(scores, self._seed[slots], positions, temperature, top_k, top_p, min_p)
+            top_k, seed = self._integers[slots, 0].to(torch.int32), self._integers[slots, 1]
+            token_ids, finite = sample(scores, seed, positions, temperature, top_k, top_p, min_p)
             chosen = Sampled(token_ids, finite)
         else:
             chosen = greedy(scores)

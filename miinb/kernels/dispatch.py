@@ -30,7 +30,7 @@ except ImportError:
     triton = tl = gdc_launch_dependents = gdc_wait = None
 
 __all__ = [
-    "COMPILED",
+    "INTERPRETED",
     "arrival_counters",
     "jit",
     "launch_options",
@@ -45,8 +45,6 @@ __all__ = [
 _SHARED_MEMORY = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-#: For kernels: whether this is compiled code, which may have instructions of the GPU.
-COMPILED = tl.constexpr(not INTERPRETED) if triton is not None else False
 
 
 def jit(function: Callable[..., Any] | None = None, *, plain: tuple[str, ...] = ()) -> Any:

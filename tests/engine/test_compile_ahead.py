@@ -24,11 +24,11 @@ from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
-from miinb.kernels import activation, attention, dispatch, head, linear, norm, rope, sample
+from miinb.kernels import activation, attention, dispatch, head, linear, norm, product, rope, sample
 from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
-OPERATORS = (activation, attention, head, linear, norm, rope, sample)
+OPERATORS = (activation, attention, head, linear, norm, product, rope, sample)
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {
     "gpt2": {"n_layer": 1, "n_embd": 128, "n_head": 2},
