@@ -30,12 +30,13 @@ class Transfer:
     """Copies to a device.
 
     Args:
-        device: where the tensors are.
+        device: where the tensors are; a GPU without a number is the current one.
         threads: how many pieces at a time; None: by the device.
     """
 
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
-        self._device = device
+        numbered = str(device) != "cuda"
+        self._device = device if numbered else torch.device("cuda", torch.cuda.current_device())
         many = min(MOST_THREADS, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1
         count = many if threads is None else threads
         self._pool = ThreadPoolExecutor(count, "read", self._enter) if count > 1 else None

@@ -63,6 +63,15 @@ def generate(executor: StepExecutor, prompts: list[list[int]], **params: Any) ->
     return out
 
 
+def leaves_at_a_tie(model: Any, prompt: list[int], tokens: list[int], wanted: list[int]) -> bool:
+    """Whether the first other token is as good as transformers', within the error that logits may have in fp32."""
+    at = next(i for i, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1])
+    with torch.inference_mode():
+        logits = model.double()(torch.tensor([prompt + wanted[:at]])).logits[0, -1]
+    model.float()
+    return bool((logits[wanted[at]] - logits[tokens[at]]).abs() <= 1e-4 * logits.abs().max())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_equal_transformers(tiny: Tiny, name: str) -> None:
@@ -76,9 +85,11 @@ def test_tokens_equal_transformers(tiny: Tiny, name: str) -> None:
         )
         expected.append(new[0, len(prompt) :].tolist())
     executor = executor_of(decoder, cache, graphs=True)
-    assert generate(executor, PROMPTS) == expected, "ragged batch"
-    assert generate(executor, PROMPTS[:1]) == expected[:1], "alone"
-    assert generate(executor_of(decoder, cache, graphs=False), PROMPTS) == expected, "without graphs"
+    found = generate(executor, PROMPTS)
+    for prompt, tokens, wanted in zip(PROMPTS, found, expected, strict=True):
+        assert tokens == wanted or leaves_at_a_tie(model, prompt, tokens, wanted), "ragged batch"
+    assert generate(executor, PROMPTS[:1]) == found[:1], "alone"
+    assert generate(executor_of(decoder, cache, graphs=False), PROMPTS) == found, "without graphs"
 
 
 @pytest.mark.gpu

@@ -184,11 +184,11 @@ def _caption(runs: Runs, kind: Kind, panels: Mapping[str, pd.DataFrame]) -> list
     lines = [f"{kind.what} Random weights.", *(["; ".join(known) + "."] if known else [])]
     if published.VLLM in arms:
         lines.append(published.VLLM_NOTE)
-    for run_id in panels:
+    for run_id, rows in panels.items():
         env = runs.env[run_id]
         asked = env.get("workload", {})
         sample, every = asked.get("baseline_requests", 0), asked.get("requests", 0)
-        if sample < every and any(arm.startswith("baseline") for arm in arms):
+        if sample < every and any(str(arm).startswith("baseline") for arm in rows["arm"]):
             lines.append(f"{env['model']}: transformers ran {sample} of the {every} requests, of like lengths.")
         lines += [f"{env['model']}: {text}." for text in env.get("warnings", ())]
     return lines
