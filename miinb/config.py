@@ -117,7 +117,7 @@ class EngineOptions(Frozen):
         max_step_tokens: optimized: most tokens in one step, of prompts and of running rows, which wait no longer than
             such a step for a prompt. None: 2048 on a GPU, 128 on a CPU.
         speculative: optimized: "prompt_lookup" guesses the next tokens from equal text before and computes several
-            in one step; the answers stay the same.
+            in one step; the answers stay the same (in bf16 and fp16 up to near ties, as in any batch).
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
         all_reduce: CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes

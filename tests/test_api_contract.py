@@ -13,7 +13,7 @@ import pytest
 
 import miinb
 from miinb import compat, errors
-from miinb.config import GenerationParams
+from miinb.config import EngineOptions, GenerationParams
 
 TEXT = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
 BLOCKS = [node for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) for node in ast.parse(block).body]
@@ -79,13 +79,14 @@ def test_module_functions(name: str) -> None:
     assert real(getattr(miinb, name)) == written(FUNCTIONS[name])
 
 
-def test_generation_parameters() -> None:
+@pytest.mark.parametrize("cls", [GenerationParams, EngineOptions])
+def test_fields_and_their_defaults(cls: type[GenerationParams | EngineOptions]) -> None:
     named = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in CLASSES["GenerationParams"].body
+        node.targets[0].id: value(node.value)
+        for node in CLASSES[cls.__name__].body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    assert {name: field.default for name, field in GenerationParams.model_fields.items()} == named
+    assert {name: field.default for name, field in cls.model_fields.items()} == named
 
 
 @pytest.mark.parametrize("row", column("class"), ids=lambda row: row[0].strip("`"))
