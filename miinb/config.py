@@ -266,7 +266,7 @@ class GenerationParams(Frozen):
     top_k: Annotated[Int, Field(ge=0)] = 0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[Float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     stop: Annotated[list[str], BeforeValidator(_stop_list)] = []

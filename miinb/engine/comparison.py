@@ -25,11 +25,12 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine.baseline import load_model
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.finite import check_finite
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.loading import operators_of
 from miinb.engine.place import Place
 from miinb.engine.policies import POLICIES
-from miinb.engine.weights import load_weights
+from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import MiinbError, OutOfMemory, UnsupportedModel
 from miinb.messages import EngineInfo, Plan
 from miinb.models import ModelInfo
@@ -101,6 +102,7 @@ def _transformers(model: ModelInfo, config: DeploymentConfig, dtype: str) -> Ite
         plan=Plan("baseline", config.device, dtype),
     )  # fmt: skip
     held = [load_model(model, config, info)]
+    check_finite(held[0].parameters(), model, DTYPES[dtype])
     try:
         with torch.inference_mode():
             yield held[0]

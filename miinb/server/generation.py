@@ -225,7 +225,7 @@ class Generation:
             Usage(
                 len(self.prompt.token_ids),
                 self.output_tokens,
-                cached_tokens=max(end.cached_tokens for end in ends),
+                cached_tokens=min(end.cached_tokens for end in ends),
                 draft_tokens=sum(end.draft_tokens for end in ends),
                 accepted_tokens=sum(end.accepted_tokens for end in ends),
             ),

@@ -76,9 +76,8 @@ class Reports:
         self.write(phase=asdict(phase))
 
     def failed(self, error: BaseException) -> None:
-        """Why this rank cannot serve; the traceback, where the error does not say it all, is in `details`."""
-        told = isinstance(error, MiinbError) and error.__cause__ is None
-        details = "" if told else "".join(traceback.format_exception(error))
+        """Why this rank cannot serve; the traceback, where the error is none of miinb's, is in `details`."""
+        details = "" if isinstance(error, MiinbError) else "".join(traceback.format_exception(error))
         cause = named_error(error)
         self.write(
             failed={
