@@ -103,15 +103,16 @@ def test_sampled_rows_are_alike_alone_and_in_a_batch(tiny: Tiny) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gptj", "bloom", "opt-350m", "gemma2"])
-def test_bf16_error_is_near_the_baselines(tiny: Tiny, name: str) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_error_of_few_bits_is_near_the_baselines(tiny: Tiny, name: str, dtype: str) -> None:
     model, folder = tiny(name)
     prompt = PROMPTS[3]
     ids = torch.tensor([prompt], device="cuda")
     with torch.inference_mode():
         exact = model.double()(ids.cpu()).logits[0]
         model.float()
-        theirs = type(model).from_pretrained(folder, dtype=torch.bfloat16).cuda()(ids).logits[0]
-    decoder, cache = load(folder, "bf16")
+        theirs = type(model).from_pretrained(folder, dtype=DTYPES[dtype]).cuda()(ids).logits[0]
+    decoder, cache = load(folder, dtype)
     batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0])], 16, "cuda")
     batch.logit_rows = torch.arange(len(prompt), device="cuda")
     ours = decoder.forward(batch, cache)

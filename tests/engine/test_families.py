@@ -149,17 +149,17 @@ def test_every_family_has_rows() -> None:
     assert families == set(POLICIES)
 
 
-@pytest.mark.parametrize("operators", OPERATORS)
+@pytest.mark.parametrize(("dtype", "operators"), [*(("bf16", kind) for kind in OPERATORS), ("fp16", "reference")])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_bf16_error_is_not_above_transformers_own(tiny: Tiny, name: str, operators: str) -> None:
+def test_error_of_few_bits_is_near_transformers_own(tiny: Tiny, name: str, dtype: str, operators: str) -> None:
     model, folder = tiny(name)
     rows = [prompt * 3 for prompt in PROMPTS]
     half = type(model)(model.config).eval()
     half.load_state_dict(model.state_dict())
-    half.to(torch.bfloat16)
+    half.to(DTYPES[dtype])
     with torch.inference_mode():
         exact, theirs = (torch.cat([m(torch.tensor([row])).logits[0].float() for row in rows]) for m in (model, half))
-    decoder, cache = load(folder, operators, "bf16")
+    decoder, cache = load(folder, operators, dtype)
     ours = torch.cat([all_logits(decoder, cache, row).float() for row in rows])
     assert (ours - exact).square().mean() <= 1.5**2 * (theirs - exact).square().mean()
 
