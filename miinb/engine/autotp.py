@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miinb.engine.caches import ROUNDING
 from miinb.errors import UnsupportedModel
-
-#: Largest difference of the logits, relative to the largest, from those of the whole model.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 class _World:
@@ -69,7 +67,7 @@ def split(model: Any, ranks: int, *, device: str, verify: bool) -> tuple[Any, fl
     if whole is None or parts is None:
         return model, 0.0
     difference = float((parts - whole).abs().max() / whole.abs().max())
-    if not difference <= TOLERANCE[model.dtype]:
+    if not difference <= ROUNDING[model.dtype]:
         raise UnsupportedModel(
             f"DeepSpeed's AutoTP splits this {family} wrongly: its outputs differ by {difference:.1%}.",
             hint="Use tensor_parallel=1; replicas=N serves copies of it.",

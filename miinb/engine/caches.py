@@ -30,7 +30,7 @@ CACHES: dict[str, dict[str, Any]] = {
 #: Static caches are as long as a multiple of this, so that few lengths are compiled.
 CACHE_STEP = 256
 #: Largest difference of logits, relative to the largest, that rounding explains.
-_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 #: A static cache is compared at this length, or the model's: local attention shows in a long one alone.
 _COMPARED_LENGTH = 1024
 
@@ -67,19 +67,22 @@ def measure_caches(model: Any, vocab_size: int, max_length: int) -> dict[str, Ca
     long = min(max_length, _COMPARED_LENGTH)
     wrong = ""
     for name in CACHES:
-        times = []
         try:
             if name == "static cache" and not _alike(model, prompt, name, long):
-                wrong = "answers differently"
-            for _ in range(5 if not (wrong and name != DYNAMIC) else 0):
-                start = time.perf_counter()
-                _generate(model, [prompt], 24, **cache_arguments(name, 16 + 24))
-                times.append((time.perf_counter() - start) / 24)
+                wrong = "answers differently"  # compiled it is the same cache
+            found[name] = CacheTime(math.inf, wrong) if wrong else CacheTime(_seconds(model, prompt, name))
         except Exception as error:  # a missing compiler shows in many ways; the other caches are there
             found[name] = CacheTime(math.inf, f"failed ({type(error).__name__})")
-        else:
-            found[name] = CacheTime(statistics.median(times[2:])) if times else CacheTime(math.inf, wrong)
     return found
+
+
+def _seconds(model: Any, prompt: Sequence[int], name: str, new: int = 24) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        _generate(model, [prompt], new, **cache_arguments(name, len(prompt) + new))
+        times.append((time.perf_counter() - start) / new)
+    return statistics.median(times[2:])
 
 
 @torch.inference_mode()
@@ -110,7 +113,7 @@ def _alike(model: Any, prompt: Sequence[int], name: str, length: int) -> bool:
 
 
 def _close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    return bool((got - wanted).abs().max() <= _ROUNDING[dtype] * wanted.abs().max())
+    return bool((got - wanted).abs().max() <= ROUNDING[dtype] * wanted.abs().max())
 
 
 def _prompt(length: int, vocab_size: int) -> list[int]:

@@ -330,10 +330,8 @@ def _batch_executor(
             f"{model.family} cannot be split over {count} ranks: {why}.", hint="Use tensor_parallel=1."
         )
     # Each rank reads the whole model into the host's memory before it keeps its part.
-    need, free = (
-        count * model.weights_bytes(place.dtype),
-        free_bytes(place.device if count == 1 else torch.device("cpu")),
-    )
+    need = count * model.weights_bytes(place.dtype)
+    free = free_bytes(place.device if count == 1 else torch.device("cpu"))
     if need > free:
         raise OutOfMemory(f"The weights need {size_words(need)}, {size_words(free)} are free.")
     from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without

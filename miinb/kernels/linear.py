@@ -68,7 +68,7 @@ def linear(
             return product(x, packed.weight, packed.bias, tile, out=out)
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
-        return _product(x, packed, out)
+        return _cublas(x, packed, out)
     if activation in _EPILOGUES and packed.bias is not None and not INTERPRETED:
         y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=_EPILOGUES[activation])
     else:
@@ -77,7 +77,7 @@ def linear(
     return y if residual is None else y + residual
 
 
-def _product(x: Tensor, packed: PackedLinear, out: Tensor) -> Tensor:
+def _cublas(x: Tensor, packed: PackedLinear, out: Tensor) -> Tensor:
     if packed.bias is None:
         return torch.mm(x, packed.weight.t(), out=out)
     return torch.addmm(packed.bias, x, packed.weight.t(), out=out)

@@ -191,3 +191,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
         return built[name]
 
     return get
+
+
+def real_text(folder: Path) -> list[int]:
+    """Tokens of Python's own documentation, by the tokenizer of a real model."""
+    import pydoc_data.topics
+
+    from tokenizers import Tokenizer
+
+    text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "exceptions", "import"))
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:4096]

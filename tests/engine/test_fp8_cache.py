@@ -25,6 +25,7 @@ from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import InvalidValue
 from miinb.kernels.reference import to_fp8
 from miinb.messages import EngineInfo, Plan
+from tests.engine.conftest import real_text
 from tests.engine.test_families import CPU, PAGE_TOKENS, PAGES, PROMPTS, ThreadGroup, all_logits, generate
 from tests.engine.test_families import load as load_family
 from tests.engine.test_loading import answer, load, stand_in_tokenizer
@@ -165,13 +166,8 @@ def test_a_deployment_with_an_fp8_cache(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.models
 def test_perplexity_of_a_real_model() -> None:
     """SmolLM2 on Python's own documentation: an fp8 cache may cost a percent and a half."""
-    import pydoc_data.topics
-
-    from tokenizers import Tokenizer
-
     folder = fetch.smollm2(quiet=True)
-    text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "exceptions", "import"))
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:4096]
+    ids = real_text(folder)
     decoder, _ = load_family(folder, "compiled")
     exact, rounded = (perplexity(decoder, ids, kv_dtype=dtype) for dtype in (DTYPES["fp32"], FP8))
     assert 2 < exact < 40

@@ -21,6 +21,7 @@ from miinb.errors import BrokenCheckpoint, InvalidValue
 from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.linear import PackedLinear
 from miinb.kernels.reference import GROUP, dequantize
+from tests.engine.conftest import real_text
 from tests.engine.test_loading import answer, edit, load, stand_in_tokenizer
 
 Tiny = Callable[[str], tuple[Any, Path]]
@@ -147,13 +148,8 @@ def test_what_int8_cannot_have_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.models
 def test_perplexity_of_a_real_model() -> None:
     """SmolLM2 on Python's own documentation: int8 may cost half a percent."""
-    import pydoc_data.topics
-
-    from tokenizers import Tokenizer
-
     folder = fetch.smollm2(quiet=True)
-    text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "exceptions", "import"))
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:4096]
+    ids = real_text(folder)
     exact, rounded = (perplexity(decoder(folder, dtype), ids) for dtype in ("fp32", "int8"))
     assert 2 < exact < 40
     assert rounded < 1.005 * exact
