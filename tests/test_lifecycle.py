@@ -104,22 +104,18 @@ def processes(run_dir: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             if process.environ().get("XDG_RUNTIME_DIR") == str(run_dir) and process.status() != "zombie":
+                process.info = {"pid": process.pid, "cmdline": " ".join(process.cmdline())}
                 found.append(process)
-        except psutil.Error:
+        except psutil.Error:  # it ended while it was read
             continue
     return found
 
 
 def left(run_dir: Path) -> dict[str, Any]:
     """What a deployment has left: processes other than kernels, files, shared memory."""
-    mine = [p.info for p in map(_describe, processes(run_dir)) if "ipykernel" not in p.info["cmdline"]]
+    mine = [p.info for p in processes(run_dir) if "ipykernel" not in p.info["cmdline"]]
     shared = [str(p) for p in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")]
     return {"processes": mine, "files": [str(p) for p in (run_dir / "miinb").glob("*")], "shared": shared}
-
-
-def _describe(process: psutil.Process) -> psutil.Process:
-    process.info = {"pid": process.pid, "cmdline": " ".join(process.cmdline())}  # type: ignore[attr-defined]
-    return process
 
 
 def until(condition: Callable[[], object], seconds: float, say: Callable[[], object] = lambda: "") -> None:
