@@ -1,7 +1,7 @@
 """What flows between the processes: plain dataclasses, no behavior beyond construction from JSON.
 
 Kernel and frontend exchange these through gRPC (`rpc/codec.py` alone knows protobuf); frontend and rank 0 through the
-frames of `server/ipc.py`. Times are seconds; an absolute time is `time.monotonic()`, one clock for all of a host.
+frames of `server/frames.py`. Times are seconds; an absolute time is `time.monotonic()`, one clock for all of a host.
 """
 
 from __future__ import annotations
@@ -178,6 +178,52 @@ Event = TokensEvent | FinishedEvent | FailedEvent
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Tokenized texts for an encoder, packed one after another.
+
+    Attributes:
+        row_id: unique in the frontend's life.
+        token_ids: of all sequences, special tokens included.
+        lengths: tokens of each sequence; their sum is that of `token_ids`.
+        t_submit: time.monotonic() when the frontend accepted the request.
+        type_ids: token types, packed as the tokens are; empty: all are 0.
+        wanted: fill-mask: the masks' places in `token_ids`.
+        options: how the head's results are reduced; docs/internals.md has each task's.
+        deadline: time.monotonic() after which it must not start.
+    """
+
+    row_id: int
+    token_ids: Sequence[int]
+    lengths: Sequence[int]
+    t_submit: float
+    type_ids: Sequence[int] = ()
+    wanted: Sequence[int] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedEvent:
+    """An encoder's results, row after row in the request's order.
+
+    Attributes:
+        row_id: of the request.
+        columns: numbers in a row.
+        values: float32, packed.
+        ids: int32, packed: which label or token each value is of; empty: row by row all of them, in their order.
+        queue_s: from the request's acceptance to its first forward pass.
+        model_s: in forward passes that it had a part in, and the reduction of their results.
+    """
+
+    row_id: int
+    columns: int
+    values: bytes
+    ids: bytes = b""
+    queue_s: float = 0.0
+    model_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class PredictRequest:
     """Inputs of a task that answers at once (encoder tasks): one mapping an input, keys as `tasks.py` names them."""
 
@@ -271,6 +317,8 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     tokenizer_folder: str  # tokenizer.json and chat template that rank 0 wrote
     plan: Plan
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its columns
+    function: str = ""  # what makes a text classifier's logits scores unless a request says: softmax, sigmoid, none
     load_s: float = 0.0
     phases_s: Mapping[str, float] = field(default_factory=dict)  # seconds of each phase of the rank's start
     load_peak_bytes: int = 0  # most GPU memory in use until the weights were loaded and checked
@@ -283,6 +331,7 @@ class EngineInfo:
         plain = dict(values)
         plain["plan"] = Plan.from_dict(plain["plan"])
         plain["eos_token_ids"] = tuple(plain["eos_token_ids"])
+        plain["labels"] = tuple(plain.get("labels", ()))
         return from_dict(cls, plain)
 
 

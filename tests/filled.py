@@ -68,5 +68,12 @@ def _value(kind: Any, numbers: Iterator[int], params: GenerationParams) -> Any:
         return [_value(parts[0], numbers, params)]
     if origin is Mapping:
         return {f"key {number}": _value(parts[1], numbers, params)}
-    plain = {int: number, float: number + 0.5, str: f"é {number}", bool: True, Any: f"any {number}"}
+    plain = {
+        bytes: bytes([number]),
+        int: number,
+        float: number + 0.5,
+        str: f"é {number}",
+        bool: True,
+        Any: f"any {number}",
+    }
     return plain[kind]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.messages import PredictRequest, SequenceRequest
-from miinb.server.ipc import CancelRow, ToRank
+from miinb.server.frames import CancelRow, ToRank
 from miinb.server.standin import Running, StandIn
 from miinb.server.text import TextCodec
 

@@ -33,6 +33,7 @@ from miinb.engine.ranks import ALONE, Ranks
 from miinb.engine.rows import check_request
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
 from miinb.messages import (
+    EncodeRequest,
     EngineInfo,
     Event,
     FailedEvent,
@@ -236,6 +237,10 @@ class BatchExecutor:
         row = BaselineRow(request, frozenset() if params.ignore_eos else frozenset(eos))
         self._rows[request.row_id] = row
         self._waiting.append(row)
+
+    def encode(self, request: EncodeRequest) -> None:
+        """Refuse. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task} otherwise.")
 
     def predict(self, request: PredictRequest) -> None:
         """Refuse: this executor generates. Raises InvalidRequest."""

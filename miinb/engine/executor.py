@@ -24,11 +24,20 @@ from miinb.engine.rows import Row, StepPlan
 from miinb.engine.sampling import Landing, Sampled, read_logprobs
 from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest
-from miinb.messages import EngineInfo, Event, FinishReason, PredictedEvent, PredictRequest, SequenceRequest
+from miinb.messages import (
+    EncodedEvent,
+    EncodeRequest,
+    EngineInfo,
+    Event,
+    FinishReason,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+)
 
 log = logging.getLogger(__name__)
 
-Emit = Callable[[Event | PredictedEvent], None]
+Emit = Callable[[Event | PredictedEvent | EncodedEvent], None]
 Poll = Callable[[], None]
 
 
@@ -42,6 +51,9 @@ class Executor(Protocol):
 
     def predict(self, request: PredictRequest) -> None:
         """Queue inputs of an encoder task. Raises MiinbError when they cannot be served."""
+
+    def encode(self, request: EncodeRequest) -> None:
+        """Queue texts for an encoder. Raises MiinbError when they cannot be served."""
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """End a row early; one that has ended is left alone."""
@@ -138,6 +150,10 @@ class StepExecutor:
         self.scheduler.submit(request)
 
     def predict(self, request: PredictRequest) -> None:
+        """Refuse: this engine generates. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
+
+    def encode(self, request: EncodeRequest) -> None:
         """Refuse: this engine generates. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
 

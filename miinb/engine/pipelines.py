@@ -18,6 +18,7 @@ from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
 from miinb.errors import InvalidRequest, PromptTooLong, QueueFull, UnsupportedModel, did_you_mean
 from miinb.messages import (
+    EncodeRequest,
     EngineInfo,
     FailedEvent,
     FinishReason,
@@ -120,6 +121,10 @@ class PredictExecutor:
         tokens = len(self._tokenizer(text, verbose=False)["input_ids"])
         if tokens > most:
             raise PromptTooLong(f"An input has {tokens} tokens, but the model takes {most}.", hint="Shorten it.")
+
+    def encode(self, request: EncodeRequest) -> None:
+        """Refuse. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task} otherwise.")
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """See `Executor`; a request that is being computed is answered all the same."""

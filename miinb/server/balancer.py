@@ -11,12 +11,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from miinb.errors import QueueFull, Unavailable
-from miinb.messages import EngineInfo, Event, FailedEvent, PredictedEvent, PredictRequest, SequenceRequest, TokensEvent
-from miinb.server.ipc import CancelRow, EngineStatus, RankChannel, ToFrontend
+from miinb.messages import (
+    EncodedEvent,
+    EncodeRequest,
+    EngineInfo,
+    Event,
+    FailedEvent,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+    TokensEvent,
+)
+from miinb.server.frames import CancelRow, EngineStatus, ToFrontend
+from miinb.server.ipc import RankChannel
 from miinb.server.text import TextCodec
 
 #: Takes the events of one row, in the event loop.
-Sink = Callable[[Event | PredictedEvent], None]
+Sink = Callable[[Event | PredictedEvent | EncodedEvent], None]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +49,7 @@ class Replica:
     heard: bool = False
     asked_at: float | None = None
 
-    def submit(self, request: SequenceRequest | PredictRequest, sink: Sink) -> None:
+    def submit(self, request: SequenceRequest | PredictRequest | EncodeRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
 
         Raises:
@@ -188,5 +199,5 @@ def _gone() -> Unavailable:
     return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
 
 
-def _drop(event: Event | PredictedEvent) -> None:
+def _drop(event: Event | PredictedEvent | EncodedEvent) -> None:
     """The sink of a canceled row."""

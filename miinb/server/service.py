@@ -17,6 +17,7 @@ import grpc.aio
 import miinb
 from miinb.errors import Cancelled, DeadlineExceeded, InvalidRequest, MiinbError, did_you_mean, from_name
 from miinb.messages import (
+    EncodedEvent,
     Event,
     FailedEvent,
     GenerateRequest,
@@ -205,7 +206,7 @@ class Inference:
         replica = await self._balancer.pick(1)
         check_inputs(inputs, replica.info.task)
         row_id = self._balancer.next_row_id()
-        done: asyncio.Future[Event | PredictedEvent] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Event | PredictedEvent | EncodedEvent] = asyncio.get_running_loop().create_future()
         try:
             replica.submit(
                 PredictRequest(row_id, inputs, options, t_submit),

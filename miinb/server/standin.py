@@ -1,6 +1,6 @@
 """A rank without a model: `python -m miinb.server.standin`, for benchmarks and tests of the frontend alone.
 
-Speaks the frames of `ipc.py` like a real rank 0 and is started the same way. It answers a prompt with the prompt's own
+Speaks the frames of `frames.py` like a real rank 0 and is started the same way. It answers a prompt with its own
 tokens, again and again, one token a row and step; predictions are the inputs' lengths.
 """
 
@@ -26,7 +26,8 @@ from miinb.messages import (
     TokenLogprob,
     TokensEvent,
 )
-from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+from miinb.server.frames import CancelRow, EngineStatus, ToRank
+from miinb.server.ipc import RankSocket
 
 
 @dataclass(slots=True)

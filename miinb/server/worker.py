@@ -22,8 +22,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError, OutOfMemory, RankFailed
-from miinb.messages import EngineInfo, FailedEvent, Phase, Plan, PredictRequest, SequenceRequest, from_dict
-from miinb.server.ipc import CancelRow, EngineStatus, RankSocket, ToRank
+from miinb.messages import (
+    EncodeRequest,
+    EngineInfo,
+    FailedEvent,
+    Phase,
+    Plan,
+    PredictRequest,
+    SequenceRequest,
+    from_dict,
+)
+from miinb.server.frames import CancelRow, EngineStatus, ToRank
+from miinb.server.ipc import RankSocket
 from miinb.server.process import PEER_LOST
 from miinb.tasks import TASKS
 
@@ -154,10 +164,12 @@ class Server:
             else:
                 self._submit(message)
 
-    def _submit(self, request: SequenceRequest | PredictRequest) -> None:
+    def _submit(self, request: SequenceRequest | PredictRequest | EncodeRequest) -> None:
         try:
             if isinstance(request, SequenceRequest):
                 self.executor.submit(request)
+            elif isinstance(request, EncodeRequest):
+                self.executor.encode(request)
             else:
                 self.executor.predict(request)
         except MiinbError as error:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from miinb.config import GenerationParams
 from miinb.messages import (
+    EncodedEvent,
+    EncodeRequest,
     EngineInfo,
     FailedEvent,
     FinishedEvent,
@@ -27,7 +29,7 @@ from miinb.messages import (
     TokenLogprob,
     TokensEvent,
 )
-from miinb.server import ipc
+from miinb.server import frames, ipc
 from tests.filled import PARAMS as FILLED_PARAMS
 from tests.filled import filled
 
@@ -47,32 +49,36 @@ INFO = EngineInfo(
     versions={"torch": "2"},
 )
 PARAMS = GenerationParams(seed=2**63 - 1, stop=["\n", "é"], logit_bias={7: -1.5}, temperature=0.7, do_sample=True)
-MESSAGES: list[ipc.Message] = [
+MESSAGES: list[frames.Message] = [
     INFO,
     SequenceRequest(3, [1, 2, 3], PARAMS, 12.5, 99.0),
     SequenceRequest(4, [], GenerationParams(), 0.0),
-    ipc.CancelRow(3, "stop"),
+    frames.CancelRow(3, "stop"),
     TokensEvent(3, [5, 6]),
     TokensEvent(4, [7], (TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0))),)),
     FinishedEvent(3, "length", 0.1, 0.2, 0.05, 3, 2, 1),
     FailedEvent(4, "NonFinite", "NaN in the logits — sorry", "Try fp32."),
     PredictRequest(5, [{"query": "日本"}], {"top_k": 3}, 1.0),
+    EncodeRequest(
+        6, [101, 7, 102, 101, 102], [3, 2], 1.0, type_ids=[], wanted=[1], options={"targets": [3]}, deadline=2.0
+    ),
+    EncodedEvent(6, 2, b"\0\0\x80?" * 2, b"\1\0\0\0" * 2, 0.1, 0.2),
     PredictedEvent(5, [[{"score": 0.5}]], 0.0, 0.1, 0.2, 0.3),
-    ipc.EngineStatus(),
-    ipc.EngineStatus({"running": 2}),
+    frames.EngineStatus(),
+    frames.EngineStatus({"running": 2}),
 ]
 
 
 @given(st.integers(1, 40))
 @settings(max_examples=20, deadline=None)
 def test_every_message_survives_any_fragmentation(step: int) -> None:
-    data = b"".join(ipc.encode(message) for message in MESSAGES)
-    decoder = ipc.Decoder()
+    data = b"".join(frames.encode(message) for message in MESSAGES)
+    decoder = frames.Decoder()
     received = [m for at in range(0, len(data), step) for m in decoder.feed(data[at : at + step])]
     assert received == MESSAGES
 
 
-@pytest.mark.parametrize("cls", typing.get_args(ipc.Message), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", typing.get_args(frames.Message), ids=lambda cls: cls.__name__)
 def test_no_field_of_any_message_is_lost(cls: type) -> None:
     message = filled(cls)
     if isinstance(message, TokensEvent):  # the texts are the frontend's
@@ -80,7 +86,7 @@ def test_no_field_of_any_message_is_lost(cls: type) -> None:
     for params in FILLED_PARAMS:
         if isinstance(message, SequenceRequest):
             message = replace(message, params=params)
-        assert ipc.Decoder().feed(ipc.encode(message)) == [message]
+        assert frames.Decoder().feed(frames.encode(message)) == [message]
 
 
 def test_every_parameter_is_among_the_filled_ones() -> None:
@@ -90,12 +96,12 @@ def test_every_parameter_is_among_the_filled_ones() -> None:
 
 @pytest.mark.parametrize(
     "junk",
-    [b"GET / HTTP/1.1\r\n\r\n", ipc.HEADER.pack(2, 77) + b"{}", ipc.HEADER.pack(3, 6) + b"[1]", b"\xff" * 9],
+    [b"GET / HTTP/1.1\r\n\r\n", frames.HEADER.pack(2, 77) + b"{}", frames.HEADER.pack(3, 6) + b"[1]", b"\xff" * 9],
     ids=["http", "unknown kind", "wrong fields", "huge"],
 )
 def test_junk_is_a_connection_error(junk: bytes) -> None:
     with pytest.raises(ConnectionError):
-        ipc.Decoder().feed(junk)
+        frames.Decoder().feed(junk)
 
 
 def _pair() -> tuple[ipc.RankSocket, socket.socket]:
@@ -116,7 +122,7 @@ def test_a_full_socket_never_blocks_and_waiting_tokens_merge_in_order() -> None:
             steps += 1
         rank.send(FinishedEvent(2, "stop", 0, 0, 0, 1, steps), TokensEvent(1, [steps]))
         assert len(rank._outbox) <= 4, "tokens that wait next to each other are one frame"
-        decoder, received = ipc.Decoder(), []
+        decoder, received = frames.Decoder(), []
         frontend.setblocking(False)
         while True:
             done = rank.flush()
@@ -139,7 +145,7 @@ def test_logprobs_come_with_their_own_tokens_when_steps_wait() -> None:
         for step in range(3):
             rank.send(TokensEvent(1, [step], (TokenLogprob(step, -float(step)),)), TokensEvent(2, [step]))
         assert rank.flush()
-        received = ipc.Decoder().feed(frontend.recv(1 << 20))
+        received = frames.Decoder().feed(frontend.recv(1 << 20))
     row = [m for m in received if isinstance(m, TokensEvent) and m.row_id == 1]
     assert [(m.token_ids, m.logprobs[0].token_id) for m in row] == [([0], 0), ([1], 1), ([2], 2)]
 

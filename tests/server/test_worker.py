@@ -18,7 +18,7 @@ import pytest
 import miinb
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.messages import EngineInfo, FailedEvent, FinishedEvent, PredictRequest, SequenceRequest, TokensEvent
-from miinb.server import ipc
+from miinb.server import frames
 
 TINY = Path(miinb.__file__).parent / "demo" / "tiny"
 TIMEOUT_S = 120.0
@@ -51,7 +51,7 @@ class Rank:
         assert self.process.stdin
         self.process.stdin.write(json.dumps({**order, "gpus": [], "port": 29999}).encode() + b"\n")
         self.process.stdin.flush()
-        self.decoder = ipc.Decoder()
+        self.decoder = frames.Decoder()
         self.connection: socket.socket | None = None
 
     def connect(self) -> EngineInfo:
@@ -62,7 +62,7 @@ class Rank:
 
     def send(self, *messages: Any) -> None:
         assert self.connection
-        self.connection.sendall(b"".join(map(ipc.encode, messages)))
+        self.connection.sendall(b"".join(map(frames.encode, messages)))
 
     def receive(self, least: int = 1) -> list[Any]:
         assert self.connection
@@ -142,7 +142,7 @@ def test_a_cancel_ends_a_row_soon_and_a_bad_request_fails_alone(ranks, name):
     seen: list[Any] = []
     while not any(isinstance(event, TokensEvent) for event in seen):
         seen += rank.receive()
-    rank.send(ipc.CancelRow(10, "cancelled"))
+    rank.send(frames.CancelRow(10, "cancelled"))
     while not any(isinstance(event, FinishedEvent) for event in seen):
         seen += rank.receive()
     by_row = {event.row_id: event for event in seen if not isinstance(event, TokensEvent)}
@@ -154,7 +154,7 @@ def test_a_cancel_ends_a_row_soon_and_a_bad_request_fails_alone(ranks, name):
 
 def test_status_is_answered(ranks):
     rank = ranks["optimized"]
-    rank.send(ipc.EngineStatus())
+    rank.send(frames.EngineStatus())
     (status,) = rank.receive()
     assert status.values["running"] == 0
     assert status.values["kv_pages_used"] == 0

@@ -1,0 +1,231 @@
+"""Frames between the frontend and rank 0 of a replica: what a message is as bytes.
+
+A frame is `u32 payload length | u8 kind | payload`, little-endian; docs/internals.md lists the kinds. Requests, ends
+and errors are JSON; token ids and an encoder's results are packed, one TOKENS frame a step for all rows. No pickle: a
+peer can only send what `encode` can say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from miinb.config import GenerationParams
+from miinb.errors import MiinbError
+from miinb.messages import (
+    EncodedEvent,
+    EncodeRequest,
+    EngineInfo,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    PredictedEvent,
+    PredictRequest,
+    SequenceRequest,
+    TokenLogprob,
+    TokensEvent,
+    from_dict,
+)
+
+HEADER = struct.Struct("<IB")
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 256 << 20
+
+
+class Kind(IntEnum):
+    """The kinds of frames, by their byte on the wire."""
+
+    HELLO = 1
+    SUBMIT = 2
+    CANCEL = 3
+    TOKENS = 4
+    LOGPROBS = 5
+    FINISHED = 6
+    FAILED = 7
+    PREDICT = 8
+    PREDICTED = 9
+    STATUS = 10
+    ENCODE = 11
+    ENCODED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRow:
+    """Frontend to rank 0: this row is not wanted any more."""
+
+    row_id: int
+    reason: FinishReason = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A question (no values, to rank 0) and its answer: running, waiting, KV cache use, memory."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+ToRank = SequenceRequest | CancelRow | PredictRequest | EncodeRequest | EngineStatus
+ToFrontend = EngineInfo | TokensEvent | FinishedEvent | FailedEvent | PredictedEvent | EncodedEvent | EngineStatus
+Message = ToRank | ToFrontend
+
+_KINDS: dict[type, Kind] = {
+    EngineInfo: Kind.HELLO,
+    CancelRow: Kind.CANCEL,
+    FinishedEvent: Kind.FINISHED,
+    FailedEvent: Kind.FAILED,
+    PredictRequest: Kind.PREDICT,
+    PredictedEvent: Kind.PREDICTED,
+}
+_CLASSES: dict[Kind, type] = {kind: cls for cls, kind in _KINDS.items() if cls is not EngineInfo}
+#: What of a SequenceRequest is JSON as it is: all but what is packed and what has its own JSON.
+_PLAIN = tuple(f.name for f in dataclasses.fields(SequenceRequest) if f.name not in ("token_ids", "params"))
+#: Fields that are packed, one after another behind the JSON of the others: int32 of a request, bytes of results.
+_PACKED: dict[type, tuple[str, ...]] = {
+    EncodeRequest: ("token_ids", "lengths", "type_ids", "wanted"),
+    EncodedEvent: ("values", "ids"),
+}
+
+
+def frame(kind: Kind, *parts: bytes) -> bytes:
+    """One frame of these payload parts."""
+    payload = b"".join(parts)
+    return HEADER.pack(len(payload), kind) + payload
+
+
+def encode(message: Message) -> bytes:
+    """The frames of a message (two for tokens with log-probabilities)."""
+    if isinstance(message, TokensEvent):
+        tokens = tokens_frame({message.row_id: message.token_ids})
+        return _logprobs_frame(message) + tokens if message.logprobs else tokens
+    if isinstance(message, SequenceRequest):
+        plain = {name: getattr(message, name) for name in _PLAIN}
+        head = _json({**plain, "params": message.params.model_dump(mode="json", exclude_defaults=True)})
+        return frame(Kind.SUBMIT, LENGTH.pack(len(head)), head, array("i", message.token_ids).tobytes())
+    if isinstance(message, EngineStatus):
+        return frame(Kind.STATUS, _json(dict(message.values)))
+    if isinstance(message, (EncodeRequest, EncodedEvent)):
+        return _packed_frame(message)
+    return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
+
+
+def _json(values: object) -> bytes:
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
+    """The plain fields and the sizes of the packed ones as JSON, then these."""
+    names = _PACKED[type(message)]
+    plain = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in names}
+    parts = [getattr(message, name) for name in names]
+    if isinstance(message, EncodeRequest):
+        parts = [array("i", part).tobytes() for part in parts]
+    head = _json({"fields": plain, "sizes": [len(part) for part in parts]})
+    kind = Kind.ENCODE if isinstance(message, EncodeRequest) else Kind.ENCODED
+    return frame(kind, LENGTH.pack(len(head)), head, *parts)
+
+
+def _unpacked(cls: type, payload: bytes) -> Any:
+    """The message of `_packed_frame`'s payload."""
+    (length,) = LENGTH.unpack_from(payload)
+    at = LENGTH.size + length
+    head = json.loads(payload[LENGTH.size : at])
+    values: dict[str, Any] = dict(head["fields"])
+    for name, size in zip(_PACKED[cls], head["sizes"], strict=True):
+        part, at = payload[at : at + size], at + size
+        values[name] = array("i", part).tolist() if cls is EncodeRequest else part
+    if at != len(payload):
+        raise ValueError(f"{len(payload)} bytes where {at} are announced")
+    return from_dict(cls, values)
+
+
+def tokens_frame(rows: Mapping[int, Sequence[int]]) -> bytes:
+    """One TOKENS frame of these rows' new tokens."""
+    packed = array("i")
+    for row_id, ids in rows.items():
+        packed.append(row_id)
+        packed.append(len(ids))
+        packed.extend(ids)
+    return frame(Kind.TOKENS, packed.tobytes())
+
+
+def _logprobs_frame(event: TokensEvent) -> bytes:
+    rows = [[entry.token_id, entry.logprob, entry.top] for entry in event.logprobs]
+    return frame(Kind.LOGPROBS, _json({"row_id": event.row_id, "logprobs": rows}))
+
+
+class Decoder:
+    """Turns received bytes into messages. Holds the log-probabilities that wait for their TOKENS frame."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that these bytes complete.
+
+        Raises:
+            ConnectionError: the peer does not speak this protocol.
+        """
+        buffer = self._buffer
+        buffer += data
+        messages: list[Message] = []
+        at = 0
+        while len(buffer) - at >= HEADER.size:
+            length, kind = HEADER.unpack_from(buffer, at)
+            if length > MAX_FRAME_BYTES:
+                raise ConnectionError(f"a frame of {length} bytes is above the limit")
+            end = at + HEADER.size + length
+            if len(buffer) < end:
+                break
+            try:
+                messages.extend(self._message(kind, bytes(memoryview(buffer)[at + HEADER.size : end])))
+            except (LookupError, ValueError, TypeError, AttributeError, struct.error, MiinbError) as error:
+                raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
+            at = end
+        del buffer[:at]
+        return messages
+
+    def _message(self, kind: int, payload: bytes) -> Iterable[Message]:
+        if kind == Kind.TOKENS:
+            return self._tokens(payload)
+        if kind == Kind.SUBMIT:
+            (length,) = LENGTH.unpack_from(payload)
+            head = json.loads(payload[LENGTH.size : LENGTH.size + length])
+            head["params"] = GenerationParams.from_json(json.dumps(head["params"]))
+            ids = array("i")
+            ids.frombytes(payload[LENGTH.size + length :])
+            return [SequenceRequest(token_ids=ids.tolist(), **head)]
+        if kind in (Kind.ENCODE, Kind.ENCODED):
+            return [_unpacked(EncodeRequest if kind == Kind.ENCODE else EncodedEvent, payload)]
+        values = json.loads(payload)
+        if kind == Kind.LOGPROBS:
+            self._logprobs[values["row_id"]] = tuple(
+                TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
+                for token_id, logprob, top in values["logprobs"]
+            )
+            return ()
+        if kind == Kind.HELLO:
+            return [EngineInfo.from_dict(values)]
+        if kind == Kind.STATUS:
+            return [EngineStatus(values)]
+        return [from_dict(_CLASSES[Kind(kind)], values)]
+
+    def _tokens(self, payload: bytes) -> Iterable[TokensEvent]:
+        packed = array("i")
+        packed.frombytes(payload)
+        values = packed.tolist()
+        waiting = self._logprobs
+        events = []
+        at, end = 0, len(values)
+        while at < end:
+            row_id, first = values[at], at + 2
+            at = first + values[at + 1]
+            logprobs = waiting.pop(row_id, ()) if waiting else ()
+            events.append(TokensEvent(row_id, values[first:at], logprobs))
+        return events
