@@ -235,7 +235,13 @@ class PredictRequest:
 
 @dataclass(frozen=True, slots=True)
 class PredictedEvent:
-    """Answers of a predict request, in order: JSON-ready dicts, one list of them an input."""
+    """Answers of a predict request, in order.
+
+    Attributes:
+        outputs: one list of JSON-ready dicts an input; for feature-extraction the number of rows that each input has.
+        vectors: of feature-extraction: float32, row after row, of all inputs.
+        columns: numbers in a row of `vectors`.
+    """
 
     row_id: int
     outputs: Sequence[Any]
@@ -243,6 +249,8 @@ class PredictedEvent:
     preprocess_s: float
     model_s: float
     postprocess_s: float
+    vectors: bytes = b""
+    columns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

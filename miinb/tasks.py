@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
 
 from miinb.errors import InvalidValue, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOption:
+    """An option of `predict`; names and meanings are those of transformers' pipelines.
+
+    Attributes:
+        default: what holds without it.
+        kinds: types that its value may have.
+        choices: the texts that it may be; empty: any.
+        least: the smallest number that it may be.
+    """
+
+    default: Any
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...] = ()
+    least: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +38,7 @@ class Task:
         architectures: endings of the class names in config.json that serve this task.
         auto_class: transformers' Auto class that loads it.
         image: the answer is an image.
+        options: of a task that answers at once.
     """
 
     name: str
@@ -26,7 +47,41 @@ class Task:
     architectures: tuple[str, ...]
     auto_class: str
     image: bool = False
+    options: Mapping[str, TaskOption] = field(default_factory=dict)
 
+
+_TRUNCATION = TaskOption(False, (bool,))  # cut off what the model cannot take, which is an error otherwise
+
+_LABELS = {
+    "top_k": TaskOption(1, (int, NoneType), least=1),
+    "function_to_apply": TaskOption(None, (str, NoneType), ("sigmoid", "softmax", "none")),
+    "truncation": _TRUNCATION,
+}
+_ENTITIES = {
+    "aggregation_strategy": TaskOption("none", (str,), ("none", "simple", "first", "average", "max")),
+    "ignore_labels": TaskOption(("O",), (list, tuple)),
+    "stride": TaskOption(None, (int, NoneType)),  # tokens that windows of a long text share; None: no windows
+    "truncation": _TRUNCATION,
+}
+_ANSWERS = {
+    "top_k": TaskOption(1, (int,), least=1),
+    "doc_stride": TaskOption(None, (int, NoneType)),  # tokens that windows share; None: 128, or half a window
+    "max_answer_len": TaskOption(15, (int,), least=1),  # tokens
+    "max_seq_len": TaskOption(None, (int, NoneType), least=1),  # tokens of a window with the question; None: 384
+    "max_question_len": TaskOption(64, (int,), least=1),  # tokens
+    "handle_impossible_answer": TaskOption(False, (bool,)),
+    "align_to_words": TaskOption(True, (bool,)),
+}
+_FILLS = {
+    "top_k": TaskOption(5, (int,), least=1),
+    "targets": TaskOption(None, (str, list, tuple, NoneType)),
+    "truncation": _TRUNCATION,
+}
+_VECTORS = {
+    "pooling": TaskOption("mean", (str,), ("mean", "first", "none")),
+    "normalize": TaskOption(False, (bool,)),
+    "truncation": _TRUNCATION,
+}
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -45,17 +100,26 @@ TASKS: dict[str, Task] = {
             ("query",),
             ("ForSequenceClassification",),
             "AutoModelForSequenceClassification",
+            options=_LABELS,
         ),
-        Task("token-classification", False, ("query",), ("ForTokenClassification",), "AutoModelForTokenClassification"),
+        Task(
+            "token-classification",
+            False,
+            ("query",),
+            ("ForTokenClassification",),
+            "AutoModelForTokenClassification",
+            options=_ENTITIES,
+        ),
         Task(
             "question-answering",
             False,
             ("question", "context"),
             ("ForQuestionAnswering",),
             "AutoModelForQuestionAnswering",
+            options=_ANSWERS,
         ),
-        Task("fill-mask", False, ("query",), ("ForMaskedLM",), "AutoModelForMaskedLM"),
-        Task("feature-extraction", False, ("query",), ("Model",), "AutoModel"),
+        Task("fill-mask", False, ("query",), ("ForMaskedLM",), "AutoModelForMaskedLM", options=_FILLS),
+        Task("feature-extraction", False, ("query",), ("Model",), "AutoModel", options=_VECTORS),
         Task("text-to-image", False, ("query",), ("StableDiffusionPipeline",), "", image=True),
     )
 }

@@ -351,6 +351,8 @@ def encode_predicted(event: PredictedEvent) -> bytes:
         preprocess_s=event.preprocess_s,
         model_s=event.model_s,
         postprocess_s=event.postprocess_s,
+        blobs=[event.vectors] if event.columns else [],
+        columns=event.columns,
     )
     data: bytes = pb.PredictEvent(predictions=predictions).SerializeToString()
     return data
@@ -363,7 +365,9 @@ def decode_predicted(data: bytes) -> PredictedEvent | None:
         return None
     got = message.predictions
     outputs: Sequence[Any] = json.loads(got.outputs_json)
-    return PredictedEvent(0, outputs, got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)
+    vectors = got.blobs[0] if got.blobs else b""
+    times = (got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)
+    return PredictedEvent(0, outputs, *times, vectors, got.columns)
 
 
 def encode_description(values: Mapping[str, Any]) -> bytes:

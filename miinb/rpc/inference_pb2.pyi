@@ -149,20 +149,22 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[bytes] = ...) -> None: ...
 
 class Predictions(_message.Message):
-    __slots__ = ("outputs_json", "blobs", "queue_s", "preprocess_s", "model_s", "postprocess_s")
+    __slots__ = ("outputs_json", "blobs", "queue_s", "preprocess_s", "model_s", "postprocess_s", "columns")
     OUTPUTS_JSON_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREPROCESS_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_S_FIELD_NUMBER: _ClassVar[int]
     POSTPROCESS_S_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     outputs_json: str
     blobs: _containers.RepeatedScalarFieldContainer[bytes]
     queue_s: float
     preprocess_s: float
     model_s: float
     postprocess_s: float
-    def __init__(self, outputs_json: _Optional[str] = ..., blobs: _Optional[_Iterable[bytes]] = ..., queue_s: _Optional[float] = ..., preprocess_s: _Optional[float] = ..., model_s: _Optional[float] = ..., postprocess_s: _Optional[float] = ...) -> None: ...
+    columns: int
+    def __init__(self, outputs_json: _Optional[str] = ..., blobs: _Optional[_Iterable[bytes]] = ..., queue_s: _Optional[float] = ..., preprocess_s: _Optional[float] = ..., model_s: _Optional[float] = ..., postprocess_s: _Optional[float] = ..., columns: _Optional[int] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("session_id",)

@@ -81,6 +81,8 @@ _KINDS: dict[type, Kind] = {
     FailedEvent: Kind.FAILED,
     PredictRequest: Kind.PREDICT,
     PredictedEvent: Kind.PREDICTED,
+    EncodeRequest: Kind.ENCODE,
+    EncodedEvent: Kind.ENCODED,
 }
 _CLASSES: dict[Kind, type] = {kind: cls for cls, kind in _KINDS.items() if cls is not EngineInfo}
 #: What of a SequenceRequest is JSON as it is: all but what is packed and what has its own JSON.
@@ -89,6 +91,7 @@ _PLAIN = tuple(f.name for f in dataclasses.fields(SequenceRequest) if f.name not
 _PACKED: dict[type, tuple[str, ...]] = {
     EncodeRequest: ("token_ids", "lengths", "type_ids", "wanted"),
     EncodedEvent: ("values", "ids"),
+    PredictedEvent: ("vectors",),
 }
 
 
@@ -109,7 +112,7 @@ def encode(message: Message) -> bytes:
         return frame(Kind.SUBMIT, LENGTH.pack(len(head)), head, array("i", message.token_ids).tobytes())
     if isinstance(message, EngineStatus):
         return frame(Kind.STATUS, _json(dict(message.values)))
-    if isinstance(message, (EncodeRequest, EncodedEvent)):
+    if isinstance(message, (EncodeRequest, EncodedEvent, PredictedEvent)):
         return _packed_frame(message)
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
@@ -118,7 +121,7 @@ def _json(values: object) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
+def _packed_frame(message: EncodeRequest | EncodedEvent | PredictedEvent) -> bytes:
     """The plain fields and the sizes of the packed ones as JSON, then these."""
     names = _PACKED[type(message)]
     plain = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in names}
@@ -126,8 +129,7 @@ def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
     if isinstance(message, EncodeRequest):
         parts = [array("i", part).tobytes() for part in parts]
     head = _json({"fields": plain, "sizes": [len(part) for part in parts]})
-    kind = Kind.ENCODE if isinstance(message, EncodeRequest) else Kind.ENCODED
-    return frame(kind, LENGTH.pack(len(head)), head, *parts)
+    return frame(_KINDS[type(message)], LENGTH.pack(len(head)), head, *parts)
 
 
 def _unpacked(cls: type, payload: bytes) -> Any:
@@ -201,8 +203,8 @@ class Decoder:
             ids = array("i")
             ids.frombytes(payload[LENGTH.size + length :])
             return [SequenceRequest(token_ids=ids.tolist(), **head)]
-        if kind in (Kind.ENCODE, Kind.ENCODED):
-            return [_unpacked(EncodeRequest if kind == Kind.ENCODE else EncodedEvent, payload)]
+        if kind in (Kind.ENCODE, Kind.ENCODED, Kind.PREDICTED):
+            return [_unpacked(_CLASSES[Kind(kind)], payload)]
         values = json.loads(payload)
         if kind == Kind.LOGPROBS:
             self._logprobs[values["row_id"]] = tuple(
