@@ -235,22 +235,16 @@ class PredictRequest:
 
 @dataclass(frozen=True, slots=True)
 class PredictedEvent:
-    """Answers of a predict request, in order.
-
-    Attributes:
-        outputs: one list of JSON-ready dicts an input; for feature-extraction the number of rows that each input has.
-        vectors: of feature-extraction: float32, row after row, of all inputs.
-        columns: numbers in a row of `vectors`.
-    """
+    """Answers of a predict request, in order: JSON-ready dicts, one list of them an input."""
 
     row_id: int
-    outputs: Sequence[Any]
+    outputs: Sequence[Any]  # of feature-extraction: the number of rows that each input has
     queue_s: float
     preprocess_s: float
     model_s: float
     postprocess_s: float
-    vectors: bytes = b""
-    columns: int = 0
+    vectors: bytes = b""  # of feature-extraction: float32, row after row, of all inputs
+    columns: int = 0  # numbers in a row
 
 
 @dataclass(frozen=True, slots=True)
