@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +197,40 @@ def _attention_bias(q: Tensor, length: int, window: int | None, alibi: Tensor | 
         return bias
     distance = torch.arange(length, device=q.device) - torch.arange(length - n, length, device=q.device)[:, None]
     return (alibi.float()[:, None, None] * distance).to(q.dtype) + bias
+
+
+def packed_attention(
+    qkv: Tensor, starts: Tensor, *, heads: int, head_size: int, scale: float, max_length: int
+) -> Tensor:
+    """See `packed_attention.packed_attention`. Reads the starts on the host, as `paged_attention` does."""
+    out = qkv.new_empty(qkv.shape[0], heads * head_size)
+    for start, stop in pairwise(starts.tolist()):
+        if start < stop:
+            q, k, v = qkv[start:stop].view(1, stop - start, 3, heads, head_size).permute(2, 0, 3, 1, 4)
+            rows = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            out[start:stop] = rows[0].transpose(0, 1).flatten(1)
+    return out
+
+
+def embedding_norm(
+    token_ids: Tensor,
+    positions: Tensor,
+    type_ids: Tensor,
+    token_table: Tensor,
+    position_table: Tensor,
+    type_table: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    """See `embedding.embedding_norm`."""
+    x = F.embedding(token_ids, token_table)
+    if type_table is not None:
+        x = x + F.embedding(type_ids, type_table)
+    x = x + F.embedding(positions + offset, position_table)
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from miinb.engine.compile import compiling_for, recording
-from miinb.kernels import attention, dispatch, head, linear, norm, rope, sample
+from miinb.kernels import attention, dispatch, embedding, head, linear, norm, packed_attention, rope, sample
 
 
 def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -51,6 +51,12 @@ def attention_call(heads: int, kv_heads: int, size: int, max_query: int, **optio
     )
 
 
+def encoder_attention_call(tokens: int, heads: int, size: int, max_length: int) -> Callable[[], Any]:
+    return lambda: packed_attention.packed_attention(
+        t(tokens, 3 * heads * size), ids(9), heads=heads, head_size=size, scale=0.1, max_length=max_length
+    )
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: norm.rms_norm(t(1, 4096), t(4096), 1e-5, t(1, 4096)),
     "layer_norm": lambda: norm.layer_norm(t(1, 768), t(768), t(768), 1e-5, t(1, 768)),
@@ -85,6 +91,13 @@ CALLS: dict[str, Callable[[], Any]] = {
         *(t(1, dtype=torch.float32),) * 2,
     ),
     "argmax": lambda: head.argmax(t(1, 128256)),
+    "packed attention alone": encoder_attention_call(128, 12, 64, 128),
+    "packed attention": encoder_attention_call(16384, 12, 64, 128),
+    "packed attention long": encoder_attention_call(16384, 16, 64, 512),
+    "packed attention wide": encoder_attention_call(16384, 8, 128, 512),
+    "embedding_norm": lambda: embedding.embedding_norm(
+        *(ids(4, dtype=torch.int64),) * 3, t(30522, 768), t(512, 768), t(2, 768), t(768), t(768), 1e-12
+    ),
 }
 
 
@@ -105,6 +118,8 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("decode", (8, 0)),
         ("decode fp8", (8, 9)),
         ("argmax", (8, 0)),
+        ("packed attention", (8, 0)),
+        ("packed attention long", (8, 0)),
     ],
 )
 def test_compiles(name: str, capability: tuple[int, int]) -> None:

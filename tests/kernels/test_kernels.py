@@ -15,9 +15,11 @@ from miinb.kernels import attention, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.packed_attention import attention_tile, packed_attention
 from miinb.kernels.product import product_tile
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
@@ -332,6 +334,52 @@ def test_mixed_steps_are_padded_with_rows_of_no_queries() -> None:
     out = paged_attention(q, *tensors[1:], scale=0.3, max_query=len(q))
     expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]), scale=0.3)
     same(out[:8], expected)
+
+
+PACKED = [
+    # heads, head_size, lengths, max_length
+    (2, 32, [5, 1, 0, 16], 16),
+    (3, 64, [40, 64, 3], 64),
+    (1, 26, [33, 7], 128),
+    (2, 80, [200, 1, 131], 300),
+    (1, 128, [20, 150], 150),
+]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "size", "lengths", "most"), PACKED)
+def test_packed_attention(dtype: torch.dtype, heads: int, size: int, lengths: list[int], most: int) -> None:
+    starts = torch.tensor([0, *torch.tensor([*lengths, 0, 0]).cumsum(0).tolist()], dtype=torch.int32)
+    tokens = sum(lengths)
+    qkv = rand(tokens + 3, 3 * heads * size, dtype=dtype, scale=2)  # a graph's batch has tokens of no sequence
+    options = {"heads": heads, "head_size": size, "scale": 0.3, "max_length": most}
+    out = packed_attention(qkv, starts.to(DEVICE), **options)
+    assert out.shape == (tokens + 3, heads * size)
+    same(out[:tokens], reference.packed_attention(wide(qkv), starts, **options)[:tokens])
+
+
+def test_tiles_of_packed_attention() -> None:
+    """One step where sequences fit into it, and programs for the whole GPU where there are few tokens."""
+    one, many, long = (
+        attention_tile(torch.empty(tokens, 1, dtype=torch.float16), 12, 64, most)
+        for tokens, most in ((128, 128), (16384, 128), (16384, 512))
+    )
+    assert [tile["ONE_STEP"] for tile in (one, many, long)] == [True, True, False]
+    assert [tile["BLOCK_M"] for tile in (one, many, long)] == [16, 128, 128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "types", "offset"), [(48, 2, 0), (100, 0, 2), (768, 1, 1)])
+def test_embedding_norm(dtype: torch.dtype, hidden: int, types: int, offset: int) -> None:
+    token_ids, positions = torch.tensor([3, 0, 29, 7]), torch.tensor([0, 1, 0, 9])
+    type_ids = torch.tensor([0, 1, 1, 0]) % max(types, 1)
+    tables = [rand(30, hidden, dtype=dtype), rand(10 + offset, hidden, dtype=dtype)]
+    tables.append(rand(types, hidden, dtype=dtype) if types else None)
+    weight, bias = rand(hidden, dtype=dtype), rand(hidden, dtype=dtype) if types else None
+    ids = (token_ids, positions, type_ids)
+    out = embedding_norm(*(x.to(DEVICE) for x in ids), *tables, weight, bias, 1e-5, offset=offset)
+    wanted = reference.embedding_norm(*ids, *map(wide, tables), wide(weight), wide(bias), 1e-5, offset=offset)
+    same(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
