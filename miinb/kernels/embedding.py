@@ -1,6 +1,6 @@
 """Embeddings of encoders: token, position and type rows summed and normalized in one pass."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
