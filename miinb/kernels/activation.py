@@ -39,6 +39,19 @@ def _launch(x: Tensor, kind: str, *, gated: bool) -> Tensor:
 
 
 @jit
+def _upper_tail(t):
+    """How likely a normal number is above t >= 0, within 5e-7: two to the power of a polynomial, the best of degree 5.
+
+    A third of the instructions of the erf from which it would follow, and exact where t is large.
+    """
+    power = -4.7331411e-4 * t + 7.0845899e-3
+    power = power * t - 5.1827464e-2
+    power = power * t - 4.5999235e-1
+    power = power * t - 1.1507879
+    return tl.exp2(power * t - 1.0000377)
+
+
+@jit
 def activation_of(x, KIND: tl.constexpr):
     """The activation of fp32 values; also the epilogue of the linear kernels."""
     if KIND == "relu":
@@ -46,7 +59,7 @@ def activation_of(x, KIND: tl.constexpr):
     elif KIND == "silu":
         x = x * tl.sigmoid(x)
     elif KIND == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = tl.maximum(x, 0.0) - tl.abs(x) * _upper_tail(tl.abs(x))
     elif KIND == "gelu_tanh":
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
     return x

@@ -21,29 +21,26 @@ def embedding_norm(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    *,
-    offset: int = 0,
 ) -> Tensor:
-    """Layer norm of token_table[token_ids] + position_table[positions + offset] + type_table[type_ids].
+    """Layer norm of token_table[token_ids] + position_table[positions] + type_table[type_ids].
 
     Args:
         token_ids: [T] int64.
         positions: [T] int64, from 0 in each sequence.
         type_ids: [T] int64; not read without a table.
         token_table: [vocab, hidden].
-        position_table: [rows, hidden].
+        position_table: [max_length, hidden].
         type_table: [types, hidden], or None.
         weight: [hidden], of the norm.
         bias: [hidden] or None.
         eps: added to the variance.
-        offset: the table's row of position 0 (RoBERTa: 2).
 
     Returns:
         [T, hidden] in the tables' dtype; sums and statistics are fp32.
     """
     if not use_triton(token_table):
         return reference.embedding_norm(
-            token_ids, positions, type_ids, token_table, position_table, type_table, weight, bias, eps, offset=offset
+            token_ids, positions, type_ids, token_table, position_table, type_table, weight, bias, eps
         )
     tokens, hidden = token_ids.shape[0], token_table.shape[1]
     y = torch.empty((tokens, hidden), dtype=token_table.dtype, device=token_table.device)
@@ -59,7 +56,6 @@ def embedding_norm(
         bias,
         y,
         hidden,
-        offset,
         eps,
         HAS_TYPES=type_table is not None,
         HAS_BIAS=bias is not None,
@@ -72,9 +68,9 @@ def embedding_norm(
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
-@jit(plain=("offset",))
+@jit
 def _embedding_norm(
-    token_ids, positions, type_ids, token_table, position_table, type_table, weight, bias, y, hidden, offset, eps,
+    token_ids, positions, type_ids, token_table, position_table, type_table, weight, bias, y, hidden, eps,
     HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a token."""
@@ -86,7 +82,7 @@ def _embedding_norm(
         shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     row = tl.load(token_ids + token).to(tl.int64)
-    position = tl.load(positions + token).to(tl.int64) + offset
+    position = tl.load(positions + token).to(tl.int64)
     wide = tl.load(token_table + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
     wide += tl.load(position_table + position * hidden + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_TYPES:

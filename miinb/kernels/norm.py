@@ -37,12 +37,26 @@ def layer_norm(
     return _launch(x, weight, bias, eps, residual, centered=True)
 
 
+def post_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The output of `layer_norm` alone, for blocks whose norm comes last: nobody reads the sum, so none is written."""
+    if not use_triton(x):
+        return reference.layer_norm(x, weight, bias, eps, residual)[0]
+    return _launch(x, weight, bias, eps, residual, centered=True, keep=False)[0]
+
+
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, *, centered: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    *,
+    centered: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
     y = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
+    total = torch.empty_like(x) if keep and residual is not None else x
     block = power_of_2(hidden)
     _norm[(x.numel() // hidden,)](
         x,
@@ -56,6 +70,7 @@ def _launch(
         CENTERED=centered,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
+        KEEP=keep,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
         **launch_options(x),
@@ -68,7 +83,7 @@ def _launch(
 @jit
 def _norm(
     x, residual, weight, bias, y, total, hidden, eps, CENTERED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a row."""
     column = tl.arange(0, BLOCK)
@@ -81,9 +96,14 @@ def _norm(
     value = tl.load(x + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         added = value.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        value = added.to(value.dtype)  # rounded first: the norm is of what the next layer's residual will be
-        tl.store(total + at, value, mask=inside)
-    wide = value.to(tl.float32)
+        if KEEP:
+            value = added.to(value.dtype)  # rounded first: the norm is of what the next layer's residual will be
+            tl.store(total + at, value, mask=inside)
+            wide = value.to(tl.float32)
+        else:
+            wide = added
+    else:
+        wide = value.to(tl.float32)
     if CENTERED:
         wide = tl.where(inside, wide - tl.sum(wide, 0) / hidden, 0.0)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)

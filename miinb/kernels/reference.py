@@ -222,14 +222,12 @@ def embedding_norm(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    *,
-    offset: int = 0,
 ) -> Tensor:
     """See `embedding.embedding_norm`."""
     x = F.embedding(token_ids, token_table)
     if type_table is not None:
         x = x + F.embedding(type_ids, type_table)
-    x = x + F.embedding(positions + offset, position_table)
+    x = x + F.embedding(positions, position_table)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 

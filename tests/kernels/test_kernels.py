@@ -18,7 +18,7 @@ from miinb.kernels.dispatch import INTERPRETED
 from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
-from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.norm import layer_norm, post_norm, rms_norm
 from miinb.kernels.packed_attention import attention_tile, packed_attention
 from miinb.kernels.product import product_tile
 from miinb.kernels.rope import rope_append
@@ -77,6 +77,8 @@ def test_norms(dtype: torch.dtype, rows: int, hidden: int, residual: bool) -> No
     ]:
         same(out[0], expected[0])
         same(out[1], total)
+    unrounded = wide(x) if more is None else wide(x) + wide(more)
+    same(post_norm(x, weight, bias, 1e-5, more), reference.layer_norm(unrounded, wide(weight), wide(bias), 1e-5)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,6 +86,13 @@ def test_activations(kind: str) -> None:
     x = rand(3, 2 * 1100, scale=3)
     same(activate(x, kind), reference.activate(wide(x), kind))
     same(gated(x, kind), reference.gated(wide(x), kind))
+
+
+def test_gelu_at_all_sizes() -> None:
+    x = torch.cat((torch.linspace(-9, 9, 4001), torch.tensor([-6e4, -40.0, 40.0, 6e4]))).to(DEVICE)
+    error = activate(x, "gelu").double().cpu() - torch.nn.functional.gelu(x.double().cpu())
+    assert error.abs().max() < 1e-6
+    assert activate(torch.tensor([math.nan], device=DEVICE), "gelu").isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -369,16 +378,16 @@ def test_tiles_of_packed_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "types", "offset"), [(48, 2, 0), (100, 0, 2), (768, 1, 1)])
-def test_embedding_norm(dtype: torch.dtype, hidden: int, types: int, offset: int) -> None:
+@pytest.mark.parametrize(("hidden", "types"), [(48, 2), (100, 0), (768, 1)])
+def test_embedding_norm(dtype: torch.dtype, hidden: int, types: int) -> None:
     token_ids, positions = torch.tensor([3, 0, 29, 7]), torch.tensor([0, 1, 0, 9])
     type_ids = torch.tensor([0, 1, 1, 0]) % max(types, 1)
-    tables = [rand(30, hidden, dtype=dtype), rand(10 + offset, hidden, dtype=dtype)]
+    tables = [rand(30, hidden, dtype=dtype), rand(10, hidden, dtype=dtype)]
     tables.append(rand(types, hidden, dtype=dtype) if types else None)
     weight, bias = rand(hidden, dtype=dtype), rand(hidden, dtype=dtype) if types else None
     ids = (token_ids, positions, type_ids)
-    out = embedding_norm(*(x.to(DEVICE) for x in ids), *tables, weight, bias, 1e-5, offset=offset)
-    wanted = reference.embedding_norm(*ids, *map(wide, tables), wide(weight), wide(bias), 1e-5, offset=offset)
+    out = embedding_norm(*(x.to(DEVICE) for x in ids), *tables, weight, bias, 1e-5)
+    wanted = reference.embedding_norm(*ids, *map(wide, tables), wide(weight), wide(bias), 1e-5)
     same(out, wanted)
 
 
