@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miinb.engine.spec import checkpoint_name
 from miinb.engine.transfer import Room, Transfer, read_into
 from miinb.errors import BrokenCheckpoint, MissingHead
 from miinb.models import ModelInfo
@@ -53,13 +54,6 @@ class Reader(Protocol):
         ...
 
 
-def _without(prefix: str, name: str) -> str:
-    """A tensor's name without the prefix or the part of it that the checkpoint has ("decoder." of "model.decoder.")."""
-    for part in prefix.split(".")[:-1]:
-        name = name.removeprefix(f"{part}.")
-    return name
-
-
 #: safetensors' names of dtypes.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,7 +69,7 @@ class SafetensorsReader:
         self._source = info.source
         self._transfer = transfer
         self._files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in info.files}
-        self._tensors = {_without(prefix, entry.name): entry for entry in info.tensors.values()}
+        self._tensors = {checkpoint_name(entry.name, prefix): entry for entry in info.tensors.values()}
 
     def names(self) -> set[str]:
         """See `Reader`."""

@@ -193,6 +193,19 @@ class Policy:
     norm_offset: float = 0.0
 
 
+def checkpoint_name(name: str, prefix: str) -> str:
+    """A tensor's name without the base model's prefix, or the part of it that the checkpoint has, in today's words.
+
+    "decoder." is a part of "model.decoder."; checkpoints that were made for TensorFlow call a norm's numbers gamma and
+    beta.
+    """
+    for part in prefix.split(".")[:-1]:
+        name = name.removeprefix(f"{part}.")
+    module, _, kind = name.rpartition(".")
+    return f"{module}.{_LEGACY[kind]}" if kind in _LEGACY else name
+
+
+_LEGACY = {"gamma": "weight", "beta": "bias"}
 #: Parts of a layer that are norms over the hidden size; the last two follow a branch (Gemma 2).
 LAYER_NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")
 

@@ -212,7 +212,7 @@ def load_weights(
         UnsupportedModel: the checkpoint holds tensors that the policy does not know.
     """
     with ExitStack() as stack:
-        reader = DummyWeights(device) if dummy else _reader(info, policy, device, stack)
+        reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
         quantizer = Quantizer() if dtype == "int8" else None
         build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, quantizer, set())
         width = spec.embed_size or spec.hidden_size
@@ -238,12 +238,13 @@ def load_weights(
     return weights
 
 
-def _reader(info: ModelInfo, policy: Policy, device: torch.device, stack: ExitStack) -> Reader:
+def open_reader(info: ModelInfo, prefix: str, device: torch.device, stack: ExitStack) -> Reader:
+    """The reader of a model's files, whose names come without the prefix; `stack` closes it."""
     transfer = Transfer(device)
     stack.callback(transfer.close)
     if info.format == "gguf":
         return GGUFWeights(info, transfer)
-    return SafetensorsReader(info, policy.prefix, transfer, stack)
+    return SafetensorsReader(info, prefix, transfer, stack)
 
 
 def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: str) -> None:
@@ -256,8 +257,8 @@ def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: 
         )
 
 
-def weights_bytes(weights: DecoderWeights) -> int:
-    """Bytes of a rank's weights; a tied head counts once."""
+def weights_bytes(weights: Any) -> int:
+    """Bytes of a rank's weights (a dataclass of them); a tied head counts once."""
     seen: Mapping[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(weights)}
     return sum(seen.values())
 

@@ -1,0 +1,216 @@
+"""An encoder's weights: from a checkpoint by name straight into the fused layout, without a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor
+
+from miinb.engine.decoder import Norm
+from miinb.engine.encoder import EncoderLayer, EncoderWeights, HeadWeights
+from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec, HeadLayer
+from miinb.engine.quantize import Quantizer
+from miinb.engine.readers import DummyWeights, Reader, Region
+from miinb.engine.weights import DTYPES, open_reader
+from miinb.errors import MissingHead, UnsupportedModel
+from miinb.kernels.linear import PackedLinear
+from miinb.messages import Phase
+from miinb.models import ModelInfo
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Fills the weights; `consumed` holds the checkpoint names that were read."""
+
+    policy: EncoderPolicy
+    spec: EncoderSpec
+    reader: Reader
+    dtype: torch.dtype
+    device: torch.device
+    quantizer: Quantizer | None
+    consumed: set[str] = field(default_factory=set)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fill(self, target: Tensor, name: str, region: Region) -> None:
+        self.reader.fill(target, name, region)
+        self.consumed.add(name)
+
+    def module(self, part: str) -> str:
+        """The checkpoint's module of a part that has one."""
+        (module,) = self.policy.weights[part].modules
+        return module
+
+    def vector(self, name: str, size: int) -> Tensor:
+        target = self.empty(size)
+        self.fill(target, name, Region((size,), slice(0, size)))
+        return target
+
+    def norm(self, module: str, size: int) -> Norm:
+        return Norm(self.vector(f"{module}.weight", size), self.vector(f"{module}.bias", size))
+
+    def table(self, part: str, rows: int, skipped: int = 0) -> Tensor:
+        """A table of embeddings, from a row on."""
+        width = self.spec.embed_size
+        target = self.empty(rows, width)
+        region = Region((skipped + rows, width), slice(skipped, skipped + rows), slice(0, width))
+        self.fill(target, f"{self.module(part)}.weight", region)
+        return target
+
+    def matrix(self, names: list[str], sizes: list[int], columns: int) -> PackedLinear:
+        """The checkpoint's matrices one below the other, quantized if asked."""
+        if self.quantizer is None:
+            packed = PackedLinear(self.empty(sum(sizes), columns))
+        else:
+            weight, scale = self.quantizer.empty(sum(sizes), columns, self.device)
+            packed = PackedLinear(weight, scale=scale)
+        at = 0
+        for name, size in zip(names, sizes, strict=True):
+            region, rows = Region((size, columns), slice(0, size), slice(0, columns)), slice(at, at + size)
+            if self.quantizer is None or packed.scale is None:
+                self.fill(packed.weight[rows], name, region)
+            else:
+                plain = self.empty(size, columns)
+                self.fill(plain, name, region)
+                self.quantizer.quantize(plain, packed.weight[rows], packed.scale[rows])
+            at += size
+        return packed
+
+    def linear(self, part: str, layer: int = 0) -> PackedLinear:
+        """A fused linear layer of the body."""
+        modules = [module.format(i=layer) for module in self.policy.weights[part].modules]
+        sizes, columns = self.spec.linear_shape(part)
+        packed = self.matrix([f"{module}.weight" for module in modules], sizes, columns)
+        packed.bias, at = self.empty(sum(sizes)), 0
+        for module, size in zip(modules, sizes, strict=True):
+            self.fill(packed.bias[at : at + size], f"{module}.bias", Region((size,), slice(0, size)))
+            at += size
+        return packed
+
+    def layer(self, i: int) -> EncoderLayer:
+        hidden = self.spec.hidden_size
+        return EncoderLayer(
+            qkv=self.linear("qkv", i),
+            out=self.linear("out", i),
+            up=self.linear("up", i),
+            down=self.linear("down", i),
+            attn_norm=self.norm(self.module("attn_norm").format(i=i), hidden),
+            mlp_norm=self.norm(self.module("mlp_norm").format(i=i), hidden),
+        )
+
+    def words(self) -> PackedLinear:
+        """The tokens' embedding. It is quantized only where it is a head's matrix too: nothing else multiplies by it."""
+        rows, width = self.spec.vocab_size, self.spec.embed_size
+        if any(layer.outputs == "vocab" for layer in self.spec.head.layers) and self.spec.tied:
+            return self.matrix([f"{self.module('words')}.weight"], [rows], width)
+        return PackedLinear(self.table("words", rows))
+
+    def head_layer(self, layer: HeadLayer, shape: tuple[int, int], words: PackedLinear) -> HeadWeights:
+        outputs, inputs = shape
+        tied = layer.outputs == "vocab" and self.spec.tied
+        weight = f"{layer.module}.weight"
+        if not tied:
+            packed = self.matrix([weight], [outputs], inputs)
+        elif weight in self.reader.names():  # transformers unties those that differ, whatever config.json says
+            own = self.matrix([weight], [outputs], inputs)
+            packed = words if torch.equal(own.weight, words.weight) else own
+        else:
+            packed = words
+        bias = self.vector(self._bias(layer, tied), outputs)
+        return HeadWeights(
+            PackedLinear(packed.weight, bias, packed.scale), self.norm(layer.norm, outputs) if layer.norm else None
+        )
+
+    def _bias(self, layer: HeadLayer, tied: bool) -> str:
+        """The name of a layer's bias; checkpoints may have two, of which one counts."""
+        own, there = f"{layer.module}.bias", self.reader.names()
+        found = [name for name in (own, layer.bias) if name in there]
+        self.consumed.update(found)
+        if tied and layer.bias in there:
+            return layer.bias
+        return found[0] if found else own
+
+
+def load_encoder_weights(
+    info: ModelInfo,
+    policy: EncoderPolicy,
+    spec: EncoderSpec,
+    *,
+    dtype: str,
+    device: torch.device,
+    dummy: bool = False,
+    report: Callable[[Phase], None] = lambda phase: None,
+) -> EncoderWeights:
+    """The weights of an encoder and its head.
+
+    Args:
+        info: the model's files.
+        policy: of its family.
+        spec: with the head of the task.
+        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
+        device: where the weights go.
+        dummy: random weights instead of the checkpoint's.
+        report: told "load", layer by layer.
+
+    Raises:
+        BrokenCheckpoint: a tensor is missing or has another shape.
+        MissingHead: the task's head is not in the checkpoint.
+        UnsupportedModel: the checkpoint holds tensors that the policy does not know.
+    """
+    with ExitStack() as stack:
+        reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
+        if not dummy:
+            check_head(info.source, policy, spec, reader.names())
+        quantizer = Quantizer() if dtype == "int8" else None
+        build = _Builder(policy, spec, reader, DTYPES[dtype], device, quantizer)
+        words = build.words()
+        layers = []
+        for i in range(spec.layers):
+            report(Phase("load", i, spec.layers))
+            layers.append(build.layer(i))
+        weights = EncoderWeights(
+            words=words.weight,
+            words_scale=words.scale,
+            positions=build.table("positions", spec.max_length, spec.position_offset),
+            token_types=build.table("token_types", spec.token_types) if spec.token_types else None,
+            embed_norm=build.norm(build.module("embed_norm"), spec.embed_size),
+            project=build.linear("project") if spec.projected else None,
+            layers=layers,
+            head=[build.head_layer(*each, words) for each in zip(spec.head.layers, spec.head_shapes(), strict=True)],
+        )
+        weights.rounding = quantizer.rounding if quantizer else 0.0
+        weights.unread = _left_over(reader.names() - build.consumed, policy, info.source)
+    report(Phase("load", spec.layers, spec.layers))
+    return weights
+
+
+def check_head(source: str, policy: EncoderPolicy, spec: EncoderSpec, names: set[str]) -> None:
+    """Refuse a head whose weights a checkpoint with these names lacks. Raises MissingHead."""
+    if missing := policy.missing(spec, names):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise MissingHead(f"{source} has no {missing[0]}{more}.", hint="Use a model that was trained for the task.")
+
+
+def _left_over(left: set[str], policy: EncoderPolicy, source: str) -> tuple[str, ...]:
+    """The heads' modules that were not read; an unknown tensor would change the answer, and raises UnsupportedModel."""
+    heads = {layer.module: layer for head in policy.heads.values() for layer in head.layers}
+    modules = {name for layer in heads.values() for name in (layer.module, layer.norm) if name}
+    others = {layer.bias for layer in heads.values()}
+    unknown, unread = [], set()
+    for name in sorted(left):
+        module = name.rpartition(".")[0]
+        if any(fnmatch(name, pattern) for pattern in policy.ignored):
+            continue
+        if module in modules or name in others:
+            unread.add(module)
+        else:
+            unknown.append(name)
+    if unknown:
+        text = f"{source} has {len(unknown)} tensors unknown to {policy.family}: {', '.join(unknown[:3])}."
+        raise UnsupportedModel(text)
+    return tuple(sorted(unread))
