@@ -12,14 +12,15 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.engine.decoder import Norm
 from miinb.engine.encoder_spec import BODY, EncoderSpec
 from miinb.kernels import reference
+from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.kernels.norm import layer_norm
+from miinb.kernels.packed_attention import packed_attention
 
 
 @dataclass(slots=True)
@@ -143,7 +144,8 @@ class EncoderOperators(NamedTuple):
 
     linear: Callable[..., Tensor] = linear
     layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm
-    packed_attention: Callable[..., Tensor] = reference.packed_attention
+    packed_attention: Callable[..., Tensor] = packed_attention
+    embedding_norm: Callable[..., Tensor] = embedding_norm
 
 
 class Encoder:
@@ -183,13 +185,15 @@ class Encoder:
 
     def embed(self, batch: EncoderBatch) -> Tensor:
         """[T, H]: the tokens' embeddings with their positions' and types', normalized."""
-        w = self.weights
-        x = F.embedding(batch.token_ids, w.words)
-        if w.words_scale is not None:
-            x = reference.dequantize(x, F.embedding(batch.token_ids, w.words_scale)).to(w.dtype)
-        if w.token_types is not None:
-            x = x + F.embedding(batch.type_ids, w.token_types)
-        x = self._norm(w.embed_norm, x + F.embedding(batch.positions, w.positions))
+        w, norm = self.weights, self.weights.embed_norm
+        words, token_ids = w.words, batch.token_ids
+        if w.words_scale is not None:  # int8: a table of the batch's own tokens
+            words = reference.dequantize(words[token_ids], w.words_scale[token_ids]).to(w.dtype)
+            token_ids = torch.arange(len(token_ids), device=token_ids.device)
+        tables = (words, w.positions, w.token_types)
+        x = self.ops.embedding_norm(
+            token_ids, batch.positions, batch.type_ids, *tables, norm.weight, norm.bias, self.spec.eps
+        )
         return x if w.project is None else self.ops.linear(x, w.project)
 
     def layer(self, index: int, x: Tensor, batch: EncoderBatch, rows: Tensor | None = None) -> Tensor:

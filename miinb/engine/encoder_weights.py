@@ -104,7 +104,7 @@ class _Builder:
         )
 
     def words(self) -> PackedLinear:
-        """The tokens' embedding. It is quantized only where it is a head's matrix too: nothing else multiplies by it."""
+        """The tokens' embedding, quantized only where it is a matrix of the head too."""
         rows, width = self.spec.vocab_size, self.spec.embed_size
         if any(layer.outputs == "vocab" for layer in self.spec.head.layers) and self.spec.tied:
             return self.matrix([f"{self.module('words')}.weight"], [rows], width)

@@ -31,7 +31,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", BERT | {"type_vocab_size": 3, "layer_norm_eps": 1e-5}),
     "bert-untied": (
         "Bert",
-        BERT | {"tie_word_embeddings": False, "hidden_act": "relu", "num_attention_heads": 1, "chunk_size_feed_forward": 4},
+        BERT | {"tie_word_embeddings": False, "hidden_act": "relu", "num_attention_heads": 1},
     ),
 }
 
