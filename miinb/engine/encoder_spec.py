@@ -19,7 +19,7 @@ class HeadLayer:
 
     Attributes:
         module: the checkpoint's, without the base model's prefix.
-        outputs: its width. "vocab" makes it the decoder of tokens; its weight is the embedding where the model ties them.
+        outputs: its width; "vocab": it is the decoder of tokens, whose weight is the embedding where they are tied.
         activation: a key of `kernels.activation.KINDS`, "tanh", `BODY`, or None.
         norm: the checkpoint's module of a layer norm behind it, or "".
         bias: another name of its bias, which counts before its own where the weights are tied; or "".
