@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from miinb.config import GenerationParams, parse_generation
-from miinb.errors import InvalidRequest
+from miinb.errors import InvalidRequest, did_you_mean
 from miinb.messages import GenerateRequest
 from miinb.tasks import find_task
 
@@ -48,27 +48,55 @@ def chat_request(messages: Any, parameters: Mapping[str, Any]) -> GenerateReques
     return GenerateRequest(None, params, tuple(_messages(messages)), request_id=uuid.uuid4().hex, session_id=session_id)
 
 
-def task_inputs(task: str, inputs: Any) -> list[Any]:
-    """The inputs of an encoder task as dictionaries.
+def task_inputs(task: str, inputs: Any) -> list[dict[str, str]]:
+    """The inputs of an encoder task as dictionaries of texts.
 
     Args:
         task: its name.
-        inputs: a text, a dictionary of the task's inputs, or a list of them.
+        inputs: a text, a dictionary of the task's inputs, or any number of them in order (a list, tuple, generator,
+            pandas Series, numpy array).
 
     Raises:
-        InvalidRequest: there are none, or one is of another kind.
+        InvalidRequest: there are none, or one is of another kind; the message says which (`inputs[3]`).
     """
     names = find_task(task).inputs
+    if find_task(task).streams:
+        raise InvalidRequest(f"This deployment serves {task}.", hint="Use generate() or stream().")
     kind = "a text" if len(names) == 1 else f"a dictionary of {' and '.join(names)}"
-    rows = [inputs] if isinstance(inputs, (str, Mapping)) else inputs
-    if not isinstance(rows, Iterable):
-        raise InvalidRequest(f"inputs: {type(inputs).__name__} is no input of {task}.", hint=f"Give {kind}, or a list.")
-    plain: list[Any] = [{names[0]: row} if isinstance(row, str) and len(names) == 1 else row for row in rows]
+    if isinstance(inputs, (str, Mapping)):
+        return [_task_input("inputs", inputs, task, names, kind)]
+    if getattr(inputs, "ndim", 1) != 1:  # a pandas frame, or a numpy array of another shape
+        column = f"frame[{names[0]!r}]" if len(names) == 1 else f"frame[{list(names)}].to_dict('records')"
+        what = f"a {type(inputs).__name__} of {inputs.ndim} dimensions is not taken"
+        raise InvalidRequest(f"inputs: {what}.", hint=f"Choose what to send: predict({column}).")
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (bytes, Set)):
+        why = ": it has no order" if isinstance(inputs, Set) else ""
+        raise InvalidRequest(
+            f"inputs: {type(inputs).__name__} is no input of {task}{why}.", hint=f"Give {kind}, or a list."
+        )
+    plain = [_task_input(f"inputs[{place}]", row, task, names, kind) for place, row in enumerate(inputs)]
     if not plain:
         raise InvalidRequest("inputs: there are none.", hint=f"Give {kind}, or a list.")
-    if wrong := [row for row in plain if not isinstance(row, Mapping)]:
-        raise InvalidRequest(f"inputs: {wrong[0]!r:.60} is no input of {task}.", hint=f"Each is {kind}.")
     return plain
+
+
+def _task_input(where: str, given: Any, task: str, names: Sequence[str], kind: str) -> dict[str, str]:
+    """One input as a dictionary; what its texts say is the server's business."""
+    if isinstance(given, str) and len(names) == 1:
+        return {names[0]: given}
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{where}: {given!r:.60} is no input of {task}.", hint=f"Give {kind}.")
+    for name in given:
+        if name not in names:
+            raise InvalidRequest(f"{where}: {task} has no input {name!r:.40}.", hint=did_you_mean(str(name), names))
+    for name in names:
+        if name not in given:
+            raise InvalidRequest(f"{where}: {name} is missing.", hint=f"Give {kind}.")
+        if not isinstance(given[name], str):
+            raise InvalidRequest(
+                f"{where}: {name} is {type(given[name]).__name__}, not text.", hint=f"Give {kind}, or a list of them."
+            )
+    return {name: given[name] for name in names}
 
 
 def _parameters(given: Mapping[str, Any]) -> tuple[GenerationParams, str]:

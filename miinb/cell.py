@@ -1,4 +1,4 @@
-"""What a session does with the notebook cell that it is called from: the start's progress bar, and the Stop button."""
+"""What a session does with the notebook cell that it is called from: progress lines, and the Stop button."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from miinb.streams import Stream
 
 _BAR = "{desc} {bar} {elapsed}"
+_COUNT = "{desc}: {n_fmt} done, {elapsed}"
 _PHASES = ("start", "load", "compile", "verify", "capture", "ready")
 
 #: Streams that cells have opened and may have left open.
@@ -45,9 +46,7 @@ def progress(name: str) -> Iterator[Callable[[Phase], None]]:
     """A progress bar of the start's phases: a widget in a notebook, text in a terminal, nothing in a pipe."""
     from tqdm.auto import tqdm
 
-    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
-    off = not (in_notebook or sys.stderr.isatty())
-    with tqdm(total=len(_PHASES), leave=False, disable=off, bar_format=_BAR) as bar:
+    with tqdm(total=len(_PHASES), leave=False, disable=not _shows_progress(), bar_format=_BAR) as bar:
 
         def on_phase(phase: Phase) -> None:
             if phase.name in _PHASES:
@@ -56,6 +55,32 @@ def progress(name: str) -> Iterator[Callable[[Phase], None]]:
 
         yield on_phase
         bar.n = len(_PHASES)  # a full bar goes away, that of a failed start stays
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A line that counts what is done, of work that takes longer than a second; nothing in a pipe."""
+    bar: Any = None
+
+    def advance(count: int) -> None:
+        nonlocal bar
+        if bar is None:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(desc=what, delay=1.0, leave=False, disable=not _shows_progress(), bar_format=_COUNT)
+        bar.update(count)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _shows_progress() -> bool:
+    """Whether a line can be written anew: in a notebook and on a terminal."""
+    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
+    return in_notebook or sys.stderr.isatty()
 
 
 def _shell() -> Any:

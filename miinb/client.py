@@ -7,7 +7,6 @@ import functools
 import os
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,7 +19,9 @@ import grpc
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
-from miinb.results import Result, frame_of, merge, predictions_of
+from miinb.predicting import PredictCalls
+from miinb.predictions import Predictions, predictions_of
+from miinb.results import Result, frame_of, merge
 from miinb.rpc import codec
 from miinb.streams import Stream, StreamGroup
 
@@ -163,34 +164,55 @@ class Client:
 
     # Other tasks
 
-    def predict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> list[list[Any]]:
+    def predict(
+        self,
+        inputs: Any,
+        *,
+        timeout_s: float | None = None,
+        advance: Callable[[int], object] = lambda count: None,
+        **options: Any,
+    ) -> Predictions:
         """Predictions of an encoder task, one list for each input, in order.
 
         Args:
-            inputs: a text, a dictionary of the task's inputs ({"question": ..., "context": ...}), or a list of them.
-            timeout_s: limit of the call, seconds.
+            inputs: a text, a dictionary of the task's inputs ({"question": ..., "context": ...}), or any number of
+                them: a list, tuple, generator, pandas Series or numpy array. Many go in several calls.
+            timeout_s: limit of the whole request, seconds.
+            advance: called with the number of inputs that have been answered since, where there are several calls.
             options: the task's own (`top_k`, ...).
-        """
-        task = self.describe().task
-        return predictions_of(task, self.predicted(task, inputs, options, timeout_s).outputs)
 
-    def predicted(
-        self, task: str, inputs: Any, options: Mapping[str, Any], timeout_s: float | None = None
-    ) -> PredictedEvent:
-        """`predict` as the server answers it, of a deployment whose task is known."""
-        plain = task_inputs(task, inputs)
-        self._check_open()
-        data = codec.encode_predict(plain, options, uuid.uuid4().hex)
+        Raises:
+            RequestError: the request was refused or failed; the message says which input's (`inputs[1500]`).
+            Interrupted: the Stop button was pressed.
+        """
+        return self._predictions(inputs, options, timeout_s, self._calls(advance))
+
+    def predicted(self, inputs: Any, options: Mapping[str, Any], timeout_s: float | None = None) -> PredictedEvent:
+        """`predict` as the server answers it: plain data."""
+        return self._ask(inputs, options, timeout_s, self._calls())[1]
+
+    def _calls(self, advance: Callable[[int], object] = lambda count: None) -> PredictCalls:
+        def call(data: bytes, left_s: float) -> Any:
+            self._check_open()
+            return self._predict(data, timeout=left_s, metadata=self._metadata)
+
+        return PredictCalls(call, self._record, advance)
+
+    def _predictions(
+        self, inputs: Any, options: Mapping[str, Any], timeout_s: float | None, calls: PredictCalls
+    ) -> Predictions:
         begin = time.perf_counter()
-        try:
-            for piece in self._predict(data, timeout=self._limit(timeout_s), metadata=self._metadata):
-                event = codec.decode_predicted(piece)
-                if event is not None:
-                    self._record(_predict_row(event, len(plain), time.perf_counter() - begin))
-                    return event
-        except grpc.RpcError as failure:
-            raise codec.error_of(failure) from None
-        raise Unavailable("The answer ended too early.")
+        plain, event = self._ask(inputs, options, timeout_s, calls)
+        pooled = options.get("pooling") != "none"
+        return predictions_of(self.task, plain, event, time.perf_counter() - begin, pooled=pooled)
+
+    def _ask(
+        self, inputs: Any, options: Mapping[str, Any], timeout_s: float | None, calls: PredictCalls
+    ) -> tuple[list[dict[str, str]], PredictedEvent]:
+        """The inputs as they were sent, and the answers."""
+        limit_s = self._limit(timeout_s)
+        plain = task_inputs(self.task, inputs)
+        return plain, calls.run(plain, options, limit_s, alone=isinstance(inputs, (str, Mapping)))
 
     # Sessions
 
@@ -237,9 +259,10 @@ class Client:
         request = chat_request(messages, parameters)
         return await _in_thread(lambda: self._run_all([request], timeout_s, group), group)
 
-    async def apredict(self, inputs: Any, **options: Any) -> list[list[Any]]:
-        """`predict`, awaitable."""
-        return await _in_thread(lambda: self.predict(inputs, **options), StreamGroup())
+    async def apredict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> Predictions:
+        """`predict`, awaitable; canceling the task cancels the calls."""
+        calls = self._calls()
+        return await _in_thread(lambda: self._predictions(inputs, options, timeout_s, calls), calls)
 
     async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
         """`stream` as an asynchronous iterator; leaving it cancels the request."""
@@ -248,6 +271,11 @@ class Client:
                 yield chunk
 
     # The deployment
+
+    @functools.cached_property
+    def task(self) -> str:
+        """Hugging Face's name of the deployment's task; asked for once."""
+        return self.describe().task
 
     def describe(self) -> EngineInfo:
         """What is served: model, engine, plan, limits.
@@ -324,7 +352,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MAX_AWAITED, "miinb-await")
 
 
-async def _in_thread(work: Callable[[], _T], group: StreamGroup) -> _T:
+async def _in_thread(work: Callable[[], _T], group: StreamGroup | PredictCalls) -> _T:
     try:
         return await _run(work)
     except asyncio.CancelledError:
@@ -338,16 +366,3 @@ def _failure_of_prompt(place: int, failure: BaseException) -> BaseException:
         return failure
     failure.message = failure.message.removeprefix("prompt: ")
     return failure.of(f"prompts[{place}]", hint="No answer of this call is kept.")
-
-
-def _predict_row(event: PredictedEvent, inputs: int, e2e_s: float) -> dict[str, Any]:
-    return {
-        "status": "ok",
-        "batch_size": inputs,
-        "queue_s": event.queue_s,
-        "preprocess_s": event.preprocess_s,
-        "model_s": event.model_s,
-        "postprocess_s": event.postprocess_s,
-        "e2e_s": e2e_s,
-        "finish_reason": "stop",
-    }

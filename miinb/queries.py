@@ -26,7 +26,7 @@ def query(client: Client, request: Mapping[str, Any], parameters: Mapping[str, A
     """
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"request: {type(request).__name__} is no dictionary.", hint='Give {"query": ...}.')
-    task = find_task(client.describe().task)
+    task = find_task(client.task)
     for name in request:
         if name not in task.inputs:
             raise InvalidRequest(f"{name}: not a key of {task.name}.", hint=did_you_mean(str(name), task.inputs))
@@ -50,7 +50,7 @@ def _predict(client: Client, task: Task, request: Mapping[str, Any], options: Ma
     if not single and (len(lengths) > 1 or -1 in lengths):
         raise InvalidRequest(f"{', '.join(request)}: give texts, or lists of the same length.")
     many = [dict(zip(request, values, strict=True)) for values in zip(*request.values(), strict=True)]
-    event = client.predicted(task.name, request if single else many, options)
+    event = client.predicted(request if single else many, options)
     response = event.outputs[0] if single else list(event.outputs)
     return Reply(response, time.perf_counter() - begin, event.model_s)
 

@@ -1,4 +1,4 @@
-"""What a client gets back: `Result` of generate and chat, predictions of encoder tasks, MII's reply objects."""
+"""What a client gets back: `Result` of generate and chat, MII's reply objects. `predictions.py` has encoder tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from miinb.messages import FinishReason, Timing, TokenLogprob, Usage, from_dict
+from miinb.messages import FinishReason, Timing, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     import pandas
@@ -94,86 +94,6 @@ def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
     from miinb.bench.records import requests_frame
 
     return requests_frame(rows, env={})
-
-
-# Encoder tasks
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A class of a text and its probability."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """A labeled piece of a text; `start` and `end` count characters (None if the tokenizer does not know them)."""
-
-    entity: str
-    score: float
-    word: str
-    start: int | None
-    end: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A span of the context that answers the question."""
-
-    answer: str
-    score: float
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A token for the mask, and the text with it."""
-
-    token_str: str
-    score: float
-    token: int
-    sequence: str
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """A text as a vector."""
-
-    embedding: tuple[float, ...]
-
-
-Prediction = Label | Entity | Answer | Fill | Embedding
-
-#: What a task's predictions are.
-PREDICTIONS: dict[str, type[Prediction]] = {
-    "text-classification": Label,
-    "token-classification": Entity,
-    "question-answering": Answer,
-    "fill-mask": Fill,
-    "feature-extraction": Embedding,
-}
-
-
-def predictions_of(task: str, outputs: Sequence[Any]) -> list[list[Any]]:
-    """The server's answers as the task's dataclass, one list an input; a task without one keeps plain dictionaries.
-
-    A text with several masks has one list a mask in its list.
-    """
-    cls = PREDICTIONS.get(task)
-    return [[_prediction(cls, value) for value in entries] for entries in outputs]
-
-
-def _prediction(cls: type[Prediction] | None, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_prediction(cls, entry) for entry in value]
-    if cls is None:
-        return value
-    if "entity_group" in value:  # entities that were put together from tokens
-        value = {**value, "entity": value["entity_group"]}
-    return from_dict(cls, value)
 
 
 # MII's reply objects

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
     from miinb.bench.records import Runs
+    from miinb.predictions import Predictions
     from miinb.results import ConversationReply, Reply, Result
     from miinb.streams import Stream
 
@@ -213,9 +214,20 @@ class Session:
         """
         return self._client.chat(messages, **parameters)
 
-    def predict(self, inputs: Any, **options: Any) -> list[Any]:
-        """Predictions of an encoder task, one list for each input, in order."""
-        return self._client.predict(inputs, **options)
+    def predict(self, inputs: Any, **options: Any) -> Predictions:
+        """Predictions of an encoder task, one list for each input, in order; `.frame` has them as a table.
+
+        Args:
+            inputs: a text, a dictionary of the task's inputs ({"question": ..., "context": ...}), or any number of
+                them: a list, tuple, generator, pandas Series or numpy array.
+            options: the task's own (`top_k`, ...); `timeout_s` limits the whole request.
+
+        Raises:
+            RequestError: the request was refused or failed; the message says which input's (`inputs[1500]`).
+            Interrupted: the Stop button was pressed.
+        """
+        with cell.counting("predict") as advance:
+            return self._client.predict(inputs, advance=advance, **options)
 
     def stream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> Stream:
         """Chunks of the answer to a prompt or a conversation; `.cancel()` ends it, `.result` holds the whole."""
@@ -254,7 +266,7 @@ class Session:
         """`chat`, awaitable."""
         return self._client.achat(messages, **parameters)
 
-    def apredict(self, inputs: Any, **options: Any) -> Awaitable[list[Any]]:
+    def apredict(self, inputs: Any, **options: Any) -> Awaitable[Predictions]:
         """`predict`, awaitable."""
         return self._client.apredict(inputs, **options)
 

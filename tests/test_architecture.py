@@ -14,6 +14,8 @@ CORE = ("errors", "config", "messages", "tasks", "models", "wording")
 KERNEL_SIDE = (
     "client",
     "results",
+    "predictions",
+    "predicting",
     "streams",
     "asking",
     "queries",
@@ -67,9 +69,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "launching": ("errors",),
     "deployment": (*CORE, "registry", "hardware", "launching"),
     "results": CORE,
+    "predictions": CORE,
+    "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),
     "asking": CORE,
-    "client": (*CORE, "rpc", "results", "streams", "asking"),
+    "client": (*CORE, "rpc", "results", "predictions", "predicting", "streams", "asking"),
     "cell": (*CORE,),
     "queries": (*CORE, "results", "client"),
     "session": (

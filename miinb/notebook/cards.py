@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 Card = tuple[str, str]
 
+
+class Html(str):
+    """HTML that is safe already: as a cell of a grid it is not escaped."""
+
+
 _LINE = "1px solid rgba(128,128,128,.35)"
 _BOX = (
     f"border:{_LINE};border-radius:6px;padding:.5em .9em;margin:.25em 0;max-width:72em;overflow-x:auto;line-height:1.45"
@@ -31,7 +36,7 @@ _PRE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;word-break:normal;"
     "margin:0;padding:0;background:none;color:inherit;font-size:1em"
 )
-_QUIET = "opacity:.72;font-size:.92em"
+QUIET = "opacity:.72;font-size:.92em"
 _CELL = (
     "text-align:left;vertical-align:top;padding:.15em 1.2em .15em 0;background:none;"
     "max-width:48em;overflow-wrap:break-word"
@@ -99,14 +104,15 @@ def card(
     )
     head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
     table = f'<table style="border:none;border-collapse:collapse;margin:.3em 0">{rows}</table>' if rows else ""
-    last = f'<div style="{_QUIET}">{escape(printable(foot))}</div>' if foot else ""
+    last = f'<div style="{QUIET}">{escape(printable(foot))}</div>' if foot else ""
     html = box(f"{head}{table}{''.join(body)}{last}")
     width = max((len(name) for name, _ in known), default=0)
     lines = [f"{title} ({chip})" if chip else title, *(f"  {name:<{width}}  {value}" for name, value in known), foot]
     return html, printable("\n".join(line for line in lines if line))
 
 
-def _grid(table: Table) -> str:
+def grid(table: Table) -> str:
+    """A table as HTML; its cells are plain values, or `Html`."""
     head = "".join(f'<th scope="col" style="{_CELL};border-bottom:{_LINE}">{_cell(c)}</th>' for c in table.columns)
     rows = "".join(
         '<tr style="background:none">' + "".join(f'<td style="{_CELL}">{_cell(cell)}</td>' for cell in row) + "</tr>"
@@ -117,13 +123,15 @@ def _grid(table: Table) -> str:
 
 def _cell(value: Any) -> str:
     """A value as HTML; short ones ("8 s") stay on one line."""
+    if isinstance(value, Html):
+        return value
     text = escape(printable(str(value)))
     return f'<span style="white-space:nowrap">{text}</span>' if len(text) <= 16 else text
 
 
 def table_card(table: Table) -> Card:
     """A table of plain values."""
-    html, _ = card(table.title, body=[_grid(table)] if table.rows else [], foot=table.note)
+    html, _ = card(table.title, body=[grid(table)] if table.rows else [], foot=table.note)
     return html, printable(str(table))
 
 
@@ -187,7 +195,7 @@ def plan_card(plan: Plan) -> Card:
     """What was chosen and why, a line each; warnings last."""
     table = Table(("what", "choice", "why"), [(line.what, line.choice, line.reason) for line in plan.lines])
     warnings = [f"<div>⚠ {escape(printable(text))}</div>" for text in plan.warnings]
-    html, head = card(f"Plan: {plan.engine}, {plan.dtype} on {plan.device}", body=[_grid(table), *warnings])
+    html, head = card(f"Plan: {plan.engine}, {plan.dtype} on {plan.device}", body=[grid(table), *warnings])
     return html, printable(f"{head}\n{plan}")
 
 
@@ -223,11 +231,11 @@ def result_card(result: Result) -> Card:
         body = [pre(texts[0])]
         plain = texts[0]
     else:
-        body = [f'<div style="{_QUIET}">{i + 1} of {len(texts)}</div>{pre(text)}' for i, text in enumerate(texts)]
+        body = [f'<div style="{QUIET}">{i + 1} of {len(texts)}</div>{pre(text)}' for i, text in enumerate(texts)]
         plain = "\n\n".join(f"[{i + 1} of {len(texts)}]\n{text}" for i, text in enumerate(texts))
     line = timing_line(result)
     tables = logprob_tables(result)
-    body += [f'<div style="{_QUIET}">{table.title} {table.note}</div>{_grid(table)}' for table in tables]
+    body += [f'<div style="{QUIET}">{table.title} {table.note}</div>{grid(table)}' for table in tables]
     html, _ = card("", body=body, foot=line)
     return html, printable("\n".join([plain, *map(str, tables), f"({line})"]))
 

@@ -38,6 +38,10 @@ CREATE_SESSION = f"/{SERVICE}/CreateSession"
 DESTROY_SESSION = f"/{SERVICE}/DestroySession"
 DESCRIBE = f"/{SERVICE}/Describe"
 
+#: What a call may be: bytes of a request, and inputs of a predict request. A client cuts a longer list.
+MAX_REQUEST_BYTES = 16 << 20
+MAX_INPUTS = 1024
+
 #: Names in the trailing metadata of a failed call. Values are ASCII or, with "-bin", UTF-8.
 ERROR_KEY = "miinb-error"
 HINT_KEY = "miinb-hint-bin"

@@ -28,7 +28,7 @@ from miinb.rpc import codec
 from miinb.rpc.address import unix_address
 from miinb.server import ipc
 from miinb.server.balancer import Balancer
-from miinb.server.service import MAX_REQUEST_BYTES, Inference, TokenCheck
+from miinb.server.service import Inference, TokenCheck
 from miinb.server.text import TextCodec
 from miinb.tasks import find_task
 
@@ -42,7 +42,7 @@ DEFAULT_MAX_BATCH = 1024
 
 GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_receive_message_length", codec.MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

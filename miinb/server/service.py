@@ -31,8 +31,6 @@ from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
 from miinb.tasks import TASKS
 
-MAX_REQUEST_BYTES = 16 << 20
-MAX_INPUTS = 1024
 #: A call without a deadline of its own has this one.
 MAX_DEADLINE_S = 3600.0
 #: A stream that its client does not read for so long is ended.
@@ -263,8 +261,8 @@ def check_inputs(inputs: Sequence[Mapping[str, Any]], task_name: str) -> None:
     task = TASKS[task_name]
     if task.streams:
         raise InvalidRequest(f"This deployment serves {task_name}.", hint="Use generate() or stream().")
-    if not 1 <= len(inputs) <= MAX_INPUTS:
-        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {MAX_INPUTS} fit in a call.")
+    if not 1 <= len(inputs) <= codec.MAX_INPUTS:
+        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {codec.MAX_INPUTS} fit in a call.")
     for values in inputs:
         for name in values:
             if name not in task.inputs:

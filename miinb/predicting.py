@@ -1,0 +1,180 @@
+"""A predict request on the client's side: cut into calls that the server takes, in flight together, ended together."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import grpc
+
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
+from miinb.messages import PredictedEvent
+from miinb.rpc import codec
+
+#: Inputs and bytes of one call. Below what the server takes: several calls are tokenized while others are computed.
+CALL_INPUTS = codec.MAX_INPUTS // 4
+CALL_BYTES = codec.MAX_REQUEST_BYTES // 4
+#: Calls of one request at the same time; the others wait here.
+MAX_CALLS = 8
+
+Inputs = Sequence[Mapping[str, str]]
+#: How an error of the server names an input of its call.
+_PLACE = re.compile(r"\binputs\[(\d+)\]")
+
+
+def cut(inputs: Inputs) -> Iterator[range]:
+    """The places of each call's inputs, in order. What is too large by itself is a call of its own."""
+    first, size = 0, 0
+    for place, values in enumerate(inputs):
+        own = sum(len(value.encode("utf-8", "surrogatepass")) for value in values.values())
+        if place > first and (place - first == CALL_INPUTS or size + own > CALL_BYTES):
+            yield range(first, place)
+            first, size = place, 0
+        size += own
+    yield range(first, len(inputs))
+
+
+class PredictCalls:
+    """The calls of one predict request. `cancel()` ends them from any thread.
+
+    Args:
+        open_call: opens a gRPC call: (bytes of the request, timeout in seconds).
+        done: called at the end of each call with its row of the requests table.
+        advance: called in the caller's thread with the number of inputs that have been answered since.
+    """
+
+    def __init__(
+        self,
+        open_call: Callable[[bytes, float], Any],
+        done: Callable[[dict[str, Any]], object],
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        self._open = open_call
+        self._done = done
+        self._advance = advance
+        self._running: set[Any] = set()
+        self._lock = threading.Lock()
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the calls that run, and those that would come."""
+        with self._lock:
+            self._cancelled = True
+            calls = tuple(self._running)
+        for call in calls:
+            call.cancel()
+
+    def run(self, inputs: Inputs, options: Mapping[str, Any], limit_s: float, *, alone: bool) -> PredictedEvent:
+        """The answers to all inputs, in order.
+
+        Args:
+            inputs: at least one.
+            options: of the task.
+            limit_s: of the whole request.
+            alone: the user gave one input, and no list.
+
+        Raises:
+            RequestError: a call failed; the message names the input by its place in `inputs`. The others are ended.
+            Interrupted: the Stop button was pressed.
+        """
+        end = time.monotonic() + limit_s
+
+        def ask(places: range) -> PredictedEvent:
+            part = inputs[places.start : places.stop]
+            try:
+                return self._ask(part, options, max(end - time.monotonic(), 0.001))
+            except MiinbError as error:
+                raise _placed(error, places.start, alone) from None
+
+        parts = list(cut(inputs))
+        try:
+            events = [ask(parts[0])] if len(parts) == 1 else self._together(ask, parts)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise Interrupted("stopped; the deployment lives on.") from None
+        return merge(events)
+
+    def _together(self, ask: Callable[[range], PredictedEvent], parts: Sequence[range]) -> list[PredictedEvent]:
+        with ThreadPoolExecutor(min(len(parts), MAX_CALLS), "miinb-predict") as pool:
+            futures = {pool.submit(ask, places): places for places in parts}
+            waiting: set[Future[PredictedEvent]] = set(futures)
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
+                    for future in sorted(done, key=lambda one: futures[one].start):
+                        future.result()  # raises its error; those of calls that are ended for it are not asked for
+                        self._advance(len(futures[future]))
+            finally:
+                if waiting:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self.cancel()
+        return [future.result() for future in futures]
+
+    def _ask(self, inputs: Inputs, options: Mapping[str, Any], timeout_s: float) -> PredictedEvent:
+        data = codec.encode_predict(inputs, options, uuid.uuid4().hex)
+        begin = time.perf_counter()
+        call = self._open(data, timeout_s)
+        with self._lock:
+            self._running.add(call)
+            late = self._cancelled
+        if late:
+            call.cancel()
+        event: PredictedEvent | None = None
+        error: MiinbError | None = None
+        try:
+            event = next((found for piece in call if (found := codec.decode_predicted(piece)) is not None), None)
+            error = None if event else Unavailable("The answer ended too early.")
+        except grpc.RpcError as failure:
+            error = codec.error_of(failure)
+        except BaseException:  # the Stop button
+            call.cancel()
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(call)
+            self._done(_row(event, error, len(inputs), time.perf_counter() - begin))
+        if error is not None or event is None:
+            raise error or Unavailable("The answer ended too early.")
+        return event
+
+
+def merge(events: Sequence[PredictedEvent]) -> PredictedEvent:
+    """The answers of several calls as those of one; `PredictTiming` says what the times are."""
+    if len(events) == 1:
+        return events[0]
+    return PredictedEvent(
+        row_id=0,
+        outputs=[output for event in events for output in event.outputs],
+        queue_s=max(event.queue_s for event in events),
+        preprocess_s=sum(event.preprocess_s for event in events),
+        model_s=sum(event.model_s for event in events),
+        postprocess_s=sum(event.postprocess_s for event in events),
+    )
+
+
+def _placed(error: MiinbError, first: int, alone: bool) -> MiinbError:
+    """The error with the input's place in the user's list; of one that was given alone, without a place."""
+
+    def place(match: re.Match[str]) -> str:
+        return "inputs" if alone else f"inputs[{int(match[1]) + first}]"
+
+    error.message = _PLACE.sub(place, error.message, count=1)
+    return error
+
+
+def _row(event: PredictedEvent | None, error: MiinbError | None, inputs: int, e2e_s: float) -> dict[str, Any]:
+    """The row of the requests table; a field that does not apply is left out."""
+    cancelled = event is None and (error is None or isinstance(error, Cancelled))
+    failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
+    row: dict[str, Any] = {"status": "ok" if event else failed, "batch_size": inputs, "e2e_s": e2e_s}
+    if error is not None:
+        row["error"] = type(error).__name__
+    if event is not None:
+        times = ("queue_s", "preprocess_s", "model_s", "postprocess_s")
+        row |= {name: getattr(event, name) for name in times} | {"finish_reason": "stop"}
+    return row
