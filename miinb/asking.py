@@ -66,7 +66,7 @@ def task_inputs(task: str, inputs: Any) -> list[dict[str, str]]:
     if isinstance(inputs, (str, Mapping)):
         return [_task_input("inputs", inputs, task, names, kind)]
     if getattr(inputs, "ndim", 1) != 1:  # a pandas frame, or a numpy array of another shape
-        column = f"frame[{names[0]!r}]" if len(names) == 1 else f"frame[{list(names)}].to_dict('records')"
+        column = "frame['text']" if len(names) == 1 else f"frame[{list(names)}].to_dict('records')"
         what = f"a {type(inputs).__name__} of {inputs.ndim} dimensions is not taken"
         raise InvalidRequest(f"inputs: {what}.", hint=f"Choose what to send: predict({column}).")
     if not isinstance(inputs, Iterable) or isinstance(inputs, (bytes, Set)):

@@ -70,6 +70,7 @@ class Client:
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._closed: Unavailable | None = None  # what a call is told
 
     def close(self, *, because: MiinbError | None = None) -> None:
@@ -318,23 +319,24 @@ class Client:
 
     def _known(self) -> dict[str, Any]:
         """Columns that are the same for all requests; asked once."""
-        if self._columns is None:
-            try:
-                values = self.description(timeout_s=1.0)
-            except Exception:  # a record is no reason for a request to fail
-                return {}
-            info = EngineInfo.from_dict(values["info"])
-            self._columns = {
-                "arm": info.engine,
-                "session": values["name"],
-                "task": info.task,
-                "model": info.model,
-                "engine": info.engine,
-                "dtype": info.dtype,
-                "tp": info.plan.tensor_parallel,
-                "replicas": values["replicas"],
-            }
-        return self._columns
+        with self._asking:  # of calls that end together one asks
+            if self._columns is None:
+                try:
+                    values = self.description(timeout_s=1.0)
+                except Exception:  # a record is no reason for a request to fail
+                    return {}
+                info = EngineInfo.from_dict(values["info"])
+                self._columns = {
+                    "arm": info.engine,
+                    "session": values["name"],
+                    "task": info.task,
+                    "model": info.model,
+                    "engine": info.engine,
+                    "dtype": info.dtype,
+                    "tp": info.plan.tensor_parallel,
+                    "replicas": values["replicas"],
+                }
+            return self._columns
 
 
 def _channel(address: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import time
@@ -147,9 +148,10 @@ def merge(events: Sequence[PredictedEvent]) -> PredictedEvent:
     """The answers of several calls as those of one; `PredictTiming` says what the times are."""
     if len(events) == 1:
         return events[0]
-    return PredictedEvent(
-        row_id=0,
+    return dataclasses.replace(
+        events[0],
         outputs=[output for event in events for output in event.outputs],
+        vectors=b"".join(event.vectors for event in events),
         queue_s=max(event.queue_s for event in events),
         preprocess_s=sum(event.preprocess_s for event in events),
         model_s=sum(event.model_s for event in events),

@@ -9,6 +9,8 @@ from typing import Any
 
 from miinb.client import Client
 from miinb.errors import InvalidRequest, did_you_mean
+from miinb.messages import PredictedEvent
+from miinb.predictions import vectors_of
 from miinb.results import ConversationReply, Reply
 from miinb.tasks import Task, find_task
 
@@ -51,8 +53,18 @@ def _predict(client: Client, task: Task, request: Mapping[str, Any], options: Ma
         raise InvalidRequest(f"{', '.join(request)}: give texts, or lists of the same length.")
     many = [dict(zip(request, values, strict=True)) for values in zip(*request.values(), strict=True)]
     event = client.predicted(request if single else many, options)
-    response = event.outputs[0] if single else list(event.outputs)
-    return Reply(response, time.perf_counter() - begin, event.model_s)
+    outputs = _plain(task, event, options)
+    return Reply(outputs[0] if single else outputs, time.perf_counter() - begin, event.model_s)
+
+
+def _plain(task: Task, event: PredictedEvent, options: Mapping[str, Any]) -> list[Any]:
+    """The answer to each input as transformers' pipelines give it, in lists, dictionaries, texts and numbers."""
+    if task.name == "feature-extraction":
+        vectors = vectors_of(event, pooled=options.get("pooling") != "none")
+        return [[{"embedding": vector.tolist()}] for vector in vectors]
+    if task.name == "question-answering" and options.get("top_k", 1) == 1:
+        return [answers[0] if answers else None for answers in event.outputs]
+    return list(event.outputs)
 
 
 def _converse(client: Client, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> ConversationReply:

@@ -75,7 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "asking": CORE,
     "client": (*CORE, "rpc", "results", "predictions", "predicting", "streams", "asking"),
     "cell": (*CORE,),
-    "queries": (*CORE, "results", "client"),
+    "queries": (*CORE, "results", "predictions", "client"),
     "session": (
         *("cell", *CORE, "rpc", "results", "asking", "client", "queries"),
         *("registry", "deployment", "preparation"),

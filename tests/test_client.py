@@ -316,15 +316,3 @@ def test_a_result_shows_model_text_escaped() -> None:
     bundle = result._repr_mimebundle_()
     assert "<img" not in bundle["text/html"]
     assert "<img" in bundle["text/plain"]
-
-
-def test_predictions_are_dataclasses_of_their_task() -> None:
-    from miinb.results import Entity, Fill, Label, predictions_of
-
-    labels = predictions_of("text-classification", [[{"label": "good", "score": 0.9}]])
-    assert labels == [[Label("good", 0.9)]]
-    entity = {"entity_group": "PER", "score": 0.5, "word": "Ada", "start": 0, "end": 3}
-    assert predictions_of("token-classification", [[entity], []]) == [[Entity("PER", 0.5, "Ada", 0, 3)], []]
-    fill = {"token_str": "a", "score": 0.5, "token": 3, "sequence": "a b"}
-    two_masks = predictions_of("fill-mask", [[[fill], [fill]]])
-    assert two_masks == [[[Fill("a", 0.5, 3, "a b")], [Fill("a", 0.5, 3, "a b")]]]
