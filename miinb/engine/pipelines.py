@@ -16,6 +16,7 @@ from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Poll
 from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
+from miinb.engine.transformers_encoder import load_encoding
 from miinb.errors import InvalidRequest, PromptTooLong, QueueFull, UnsupportedModel, did_you_mean
 from miinb.messages import (
     EncodeRequest,
@@ -92,8 +93,7 @@ class PredictExecutor:
         self._t_first = 0.0
         self._served = 0
         self._lead = lead
-        if lead is not None:
-            lead.announce(model)
+        self._encoding = load_encoding(model, config, info, lead)
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
 
@@ -123,17 +123,18 @@ class PredictExecutor:
             raise PromptTooLong(f"An input has {tokens} tokens, but the model takes {most}.", hint="Shorten it.")
 
     def encode(self, request: EncodeRequest) -> None:
-        """Refuse. Raises InvalidRequest."""
-        raise InvalidRequest(f"This deployment serves {self.info.task} otherwise.")
+        """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""
+        self._encoding.encode(request)
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """See `Executor`; a request that is being computed is answered all the same."""
         self._waiting = deque(request for request in self._waiting if request.row_id != row_id)
+        self._encoding.cancel(row_id, reason)
 
     @property
     def busy(self) -> bool:
         """Whether requests wait."""
-        return bool(self._waiting)
+        return bool(self._waiting or self._encoding.busy)
 
     def status(self) -> dict[str, Any]:
         """See `Executor`."""
@@ -148,6 +149,8 @@ class PredictExecutor:
     @torch.inference_mode()
     def step(self, emit: Emit, poll: Poll) -> None:
         """Answer the request that has waited longest. Raises PeerLost."""
+        if self._encoding.busy:
+            self._encoding.step(emit, poll)
         if not self._waiting:
             return
         request = self._waiting.popleft()

@@ -1,0 +1,116 @@
+"""An encoder's steps as tensors on the device, through memory that lives as long as the engine.
+
+A step's fields lie one behind the other, so that they are one copy. Where they begin follows from their sizes alone: a
+CUDA graph, which has sizes of its own, finds them at the same addresses in every step. On a GPU the host's side is
+pinned and there are two of it, taken in turns: the copy of one step may still be under way while the next is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miinb.engine.encode_queue import EncodeStep
+from miinb.engine.encoder import EncoderBatch
+
+#: Steps of so many tokens are short: padding them to a graph costs less than launching their kernels one by one.
+SMALL_STEP = 512
+
+
+class Sizes(NamedTuple):
+    """Of a step or of a graph, in the order in which graphs are chosen.
+
+    Attributes:
+        tokens: T.
+        max_length: of a sequence.
+        sequences: S.
+        rows: L.
+    """
+
+    tokens: int
+    max_length: int
+    sequences: int
+    rows: int
+
+    def holds(self, step: Sizes) -> bool:
+        """Whether a graph of these sizes computes the step, and padding it does not cost more than it saves."""
+        wasted = self.tokens - step.tokens
+        return all(own >= its for own, its in zip(self, step, strict=True)) and wasted <= max(
+            SMALL_STEP, step.tokens // 4
+        )
+
+
+class EncoderInputs:
+    """Writes steps into buffers.
+
+    Args:
+        max_tokens: most tokens of a step.
+        device: where it is computed.
+
+    Attributes:
+        graphs: sizes that there are CUDA graphs for, ascending. A step is padded to the first that holds it, with
+            tokens and sequences that nobody reads: sequences without tokens, and tokens of no sequence.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        most = Sizes(max_tokens, max_tokens, max_tokens, max_tokens)
+        size = sum(_field_bytes(most))
+        self._copies = device.type == "cuda"
+        self._host = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=self._copies) for _ in range(2 if self._copies else 1)
+        ]
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device) if self._copies else self._host[0]
+        self._turn = 0
+        self.graphs: Sequence[Sizes] = ()
+
+    def write(self, step: EncodeStep) -> EncoderBatch:
+        """The step's batch; it is valid until the next call."""
+        lengths = step.lengths
+        tokens, sequences = len(step.token_ids), len(lengths)
+        own = Sizes(tokens, int(lengths.max()), sequences, len(step.rows))
+        sizes = next((graph for graph in self.graphs if graph.holds(own)), own)
+        self._turn = (self._turn + 1) % len(self._host)
+        memory = self._host[self._turn]
+        token_ids, type_ids, positions, rows, starts = (field.numpy() for field in _fields(memory, sizes))
+        token_ids[:tokens] = step.token_ids
+        type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
+        starts[0] = 0
+        np.cumsum(lengths, out=starts[1 : sequences + 1])
+        positions[:tokens] = np.arange(tokens) - np.repeat(starts[:sequences], lengths)
+        rows[: len(step.rows)] = step.rows
+        # What was here before may be of a larger step.
+        token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[len(step.rows) :] = 0
+        starts[sequences + 1 :] = tokens
+        if self._copies:
+            used = sum(_field_bytes(sizes))
+            self._device[:used].copy_(memory[:used], non_blocking=True)
+        return self.batch(sizes)
+
+    def batch(self, sizes: Sizes) -> EncoderBatch:
+        """The batch of a graph: the place where steps of these sizes are written."""
+        token_ids, type_ids, positions, rows, starts = _fields(self._device, sizes)
+        return EncoderBatch(token_ids, type_ids, positions, starts, rows, sizes.max_length)
+
+
+#: Of token_ids, type_ids, positions, rows and starts: in memory's order.
+_DTYPES = (torch.int64, torch.int64, torch.int64, torch.int64, torch.int32)
+
+
+def _counts(sizes: Sizes) -> tuple[int, ...]:
+    return (sizes.tokens, sizes.tokens, sizes.tokens, sizes.rows, sizes.sequences + 1)
+
+
+def _field_bytes(sizes: Sizes) -> list[int]:
+    return [-(-count * dtype.itemsize // 16) * 16 for count, dtype in zip(_counts(sizes), _DTYPES, strict=True)]
+
+
+def _fields(memory: Tensor, sizes: Sizes) -> list[Tensor]:
+    found, at = [], 0
+    for count, dtype, size in zip(_counts(sizes), _DTYPES, _field_bytes(sizes), strict=True):
+        found.append(memory[at : at + count * dtype.itemsize].view(dtype))
+        at += size
+    return found
