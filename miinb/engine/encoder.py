@@ -114,7 +114,7 @@ class EncoderWeights:
     Attributes:
         words: [vocab, embed]; int8 where there is a `words_scale`, as in a `PackedLinear`.
         positions: [max_length, embed], from the first token's on.
-        token_types: [types, embed] or None.
+        token_types: [types, embed]; None where there are not several: a single one is in `positions`.
         embed_norm: behind the sum of the three.
         head: its layers; the decoder of tokens may be `words` itself.
         project: [hidden, embed] or None.

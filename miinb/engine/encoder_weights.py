@@ -62,6 +62,11 @@ class _Builder:
         self.fill(target, f"{self.module(part)}.weight", region)
         return target
 
+    def positions(self) -> Tensor:
+        """The table of positions; a single token type is every token's, and so a part of it."""
+        places = self.table("positions", self.spec.max_length, self.spec.position_offset)
+        return places + self.table("token_types", 1) if self.spec.token_types == 1 else places
+
     def matrix(self, names: list[str], sizes: list[int], columns: int) -> PackedLinear:
         """The checkpoint's matrices one below the other, quantized if asked."""
         if self.quantizer is None:
@@ -176,8 +181,8 @@ def load_encoder_weights(
         weights = EncoderWeights(
             words=words.weight,
             words_scale=words.scale,
-            positions=build.table("positions", spec.max_length, spec.position_offset),
-            token_types=build.table("token_types", spec.token_types) if spec.token_types else None,
+            positions=build.positions(),
+            token_types=build.table("token_types", spec.token_types) if spec.token_types > 1 else None,
             embed_norm=build.norm(build.module("embed_norm"), spec.embed_size),
             project=build.linear("project") if spec.projected else None,
             layers=layers,

@@ -9,6 +9,9 @@ from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec
 from miinb.engine.policies import (
     bert,
     bloom,
+    camembert,
+    distilbert,
+    electra,
     falcon,
     gemma,
     gemma2,
@@ -25,8 +28,10 @@ from miinb.engine.policies import (
     phi3,
     qwen2,
     qwen3,
+    roberta,
     stablelm,
     starcoder2,
+    xlm_roberta,
 )
 from miinb.engine.spec import DecoderSpec, Policy
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
@@ -38,8 +43,9 @@ _FAMILIES = (
 
 POLICIES: dict[str, Policy] = {module.POLICY.family: module.POLICY for module in _FAMILIES}
 
-#: Of encoders; their heads are part of them.
-ENCODERS: dict[str, EncoderPolicy] = {module.POLICY.family: module.POLICY for module in (bert,)}
+_ENCODER_FAMILIES = (bert, roberta, xlm_roberta, camembert, distilbert, electra)
+
+ENCODERS: dict[str, EncoderPolicy] = {module.POLICY.family: module.POLICY for module in _ENCODER_FAMILIES}
 
 
 def decoder_spec(config: Mapping[str, Any], source: str) -> DecoderSpec:

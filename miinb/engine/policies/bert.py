@@ -66,6 +66,6 @@ HEADS = {
         ),
     ),
 }
-IGNORED = ("embeddings.position_ids", "pooler.dense.*", "cls.seq_relationship.*")
+IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.*", "cls.seq_relationship.*")
 
 POLICY = EncoderPolicy("bert", body, "bert.", WEIGHTS, HEADS, IGNORED)
