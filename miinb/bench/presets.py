@@ -1,7 +1,8 @@
 """Public model configurations as data: the shapes that benchmarks run with random weights (`load_format="dummy"`).
 
 Only what differs from transformers' defaults for the model type stands here. `write` makes a folder that `Session`
-takes as `model`: config.json, and a plain tokenizer with a made-up vocabulary of the right size.
+takes as `model`: config.json, and a plain tokenizer with a made-up vocabulary of the right size (of an encoder: of its
+family's kind, see `encoder_tokenizers`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from miinb.bench import encoder_tokenizers
 from miinb.errors import InvalidValue, did_you_mean
 
 #: Name: (class of the model, the config.json of the public checkpoint).
@@ -130,6 +132,50 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
         "max_position_embeddings": 512,
     },
+    "bert-large": {
+        "model_type": "bert",
+        "architectures": ["BertForMaskedLM"],
+        "vocab_size": 30522,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 512,
+    },
+    "minilm": {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "vocab_size": 30522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 512,
+    },
+    "distilbert-base": {
+        "model_type": "distilbert",
+        "architectures": ["DistilBertForMaskedLM"],
+        "vocab_size": 30522,
+        "dim": 768,
+        "n_layers": 6,
+        "n_heads": 12,
+        "hidden_dim": 3072,
+        "max_position_embeddings": 512,
+    },
+    "roberta-base": {
+        "model_type": "roberta",
+        "architectures": ["RobertaForMaskedLM"],
+        "vocab_size": 50265,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-05,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    },
     "roberta-large": {
         "model_type": "roberta",
         "architectures": ["RobertaForMaskedLM"],
@@ -140,9 +186,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 4096,
         "max_position_embeddings": 514,
         "type_vocab_size": 1,
+        "layer_norm_eps": 1e-05,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
     },
 }
 
+_TINY_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 #: What makes a model of a family tiny: enough to run every line, in milliseconds.
 _TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
@@ -163,19 +213,19 @@ _TINY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     },
+    "bert": {**_TINY_ENCODER, "vocab_size": 600},
+    "roberta": {**_TINY_ENCODER, "vocab_size": 1200},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 600},
 }
 
 
 def tiny(name: str) -> dict[str, Any]:
-    """Changes for `write` that make a decoder's preset tiny: its family's shape, a few thousand weights.
+    """Changes for `write` that make a preset tiny: its family's shape, a few thousand weights.
 
     Raises:
-        InvalidValue: there is no such preset, or it is no decoder.
+        InvalidValue: there is no such preset.
     """
-    family = config(name)["model_type"]
-    if family not in _TINY:
-        raise InvalidValue(f"There is no tiny form of {name!r}.", hint="Decoders have one.")
-    return {**_TINY[family], "vocab_size": 320}
+    return {"vocab_size": 320, **_TINY[config(name)["model_type"]]}
 
 
 def config(name: str) -> dict[str, Any]:
@@ -186,7 +236,7 @@ def config(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise InvalidValue(f"There is no preset {name!r}.", hint=did_you_mean(name, PRESETS))
-    return {**PRESETS[name], "torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return {"torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **PRESETS[name]}
 
 
 def write(name: str, folder: str | Path, **changes: Any) -> Path:
@@ -208,6 +258,9 @@ def write(name: str, folder: str | Path, **changes: Any) -> Path:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    if values["model_type"] in encoder_tokenizers.KINDS:
+        encoder_tokenizers.write(values["model_type"], values["vocab_size"], target)
+        return target
     tokenizer(values["vocab_size"]).save(str(target / "tokenizer.json"))
     special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
     settings: Mapping[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
