@@ -1,4 +1,4 @@
-"""Tokenizers for encoders of public shapes: of the family's kind and size, with the benchmark's English words as tokens.
+"""Tokenizers for encoders of public shapes: of the family's kind and size, the benchmark's English words as tokens.
 
 A text of `workload.WORDS` then has about as many tokens as words, special tokens stand where the family puts them, and
 the rest of the vocabulary is made up.

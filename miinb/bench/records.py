@@ -40,8 +40,11 @@ DEFINITIONS: dict[str, str] = {
         "p90 below 10"
     ),
     "duration_s": "first submit to last end of a point's measured requests, summed over its blocks",
-    "output_tok_s": "output tokens of the successful requests / duration_s",
-    "total_tok_s": "prompt and output tokens of the successful requests / duration_s",
+    "seq_s": "encoder tasks: texts of the successful requests / duration_s",
+    "output_tok_s": (
+        "output tokens of the successful requests / duration_s; of encoder tasks, which write none, the input's tokens"
+    ),
+    "total_tok_s": "prompt and output tokens of the successful requests / duration_s; of encoder tasks the input's",
     "tok_s_per_gpu": "output_tok_s / n_gpus (a machine without a GPU counts as one)",
     "usd_per_mtok": (
         "price_usd_per_gpu_hour * n_gpus / 3600 / output_tok_s * 1e6; empty without the user's price; a machine "
@@ -50,7 +53,10 @@ DEFINITIONS: dict[str, str] = {
     "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap, "
     "requests that ran together drawn together",
     "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
-    "equal_share": "share of the baseline's output tokens before the first difference, mean over the answers",
+    "equal_share": (
+        "share of the baseline's output tokens before the first difference, mean over the answers; of encoder tasks "
+        "the share of equal labels, tokens or spans"
+    ),
 }
 
 

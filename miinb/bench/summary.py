@@ -12,6 +12,7 @@ import pandas as pd
 from miinb.bench.cost import usd_per_1k_images, usd_per_mtok
 from miinb.bench.records import DEFINITIONS, NAN
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.tasks import TASKS
 
 POINT = ["run_id", "arm", "point"]
 #: Fewest samples for which a percentile is given.
@@ -25,7 +26,7 @@ SUMMARY_COLUMNS: tuple[str, ...] = (
     *("e2e_max_s", "ttft_min_s", "ttft_p5_s", "ttft_p50_s", "ttft_p90_s", "ttft_p95_s", "ttft_p99_s", "ttft_max_s"),
     *("tpot_min_s", "tpot_p5_s", "tpot_p50_s", "tpot_p90_s", "tpot_p95_s", "tpot_p99_s", "tpot_max_s"),
     *("queue_p50_s", "preprocess_p50_s", "model_p50_s", "postprocess_p50_s"),
-    *("req_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
+    *("req_s", "seq_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
     *("cached_share", "peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
     *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_images"),
     *(
@@ -46,6 +47,12 @@ def percentile(values: pd.Series, q: int) -> float:
     """The q-th percentile; NaN where there are too few samples for it to mean anything (`FEWEST`)."""
     known = values.dropna()
     return float(np.percentile(known, q)) if len(known) >= FEWEST[q] else NAN
+
+
+def encodes(task: str) -> bool:
+    """Whether a task reads texts and writes none: its sequences and tokens are the input's."""
+    known = TASKS.get(task)
+    return known is not None and not known.streams and not known.image
 
 
 def measured(requests: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +84,9 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
     facts = env.get("arms", {}).get(first["arm"], {})
     ok, no_warmup = measured(group), group[~group["warmup"]]
     duration = _duration(no_warmup)
-    output, prompt = ok["output_tokens"].sum(), ok["prompt_tokens"].sum()
+    encoded = encodes(str(first["task"]))
+    prompt = ok["prompt_tokens"].sum()
+    output = prompt if encoded else ok["output_tokens"].sum()
     n_gpus = int(facts.get("n_gpus") or 0)
     row: dict[str, Any] = {
         "name": env.get("name"),
@@ -96,8 +105,9 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
             f"{part}_p50_s": percentile(ok[f"{part}_s"], 50) for part in ("queue", "preprocess", "model", "postprocess")
         },
         "req_s": _rate(len(ok), duration),
+        "seq_s": _rate(ok["batch_size"].sum(), duration) if encoded else NAN,
         "output_tok_s": _rate(output, duration),
-        "total_tok_s": _rate(output + prompt, duration),
+        "total_tok_s": _rate(prompt if encoded else output + prompt, duration),
         "img_s": _rate(ok["images"].sum(), duration) if ok["images"].notna().any() else NAN,
         "cached_share": ok["cached_tokens"].sum() / prompt if prompt > 0 and ok["cached_tokens"].notna().any() else NAN,
         **{name: facts.get(name, NAN) for name in ("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s")},
@@ -164,8 +174,10 @@ def _reference(summary: pd.DataFrame, row: pd.Series, baseline: str) -> pd.Serie
     candidates = summary[(summary["arm"] == baseline) & _same_point(summary, row)]
     same_run = candidates[candidates["run_id"] == row["run_id"]]
     if same_run.empty:
-        same = (candidates["model"] == row["model"]) & (candidates["new_tokens"] == row["new_tokens"])
-        same_run = candidates[same & (candidates["prompt_tokens"] == row["prompt_tokens"])]
+        same = candidates["model"] == row["model"]
+        for name in ("task", "new_tokens", "prompt_tokens"):
+            same &= candidates[name].isna() if pd.isna(row[name]) else candidates[name] == row[name]
+        same_run = candidates[same]
     return None if same_run.empty else same_run.iloc[-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from miinb.bench.headline.suites import Job
+from miinb.bench.headline.book import Job
 from miinb.bench.headline.trace import Measured, error_text
 from miinb.errors import MiinbError
 
@@ -24,9 +25,14 @@ KEPT_BYTES = 1 << 30
 
 
 class Worker:
-    """Runs jobs in a child process, which is started when one is needed and replaced after a failure."""
+    """Runs jobs in a child process, which is started when one is needed and replaced after a failure.
 
-    def __init__(self) -> None:
+    Args:
+        runner: the module whose `run_job(job, rates)` yields what each workload measured; it alone imports the engine.
+    """
+
+    def __init__(self, runner: str = "miinb.bench.headline.arms") -> None:
+        self._runner = runner
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -65,7 +71,7 @@ class Worker:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs,))
+            self._process = context.Process(target=serve, args=(theirs, self._runner))
             self._process.start()
             theirs.close()
         connection = self._connection
@@ -92,11 +98,13 @@ class Worker:
                 self.close()
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, runner: str) -> None:
     """The child: answers questions until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.environ["TQDM_DISABLE"] = "1"
-    from miinb.bench.headline import arms, floors
+    from miinb.bench.headline import floors
+
+    arms = importlib.import_module(runner)
 
     while True:
         try:

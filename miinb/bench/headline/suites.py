@@ -157,6 +157,11 @@ class Job:
     workloads: tuple[Workload, ...]
     checkpoint: bool = False
 
+    @property
+    def task(self) -> str:
+        """Hugging Face's name."""
+        return "text-generation"
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

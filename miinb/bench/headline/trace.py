@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from miinb.bench.encoders.answers import Answer
 from miinb.bench.records import utc_now
 from miinb.errors import MiinbError
 from miinb.messages import SequenceRequest
@@ -50,12 +51,16 @@ class Trace:
 
 @dataclass(slots=True)
 class Measured:
-    """One workload of one arm: records as dicts of `Record`'s fields, facts for the run's environment."""
+    """One workload of one arm: records as dicts of `Record`'s fields, facts for the run's environment.
+
+    `answers` of encoders, by `prompt_id`: what is compared with the baseline's.
+    """
 
     suite: str
     records: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
 
 
 def error_text(error: BaseException) -> str:
