@@ -20,7 +20,7 @@ from miinb.bench.encoders.table import table
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.trace import Measured
 from miinb.bench.records import Record, load_runs
-from miinb.results import Fill, Label
+from miinb.predictions import Fill, Label
 
 FAMILIES = {"bert-base": "bert", "roberta-large": "roberta", "distilbert-base": "distilbert"}
 

@@ -22,7 +22,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "text-classification": {"top_k": 3},
     "feature-extraction": {"pooling": "mean"},
 }
-PARTS = ("queue_s", "preprocess_s", "model_s", "postprocess_s")
 
 
 def run_session(job: Job) -> Iterator[Measured]:
@@ -50,27 +49,19 @@ def run_session(job: Job) -> Iterator[Measured]:
 def _served(session: Session, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
     """One text after another, another each time."""
     options = OPTIONS.get(job.task, {})
-    calls: list[Call] = []
     for number in range(-workload.warmup, workload.repeats):
         (text,) = maker.texts(workload.lengths, f"{workload.seed}/{number}")
         (predictions,), call = _timed(session, text, options)
-        calls.append(call)
-        found.answers[str(number)] = [answer_of(job.task, predictions)]
-    _fill_parts(session, calls)
-    for number, call in enumerate(calls, -workload.warmup):
         found.records += records_of(job, workload, [call], number)
+        found.answers[str(number)] = [answer_of(job.task, predictions)]
 
 
 def _embeddings(session: Session, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
     """All texts in one call."""
     texts = maker.texts(workload.lengths, workload.seed)
-    calls: list[Call] = []
     predictions: Any = []
-    for _ in range(workload.warmup + workload.repeats):
+    for number in range(-workload.warmup, workload.repeats):
         predictions, call = _timed(session, texts, OPTIONS[job.task])
-        calls.append(call)
-    _fill_parts(session, calls)
-    for number, call in enumerate(calls, -workload.warmup):
         found.records += records_of(job, workload, [call], number)
     found.answers["0"] = [answer_of(job.task, one) for one in predictions]
 
@@ -95,14 +86,9 @@ _RUNS: dict[str, Callable[[Session, Job, Workload, Maker, Measured], None]] = {
 
 
 def _timed(session: Session, inputs: Any, options: dict[str, Any]) -> tuple[Any, Call]:
+    """The predictions, and where the call's time went: the parts by the server's clock, the whole by this one."""
     t_start = time.perf_counter()
     predictions = session.predict(inputs, **options)
-    return predictions, Call(t_start, time.perf_counter() - t_start)
-
-
-def _fill_parts(session: Session, calls: list[Call]) -> None:
-    """The server's part of the timing, from the session's records of the same calls."""
-    last = session.records.tail(len(calls))
-    for call, (_, row) in zip(calls, last.iterrows(), strict=True):
-        for name in PARTS:
-            setattr(call, name, float(row[name]))
+    end_s = time.perf_counter() - t_start
+    parts = predictions.timing
+    return predictions, Call(t_start, end_s, parts.queue_s, parts.preprocess_s, parts.model_s, parts.postprocess_s)
