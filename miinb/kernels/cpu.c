@@ -1,65 +1,7 @@
 /* The operators on a CPU: a decoder's step is bound by memory, so weights are read once, in int8, bf16 or fp32, and
-   everything is summed in fp32. Compiled once for the machine by cpu.py, which also describes the arguments.
+   everything is summed in fp32. Compiled once for the machine by cpu_build.py; cpu.py describes the arguments. */
 
-   Vectors are GCC's own (https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html): the same source becomes AVX2,
-   AVX-512 or NEON. Threads are those of the OpenMP runtime that PyTorch has loaded. */
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t vecu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef uint16_t bf16;
-
-#define INLINE static inline __attribute__((always_inline))
-
-enum { NONE, RELU, SILU, GELU, GELU_TANH };
-
-INLINE float widen(bf16 h) {
-  uint32_t bits = (uint32_t)h << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-
-INLINE bf16 narrow(float f) { /* to nearest, ties to even; NaN stays NaN */
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)(bits >> 16 | 0x40);
-  return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float load(const void *p, int64_t i, int half) {
-  return half ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i];
-}
-
-INLINE void store(void *p, int64_t i, float f, int half) {
-  if (half)
-    ((bf16 *)p)[i] = narrow(f);
-  else
-    ((float *)p)[i] = f;
-}
-
-/* Keeps a vector in a register: the compiler would load it anew for every product, and loads are what runs out. */
-#if defined(__x86_64__)
-#define KEEP(v) __asm__("" : "+x"(v))
-#elif defined(__aarch64__)
-#define KEEP(v) __asm__("" : "+w"(v))
-#else
-#define KEEP(v)
-#endif
+#include "cpu.h"
 
 /* bf16 is the upper half of fp32: of 2 * LANES numbers in memory, the even ones move up and the odd ones are there
    already. That is two operations where restoring the order would take five, so the other side of every product is
@@ -89,55 +31,6 @@ INLINE void widen_split(const bf16 *from, float *to, int64_t n) {
   for (; i < n; i++) to[i] = widen(from[i]);
 }
 
-typedef float vec4 __attribute__((vector_size(16)));
-typedef int32_t index4 __attribute__((vector_size(16)));
-
-INLINE float sum_vec(vec v) {
-  vec4 quarter[LANES / 4];
-  memcpy(quarter, &v, sizeof v);
-  vec4 s = quarter[0];
-  for (int i = 1; i < LANES / 4; i++) s += quarter[i];
-  s += __builtin_shuffle(s, (index4){2, 3, 0, 1});
-  return s[0] + s[1];
-}
-
-/* exp by 2^n * 2^f with a polynomial for |f| <= 1/2; relative error below 2e-7. NaN stays NaN. */
-INLINE float exp_fast(float x) {
-  float clamped = x > 88.0f ? 88.0f : x;
-  clamped = clamped < -87.0f ? -87.0f : clamped;
-  float n = rintf(clamped * 1.44269504f);
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = ((int32_t)n + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, 4);
-  return p * scale;
-}
-
-INLINE float activate(float x, int kind) {
-  switch (kind) {
-    case RELU: return x > 0 || x != x ? x : 0;
-    case SILU: return x / (1 + exp_fast(-x));
-    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case GELU_TANH: return x / (1 + exp_fast(-1.59576912f * (x + 0.044715f * x * x * x))); /* (1 + tanh(u)) / 2 */
-    default: return x;
-  }
-}
-
-/* A thread's own part of [0, n), in whole blocks. */
-INLINE void part(int64_t n, int64_t block, int64_t *start, int64_t *end) {
-  int64_t blocks = (n + block - 1) / block, threads = omp_get_num_threads(), me = omp_get_thread_num();
-  *start = blocks * me / threads * block;
-  *end = blocks * (me + 1) / threads * block;
-  if (*end > n) *end = n;
-}
-
 /* ---- linear ------------------------------------------------------------------------------------------------- */
 
 /* Weights are fp32, bf16 or int8. The columns of an int8 row are in groups, each with a scale; a weight is widened to
@@ -152,9 +45,7 @@ enum { FP32, BF16, INT8 };
 #define FEW 4   /* rows of x up to which weights are widened on the way; for more, rows of weights are widened once */
 #define PANEL 4 /* so many at a time, for two rows of x: with more than eight sums GCC does not keep them in registers */
 
-typedef float reg __attribute__((vector_size(4 * LANES)));
 typedef int8_t vecb __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int32_t veci __attribute__((vector_size(4 * LANES)));
 
 INLINE vec whole(const int8_t *p) { /* GCC 12 makes many instructions of the conversion from bytes */
 #if defined(__AVX512F__)
