@@ -19,9 +19,14 @@ _BLOCK_ELEMENTS = 1 << 16
 
 
 class Quantizer:
-    """Quantizes the matrices of one model and keeps account of what that changes."""
+    """Quantizes the matrices of one model and keeps account of what that changes.
 
-    def __init__(self) -> None:
+    Args:
+        levels: the largest number.
+    """
+
+    def __init__(self, levels: int = 127) -> None:
+        self._levels = levels
         self._error = 0.0  # sums of squares
         self._total = 0.0
 
@@ -36,7 +41,7 @@ class Quantizer:
         for part, out, factors in zip(*(torch.split(tensor, rows) for tensor in (weight, numbers, scale)), strict=True):
             columns = part.shape[1]
             groups = F.pad(part.float(), (0, -columns % GROUP)).view(len(part), -1, GROUP)
-            factors.copy_(torch.linalg.vector_norm(groups, math.inf, dim=-1) / 127)
+            factors.copy_(torch.linalg.vector_norm(groups, math.inf, dim=-1) / self._levels)
             scaled = groups / factors.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
             whole = scaled.round()
             out.copy_(whole.flatten(1)[:, :columns])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.kernels import cpu_build, reference
+from miinb.kernels.cpu_blocks import BlockedLinear, blocked
 from miinb.kernels.linear import PackedLinear
 
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -26,8 +27,10 @@ _ARGUMENTS = {
     "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
     "miinb_argmax": [_P] * 3 + [_I] * 2 + [_C],
     "miinb_attention": [_P] * 6 + [_I] * 7 + [_F, _F, _P, _C],
+    "miinb_blocked_linear": [_P] * 5 + [_I] * 3 + [_C, _C],
+    "miinb_packed_attention": [_P] * 3 + [_I] * 4 + [_F, _C],
 }
-_ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+_ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "tanh": 5}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 #: Widest head that the library's buffers hold.
 MAX_HEAD_SIZE = 1024
@@ -54,6 +57,8 @@ class CpuKernels:
         self._norm = self._library.miinb_norm
         self._rope = self._library.miinb_rope_append
         self._attention = self._library.miinb_attention
+        self._blocked_linear = self._library.miinb_blocked_linear
+        self._packed_attention = self._library.miinb_packed_attention
         self.limit = 1 << 30
         if not int8:
             self.limit = self._measure()
@@ -88,10 +93,33 @@ class CpuKernels:
             "and the last bits of an answer depend on what else is asked at that moment"
         )
 
+    @property
+    def levels(self) -> int:
+        """The largest number of int8 weights that `pack` takes: what this CPU's instructions add up without loss."""
+        return ctypes.c_int32.in_dll(self._library, "miinb_levels").value
+
+    def pack(self, packed: PackedLinear) -> PackedLinear | BlockedLinear:
+        """The layer as the products of many rows are fastest: in tiles, if it is fp32 or int8.
+
+        `linear` then multiplies int8 with int8: x is quantized row by row, with a scale for each `reference.GROUP`
+        columns, as the weights are.
+        """
+        if self._half:
+            return packed
+        tile = ctypes.c_int32.in_dll(self._library, "miinb_tile").value
+        return blocked(packed, tile=tile, levels=self.levels)
+
     def linear(
-        self, x: Tensor, packed: PackedLinear, *, activation: str | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        packed: PackedLinear | BlockedLinear,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """See `linear.linear`."""
+        if isinstance(packed, BlockedLinear):
+            return self._run_blocked(x, packed, activation, residual)
         if x.shape[0] >= self.limit and packed.scale is None:
             return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
         return self._run_linear(x, packed, packed.weight.shape[0], activation, residual, 0)
@@ -124,6 +152,42 @@ class CpuKernels:
             self._half,
         )
         return y
+
+    def _run_blocked(self, x: Tensor, packed: BlockedLinear, activation: str | None, residual: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty((x.shape[0], packed.outputs))
+        self._blocked_linear(
+            x.data_ptr(),
+            packed.blocks.data_ptr(),
+            packed.bias.data_ptr() if packed.bias is not None else None,
+            residual.contiguous().data_ptr() if residual is not None else None,
+            y.data_ptr(),
+            x.shape[0],
+            packed.outputs,
+            packed.columns,
+            _ACTIVATIONS[activation],
+            packed.int8,
+        )
+        return y
+
+    def packed_attention(
+        self, qkv: Tensor, starts: Tensor, *, heads: int, head_size: int, scale: float, max_length: int
+    ) -> Tensor:
+        """See `packed_attention.packed_attention`."""
+        qkv = qkv.contiguous()
+        out = torch.empty((qkv.shape[0], heads * head_size), dtype=qkv.dtype)
+        self._packed_attention(
+            qkv.data_ptr(),
+            starts.data_ptr(),
+            out.data_ptr(),
+            starts.shape[0] - 1,
+            max_length,
+            heads,
+            head_size,
+            scale,
+            self._half,
+        )
+        return out
 
     def greedy_head(self, x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
         """See `head.greedy_head`."""

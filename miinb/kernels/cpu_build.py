@@ -1,4 +1,4 @@
-"""Compiles cpu.c for this machine, once, into the user's cache."""
+"""Compiles the C operators for this machine, once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import platformdirs
 import torch  # noqa: F401  (its OpenMP runtime has to be loaded before the library that uses it)
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_encoder.c"))
+HEADER = Path(__file__).with_name("cpu.h")
 #: No -ffast-math: NaN must stay NaN for a row to be found broken.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
 TIMEOUT_S = 120
@@ -49,12 +50,12 @@ def build(cache: Path | None = None) -> Path:
 def _compile(compiler: str, runtime: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
         made = Path(place) / "kernels.so"
-        objects = Path(place) / "kernels.o"
+        objects = [str(Path(place) / f"{source.stem}.o") for source in SOURCES]
         # Linked with the runtime that PyTorch has loaded, not the system's: a second one has threads of its own,
         # and two pools spinning on the same cores are many times slower.
         commands = (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(objects)],
-            [compiler, "-shared", "-o", str(made), str(objects), str(runtime), "-lm", "-Wl,--no-undefined"],
+            *([compiler, *FLAGS, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)),
+            [compiler, "-shared", "-o", str(made), *objects, str(runtime), "-lm", "-Wl,--no-undefined"],
         )
         for command in commands:
             try:
@@ -79,5 +80,6 @@ def _key(compiler: str, runtime: Path) -> str:
     """What the library depends on: its source, how it is built, and the CPU (home folders are shared by machines)."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
     cpu = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, str(runtime), cpu.group(0) if cpu else "")
+    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)]
+    parts = (*sources, " ".join(FLAGS), version, str(runtime), cpu.group(0) if cpu else "")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
