@@ -20,6 +20,8 @@ MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1e30
 #: Most tokens in a step by default. A CPU computes few as fast as many, and its streams wait less for a prompt.
 STEP_TOKENS = {"cuda": 2048, "cpu": 128}
+#: The same of encoders. What comes meanwhile waits for a step, so those of a CPU are short.
+ENCODER_STEP_TOKENS = {"cuda": 16384, "cpu": 256}
 
 Engine = Literal["optimized", "baseline"]
 DType = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4", "fp8"]
@@ -115,7 +117,7 @@ class EngineOptions(Frozen):
         kv_cache_bytes: optimized: memory of the KV cache; None lets the planner choose.
         prefix_cache: optimized: keep the pages of finished prompts and reuse equal prefixes.
         max_step_tokens: optimized: most tokens in one step, of prompts and of running rows, which wait no longer than
-            such a step for a prompt. None: 2048 on a GPU, 128 on a CPU.
+            such a step for a prompt. None: 2048 on a GPU, 128 on a CPU; of encoders 16384 and 256.
         speculative: optimized: "prompt_lookup" guesses the next tokens from equal text before and computes several
             in one step; the answers stay the same (in bf16 and fp16 up to near ties, as in any batch).
         max_queue: most requests that wait; more are refused with `QueueFull`.
@@ -138,9 +140,9 @@ class EngineOptions(Frozen):
     all_reduce: Literal["auto", "shared_memory", "gloo"] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
 
-    def step_tokens(self, device: str) -> int:
+    def step_tokens(self, device: str, *, encoder: bool = False) -> int:
         """`max_step_tokens`, or what a "cuda" or "cpu" takes when it is None."""
-        return self.max_step_tokens or STEP_TOKENS[device]
+        return self.max_step_tokens or (ENCODER_STEP_TOKENS if encoder else STEP_TOKENS)[device]
 
 
 def _gpus(value: object) -> object:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,25 +21,8 @@ from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
 from miinb.messages import EngineInfo, Plan
+from tests.engine.recomputing import Recomputing
 from tests.engine.test_cuda import generate
-
-
-class Recomputing:
-    """Stands in for CUDA graphs: a replay computes the step again and writes to the same tensors."""
-
-    seconds = 0.0
-    bytes = 0
-    replays = 0
-
-    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        results = step()
-
-        def replay() -> None:
-            self.replays += 1
-            for old, new in zip(results, step(), strict=True):
-                old.copy_(new)
-
-        return replay, results
 
 
 class Runner(GraphRunner):

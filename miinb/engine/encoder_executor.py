@@ -1,0 +1,50 @@
+"""The executor of the fused encoder: its bounds, and CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from miinb.config import DeploymentConfig
+from miinb.engine.encode_queue import Bounds
+from miinb.engine.encoder import Encoder
+from miinb.engine.encoder_graphs import GraphedEncoder, graph_sizes
+from miinb.engine.encoder_inputs import EncoderInputs
+from miinb.engine.encoding import EncodeExecutor, EncoderModel
+from miinb.engine.reduction import ROWS, check_task
+from miinb.messages import EngineInfo, Phase
+
+
+def fused_executor(
+    encoder: Encoder, config: DeploymentConfig, info: EngineInfo, report: Callable[[Phase], None]
+) -> EncodeExecutor:
+    """What serves a loaded encoder.
+
+    Args:
+        encoder: on its device.
+        config: `options.max_step_tokens`, `max_queue` and `cuda_graphs` count here.
+        info: what the frontend is told; its plan gets lines on steps and graphs.
+        report: told of the capture.
+
+    Raises:
+        UnsupportedModel: the task is not served.
+    """
+    check_task(info.task)
+    spec, options = encoder.spec, config.options
+    length = min(info.max_length, spec.max_length)
+    tokens = options.step_tokens(info.device, encoder=True)
+    bounds = Bounds(length, spec.vocab_size, spec.token_types, tokens)
+    inputs = EncoderInputs(max(tokens, length), torch.device(info.device))
+    model: EncoderModel = encoder
+    reason = "asked for" if options.max_step_tokens else "packed, without padding"
+    plan = info.plan.with_line("steps", f"{tokens} tokens", reason)
+    if info.device == "cuda" and options.cuda_graphs:
+        report(Phase("capture"))
+        model = graphed = GraphedEncoder(encoder, inputs, graph_sizes(tokens, length, ROWS[info.task]))
+        plan = plan.with_line("graphs", "on", str(graphed))
+    elif info.device == "cuda":
+        plan = plan.with_line("graphs", "off", "asked for")
+    info = dataclasses.replace(info, max_length=length, plan=dataclasses.replace(plan, max_length=length))
+    return EncodeExecutor(model, info, bounds, max_queue=options.max_queue, inputs=inputs)

@@ -1,0 +1,102 @@
+"""CUDA graphs of an encoder with its head: what Python costs a step becomes one launch.
+
+A graph is keyed by its sizes (`encoder_inputs.Sizes`): packed tokens and longest sequence, with room for so many
+sequences and rows as steps of that kind have. A step is padded to it; where sequences begin is data that it reads from
+the memory of `EncoderInputs`. Large steps run eagerly: the GPU computes while Python launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from miinb.engine.encoder import EncoderBatch
+from miinb.engine.encoder_inputs import EncoderInputs, Sizes
+from miinb.engine.encoding import EncoderModel
+from miinb.engine.graphs import MOST_BYTES, MOST_SECONDS, Recorder, Replay
+from miinb.engine.reduction import Rows
+from miinb.wording import size_words
+
+#: Steps of more tokens run eagerly.
+MOST_TOKENS = 4096
+#: Attention needs no loop over keys in sequences of so many tokens.
+SHORT = 128
+
+
+def graph_sizes(max_tokens: int, max_length: int, rows: Rows) -> list[Sizes]:
+    """Sizes of the graphs, ascending: close together where a step is short.
+
+    Args:
+        max_tokens: most tokens of a step.
+        max_length: of the model's sequences.
+        rows: which the head has: of each sequence one, all tokens, or some.
+    """
+    most = min(max_tokens, MOST_TOKENS)
+    steps = (range(16, 64, 16), range(64, 256, 32), range(256, 512, 64), range(512, 1024, 128), range(1024, 2048, 256))
+    tokens = {n for part in (*steps, range(2048, most, 512)) for n in part if n < most} | {most}
+    found = []
+    for count in sorted(tokens):
+        for length in sorted({min(count, SHORT, max_length), min(count, max_length)}):
+            sequences = max(8, count // (8 if length <= SHORT else 32))
+            wanted = {"first": sequences, "all": count, "wanted": max(8, count // 16)}[rows]
+            found.append(Sizes(count, length, sequences, wanted))
+    return found
+
+
+class GraphedEncoder:
+    """An encoder that runs a step as a CUDA graph where there is one (see `encoding.EncoderModel`).
+
+    Args:
+        encoder: the model.
+        inputs: the steps' memory; its `graphs` are set.
+        sizes: of the graphs, ascending; not all are made where they take too long or too much memory.
+        recorder: None: `Recorder`.
+    """
+
+    def __init__(
+        self, encoder: EncoderModel, inputs: EncoderInputs, sizes: Sequence[Sizes], recorder: Recorder | None = None
+    ) -> None:
+        self._encoder = encoder
+        self._recorder = recorder or Recorder()
+        self._replays: dict[Sizes, Replay] = {}
+        largest = sizes[-1]
+        like = encoder.outputs(_blank(inputs, largest))
+        # All graphs write here: vocabularies are wide, and one of each graph would take much memory.
+        self._outputs = torch.empty(
+            (max(size.rows for size in sizes), like.shape[1]), dtype=like.dtype, device=like.device
+        )
+        for size in (largest, *sizes[:-1]):  # the others fit in the memory of the largest
+            if self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES:
+                break
+            self._capture(inputs, size)
+        inputs.graphs = sorted(self._replays)
+
+    def __str__(self) -> str:
+        counts = sorted({size.tokens for size in self._replays})
+        took = f"captured in {self._recorder.seconds:.1f} s, {size_words(self._recorder.bytes)}"
+        return f"{len(self._replays)} of steps of {counts[0]} to {counts[-1]} tokens, {took}"
+
+    @torch.inference_mode()
+    def _capture(self, inputs: EncoderInputs, size: Sizes) -> None:
+        batch, outputs = _blank(inputs, size), self._outputs[: size.rows]
+        self._replays[size], _ = self._recorder.record(lambda: (outputs.copy_(self._encoder.outputs(batch)),))
+
+    def outputs(self, batch: EncoderBatch) -> Tensor:
+        """See `encoding.EncoderModel`."""
+        # An eager step that happens to have a graph's sizes lies where the graph reads.
+        size = Sizes(len(batch.token_ids), batch.max_length, len(batch.starts) - 1, len(batch.rows))
+        replay = self._replays.get(size)
+        if replay is None:
+            return self._encoder.outputs(batch)
+        replay()
+        return self._outputs[: size.rows]
+
+
+def _blank(inputs: EncoderInputs, size: Sizes) -> EncoderBatch:
+    """Padding alone."""
+    batch = inputs.batch(size)
+    for tensor in (batch.token_ids, batch.type_ids, batch.positions, batch.rows, batch.starts):
+        tensor.zero_()
+    return batch

@@ -1,0 +1,117 @@
+"""An encoder's steps through graphs that compute again: the answers of eager steps, whatever they are padded with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from miinb.config import DeploymentConfig
+from miinb.engine.encoder import EncoderBatch
+from miinb.engine.encoder_executor import fused_executor
+from miinb.engine.encoder_graphs import GraphedEncoder, graph_sizes
+from miinb.engine.encoder_inputs import EncoderInputs, Sizes
+from miinb.engine.encoding import EncodeExecutor
+from miinb.engine.reduction import ROWS
+from tests.engine import tiny_encoders
+from tests.engine.recomputing import Recomputing
+from tests.engine.test_encoder import load
+from tests.engine.test_encoding import ask, info_of, run, sequences, values
+
+LONGEST = 48
+
+
+def eager(folder: Path, task: str) -> EncodeExecutor:
+    config = DeploymentConfig.parse({"model": "m", "options": {"max_step_tokens": 128}})
+    return fused_executor(load(folder, task), config, info_of(task, max_length=64), lambda phase: None)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_padded_steps_give_the_answers_of_eager_ones(task: str, tmp_path: Path) -> None:
+    tiny_encoders.build("bert", task, tmp_path)
+    plain, graphed = eager(tmp_path, task), eager(tmp_path, task)
+    assert plain.info.max_length == LONGEST
+    assert ("steps", "128 tokens") in [(line.what, line.choice) for line in plain.info.plan.lines]
+    recorder: Any = Recomputing()
+    inputs = graphed.inputs
+    graphed.model = GraphedEncoder(graphed.model, inputs, graph_sizes(96, LONGEST, ROWS[task]), recorder)  # type: ignore[arg-type]
+    assert str(graphed.model).startswith("5 of steps of 16 to 96 tokens")
+    # One text, a full step, a larger one, and one of more texts than a graph takes.
+    loads = [[9], [48, 3, 40], [30, 30, 30, 30], [2] * 13, [1], [17, 5, 31]]
+    for row, lengths in enumerate(loads):
+        masks = [(0, 0), (len(lengths) - 1, lengths[-1] - 1)][: len(lengths)] if task == "fill-mask" else None
+        answers = []
+        for executor in (plain, graphed):
+            executor.encode(ask(row, sequences(lengths, row), masks=masks))
+            answers.append(run(executor)[row])
+        np.testing.assert_allclose(*map(values, answers), rtol=1e-4, atol=1e-6)
+        assert answers[0].ids == answers[1].ids
+    assert plain.status()["steps"] == graphed.status()["steps"] == len(loads)
+    assert recorder.replays == len(loads) - 2
+
+
+class Summing:
+    """A model whose outputs tell what is in the batch."""
+
+    def outputs(self, batch: EncoderBatch) -> torch.Tensor:
+        tokens = batch.token_ids + 100 * batch.positions + 10000 * batch.type_ids
+        return tokens[batch.rows][:, None].float()
+
+
+def test_a_graph_reads_what_was_written_last_and_nothing_of_larger_steps() -> None:
+    inputs = EncoderInputs(64, torch.device("cpu"))
+    recorder: Any = Recomputing()
+    model = GraphedEncoder(Summing(), inputs, graph_sizes(64, 40, "all"), recorder)
+    executor = EncodeExecutor(model, info_of("feature-extraction"), bounds(), max_queue=9, inputs=inputs)
+    for row, lengths in enumerate(([40, 20], [5], [3, 3, 3])):
+        texts = sequences(lengths, row)
+        executor.encode(ask(row, texts, pooling="none", types=True))
+        wanted = [
+            token + 100 * place + 10000 * (place > len(text) // 2) for text in texts for place, token in enumerate(text)
+        ]
+        assert values(run(executor)[row])[:, 0].tolist() == wanted
+        batch = inputs.batch(inputs.graphs[-1])
+        assert batch.token_ids.data_ptr() == inputs.batch(inputs.graphs[0]).token_ids.data_ptr()
+    assert recorder.replays == 3
+
+
+def bounds() -> Any:
+    from miinb.engine.encode_queue import Bounds
+
+    return Bounds(max_length=40, vocab_size=61, token_types=2, max_tokens=64)
+
+
+def test_the_captures_end_with_time() -> None:
+    recorder: Any = Recomputing()
+    recorder.seconds = 4.0
+    inputs = EncoderInputs(64, torch.device("cpu"))
+    model = GraphedEncoder(Summing(), inputs, graph_sizes(64, 40, "all"), recorder)
+    assert inputs.graphs == []
+    batch = EncoderBatch.of_sequences([[5, 6]])
+    assert model.outputs(batch)[:, 0].tolist() == [5, 106]
+
+
+@pytest.mark.parametrize("rows", ["first", "all", "wanted"])
+@pytest.mark.parametrize(("most", "longest"), [(16384, 512), (256, 77), (40, 512), (16, 8)])
+def test_every_usual_step_has_a_graph_and_is_padded_little(most: int, longest: int, rows: Any) -> None:
+    sizes = graph_sizes(most, longest, rows)
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) < 60
+    for tokens in range(1, min(most, 4096) + 1, 7):
+        for length in (min(tokens, longest), min(tokens, longest, 20)):
+            count = -(-tokens // length)
+            outputs = {"first": count, "all": tokens, "wanted": count}[rows]
+            found = next((size for size in sizes if size.holds(Sizes(tokens, length, count, outputs))), None)
+            assert found is not None, (tokens, length)
+            assert found.tokens - tokens <= max(16, tokens // 2), (tokens, found)
+
+
+def test_steps_that_no_graph_holds() -> None:
+    size = Sizes(1024, 128, 64, 1024)
+    assert size.holds(Sizes(600, 100, 60, 600))
+    assert not size.holds(Sizes(500, 100, 60, 500))  # padded to twice its tokens
+    assert not size.holds(Sizes(1000, 129, 60, 1000))
+    assert not size.holds(Sizes(1000, 100, 65, 1000))
