@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 TEXT = [
@@ -59,4 +60,42 @@ def _save(tokenizer: object, folder: Path, chat: bool) -> Path:
     if chat:
         fast.chat_template = TEMPLATE
     fast.save_pretrained(str(folder))
+    return folder
+
+
+def encoder_tokenizer(kind: str, folder: Path) -> Path:
+    """An encoder's tokenizer: that of "bert" (WordPiece), "roberta" (byte-level BPE) or "xlm-roberta" (Unigram)."""
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "bert":
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer: object = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(TEXT, trainer)
+        made = transformers.BertTokenizer(vocab=tokenizer.get_vocab())
+    elif kind == "roberta":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(TEXT, trainer)
+        model = json.loads(tokenizer.to_str())["model"]
+        made = transformers.RobertaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    else:
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+        tokenizer.train_from_iterator(TEXT, trainer)
+        vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
+        made = transformers.XLMRobertaTokenizer(vocab=[tuple(entry) for entry in vocab])
+    made.save_pretrained(str(folder))
     return folder

@@ -22,6 +22,7 @@ from miinb.messages import (
     SequenceRequest,
     TokensEvent,
 )
+from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.frames import CancelRow, EngineStatus, ToFrontend
 from miinb.server.ipc import RankChannel
 from miinb.server.text import TextCodec
@@ -37,17 +38,20 @@ class Replica:
     """One copy of the model: the connection to its rank 0 and the rows that it has.
 
     Attributes:
-        text: its tokenizer, or None for a task that does not stream text.
+        text: its tokenizer: of a task that streams text, of an encoder, or None.
+        tokens: of the requests of an encoder that it has.
         heard: it has sent something since the last `Balancer.silent()`.
         asked_at: when it was asked for a sign of life that has not come; None: it owes none.
     """
 
     channel: RankChannel
     info: EngineInfo
-    text: TextCodec | None
+    text: TextCodec | EncoderText | None
     rows: dict[int, Sink] = field(default_factory=dict)
     heard: bool = False
     asked_at: float | None = None
+    tokens: int = 0
+    _sizes: dict[int, int] = field(default_factory=dict)
 
     def submit(self, request: SequenceRequest | PredictRequest | EncodeRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
@@ -58,6 +62,14 @@ class Replica:
         if not self.channel.send(request):
             raise _gone()
         self.rows[request.row_id] = sink
+        if isinstance(request, EncodeRequest):
+            self._sizes[request.row_id] = len(request.token_ids)
+            self.tokens += len(request.token_ids)
+
+    def end(self, row_id: int) -> Sink:
+        """Forget a row that has ended; its sink gets the end."""
+        self.tokens -= self._sizes.pop(row_id, 0)
+        return self.rows.pop(row_id, _drop)
 
     def stop(self, row_id: int) -> None:
         """A stop string was found: the row ends as "stop", and its end is still told to its sink."""
@@ -82,7 +94,7 @@ class Balancer:
 
     def __init__(
         self,
-        load_text: Callable[[EngineInfo], TextCodec | None],
+        load_text: Callable[[EngineInfo], TextCodec | EncoderText | None],
         *,
         max_queue: int,
         on_change: Callable[[], None] = lambda: None,
@@ -112,7 +124,9 @@ class Balancer:
         return tuple(self._replicas.values())
 
     async def pick(self, rows: int, *, patience_s: float = 2.0) -> Replica:
-        """The least loaded replica, if it has room for so many rows. Waits a little for the very first one.
+        """The replica with the fewest tokens of an encoder's requests, or rows; if it has room for so many rows.
+
+        Waits a little for the very first one.
 
         Raises:
             Unavailable: no replica is ready.
@@ -123,7 +137,7 @@ class Balancer:
                 await asyncio.wait_for(self._first.wait(), patience_s)
         if not self._replicas:
             raise Unavailable("No replica of the model is ready.", hint="See status() and logs().")
-        replica = min(self._replicas.values(), key=lambda candidate: len(candidate.rows))
+        replica = min(self._replicas.values(), key=lambda candidate: (candidate.tokens, len(candidate.rows)))
         room = replica.info.max_batch + self._max_queue - len(replica.rows)
         if rows > room:
             raise QueueFull(
@@ -167,8 +181,8 @@ class Balancer:
                 task = asyncio.ensure_future(self._admit(channel, message))
                 self._admissions.add(task)
                 task.add_done_callback(self._admissions.discard)
-            elif not isinstance(message, EngineStatus) and (sink := rows.pop(message.row_id, None)) is not None:
-                sink(message)
+            elif replica is not None and not isinstance(message, EngineStatus):
+                replica.end(message.row_id)(message)
 
     async def _admit(self, channel: RankChannel, info: EngineInfo) -> None:
         try:

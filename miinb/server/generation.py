@@ -31,7 +31,7 @@ from miinb.messages import (
 )
 from miinb.server.balancer import Balancer, Replica
 from miinb.server.prompts import Message, Prompt, check_token_ids, tokenize
-from miinb.server.text import Detokenizer, StopFinder
+from miinb.server.text import Detokenizer, StopFinder, TextCodec
 
 #: Paced streams wake on a common grid: many in one turn of the event loop cost less than each in its own.
 TICK_S = 0.01
@@ -98,10 +98,11 @@ class Generation:
         pace_s: the least time between two chunks, asked anew for each.
     """
 
-    def __init__(self, replica: Replica, prompt: Prompt, pace_s: Callable[[], float]) -> None:
+    def __init__(self, replica: Replica, text: TextCodec, prompt: Prompt, pace_s: Callable[[], float]) -> None:
         self.seed = 0
         self.prompt = prompt
         self._replica = replica
+        self._text = text
         self._rows: dict[int, Row] = {}
         self._pace_s = pace_s
         self._touched: dict[int, Row] = {}  # rows with events since the last look
@@ -130,14 +131,15 @@ class Generation:
         """
         params = request.params
         replica = await balancer.pick(params.num_return_sequences)
-        if replica.text is None:
+        text = replica.text
+        if not isinstance(text, TextCodec):
             raise InvalidRequest(f"This deployment serves {replica.info.task}.", hint="Use predict().")
         check_token_ids(params, replica.info.vocab_size)
         begin = time.perf_counter()
-        prompt = await tokenize(request, replica.text, replica.info.max_length, history)
+        prompt = await tokenize(request, text, replica.info.max_length, history)
         tokenize_s = time.perf_counter() - begin
         replica = await balancer.pick(params.num_return_sequences)  # it may have gone or filled meanwhile
-        self = cls(replica, prompt, pace_s)
+        self = cls(replica, text, prompt, pace_s)
         self._tokenize_s = tokenize_s
         try:
             self._submit(request, balancer.next_row_id, t_submit, deadline)
@@ -149,9 +151,7 @@ class Generation:
     def _submit(
         self, request: GenerateRequest, next_row_id: Callable[[], int], t_submit: float, deadline: float
     ) -> None:
-        params, text, ids = request.params, self._replica.text, self.prompt.token_ids
-        if text is None:
-            raise InvalidRequest("This replica has no tokenizer.")
+        params, text, ids = request.params, self._text, self.prompt.token_ids
         self.seed = secrets.randbits(SEED_BITS) if params.seed is None else params.seed
         for index in range(params.num_return_sequences):
             seeded = params.model_copy(update={"seed": (self.seed + index) % (MAX_SEED + 1)})
@@ -182,9 +182,7 @@ class Generation:
         self._arrived.set()
 
     def _with_texts(self, entry: TokenLogprob) -> TokenLogprob:
-        text = self._replica.text
-        if text is None:
-            return entry
+        text = self._text
         tops = tuple(text.token_text(token_id) for token_id, _ in entry.top)
         return replace(entry, text=text.token_text(entry.token_id), top_texts=tops)
 

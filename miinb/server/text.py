@@ -47,9 +47,9 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
         """The codec of a folder that `save_pretrained` of a fast tokenizer wrote."""
-        config = _read(folder / "tokenizer_config.json")
-        special_tokens = _specials({**_read(folder / "special_tokens_map.json"), **config})
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), special_tokens)
+        config = read_json(folder / "tokenizer_config.json")
+        specials = special_tokens({**read_json(folder / "special_tokens_map.json"), **config})
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), specials)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Releases the interpreter lock, so that a long text can run in a thread.
@@ -177,7 +177,8 @@ class StopFinder:
         return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The values of a JSON file; none if there is no file."""
     return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
@@ -190,7 +191,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _specials(config: Mapping[str, Any]) -> dict[str, Any]:
+def special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens that a template may name (bos_token, eos_token, ...)."""
     found = {}
     for name, value in config.items():

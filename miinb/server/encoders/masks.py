@@ -1,0 +1,127 @@
+"""Fill-mask: the most likely tokens in the place of each mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+
+from miinb.errors import InvalidRequest, RequestError, UnsupportedModel
+from miinb.server.encoders.request import Answers, Asked, Prepared
+from miinb.server.encoders.tokenization import EncoderText
+from miinb.server.encoders.windows import fitted
+
+
+def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
+    """See `Prepared`. Raises InvalidRequest, PromptTooLong, UnsupportedModel."""
+    text, options = asked.text, asked.options
+    mask = text.special_id("mask_token")
+    if mask is None:
+        raise UnsupportedModel("The model's tokenizer has no mask token, so there is nothing to fill.")
+    sequences: list[Sequence[int]] = []
+    masks: list[list[int]] = []  # places in each sequence
+    wanted: list[int] = []
+    at = 0
+    for place, encoding in enumerate(encodings):
+        whole = encoding.ids
+        ids = fitted(whole, text, asked.limit, place=place, truncation=options["truncation"])
+        found = [i for i, token in enumerate(ids) if token == mask]
+        if not found:
+            raise _no_mask(asked, place, cut=mask in whole)
+        sequences.append(ids)
+        masks.append(found)
+        wanted += [at + i for i in found]
+        at += len(ids)
+    reduction: dict[str, Any] = {"top_k": min(options["top_k"], asked.info.vocab_size)}
+    if options["targets"] is not None:
+        targets = target_ids(asked)
+        reduction = {"top_k": min(options["top_k"], len(targets)), "targets": targets}
+
+    def finish(values: np.ndarray, ids: np.ndarray | None) -> Answers:
+        if ids is None:  # targets in their order, or the whole vocabulary
+            raise RequestError("The replica's answer lacks the tokens.")
+        return Answers(_fills(text, sequences, masks, ids.tolist(), values.tolist()))
+
+    return Prepared(sequences, finish, wanted=wanted, options=reduction)
+
+
+def _no_mask(asked: Asked, place: int, *, cut: bool) -> InvalidRequest:
+    token = asked.text.specials["mask_token"]
+    if cut:
+        return InvalidRequest(f"inputs[{place}]: its mask token lies behind what truncation keeps.")
+    return InvalidRequest(
+        f"inputs[{place}]: it has no mask token.", hint=f"Write {token} in the place of the missing word."
+    )
+
+
+def target_ids(asked: Asked) -> list[int]:
+    """Token ids of the option `targets`, each once.
+
+    Raises:
+        InvalidRequest: one is no text or not a single token. (transformers takes its first piece, and warns.)
+    """
+    tokenizer = asked.text.tokenizer
+    given = asked.options["targets"]
+    found: dict[int, None] = {}
+    for target in [given] if isinstance(given, str) else given:
+        if not isinstance(target, str) or not target:
+            raise InvalidRequest(f"targets: {target!r:.60} is no text, or empty.")
+        token = tokenizer.token_to_id(target)
+        if token is None:
+            pieces = tokenizer.encode(target, add_special_tokens=False)
+            if len(pieces.ids) != 1:
+                shown = ", ".join(repr(piece) for piece in pieces.tokens[:5]) or "none"
+                raise InvalidRequest(
+                    f"targets: {target!r:.60} is not one token of this model but {len(pieces.ids)} ({shown}).",
+                    hint="Give words that are single tokens.",
+                )
+            token = pieces.ids[0]
+        if token >= asked.info.vocab_size:
+            raise InvalidRequest(f"targets: the model has no output for {target!r:.60}.")
+        found[token] = None
+    if not found:
+        raise InvalidRequest("targets: there are none.", hint="Give a list of words, or leave it out.")
+    return list(found)
+
+
+def _fills(
+    text: EncoderText,
+    sequences: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float]],
+) -> list[list[Any]]:
+    """One list of fills an input, or with several masks one list of such lists.
+
+    The sequence of one mask is plain text; with several it shows the special tokens, as the other masks are among them.
+    """
+    pad = text.special_id("pad_token")
+    single: list[list[int]] = []
+    several: list[list[int]] = []
+    row = 0
+    for ids, places in zip(sequences, masks, strict=True):
+        filled = single if len(places) == 1 else several
+        kept = [token for token in ids if token != pad] if pad in ids else ids
+        shift = {place: place - sum(token == pad for token in ids[:place]) for place in places}
+        for place in places:
+            before, after = kept[: shift[place]], kept[shift[place] + 1 :]
+            filled += [[*before, *([] if token == pad else [token]), *after] for token in tokens[row]]
+            row += 1
+    words = iter(text.decode([[token] for best in tokens for token in best], skip_special_tokens=False))
+    plain = iter(text.decode(single, skip_special_tokens=True))
+    marked = iter(text.decode(several, skip_special_tokens=False))
+    rows = iter(zip(tokens, scores, strict=True))
+    answers: list[list[Any]] = []
+    for places in masks:
+        texts = plain if len(places) == 1 else marked
+        fills = [
+            [
+                {"score": score, "token": token, "token_str": next(words), "sequence": next(texts)}
+                for token, score in zip(*next(rows), strict=True)
+            ]
+            for _ in places
+        ]
+        answers.append(fills[0] if len(places) == 1 else fills)
+    return answers

@@ -1,0 +1,153 @@
+"""An encoder's tokenizer: token ids equal those of transformers' AutoTokenizer, off the event loop and batched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+
+from miinb.server.text import read_json, special_tokens
+
+#: One text, or a pair.
+Text = str | tuple[str, str]
+
+#: Texts up to so many characters are tokenized in the event loop: to hand them to a thread takes longer (130 us) ...
+INLINE_CHARACTERS = 150
+#: ... and up to so many where no other request waits for the loop.
+ALONE_CHARACTERS = 1500
+#: More than so many characters are a batch of their own: what comes meanwhile does not wait for them.
+LARGE_CHARACTERS = 100_000
+#: A limit above this is none: transformers writes 10 to the power of 30 for "not known".
+NO_LIMIT = 1 << 30
+
+
+class EncoderText:
+    """The tokenizer of an encoder.
+
+    Attributes:
+        tokenizer: without truncation and padding; safe to use from several threads.
+        max_length: most tokens of a sequence by the tokenizer's own word, or None.
+        prefix: special tokens that go before a text.
+        suffix: special tokens that go behind it.
+        specials: the special tokens' texts by name (mask_token, ...).
+        question_first: in a pair of question and context.
+        keep_end: of a text that is cut, the end is kept.
+        has_words: the tokenizer marks pieces inside a word ("##").
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+        self.specials = special_tokens(config)
+        limit = config.get("model_max_length")
+        self.max_length = int(limit) if isinstance(limit, (int, float)) and 0 < limit < NO_LIMIT else None
+        self.question_first = config.get("padding_side") != "left"
+        self.keep_end = config.get("truncation_side") == "left"
+        self.has_words = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
+        probe = tokenizer.encode("a")
+        added = probe.special_tokens_mask
+        begin = added.index(0) if 0 in added else len(added)
+        end = len(added) - added[::-1].index(0) if 0 in added else len(added)
+        self.prefix, self.suffix = probe.ids[:begin], probe.ids[end:]
+        self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
+        self._vocab_size = tokenizer.get_vocab_size()
+        self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
+        self._running: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def load(cls, folder: Path) -> EncoderText:
+        """The tokenizer of a folder that rank 0 wrote."""
+        config = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token such as "mask_token", if the model has it."""
+        text = self.specials.get(name)
+        return None if text is None else self.tokenizer.token_to_id(text)
+
+    def may_exceed(self, vocab_size: int) -> bool:
+        """Whether the tokenizer has tokens that a model of this vocabulary has not."""
+        return self._vocab_size > vocab_size
+
+    async def encode(self, texts: Sequence[Text], *, offsets: bool, alone: bool = False) -> list[Encoding]:
+        """Tokens of texts, special ones included.
+
+        Long texts run in a thread, one batch after another: what comes meanwhile is the next batch.
+
+        Args:
+            texts: texts or pairs.
+            offsets: of the tokens in the text are needed.
+            alone: no other request is being served.
+        """
+        size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
+        if size <= (ALONE_CHARACTERS if alone else INLINE_CHARACTERS):
+            return self._encode(texts, offsets)
+        if size > LARGE_CHARACTERS:
+            return await asyncio.to_thread(self._encode, texts, offsets)
+        done: asyncio.Future[list[Encoding]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((texts, offsets, done))
+        if not self._running:
+            task = asyncio.ensure_future(self._run())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return await done
+
+    async def _run(self) -> None:
+        """Tokenize what waits, batch after batch, until nothing does."""
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            texts = [text for some, _, _ in batch for text in some]
+            found: list[Encoding | Exception]
+            try:
+                found = [*await asyncio.to_thread(self._encode, texts, any(offsets for _, offsets, _ in batch))]
+            except Exception:  # a text that the tokenizer cannot read fails alone
+                found = await asyncio.to_thread(self._encode_each, texts)
+            at = 0
+            for some, _, done in batch:
+                mine = found[at : at + len(some)]
+                at += len(some)
+                if done.done():  # canceled meanwhile
+                    continue
+                if failed := [error for error in mine if isinstance(error, Exception)]:
+                    done.set_exception(failed[0])
+                else:
+                    done.set_result(mine)  # type: ignore[arg-type]  # no errors among them
+
+    def _encode_each(self, texts: Sequence[Text]) -> list[Encoding | Exception]:
+        found: list[Encoding | Exception] = []
+        for text in texts:
+            try:
+                found += self._encode([text], True)
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _encode(self, texts: Sequence[Text], offsets: bool) -> list[Encoding]:
+        encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
+        return encode(list(texts))
+
+    def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Texts of token ids, as transformers' tokenizer gives them."""
+        texts = self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
+        return [_cleaned(text) for text in texts] if self._cleans else texts
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Tokens as one text, as the tokenizer's decoder joins them."""
+        decoder = self.tokenizer.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
+
+
+#: What the clean-up of older tokenizers takes away, in this order: spaces before punctuation and English endings.
+_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"} | {
+    f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")
+}
+
+
+def _cleaned(text: str) -> str:
+    for found, instead in _CLEANED.items():
+        text = text.replace(found, instead)
+    return text

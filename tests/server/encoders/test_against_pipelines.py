@@ -1,0 +1,162 @@
+"""Answers equal those of transformers' pipelines: three kinds of tokenizers, every option, logits of tiny models."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from miinb.server.encoders.request import Asked
+from tests.server.encoders.by_model import answers, ask, prepare
+from tests.tiny_tokenizers import encoder_tokenizer
+
+KINDS = ("bert", "roberta", "xlm-roberta")
+TEXTS = [
+    "Once upon a time there was a little fox in London.",
+    "The café was closed — naïve visitors waited. 日本語 текст 😀 Zürich",
+    "one",
+    "  def main(): return   {'a': 1}\n fox, fox  (two)three",
+]
+NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC-X"]
+CLASSES = {
+    "bert": (transformers.BertConfig, "Bert"),
+    "roberta": (transformers.RobertaConfig, "Roberta"),
+    "xlm-roberta": (transformers.XLMRobertaConfig, "XLMRoberta"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: encoder_tokenizer(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+class Tiny:
+    """A tiny random model of a family and head, its tokenizer and transformers' pipeline."""
+
+    def __init__(self, folder: Path, kind: str, head: str, names: list[str] | None = None, **config: Any) -> None:
+        self.folder = folder
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=64)
+        make_config, family = CLASSES[kind]
+        labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+        torch.manual_seed(0)
+        settings = make_config(
+            vocab_size=len(self.tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=80,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **labels,
+            **config,
+        )
+        self.model = getattr(transformers, family + head)(settings).eval()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.dim() == 2:  # so that answers differ from token to token
+                    parameter.normal_(std=0.1 if ".encoder." in name else 0.7)
+
+    def pipeline(self, task: str) -> Any:
+        return transformers.pipeline(task, model=self.model, tokenizer=self.tokenizer, device="cpu")
+
+    def ask(self, task: str, inputs: list[Any], names: list[str] | None = None, **options: Any) -> Asked:
+        info = {"labels": tuple(names or ()), "vocab_size": len(self.tokenizer)}
+        return ask(self.folder, task, inputs, info=info, **options)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Equal but for rounding of scores."""
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs), (ours, theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            same(one, other)
+        return
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        if name == "score":
+            assert ours[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+        else:
+            assert ours[name] == value, (name, ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_ids_are_those_of_auto_tokenizer(folders: dict[str, Path], kind: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
+    mask = tokenizer.mask_token
+    texts = [*TEXTS, f"a {mask} b{mask} c", f"{mask}{tokenizer.sep_token} x {tokenizer.cls_token}", "\t a\u00a0b  "]
+    prepared = prepare(ask(folders[kind], "feature-extraction", list(texts), info={"max_length": 512}))
+    assert [list(ids) for ids in prepared.sequences] == tokenizer(texts)["input_ids"]
+    pairs = [(one, other) for one in texts[:3] for other in texts[1:4]]
+    inputs = [{"question": one, "context": other} for one, other in pairs]
+    prepared = prepare(ask(folders[kind], "question-answering", inputs, info={"max_length": 512}))
+    theirs = tokenizer([one for one, _ in pairs], [other for _, other in pairs])
+    assert [list(ids) for ids in prepared.sequences] == theirs["input_ids"]
+    if "token_type_ids" in theirs:
+        assert list(prepared.type_ids) == [one for row in theirs["token_type_ids"] for one in row]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncation_keeps_what_transformers_keeps(tmp_path: Path, kind: str, side: str) -> None:
+    folder = encoder_tokenizer(kind, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, truncation_side=side, model_max_length=20)
+    tokenizer.save_pretrained(folder)
+    prepared = prepare(ask(folder, "feature-extraction", [" ".join(TEXTS), "one"], truncation=True))
+    theirs = tokenizer([" ".join(TEXTS), "one"], truncation=True)["input_ids"]
+    assert [list(ids) for ids in prepared.sequences] == theirs
+    assert len(theirs[0]) == 20
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": None}, {"top_k": 1, "function_to_apply": "sigmoid"},
+                                     {"function_to_apply": "none", "top_k": None}])  # fmt: skip
+def test_labels(folders: dict[str, Path], options: dict[str, Any]) -> None:
+    names = ["bad", "fair", "good"]
+    tiny = Tiny(folders["bert"], "bert", "ForSequenceClassification", names)
+    theirs = tiny.pipeline("text-classification")(TEXTS, **options)
+    theirs = [one if isinstance(one, list) else [one] for one in theirs]
+    same(answers(tiny.ask("text-classification", TEXTS, names, **options), tiny.model).outputs, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ignore_labels": []}, {"ignore_labels": ["O", "PER", "I-LOC"], "aggregation_strategy": "simple"}]
+    + [{"aggregation_strategy": how, "ignore_labels": []} for how in ("simple", "first", "average", "max")],
+)  # fmt: skip
+def test_entities(folders: dict[str, Path], kind: str, options: dict[str, Any]) -> None:
+    tiny = Tiny(folders[kind], kind, "ForTokenClassification", NAMES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "Tokenizer does not support real words"
+        theirs = tiny.pipeline("token-classification")(TEXTS, **options)
+    assert sum(map(len, theirs)) > 10
+    same(answers(tiny.ask("token-classification", TEXTS, NAMES, **options), tiny.model).outputs, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
+@pytest.mark.parametrize("stride", [0, 7, 40])
+def test_entities_in_windows(folders: dict[str, Path], kind: str, strategy: str, stride: int) -> None:
+    tiny = Tiny(folders[kind], kind, "ForTokenClassification", NAMES)
+    texts = [" ".join(TEXTS * 2), "one", " ".join(TEXTS[::-1]).strip()]  # theirs shows a first blank entity twice
+    options: dict[str, Any] = {"aggregation_strategy": strategy, "stride": stride, "ignore_labels": ["PER"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs = [tiny.pipeline("token-classification")(text, **options) for text in texts]
+    same(answers(tiny.ask("token-classification", texts, NAMES, **options), tiny.model).outputs, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"targets": ["on", "one", "a", "a"]}, {"targets": "e"}])
+def test_fills(folders: dict[str, Path], kind: str, options: dict[str, Any]) -> None:
+    tiny = Tiny(folders[kind], kind, "ForMaskedLM")
+    mask, pad = tiny.tokenizer.mask_token, tiny.tokenizer.pad_token
+    texts = [f"Once upon a {mask}, naïve.", f"{mask} fox {mask}", f"a{mask}", f"x {pad} y {mask} {pad} is n't , {mask}"]
+    if "targets" in options:
+        vocab = tiny.tokenizer.get_vocab()
+        options = {"targets": [word for word in options["targets"] if word in vocab] or "a"}
+    theirs = [tiny.pipeline("fill-mask")(text, **options) for text in texts]
+    same(answers(tiny.ask("fill-mask", texts, **options), tiny.model).outputs, theirs)
