@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ TEXTS = [
     "one",
     "  def main(): return   {'a': 1}\n fox, fox  (two)three",
 ]
-NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC-X"]
+NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC-X")
 CLASSES = {
     "bert": (transformers.BertConfig, "Bert"),
     "roberta": (transformers.RobertaConfig, "Roberta"),
@@ -34,10 +36,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: encoder_tokenizer(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def tiny(folders: dict[str, Path]) -> Callable[..., Tiny]:
+    """Makes each tiny model once."""
+
+    @functools.cache
+    def make(kind: str, head: str, names: tuple[str, ...] = ()) -> Tiny:
+        return Tiny(folders[kind], kind, head, names)
+
+    return make
+
+
 class Tiny:
     """A tiny random model of a family and head, its tokenizer and transformers' pipeline."""
 
-    def __init__(self, folder: Path, kind: str, head: str, names: list[str] | None = None, **config: Any) -> None:
+    def __init__(self, folder: Path, kind: str, head: str, names: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=64)
         make_config, family = CLASSES[kind]
@@ -52,7 +65,6 @@ class Tiny:
             max_position_embeddings=80,
             pad_token_id=self.tokenizer.pad_token_id,
             **labels,
-            **config,
         )
         self.model = getattr(transformers, family + head)(settings).eval()
         with torch.no_grad():
@@ -63,8 +75,8 @@ class Tiny:
     def pipeline(self, task: str) -> Any:
         return transformers.pipeline(task, model=self.model, tokenizer=self.tokenizer, device="cpu")
 
-    def ask(self, task: str, inputs: list[Any], names: list[str] | None = None, **options: Any) -> Asked:
-        info = {"labels": tuple(names or ()), "vocab_size": len(self.tokenizer)}
+    def ask(self, task: str, inputs: list[Any], names: tuple[str, ...] = (), **options: Any) -> Asked:
+        info = {"labels": names, "vocab_size": len(self.tokenizer)}
         return ask(self.folder, task, inputs, info=info, **options)
 
 
@@ -113,12 +125,12 @@ def test_truncation_keeps_what_transformers_keeps(tmp_path: Path, kind: str, sid
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": None}, {"top_k": 1, "function_to_apply": "sigmoid"},
                                      {"function_to_apply": "none", "top_k": None}])  # fmt: skip
-def test_labels(folders: dict[str, Path], options: dict[str, Any]) -> None:
-    names = ["bad", "fair", "good"]
-    tiny = Tiny(folders["bert"], "bert", "ForSequenceClassification", names)
-    theirs = tiny.pipeline("text-classification")(TEXTS, **options)
+def test_labels(tiny: Callable[..., Tiny], options: dict[str, Any]) -> None:
+    names = ("bad", "fair", "good")
+    model = tiny("bert", "ForSequenceClassification", names)
+    theirs = model.pipeline("text-classification")(TEXTS, **options)
     theirs = [one if isinstance(one, list) else [one] for one in theirs]
-    same(answers(tiny.ask("text-classification", TEXTS, names, **options), tiny.model).outputs, theirs)
+    same(answers(model.ask("text-classification", TEXTS, names, **options), model.model).outputs, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,36 +139,40 @@ def test_labels(folders: dict[str, Path], options: dict[str, Any]) -> None:
     [{}, {"ignore_labels": []}, {"ignore_labels": ["O", "PER", "I-LOC"], "aggregation_strategy": "simple"}]
     + [{"aggregation_strategy": how, "ignore_labels": []} for how in ("simple", "first", "average", "max")],
 )  # fmt: skip
-def test_entities(folders: dict[str, Path], kind: str, options: dict[str, Any]) -> None:
-    tiny = Tiny(folders[kind], kind, "ForTokenClassification", NAMES)
+def test_entities(tiny: Callable[..., Tiny], kind: str, options: dict[str, Any]) -> None:
+    model = tiny(kind, "ForTokenClassification", NAMES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "Tokenizer does not support real words"
-        theirs = tiny.pipeline("token-classification")(TEXTS, **options)
+        theirs = model.pipeline("token-classification")(TEXTS, **options)
     assert sum(map(len, theirs)) > 10
-    same(answers(tiny.ask("token-classification", TEXTS, NAMES, **options), tiny.model).outputs, theirs)
+    same(answers(model.ask("token-classification", TEXTS, NAMES, **options), model.model).outputs, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
-@pytest.mark.parametrize("stride", [0, 7, 40])
-def test_entities_in_windows(folders: dict[str, Path], kind: str, strategy: str, stride: int) -> None:
-    tiny = Tiny(folders[kind], kind, "ForTokenClassification", NAMES)
-    texts = [" ".join(TEXTS * 2), "one", " ".join(TEXTS[::-1]).strip()]  # theirs shows a first blank entity twice
-    options: dict[str, Any] = {"aggregation_strategy": strategy, "stride": stride, "ignore_labels": ["PER"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        theirs = [tiny.pipeline("token-classification")(text, **options) for text in texts]
-    same(answers(tiny.ask("token-classification", texts, NAMES, **options), tiny.model).outputs, theirs)
+def test_entities_in_windows(tiny: Callable[..., Tiny], kind: str, strategy: str) -> None:
+    model = tiny(kind, "ForTokenClassification", NAMES)
+    texts = [" ".join(TEXTS * 2), "one", " ".join(TEXTS[::-1])]
+    pipeline = model.pipeline("token-classification")
+    for stride in (0, 7, 40):
+        options: dict[str, Any] = {"aggregation_strategy": strategy, "stride": stride, "ignore_labels": ["PER"]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            theirs = [pipeline(text, **options) for text in texts]
+        for entities in theirs:
+            if entities[1:] and entities[0] == entities[1]:  # transformers tells a first entity without text twice
+                del entities[0]
+        same(answers(model.ask("token-classification", texts, NAMES, **options), model.model).outputs, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"targets": ["on", "one", "a", "a"]}, {"targets": "e"}])
-def test_fills(folders: dict[str, Path], kind: str, options: dict[str, Any]) -> None:
-    tiny = Tiny(folders[kind], kind, "ForMaskedLM")
-    mask, pad = tiny.tokenizer.mask_token, tiny.tokenizer.pad_token
+def test_fills(tiny: Callable[..., Tiny], kind: str, options: dict[str, Any]) -> None:
+    model = tiny(kind, "ForMaskedLM")
+    mask, pad = model.tokenizer.mask_token, model.tokenizer.pad_token
     texts = [f"Once upon a {mask}, naïve.", f"{mask} fox {mask}", f"a{mask}", f"x {pad} y {mask} {pad} is n't , {mask}"]
     if "targets" in options:
-        vocab = tiny.tokenizer.get_vocab()
+        vocab = model.tokenizer.get_vocab()
         options = {"targets": [word for word in options["targets"] if word in vocab] or "a"}
-    theirs = [tiny.pipeline("fill-mask")(text, **options) for text in texts]
-    same(answers(tiny.ask("fill-mask", texts, **options), tiny.model).outputs, theirs)
+    theirs = [model.pipeline("fill-mask")(text, **options) for text in texts]
+    same(answers(model.ask("fill-mask", texts, **options), model.model).outputs, theirs)
