@@ -53,7 +53,8 @@ class PredictServer:
             self.calls.append(len(inputs))
             self.running += 1
             self.most = max(self.most, self.running)
-        context.add_callback(ended.set)
+        if not context.add_callback(ended.set):  # it has ended already
+            ended.set()
         texts = [next(iter(values.values())) for values in inputs]
         try:
             if "BAD" in texts:
