@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, printable
-from miinb.notebook.cards import QUIET, Card, Html, card, duration, grid, pre
+from miinb.notebook.cards import QUIET, Card, Html, card, duration, grid
 from miinb.predictions import Answer, Entity, Fill, Label
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # inputs
 TEXT = 2000  # characters of a text whose entities are marked
-LINE = 90  # characters of a text in a table
+LINE = 66  # characters of a text in a table
 AROUND = 160  # characters of the context before and after an answer
 COMPARED = 8  # embeddings, pair by pair
+NARROW = 30  # characters of a text beside what compares it
 
 _PALETTE = ("86,180,233", "230,159,0", "0,158,115", "204,121,167", "213,94,0", "240,228,66", "0,114,178", "128,128,128")
 _EDGES = ("solid", "dashed", "dotted", "double")  # where there are more labels than colors
@@ -42,7 +43,7 @@ def predictions_card(predictions: Predictions) -> Card:
         ]
     foot = _foot(predictions)
     html, _ = card("", body=[html for html, _ in blocks], foot=foot)
-    return html, printable("\n\n".join([*(text for _, text in blocks)]) + f"\n({foot})")
+    return html, printable("\n\n".join([*(text for _, text in blocks), f"({foot})"]))
 
 
 def _foot(predictions: Predictions) -> str:
@@ -71,6 +72,10 @@ def _numbered(number: int, count: int, block: Card) -> Card:
 def _short(text: str, most: int = LINE) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
+def _paragraph(text: str) -> str:
+    return f'<div style="{_FLOW}">{escape(printable(text))}</div>'
 
 
 def _quiet(text: str) -> str:
@@ -103,7 +108,7 @@ def _scored(name: str, rows: Sequence[tuple[str, float]], more: str = "") -> Car
 
 def _labels(text: str, labels: Sequence[Label]) -> Card:
     html, plain = _scored("label", [(one.label, one.score) for one in labels])
-    return pre(_short(text, TEXT)) + html, f"{_short(text)}\n{plain}"
+    return _paragraph(_short(text, TEXT)) + html, f"{_short(text)}\n{plain}"
 
 
 def _labels_of_many(predictions: Predictions) -> Card:
@@ -118,7 +123,7 @@ def _labels_of_many(predictions: Predictions) -> Card:
 def _fills(text: str, answers: Sequence[Any]) -> Card:
     """The tokens for a mask, or for each of several."""
     masks: list[Sequence[Fill]] = list(answers) if answers and isinstance(answers[0], list) else [answers]
-    html, plain = [pre(_short(text, TEXT))], [_short(text)]
+    html, plain = [_paragraph(_short(text, TEXT))], [_short(text)]
     for number, fills in enumerate(masks):
         if len(masks) > 1:
             html.append(_quiet(f"mask {number + 1} of {len(masks)}"))
@@ -153,17 +158,16 @@ def _entities(text: str, entities: Sequence[Entity]) -> Card:
     html = f'<div style="{_FLOW};line-height:1.9">{"".join(parts)}</div>'
     if len(text) > TEXT:
         html += _quiet(f"… {len(text) - TEXT:,} more characters")
-    if others:
-        rows = [(one.word, one.entity, f"{one.score:.4f}", _span(one.start, one.end)) for one in others]
-        html += _quiet("not marked above:") + grid(Table(("word", "entity", "score", "characters"), rows))
     counts = [(kind, sum(_kind(one) == kind for one in entities)) for kind in styles]
     html += _legend([(f"{kind} {count}", styles[kind]) for kind, count in counts]) if counts else _quiet("No entities.")
+    if others:
+        html += _quiet("not marked above:") + grid(_entity_table(others))
     return html, f"{_short(text)}\n{_entity_table(entities)}"
 
 
-def _entity_table(entities: Sequence[Entity]) -> str:
+def _entity_table(entities: Sequence[Entity]) -> Table:
     rows = [(one.word, one.entity, f"{one.score:.4f}", _span(one.start, one.end)) for one in entities]
-    return str(Table(("word", "entity", "score", "characters"), rows, note="" if rows else "No entities."))
+    return Table(("word", "entity", "score", "characters"), rows, note="" if rows else "No entities.")
 
 
 def _placed(text: str, entities: Iterable[Entity]) -> tuple[list[tuple[int, int, list[Entity]]], list[Entity]]:
@@ -212,7 +216,7 @@ def _legend(entries: Iterable[tuple[str, str]]) -> str:
         f'<span style="{style};border-radius:3px;padding:.05em .4em;margin-right:.8em">{_escaped(name)}</span>'
         for name, style in entries
     )
-    return f'<div style="{QUIET};margin-top:.4em">{items}</div>'
+    return f'<div style="{QUIET};margin:.4em 0">{items}</div>'
 
 
 def _escaped(text: str) -> str:
@@ -275,22 +279,26 @@ def _embeddings(predictions: Predictions) -> list[Card]:
 
     count = len(predictions)
     vectors = [answers[0].embedding for answers in predictions[:SHOWN]]
-    pooled = all(vector.ndim == 1 for vector in vectors)
-    columns = ["", "text", "numbers", *(["norm"] if pooled else [])]
+    if any(vector.ndim > 1 for vector in vectors):
+        shapes = [f"{len(vector)} x {vector.shape[-1]}" for vector in vectors]
+        texts = [_short(_input(predictions, number)) for number in range(len(vectors))]
+        table = Table(("text", "tokens x numbers"), list(zip(texts, shapes, strict=True)))
+        return [(grid(table), str(table))]
+    compared = 2 <= count <= COMPARED
+    columns = ["", "text", "norm"]
     rows: list[list[Any]] = []
     for number, vector in enumerate(vectors):
-        size = " x ".join(f"{length:,}" for length in vector.shape)
-        norm = [f"{numpy.linalg.norm(vector):.3f}"] if pooled else []
-        rows.append([f"[{number}]", _short(_input(predictions, number), 60), size, *norm])
-    if not pooled or not 2 <= count <= COMPARED:
-        table = Table(columns, rows)
-        return [(grid(table), str(table))]
-    columns += [f"[{number}]" for number in range(count)]
-    cosines = list(_cosines(vectors))
-    html = grid(Table(columns, [[*row, *map(_heat, line)] for row, line in zip(rows, cosines, strict=True)]))
-    plain = Table(columns, [[*row, *map(_cosine, line)] for row, line in zip(rows, cosines, strict=True)])
-    note = f"Columns [0] to [{count - 1}]: cosine similarity."
-    return [(html + _quiet(note), f"{plain}\n{note}")]
+        text = _short(_input(predictions, number), NARROW if compared else LINE)
+        rows.append([f"[{number}]", text, f"{numpy.linalg.norm(vector):.3f}"])
+    note = f"{len(vectors[0])} numbers each." if vectors else "No texts."
+    html, plain = rows, rows
+    if compared:
+        note += f" Columns [0] to [{count - 1}]: cosine similarity."
+        columns += [f"[{number}]" for number in range(count)]
+        cosines = list(_cosines(vectors))
+        html = [[*row, *map(_heat, line)] for row, line in zip(rows, cosines, strict=True)]
+        plain = [[*row, *map(_cosine, line)] for row, line in zip(rows, cosines, strict=True)]
+    return [(grid(Table(columns, html)) + _quiet(note), str(Table(columns, plain, note=note)))]
 
 
 def _cosines(vectors: Sequence[Any]) -> Iterator[list[float]]:
@@ -309,7 +317,7 @@ def _cosine(value: float) -> str:
 def _heat(value: float) -> Html:
     share = min(abs(value), 1.0) * 0.6 if value == value else 0.0
     color = _BLUE if value >= 0 else _ORANGE
-    look = f"display:inline-block;padding:.1em .5em;border-radius:2px;background:rgba({color},{share:.2f})"
+    look = f"display:inline-block;margin-right:-.8em;padding:.1em .5em;background:rgba({color},{share:.2f})"
     return Html(f'<span style="{look}">{_cosine(value)}</span>')
 
 

@@ -68,7 +68,7 @@ def test_nothing_untrusted_becomes_markup_or_drives_a_terminal(predictions: Pred
     tags.feed(html)
     assert tags.seen <= {"div", "b", "span", "table", "tr", "th", "td", "pre"}
     assert not tags.open
-    assert "&amp;" in html
+    assert "&lt;img" in html
     assert "<img" in text
     assert not {"\x1b", "\x07", "\r"} & set(html + text)
     assert "background:#" not in html
@@ -161,6 +161,7 @@ def test_a_few_embeddings_are_compared() -> None:
     event = PredictedEvent(0, [2, 1], 0, 0, 0, 0, vectors=numpy.ones(6, numpy.float32).tobytes(), columns=2)
     tokens = predictions_of("feature-extraction", [{"query": "ab"}, {"query": "a"}], event, 1.0, pooled=False)
     assert "2 x 2" in predictions_card(tokens)[1]
+    assert "2 numbers each" in text
 
 
 def test_of_many_inputs_the_first_are_shown() -> None:
