@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from miinb.commands import actions, measuring
+from miinb.commands import actions, measuring, predicting
 from miinb.commands.context import Context, Settings
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PLANNED, PREDICTION, Option, words
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
@@ -36,11 +36,18 @@ _WHICH = Option(
 )
 _NAME = Option("name", "the deployment", positional=True, names="deployments")
 _PROMPT = Option("prompt", "the text", positional=True, many=True)
-_BATCH = Option("batch", "several prompts: one a line, or parts between lines of ---", choices=("lines", "parts"))
+_BATCH = Option("batch", "several texts: one a line, or parts between lines of ---", choices=("lines", "parts"))
 _NO_STREAM = Option("no_stream", "show the answer when it is complete", read=None)
 _SEVERAL = Option("deployments", "compare these: A,B", read=words, short="s", names="deployments")
 _JSON = Option("json", "print JSON", read=None)
+_JSON_LINES = Option("json", "print a line of JSON for each input", read=None)
 _TO = Option("to", "the folder")
+#: Where the inputs of predict come from besides the line and the cell.
+_PLACES = (
+    Option("question", "of the context that is the text (question-answering)"),
+    Option("context", "in which the text is a question; - is the standard input (question-answering)"),
+    Option("file", "take each line as an input, a text or JSON; - is the standard input; may be repeated", many=True),
+)
 
 
 def _help(context: Context, values: Mapping[str, Any], body: str | None) -> str:
@@ -111,11 +118,11 @@ COMMANDS: dict[str, Command] = {
         Command("reset", "forget the conversation of chat", actions.reset, (_NAME, _WHICH)),
         Command(
             "predict",
-            "classify, fill masks, answer questions, embed",
-            actions.predict,
-            (_PROMPT, _WHICH, *PREDICTION, _JSON),
-            body='the text, or the inputs as JSON: {"question": "...", "context": "..."}',
-            example='predict "Paris is the capital of [MASK]."',
+            "classify, find entities, answer questions, fill masks, embed",
+            predicting.predict,
+            (_PROMPT, _WHICH, *_PLACES, *PREDICTION, _BATCH, _JSON_LINES),
+            body='the text (with --question its context), or JSON: {"question": "...", "context": "..."}',
+            example='predict "Who wrote it?" --context "Ada Lovelace wrote it."',
         ),
         Command(
             "bench",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import ENDED, Context
-from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, PREDICTION, given
+from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, given
 from miinb.commands.screen import Table
 from miinb.config import DeploymentConfig
 from miinb.errors import InvalidValue
@@ -239,42 +238,6 @@ def reset(context: Context, values: Values, body: str | None) -> str:
     session = context.session(values["name"] or values["deployment"])
     context.chats.pop(session.name, None)
     return f"The conversation with {session.name} begins anew."
-
-
-def predict(context: Context, values: Values, body: str | None) -> Table:
-    """What an encoder task says of a text, or of inputs that are a JSON object or list."""
-    text = _text(context, values, body, "predict")
-    session = context.session(values["deployment"])
-    inputs: Any = text
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            inputs = json.loads(text)
-        except ValueError:
-            inputs = text  # "[MASK] is a city": a text that begins so
-    answers = session.predict(inputs, **given(values, PREDICTION))
-    # Of several inputs each row says which one it is of.
-    which: list[dict[str, Any]] = [{"input": i} for i in range(len(answers))] if len(answers) > 1 else [{}]
-    found = [mark | one for mark, answer in zip(which, answers, strict=False) for one in _each(answer)]
-    columns = list(found[0]) if found else []
-    rows = [[_short(one[name]) for name in columns] for one in found]
-    return Table(columns, rows, note="" if rows else "Nothing was found.", records=found)
-
-
-def _each(answers: Any) -> Iterator[dict[str, Any]]:
-    """The predictions in lists of any depth: one list an input, and one a mask where there are several."""
-    if isinstance(answers, list):
-        for answer in answers:
-            yield from _each(answer)
-    else:
-        yield dict(answers) if isinstance(answers, Mapping) else dataclasses.asdict(answers)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    if isinstance(value, (list, tuple)) and len(value) > 4:
-        return f"{len(value)} numbers: {', '.join(map(_short, value[:3]))}, ..."
-    return str(value)
 
 
 def panel(context: Context, values: Values, body: str | None) -> Any:

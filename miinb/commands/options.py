@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.errors import InvalidValue
+from miinb.tasks import TASKS
 
 #: What can stand for a value in completion: names of running deployments, or of commands.
 Names = Literal["", "deployments", "commands", "runs"]
@@ -205,15 +206,40 @@ PLANNED = (
 )
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
 BENCH = options_of(BenchConfig, _BENCH_HELP)
-#: Of `predict`: each task has its own of them, and refuses the others.
-PREDICTION = (
-    Option("top_k", "the best so many (text-classification, fill-mask)", int),
-    Option("targets", "only these tokens: a,b (fill-mask)", words),
-    Option("function_to_apply", "of logits: sigmoid, softmax or none (text-classification)"),
-    Option("aggregation_strategy", "none, simple, first, average or max: join tokens to names (token-classification)"),
-    Option("pooling", "mean, first or none: a vector a text, or one a token (feature-extraction)"),
-    Option("normalize", "vectors of length 1 (feature-extraction)", read=None),
-)
+_PREDICTION_HELP = {
+    "top_k": "the best so many",
+    "function_to_apply": "what makes scores of logits",
+    "aggregation_strategy": "join tokens to names; how a name gets its label",
+    "ignore_labels": "leave out these labels: O,MISC",
+    "stride": "read a long text in windows that share so many tokens",
+    "doc_stride": "tokens that the windows of a long context share",
+    "max_answer_len": "longest answer, in tokens",
+    "max_seq_len": "tokens of a window, question and context together",
+    "max_question_len": "longest question, in tokens",
+    "handle_impossible_answer": "let the answer be that there is none",
+    "align_to_words": "answers may begin and end inside a word",
+    "targets": "only these tokens: a,b",
+    "pooling": "a vector for each text (mean, first) or for each token (none)",
+    "normalize": "vectors of length 1",
+    "truncation": "cut off what the model cannot take (an error otherwise)",
+}
+
+
+def prediction_options() -> tuple[Option, ...]:
+    """The options of `predict`, each with the tasks that know it; a task refuses the others'."""
+    made = []
+    for name, text in _PREDICTION_HELP.items():
+        tasks = [task for task in TASKS.values() if name in task.options]
+        known = tasks[0].options[name]
+        read = None if bool in known.kinds else words if list in known.kinds else int if int in known.kinds else str
+        option = Option(name, f"{text} ({', '.join(task.name for task in tasks)})", read, choices=known.choices)
+        if read is None and known.default is True:
+            option = replace(option, name=f"no_{name}", field=name, value=False)
+        made.append(option)
+    return (*made, Option("timeout_s", "seconds that all of it may take", float))
+
+
+PREDICTION = prediction_options()
 
 
 def given(values: Mapping[str, Any], options: Iterable[Option]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from miinb.messages import Chunk, TokenLogprob
+from miinb.predictions import Embedding, Predictions
 
 #: Tokens in a table of log-probabilities: a notebook is no place for thousands of rows.
 LOGPROB_ROWS = 32
@@ -133,13 +134,19 @@ def _alternatives(entry: TokenLogprob) -> str:
 
 
 def as_json(value: Any) -> str:
-    """A command's value as JSON; of a table its records."""
+    """A command's value as JSON; of a table its records, of predictions a line for each input."""
+    if isinstance(value, Predictions):
+        return "\n".join(json.dumps({"input": i, "predictions": _plain(one)}) for i, one in enumerate(value))
     return json.dumps(_plain(value), default=str, indent=2)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Table):
         return [_plain(record) for record in value.records]
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Embedding):
+        return {"embedding": value.embedding.tolist()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return dict(value) if isinstance(value, Mapping) else value

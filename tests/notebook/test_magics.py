@@ -151,7 +151,7 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%%mii tinny\nHi", InvalidValue, "Did you mean 'tiny'?"),
         ("%%mii list\nHi", InvalidValue, "takes no cell"),
         ("%%mii gen Hi\nHi", InvalidValue, "on the line and in the cell"),
-        ("%mii predict", InvalidValue, "prompt is empty"),
+        ("%mii predict", InvalidValue, "the text is empty"),
         ("%mii check", InvalidValue, "which model"),
         ("%mii start", InvalidValue, "which model"),
         ("%%mii start\n{not json", InvalidValue, "not JSON"),
