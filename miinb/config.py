@@ -233,7 +233,7 @@ def check_name(name: str) -> None:
 
 
 def _stop_list(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, (str, dict)):
         return [value]
     return list(value) if isinstance(value, tuple) else value
 
@@ -372,7 +372,9 @@ class BenchConfig(Frozen):
     """One benchmark: the workload's shape, its load, and the price. Lengths are in tokens.
 
     Attributes:
-        prompts: the prompts themselves; None makes synthetic ones of `prompt_tokens`.
+        prompts: the prompts themselves (of encoder tasks the inputs); None makes synthetic ones of `prompt_tokens`.
+        new_tokens, do_sample, temperature: of tasks that generate text.
+        batch_size: of encoder tasks: inputs of one request.
         requests: requests of each point and arm; by default at least two for each one in flight, and every prompt once.
         warmup: requests before each point that do not count; unless 0, at least one for each one in flight.
         concurrency: closed loop: so many requests are always in flight (one point each).
@@ -381,7 +383,8 @@ class BenchConfig(Frozen):
         price: US dollars per GPU-hour (or per machine-hour without a GPU), the user's; None leaves cost empty.
     """
 
-    prompts: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    prompts: Annotated[list[str] | list[dict[str, str]] | None, BeforeValidator(_stop_list)] = None
+    batch_size: Annotated[Int, Field(ge=1, le=1024)] = 1
     prompt_tokens: Annotated[Int, Field(ge=1, le=1 << 20)] = 128
     new_tokens: Annotated[Int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
     requests: Annotated[Int, Field(ge=1, le=1_000_000)] = 8

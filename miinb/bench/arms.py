@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from miinb.bench.records import NAN
+from miinb.bench.summary import encodes
 from miinb.errors import InvalidValue, MiinbError
 from miinb.rpc.address import socket_path
+from miinb.tasks import TASKS
 
-TASKS = ("text-generation", "conversational")
+#: What is benchmarked: text, and what encoders answer.
+BENCHED = tuple(task.name for task in TASKS.values() if not task.image)
 
 
 @dataclass
@@ -84,7 +87,7 @@ def label(sessions: Sequence[Any]) -> list[Arm]:
     """Arms of running sessions (or names of deployments), labeled.
 
     Raises:
-        InvalidValue: no session, one named twice, or one whose task is not benchmarked.
+        InvalidValue: no session, one named twice, one whose task is not benchmarked, or an encoder's with another task.
         DeploymentNotFound: a name that no deployment has.
     """
     if isinstance(sessions, str) or not isinstance(sessions, Sequence):
@@ -96,10 +99,15 @@ def label(sessions: Sequence[Any]) -> list[Arm]:
     if len(set(names)) < len(names):
         raise InvalidValue(f"sessions: one is named twice in {', '.join(names)}.")
     for session in found:
-        if session.task and session.task not in TASKS:
+        if session.task and session.task not in BENCHED:
             raise InvalidValue(
                 f"sessions: {session.name} serves {session.task}, which is not benchmarked yet.",
-                hint="Text generation is.",
+                hint="Text generation and encoder tasks are.",
+            )
+        if session.task != found[0].task and encodes(str(session.task)) | encodes(str(found[0].task)):
+            raise InvalidValue(
+                f"sessions: {session.name} serves {session.task}, {found[0].name} {found[0].task}.",
+                hint="Compare deployments of one task.",
             )
     arms = [Arm(_kind(session), session, session.plan()) for session in found]
     often = Counter(arm.label for arm in arms)

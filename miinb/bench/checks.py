@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from miinb.bench.records import Record
 
@@ -11,10 +12,22 @@ REFERENCE = "baseline"
 
 
 class Answered(Protocol):
-    """An answer: its text and, where the server sends them, its tokens."""
+    """An answer that can be compared with another arm's."""
+
+    def agreement(self, got: Any) -> tuple[bool, float]:
+        """Whether `got` is the same answer, and which share of it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextAnswer:
+    """New text and, where the server sends them, its tokens."""
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
+
+    def agreement(self, got: TextAnswer) -> tuple[bool, float]:
+        """The same text; the share of the tokens before the first difference."""
+        return got.text == self.text, leading_share(self, got)
 
 
 def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered], *, exact: bool) -> None:
@@ -34,12 +47,12 @@ def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered], 
         key = (record.point, record.prompt_id, record.seed)
         if record.arm == reference or record.warmup or record.seq not in answers or key not in expected:
             continue
+        equal, record.equal_share = expected[key].agreement(answers[record.seq])
         if exact:
-            record.equal = answers[record.seq].text == expected[key].text
-        record.equal_share = leading_share(expected[key], answers[record.seq])
+            record.equal = equal
 
 
-def leading_share(expected: Answered, got: Answered) -> float:
+def leading_share(expected: TextAnswer, got: TextAnswer) -> float:
     """Share of the expected tokens (characters where there are no tokens) before the first difference."""
     left: Sequence[object] = expected.token_ids or expected.text
     right: Sequence[object] = got.token_ids if expected.token_ids else got.text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from miinb.bench.environment import hardware_words
-from miinb.bench.summary import ratio_text
+from miinb.bench.summary import encodes, ratio_text
 from miinb.wording import number
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _row(row: pd.Series, *, many_models: bool, many_runs: bool) -> dict[str, str
         "TTFT ms": _ms(row["ttft_p50_s"]),
         "TPOT ms": _ms(row["tpot_p50_s"]),
         "total ms": _ms(row["e2e_p50_s"]),
+        "texts/s": number(row["seq_s"], ""),
         "tokens/s": number(row["output_tok_s"], ""),
         "$/Mtok": number(row["usd_per_mtok"], ""),
         "speed-up": _speedup(row),
@@ -63,7 +64,8 @@ def _answers(row: pd.Series) -> str:
     if not row["n_compared"]:
         return ""
     if pd.isna(row["n_equal"]):
-        return f"first {row['equal_share']:.0%} of tokens"
+        share = f"{row['equal_share']:.0%}"
+        return f"{share} of labels" if encodes(str(row["task"])) else f"first {share} of tokens"
     return "yes" if row["outputs_equal"] else f"{row['n_equal']:.0f} of {row['n_compared']:.0f}"
 
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from miinb.bench import arms as arms_of
+from miinb.bench import predicting
 from miinb.bench.arms import Arm
-from miinb.bench.checks import compare_outputs
+from miinb.bench.checks import Answered, TextAnswer, compare_outputs
 from miinb.bench.environment import environment
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
-from miinb.bench.workload import Job, Point, configure, generation_params, points, tokenizer_offsets
+from miinb.bench.summary import encodes
+from miinb.bench.workload import Job, Offsets, Point, configure, generation_params, points, tokenizer_offsets
 from miinb.errors import DeadlineExceeded, MiinbError
 
 if TYPE_CHECKING:
@@ -62,7 +64,9 @@ def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress
         fields: fields of `BenchConfig`.
     """
     config = configure(workload, fields)
-    run = _Run(config, arms_of.label(sessions), progress)
+    arms = arms_of.label(sessions)
+    predicting.check(config, str(arms[0].session.task or "text-generation"))
+    run = _Run(config, arms, progress)
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -70,14 +74,6 @@ def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress
             raise  # nothing to keep
         run.interrupted = True
     return run.result()
-
-
-@dataclass(slots=True)
-class Answer:
-    """What an arm answered to one job, kept until the outputs are compared."""
-
-    text: str
-    token_ids: tuple[int, ...]
 
 
 @dataclass
@@ -89,16 +85,30 @@ class _Run:
     created: str = field(default_factory=utc_now)
     interrupted: bool = False
     records: list[Record] = field(default_factory=list)
-    answers: dict[int, Answer] = field(default_factory=dict)  # by seq
+    answers: dict[int, Answered] = field(default_factory=dict)  # by seq
     t_start: float = field(default_factory=time.perf_counter)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     streams: set[Any] = field(default_factory=set)
     total: int = 0
+    offsets: Offsets | None = None
+
+    @property
+    def task(self) -> str:
+        """Of all arms."""
+        return str(self.arms[0].session.task or "text-generation")
+
+    @property
+    def predicts(self) -> bool:
+        """Requests are predict calls, not streams of text."""
+        return encodes(self.task)
 
     def measure(self) -> None:
         """All points: warm-up of each arm, then its blocks, the arms taking turns (A B, B A, ...)."""
-        plan = points(self.config, tokenizer_offsets(self.arms[0].tokenizer_folder))
+        folder = self.arms[0].tokenizer_folder
+        self.offsets = tokenizer_offsets(folder)
+        make = predicting.maker(self.task, folder, self.config) if self.predicts else None
+        plan = points(self.config, self.offsets, make)
         self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)
         bar = None if self.progress else _bar(self.total)
         if bar is not None:
@@ -177,19 +187,32 @@ class _Run:
             warmup=job.warmup,
         )
 
-    def _send(self, arm: Arm, job: Job, record: Record, planned: float | None) -> Answer | None:
-        """One request through `Session.stream`, its measures (or its error) into `record`."""
-        params = generation_params(self.config, job)
+    def _send(self, arm: Arm, job: Job, record: Record, planned: float | None) -> Answered | None:
+        """One request, its measures (or its error) into `record`."""
         record.t_submit = utc_now()
+        if self.predicts:
+            predicting.note(record, job, self.offsets)  # before the clock starts
         t_submit = planned if planned is not None else time.perf_counter()
         record.t_rel_s = t_submit - self.t_start
+        try:
+            if self.predicts:
+                return predicting.ask(arm.session, job, record, t_submit, self.config.timeout_s)
+            return self._stream(arm, job, record, t_submit)
+        except (MiinbError, KeyboardInterrupt) as failure:
+            record.e2e_s = time.perf_counter() - t_submit
+            record.status = _status(failure, self.stop.is_set())
+            record.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            return None
+
+    def _stream(self, arm: Arm, job: Job, record: Record, t_submit: float) -> TextAnswer | None:
+        """One request through `Session.stream`; None if it was cancelled."""
+        params = generation_params(self.config, job)
         arrivals: list[float] = []
         t_first: float | None = None
         text: list[str] = []
         token_ids: list[int] = []
-        stream = None
+        stream = arm.session.stream(job.prompt, timeout_s=self.config.timeout_s, **params)
         try:
-            stream = arm.session.stream(job.prompt, timeout_s=self.config.timeout_s, **params)
             with self.lock:
                 self.streams.add(stream)
             if self.stop.is_set():  # it was opened while the others were being cancelled
@@ -201,23 +224,16 @@ class _Run:
                 arrivals.append(now)
                 text.append(chunk.text)
                 token_ids.extend(chunk.token_ids)
-            t_end = time.perf_counter()
-            result = stream.result
-        except (MiinbError, KeyboardInterrupt) as failure:
             record.e2e_s = time.perf_counter() - t_submit
-            record.status = _status(failure, self.stop.is_set())
-            record.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            return None
         finally:
             with self.lock:
                 self.streams.discard(stream)
-        record.e2e_s = t_end - t_submit
-        _fill(record, result, arrivals, t_first, t_submit)
+        _fill(record, stream.result, arrivals, t_first, t_submit)
         if record.finish_reason == "cancelled":
             record.status = "cancelled"
             return None
         record.output_sha256 = hashlib.sha256("".join(text).encode("utf-8", "surrogatepass")).hexdigest()
-        return Answer("".join(text), tuple(token_ids))
+        return TextAnswer("".join(text), tuple(token_ids))
 
     def result(self) -> Runs:
         """The run as frames; compares the outputs and notes what a reader must know."""
@@ -251,11 +267,11 @@ class _Run:
         for arm in self.arms:
             mine = [r for r in ok if r.arm == arm.label]
             short = sum(r.output_tokens != self.config.new_tokens for r in mine)
-            if short:
+            if short and not self.predicts:
                 found.append(f"{arm.label}: {short} of {len(mine)} answers have not {self.config.new_tokens} tokens")
         prompts = self.config.prompts
-        if prompts and len(set(prompts)) < self.config.requests:
-            found.append("prompts repeat: a prefix cache can help")
+        if prompts and len({str(prompt) for prompt in prompts}) < self.config.requests:
+            found += [] if self.predicts else ["prompts repeat: a prefix cache can help"]
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from miinb.errors import InvalidValue
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: A text's pieces as (start, end) offsets, special tokens as empty ones: what sizes a synthetic prompt.
-Offsets = Callable[[str], list[tuple[int, int]]]
+#: Pieces of a text (or of two) as (start, end) offsets, special tokens as empty ones: what sizes a synthetic prompt.
+Offsets = Callable[..., list[tuple[int, int]]]
+#: Makes an input of an encoder task.
+Maker = Callable[[random.Random], Any]
 
 PROMPT_COLUMNS = ("prompt", "text", "query")
 #: Where no tokenizer is at hand: English words a token, about.
@@ -44,9 +47,12 @@ STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to send. `offset_s` is its planned arrival after the block's start (open loop), else 0."""
+    """One request to send. `offset_s` is its planned arrival after the block's start (open loop), else 0.
 
-    prompt: str
+    `prompt` is a text; of encoder tasks a list of inputs.
+    """
+
+    prompt: Any
     prompt_id: str
     seed: int
     warmup: bool = False
@@ -95,7 +101,8 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
         raise InvalidValue("prompt_tokens: prompts were given and have their own length.")
     most = 1 if config.rate is not None else max(config.concurrency)
     if "requests" not in given:
-        return config.model_copy(update={"requests": max(config.requests, 2 * most, len(config.prompts or ()))})
+        all_prompts = math.ceil(len(config.prompts or ()) / config.batch_size)
+        return config.model_copy(update={"requests": max(config.requests, 2 * most, all_prompts)})
     if config.requests < most:
         raise InvalidValue(
             f"requests: {config.requests} requests cannot keep {most} in flight.", hint=f"Use requests={2 * most}."
@@ -111,12 +118,15 @@ def _values(workload: Any) -> dict[str, Any]:
     if isinstance(workload, str):
         return {"prompts": [workload]}
     if isinstance(workload, Mapping):
-        return dict(workload)
+        question = {"question", "context"} <= set(workload)  # an input, no fields of BenchConfig
+        return {"prompts": [dict(workload)]} if question else dict(workload)
     if hasattr(workload, "columns"):
+        if {"question", "context"} <= set(workload.columns):
+            return {"prompts": workload[["question", "context"]].astype(str).to_dict("records")}
         return {"prompts": [str(text) for text in workload[_prompt_column(list(workload.columns))]]}
     if isinstance(workload, Iterable):
         prompts = list(workload)
-        if all(isinstance(text, str) for text in prompts):
+        if all(isinstance(text, str) for text in prompts) or all(isinstance(text, Mapping) for text in prompts):
             return {"prompts": prompts}
     raise InvalidValue(
         f"workload: cannot take prompts from {type(workload).__name__}.",
@@ -133,7 +143,7 @@ def _prompt_column(columns: list[Any]) -> Any:
     return found[0]
 
 
-def points(config: BenchConfig, offsets: Offsets | None = None) -> list[Point]:
+def points(config: BenchConfig, offsets: Offsets | None = None, make: Maker | None = None) -> list[Point]:
     """The loads of a configuration with their requests; the same for every arm, and for every run of the same seed.
 
     Synthetic prompts differ from each other and from point to point, so that no prefix cache can help. Prompts that
@@ -142,13 +152,33 @@ def points(config: BenchConfig, offsets: Offsets | None = None) -> list[Point]:
     Args:
         config: the benchmark.
         offsets: the model's tokenizer for synthetic prompts; None sizes them by words.
+        make: makes an input of an encoder task: requests are then lists of `config.batch_size` inputs.
     """
     loads = [(None, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
-    return [_point(config, index, c, rate, offsets) for index, (c, rate) in enumerate(loads)]
+    return [_point(config, index, c, rate, _asked(config, offsets, make)) for index, (c, rate) in enumerate(loads)]
+
+
+def _asked(config: BenchConfig, offsets: Offsets | None, make: Maker | None) -> Callable[[random.Random, int], Any]:
+    """What request number n asks: of the prompts that were given, or made."""
+    given = config.prompts
+
+    def one(rng: random.Random, number: int) -> Any:
+        if given:
+            return given[number % len(given)]
+        return make(rng) if make else synthetic_prompt(config.prompt_tokens, rng, offsets)
+
+    def many(rng: random.Random, number: int) -> list[Any]:
+        return [one(rng, number * config.batch_size + place) for place in range(config.batch_size)]
+
+    return many if make else one
 
 
 def _point(
-    config: BenchConfig, index: int, concurrency: int | None, rate: float | None, offsets: Offsets | None
+    config: BenchConfig,
+    index: int,
+    concurrency: int | None,
+    rate: float | None,
+    asked: Callable[[random.Random, int], Any],
 ) -> Point:
     rng = random.Random(f"{config.seed}/{index}")
     n_warmup = max(config.warmup, concurrency or 1) if config.warmup else 0
@@ -156,12 +186,9 @@ def _point(
     jobs: list[Job] = []
     for number in range(n_warmup + config.requests):
         warm = number < n_warmup
-        if config.prompts:
-            which = number if warm else number - n_warmup
-            which %= len(config.prompts)
-            prompt, prompt_id = config.prompts[which], f"p{which}"
-        else:
-            prompt, prompt_id = synthetic_prompt(config.prompt_tokens, rng, offsets), f"s{index}-{number}"
+        which = number if warm or not config.prompts else number - n_warmup
+        prompt = asked(rng, which)
+        prompt_id = f"p{which % len(config.prompts)}" if config.prompts else f"s{index}-{number}"
         arrival += rng.expovariate(rate) if rate and not warm else 0.0
         seed = (config.seed + number) % (1 << 62)
         jobs.append(Job(prompt, prompt_id, seed, warm, 0.0 if warm else arrival))
@@ -213,8 +240,8 @@ def tokenizer_offsets(folder: Path | str | None) -> Offsets | None:
 
     tokenizer = Tokenizer.from_file(path)
 
-    def offsets(text: str) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = tokenizer.encode(text).offsets
+    def offsets(text: str, second: str | None = None) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = tokenizer.encode(text, second).offsets
         return found
 
     return offsets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,16 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
     return runs
 
 
-def _prompts(body: str) -> list[str]:
-    """Parts between lines of "---"; without such a line every line is a prompt."""
-    if "\n---\n" in body:
-        return [part.strip("\n") for part in body.split("\n---\n") if part.strip()]
-    return [line for line in body.splitlines() if line.strip()]
+def _prompts(body: str) -> list[Any]:
+    """Parts between lines of "---"; without such a line every line is a prompt. Where all are JSON objects, these."""
+    parts = body.split("\n---\n") if "\n---\n" in body else body.splitlines()
+    texts = [part.strip("\n") for part in parts if part.strip()]
+    if not all(text.lstrip().startswith("{") for text in texts):
+        return texts
+    try:
+        return [json.loads(text) for text in texts]  # inputs of question-answering
+    except ValueError:
+        return texts
 
 
 def compare(context: Context, values: Values, body: str | None) -> Runs:

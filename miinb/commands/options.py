@@ -150,6 +150,7 @@ _GENERATION_HELP = {
 _BENCH_HELP = {
     "prompt_tokens": "length of the synthetic prompts",
     "new_tokens": "tokens of every answer (equal work for all)",
+    "batch_size": "encoder tasks: inputs of one request",
     "requests": "requests at each load",
     "warmup": "requests before the clock starts",
     "concurrency": "requests in flight: 1,4,16",

@@ -11,6 +11,7 @@ from typing import Any
 from miinb.config import DeploymentConfig, parse_generation
 from miinb.errors import MiinbError
 from miinb.messages import Chunk, Plan, Status, Timing, Usage
+from miinb.predictions import Label, Predictions, PredictTiming
 
 
 @dataclasses.dataclass
@@ -90,3 +91,22 @@ class StandIn:
 
     def status(self) -> Status:
         return Status(self.name, "ready", self.model, self.task, self.engine, "bf16", "cpu", "", 1, False, time.time())
+
+
+class Predicting(StandIn):
+    """Labels texts: the same for all, but for the texts that `differs` names."""
+
+    task = "text-classification"
+
+    def __init__(self, engine: str = "optimized", *, differs: str = "", folder: str = "", **more: Any) -> None:
+        super().__init__(engine, **more)
+        self.differs = differs
+        self.address = f"unix:{folder}/rpc.sock" if folder else ""
+
+    def predict(self, inputs: list[Any], *, timeout_s: float) -> Predictions:
+        with self.lock:
+            self.calls.append({"inputs": inputs})
+        time.sleep(self.token_s)
+        labels = [[Label("no" if self.differs and self.differs in text else "yes", 0.9)] for text in inputs]
+        timing = PredictTiming(0.001, 0.002, 0.003, 0.004, self.token_s)
+        return Predictions(labels, task=self.task, inputs=inputs, timing=timing)

@@ -13,7 +13,7 @@ import transformers
 from miinb.bench import encoder_tokenizers, presets
 from miinb.bench.encoders.answers import Answer, compare
 from miinb.bench.encoders.clients import processes_for
-from miinb.bench.encoders.inputs import Maker
+from miinb.bench.encoders.inputs import Inputs
 from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.encoders.suites import ARMS, HEADS, QUICK, SUITES, TINY, Choice, Job, jobs, mixed_lengths, workload
 from miinb.bench.encoders.table import table
@@ -50,7 +50,7 @@ def test_made_up_tokenizers_are_of_the_family_and_of_the_size(name: str, folders
 def test_inputs_have_the_asked_length_and_the_same_seed_gives_the_same(
     name: str, task: str, folders: dict[str, Path]
 ) -> None:
-    maker = Maker(folders[name], task)
+    maker = Inputs(folders[name], task)
     sequences = maker.sequences((16, 9), 1)
     assert [len(one.token_ids) for one in sequences] == [16, 9]
     assert sequences == maker.sequences((16, 9), 1) != maker.sequences((16, 9), 2)

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from stand_in import StandIn
+from stand_in import Predicting, StandIn
 
+from miinb.bench import charts, presets
 from miinb.bench.records import Record
 from miinb.bench.runner import bench, compare
+from miinb.bench.workload import configure
 from miinb.config import BenchConfig
 from miinb.errors import DeadlineExceeded, InvalidValue, MiinbError, UnknownOption
 
@@ -167,7 +171,7 @@ def test_wrong_fields_are_refused_before_anything_is_sent() -> None:
         bench(session, do_sample=True, check="exact")
     with pytest.raises(InvalidValue, match="column"):
         bench(session, pd.DataFrame({"a": ["x"], "b": ["y"]}))
-    session.task = "fill-mask"
+    session.task = "text-to-image"
     with pytest.raises(InvalidValue, match="not benchmarked"):
         bench(session)
     assert not session.calls
@@ -179,3 +183,66 @@ def test_a_configuration_object_is_taken_as_it_is() -> None:
     runs = bench(session, config, progress=_quiet)
     assert session.prompts == ["one", "two"]
     assert list(runs.requests["prompt_id"]) == ["p0", "p1"]
+
+
+def test_encoder_tasks_are_predict_calls_counted_in_texts_and_tokens(tmp_path: Path) -> None:
+    folder = presets.write("bert-base", tmp_path / "tokenizer", **presets.tiny("bert-base"))
+    assert folder.is_dir()
+    arms = [
+        Predicting("baseline", token_s=0.004, folder=str(tmp_path)),
+        Predicting(token_s=0.001, folder=str(tmp_path)),
+    ]
+    runs = compare(arms, requests=4, warmup=1, prompt_tokens=12, batch_size=3, price=1.0, progress=_quiet)
+    rows = runs.requests[~runs.requests["warmup"]]
+    assert rows["batch_size"].eq(3).all()
+    assert rows["prompt_tokens"].eq(36).all()
+    assert rows[["ttft_s", "tpot_s", "output_tokens"]].isna().all().all()
+    assert rows[["queue_s", "preprocess_s", "model_s", "postprocess_s"]].eq([0.001, 0.002, 0.003, 0.004]).all().all()
+    assert [call["inputs"] for call in arms[0].calls] == [call["inputs"] for call in arms[1].calls]
+    row = runs.summary.set_index("arm").loc["optimized"]
+    assert row["seq_s"] == pytest.approx(3 * row["req_s"])
+    assert row["output_tok_s"] == row["total_tok_s"] == pytest.approx(12 * row["seq_s"])
+    assert row["usd_per_mtok"] == pytest.approx(1 / 3600 / row["output_tok_s"] * 1e6)
+    assert row["outputs_equal"]
+    shown = repr(runs)
+    assert "texts/s" in shown
+    assert "TTFT" not in shown
+    words = charts.alt_text(charts.throughput(runs))
+    assert "texts/s" in words
+    assert "all 4 answers are the same as baseline's" in words
+    assert "text-classification · 36 tokens a request" in charts.alt_text(charts.latency(runs))
+
+
+def test_other_labels_are_seen_and_prompts_go_in_batches() -> None:
+    texts = ["good", "bad", "fine", "so"]
+    arms = [Predicting("baseline"), Predicting(differs="bad")]
+    runs = compare(arms, texts, warmup=0, batch_size=2, requests=2, progress=_quiet)
+    assert arms[0].calls == [{"inputs": ["good", "bad"]}, {"inputs": ["fine", "so"]}]
+    mine = runs.requests.query("arm == 'optimized'").sort_values("prompt_id")
+    assert mine["equal"].tolist() == [False, True]
+    assert mine["equal_share"].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"new_tokens": 3}, "new_tokens: not for text-classification"),
+        ({"prompts": [{"question": "a", "context": "b"}]}, "text-classification takes texts"),
+        ({}, "tokenizer is not on this machine"),
+    ],
+)
+def test_what_an_encoder_task_would_ignore_is_refused(fields: dict[str, Any], says: str) -> None:
+    session = Predicting()
+    with pytest.raises(InvalidValue, match=says):
+        bench(session, progress=_quiet, **fields)
+    with pytest.raises(InvalidValue, match="batch_size: not for text-generation"):
+        bench(StandIn(), batch_size=2)
+    with pytest.raises(InvalidValue, match="one task"):
+        compare([session, StandIn(name="other")], ["a"])
+    assert not session.calls
+
+
+def test_questions_are_taken_as_inputs() -> None:
+    pair = {"question": "who?", "context": "me"}
+    for workload in (pair, [pair], pd.DataFrame([pair])):
+        assert configure(workload).prompts == [pair]

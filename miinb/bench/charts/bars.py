@@ -74,13 +74,18 @@ def _spread_words(spread: pd.DataFrame, metric: str) -> str:
 
 
 def throughput(frame: Any, *, ax: Any = None) -> Any:
-    """Output tokens a second per GPU (per machine where there is none) of each arm and load."""
-    rows = frames.require(frames.summary_of(frame, "throughput"), ["tok_s_per_gpu"], "throughput", "No tokens came.")
-    bars = Bars(rows, rows["tok_s_per_gpu"], lower_is_better=False)
-    ax = bars.draw(ax, 1.0, "tokens/s")
+    """Output tokens (of encoder tasks: texts) a second per GPU, or machine, of each arm and load."""
+    rows = frames.summary_of(frame, "throughput")
+    encoded = frames.encoding(rows)
+    column, unit = ("seq_s", "texts/s") if encoded else ("tok_s_per_gpu", "tokens/s")
+    rows = frames.require(rows, [column], "throughput", "No answers came.")
+    values = rows[column] / rows["n_gpus"].clip(lower=1) if encoded else rows[column]
+    bars = Bars(rows, values, lower_is_better=False)
+    ax = bars.draw(ax, 1.0, unit)
     per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
-    ax.set_xlabel(f"Output tokens per second{per}", fontsize=9, color=INK)
-    return bars.finish(ax, f"Throughput{per}", "Output tokens over the time of all requests")
+    ax.set_xlabel(f"{'Texts' if encoded else 'Output tokens'} per second{per}", fontsize=9, color=INK)
+    what = "Texts" if encoded else "Output tokens"
+    return bars.finish(ax, f"Throughput{per}", f"{what} over the time of all requests")
 
 
 def cost(frame: Any, *, ax: Any = None) -> Any:
@@ -90,7 +95,8 @@ def cost(frame: Any, *, ax: Any = None) -> Any:
     bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
     bars.dots = float(bars.values.max() / bars.values.min()) > LOG_FROM
     ax = bars.draw(ax, 1.0, "$")
-    ax.set_xlabel("US dollars per million output tokens", fontsize=9, color=INK)
+    words = "" if frames.encoding(rows) else "output "
+    ax.set_xlabel(f"US dollars per million {words}tokens", fontsize=9, color=INK)
     prices = sorted(set(rows["price_usd_per_gpu_hour"].dropna()))
     of = "GPU-hour" if (rows["n_gpus"] > 0).all() else "machine-hour"
     at = f" at ${' and $'.join(f'{price:g}' for price in prices)} a {of} (given by the user)" if prices else ""
@@ -113,7 +119,9 @@ def time_split(frame: Any, *, ax: Any = None) -> Any:
     names = [f"{labels[a]}\n{g}".replace("\n", ", ").rstrip(", ") for a, g in zip(rows["arm"], groups, strict=True)]
     ax = new_axes(ax, 2.3 + 0.42 * len(rows))
     left = np.zeros(len(rows))
+    last = "answers from numbers" if frames.encoding(rows) else PARTS["postprocess"][0]
     for part, (text, color) in PARTS.items():
+        text = last if part == "postprocess" else text
         widths = means[part].fillna(0.0).to_numpy() * scale
         drawn = ax.barh(range(len(rows)), widths, left=left, height=0.66, color=color, label=text)
         for bar, arm in zip(drawn, rows["arm"], strict=True):

@@ -10,7 +10,7 @@ import pandas as pd
 from miinb.bench.charts.style import BASELINES
 from miinb.bench.environment import hardware_words
 from miinb.bench.records import Runs
-from miinb.bench.summary import summarize
+from miinb.bench.summary import encodes, summarize
 from miinb.errors import InvalidValue
 
 METRICS = {
@@ -121,7 +121,10 @@ def subtitle(frame: pd.DataFrame) -> str:
         values = [value for value in frame[name].dropna().unique() if value]
         parts += [text(values[0])] if len(values) == 1 else []
     prompts, new = frame["prompt_tokens"].dropna(), frame["new_tokens"].dropna()
-    if prompts.nunique() == 1 and new.nunique() == 1:
+    if encoding(frame):
+        parts += [str(task) for task in frame["task"].unique()] if frame["task"].nunique() == 1 else []
+        parts += [f"{prompts.iloc[0]:.0f} tokens a request"] if prompts.nunique() == 1 else []
+    elif prompts.nunique() == 1 and new.nunique() == 1:
         parts.append(f"{prompts.iloc[0]:.0f} prompt + {new.iloc[0]:.0f} new tokens")
     elif new.nunique() == 1:
         parts.append(f"{new.iloc[0]:.0f} new tokens")
@@ -161,14 +164,26 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         total = int(rows["n_compared"].sum())
         share = float((rows["equal_share"] * rows["n_compared"]).sum()) / total
         equal = rows["n_equal"].sum(min_count=1)
-        words = f"on average the first {share:.0%} of the tokens are {reference}'s ({total} answers)"
-        if pd.notna(equal):
-            words = (
-                f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are the same text as {reference}'s"
+        encoded = encoding(rows)
+        alike, what = (
+            (f"{share:.0%} of the labels", "the same")
+            if encoded
+            else (
+                f"the first {share:.0%} of the tokens",
+                "the same text",
             )
-            words += "" if equal == total else f"; on average the first {share:.0%} of the tokens are equal"
+        )
+        words = f"on average {alike} are {reference}'s ({total} answers)"
+        if pd.notna(equal):
+            words = f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are {what} as {reference}'s"
+            words += "" if equal == total else f"; on average {alike} are equal"
         texts.setdefault(words, []).append(str(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
+
+
+def encoding(frame: pd.DataFrame) -> bool:
+    """Whether these are runs of encoder tasks alone."""
+    return bool(len(frame)) and all(encodes(str(task)) for task in frame["task"].unique())
 
 
 def footer(frame: pd.DataFrame) -> str:

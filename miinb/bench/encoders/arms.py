@@ -15,7 +15,7 @@ import torch
 from miinb.bench.encoders import checkpoints
 from miinb.bench.encoders.answers import Answer
 from miinb.bench.encoders.engine_side import EngineSide
-from miinb.bench.encoders.inputs import Encoded, Maker
+from miinb.bench.encoders.inputs import Encoded, Inputs
 from miinb.bench.encoders.pipelines import run_pipelines
 from miinb.bench.encoders.plain_side import PlainSide
 from miinb.bench.encoders.side import Side
@@ -48,7 +48,7 @@ def run_job(job: Job, rates: Rates) -> Iterator[Measured]:
             found = Measured(workload.suite)
             try:
                 measure = _together if workload.suite in AT_ONCE else _one_by_one
-                measure(side, job, workload, Maker(folder, job.task), found)
+                measure(side, job, workload, Inputs(folder, job.task), found)
                 found.facts |= side.facts() | _floor(job, workload, folder, rates)
             except (RuntimeError, MiinbError, ValueError, MemoryError) as error:
                 found.error = error_text(error)
@@ -61,7 +61,7 @@ def run_job(job: Job, rates: Rates) -> Iterator[Measured]:
             torch.cuda.empty_cache()
 
 
-def _one_by_one(side: Side, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
+def _one_by_one(side: Side, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     """One text a request, another text each time; the inputs are made before the clock starts."""
     count = workload.warmup + workload.repeats
     prepared = [side.prepare(maker.sequences(workload.lengths, f"{workload.seed}/{n}"), 1) for n in range(count)]
@@ -75,7 +75,7 @@ def _one_by_one(side: Side, job: Job, workload: Workload, maker: Maker, found: M
         found.answers[row["prompt_id"]] = side.answers(ready, run, 1)
 
 
-def _together(side: Side, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
+def _together(side: Side, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     """All texts at once, in the baseline's batches of the size that is fastest (in one request, where there are none).
 
     Raises:

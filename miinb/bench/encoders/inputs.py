@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.bench.workload import WORDS, synthetic_prompt, tokenizer_offsets
+from miinb.errors import InvalidValue
 
 #: Tokens of a question, at most a quarter of the whole.
 QUESTION = 12
@@ -26,7 +27,7 @@ class Encoded:
     mask: int | None = None
 
 
-class Maker:
+class Inputs:
     """Makes inputs for a model's folder and a task.
 
     Args:
@@ -41,11 +42,12 @@ class Maker:
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         self._task = task
         self._vocab = tokenizer.get_vocab_size()
-        self._mask_token = settings["mask_token"]
-        self._mask = tokenizer.get_vocab()[self._mask_token]
+        mask = settings.get("mask_token")
+        self._mask_token = mask["content"] if isinstance(mask, dict) else mask
+        self._mask = tokenizer.get_vocab().get(self._mask_token or "", 0)
         self._pair = tokenizer.encode("", "").ids
         self._single = tokenizer.encode("").ids
-        self._types = "token_type_ids" in settings["model_input_names"]
+        self._types = "token_type_ids" in settings.get("model_input_names", ())
         self._offsets = tokenizer_offsets(folder)
 
     def sequences(self, lengths: Sequence[int], seed: object) -> list[Encoded]:
@@ -74,9 +76,10 @@ class Maker:
     def texts(self, lengths: Sequence[int], seed: object) -> list[Any]:
         """Inputs of `Session.predict` made of English words, one a length (exact but for the mask's neighborhood)."""
         rng = random.Random(f"{seed}/texts")
-        return [self._text(length, rng) for length in lengths]
+        return [self.text(length, rng) for length in lengths]
 
-    def _text(self, length: int, rng: random.Random) -> Any:
+    def text(self, length: int, rng: random.Random) -> Any:
+        """One of them. Raises InvalidValue if the tokenizer has no mask and the task needs one."""
         if self._task == "question-answering":
             asked = min(QUESTION, max(length // 4, 1))
             context = synthetic_prompt(max(length - asked - len(self._pair) + len(self._single), 4), rng, self._offsets)
@@ -84,6 +87,8 @@ class Maker:
         text = synthetic_prompt(length, rng, self._offsets)
         if self._task != "fill-mask":
             return text
+        if not self._mask_token:
+            raise InvalidValue("The tokenizer has no mask token.", hint="Give prompts with a mask of their own.")
         words = text.split(" ")
         words[len(words) // 2] = self._mask_token
         return " ".join(words)

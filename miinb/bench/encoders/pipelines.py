@@ -15,7 +15,7 @@ import transformers
 from miinb.bench.encoders import checkpoints
 from miinb.bench.encoders.answers import Answer
 from miinb.bench.encoders.clients import Call, records_of
-from miinb.bench.encoders.inputs import Maker
+from miinb.bench.encoders.inputs import Inputs
 from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.encoders.suites import Job, Workload
 from miinb.bench.headline.trace import Measured, error_text
@@ -117,7 +117,7 @@ class Pipe:
 
 def run_pipelines(job: Job, folder: Path) -> Iterator[Measured]:
     """What each workload of a job measured with transformers' pipeline."""
-    maker = Maker(folder, job.task)
+    maker = Inputs(folder, job.task)
     for workload in job.workloads:
         found = Measured(workload.suite)
         try:
@@ -127,7 +127,7 @@ def run_pipelines(job: Job, folder: Path) -> Iterator[Measured]:
         yield found
 
 
-def _served(job: Job, folder: Path, workload: Workload, maker: Maker, found: Measured) -> None:
+def _served(job: Job, folder: Path, workload: Workload, maker: Inputs, found: Measured) -> None:
     pipe = Pipe(job, folder)
     for number in range(-workload.warmup, workload.repeats):
         (text,) = maker.texts(workload.lengths, f"{workload.seed}/{number}")
@@ -136,7 +136,7 @@ def _served(job: Job, folder: Path, workload: Workload, maker: Maker, found: Mea
         found.answers[str(number)] = answers_of(job.task, [text], answer)
 
 
-def _embeddings(job: Job, folder: Path, workload: Workload, maker: Maker, found: Measured) -> None:
+def _embeddings(job: Job, folder: Path, workload: Workload, maker: Inputs, found: Measured) -> None:
     """The faster size of batch counts; of batches of like lengths it is the largest, as is usual."""
     texts = maker.texts(workload.lengths, workload.seed)
     sizes = workload.batches if job.arm.kind == "pipeline" else workload.batches[-1:]
@@ -154,7 +154,7 @@ def _embeddings(job: Job, folder: Path, workload: Workload, maker: Maker, found:
             found.answers = {"0": answers_of(job.task, texts, kept)}
 
 
-def _clients(job: Job, folder: Path, workload: Workload, maker: Maker, found: Measured) -> None:
+def _clients(job: Job, folder: Path, workload: Workload, maker: Inputs, found: Measured) -> None:
     """As many threads as clients, one model: each waits for the lock, as in a web server around a pipeline."""
     pipe, lock = Pipe(job, folder), threading.Lock()
     texts = maker.texts(workload.lengths, workload.seed)
@@ -184,7 +184,7 @@ def _clients(job: Job, folder: Path, workload: Workload, maker: Maker, found: Me
     found.answers = {str(place): answers_of(job.task, [text], pipe(text)[0]) for place, text in enumerate(texts[:64])}
 
 
-_RUNS: dict[str, Callable[[Job, Path, Workload, Maker, Measured], None]] = {
+_RUNS: dict[str, Callable[[Job, Path, Workload, Inputs, Measured], None]] = {
     "served": _served,
     "embeddings": _embeddings,
     "clients": _clients,

@@ -9,7 +9,7 @@ from typing import Any
 
 from miinb.bench.encoders import clients
 from miinb.bench.encoders.clients import Call, records_of
-from miinb.bench.encoders.inputs import Maker
+from miinb.bench.encoders.inputs import Inputs
 from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.encoders.suites import Job, Workload
 from miinb.bench.headline.trace import Measured, error_text
@@ -35,7 +35,7 @@ def run_session(job: Job) -> Iterator[Measured]:
         if plan.engine != "optimized":
             raise MiinbError("; ".join(plan.warnings) or "The fused engine does not run this model.")
         facts = {"n_gpus": int(job.device == "cuda"), "load_s": session.load_s, "plan": str(plan).splitlines()}
-        maker = Maker(Path(job.folder), job.task)
+        maker = Inputs(Path(job.folder), job.task)
         for workload in job.workloads:
             found = Measured(workload.suite)
             try:
@@ -46,7 +46,7 @@ def run_session(job: Job) -> Iterator[Measured]:
             yield found
 
 
-def _served(session: Session, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
+def _served(session: Session, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     """One text after another, another each time."""
     options = OPTIONS.get(job.task, {})
     for number in range(-workload.warmup, workload.repeats):
@@ -56,7 +56,7 @@ def _served(session: Session, job: Job, workload: Workload, maker: Maker, found:
         found.answers[str(number)] = [answer_of(job.task, predictions)]
 
 
-def _embeddings(session: Session, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
+def _embeddings(session: Session, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     """All texts in one call."""
     texts = maker.texts(workload.lengths, workload.seed)
     predictions: Any = []
@@ -66,7 +66,7 @@ def _embeddings(session: Session, job: Job, workload: Workload, maker: Maker, fo
     found.answers["0"] = [answer_of(job.task, one) for one in predictions]
 
 
-def _clients(session: Session, job: Job, workload: Workload, maker: Maker, found: Measured) -> None:
+def _clients(session: Session, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     texts, options = tuple(maker.texts(workload.lengths, workload.seed)), OPTIONS.get(job.task, {})
     for text in texts[: workload.warmup]:
         session.predict(text, **options)
@@ -78,7 +78,7 @@ def _clients(session: Session, job: Job, workload: Workload, maker: Maker, found
     found.facts = {"client_processes": processes, "cores": cores}
 
 
-_RUNS: dict[str, Callable[[Session, Job, Workload, Maker, Measured], None]] = {
+_RUNS: dict[str, Callable[[Session, Job, Workload, Inputs, Measured], None]] = {
     "served": _served,
     "embeddings": _embeddings,
     "clients": _clients,
