@@ -187,17 +187,19 @@ def device_memory() -> dict[str, int]:
 
 
 def warm_up(executor: Executor) -> None:
-    """Generate a few tokens: the first steps of a process build what all later ones use.
+    """Generate a few tokens, or encode a text: the first steps of a process build what all later ones use.
 
     Raises:
         OutOfMemory: not even that fits.
     """
-    info = executor.info
-    if not TASKS[info.task].streams:
-        return
-    params = GenerationParams(max_new_tokens=4, ignore_eos=True, seed=0)
-    prompt = [0] * min(16, info.max_length - params.max_new_tokens)
-    executor.submit(SequenceRequest(-1, prompt, params, time.monotonic()))
+    info, now = executor.info, time.monotonic()
+    if TASKS[info.task].streams:
+        params = GenerationParams(max_new_tokens=4, ignore_eos=True, seed=0)
+        prompt = [0] * min(16, info.max_length - params.max_new_tokens)
+        executor.submit(SequenceRequest(-1, prompt, params, now))
+    else:
+        text = [0] * min(16, info.max_length)
+        executor.encode(EncodeRequest(-1, text, [len(text)], now, wanted=[0] if info.task == "fill-mask" else []))
     events: list[object] = []
     while executor.busy:
         executor.step(events.append, lambda: None)

@@ -8,6 +8,7 @@ check fails on rank 1.
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from miinb.engine import generation, parity
 from miinb.engine.followers import Following
 from miinb.engine.loading import load_rank
 from miinb.engine.parallel import PeerLost
-from miinb.messages import FailedEvent, FinishedEvent, PredictedEvent, PredictRequest, SequenceRequest, TokensEvent
+from miinb.messages import EncodedEvent, EncodeRequest, FailedEvent, FinishedEvent, SequenceRequest, TokensEvent
 
 Requests = list[tuple[list[int], dict[str, Any]]]
 PROMPTS = [[5, 9, 23, 41, 7], [3], [(7 * i) % 97 + 3 for i in range(30)]]
@@ -37,7 +38,7 @@ REQUESTS: Requests = [
     (PROMPTS[0], {"max_new_tokens": 8, "num_beams": 3, "length_penalty": 0.5}),
 ]
 AGAIN: Requests = [(PROMPTS[0], {"max_new_tokens": 8})]
-TEXTS = [{"query": "deep speed"}, {"query": "a great model ."}]
+TEXTS = [[2, 5, 6, 3], [2, 11, 9, 12, 13, 3]]
 
 
 def answers(
@@ -66,12 +67,15 @@ def answers(
     return found
 
 
-def predictions(executor: Any) -> Any:
+def predictions(executor: Any) -> list[float]:
+    """Scores of the texts' labels, text after text."""
     found: list[Any] = []
-    executor.predict(PredictRequest(1, TEXTS, {}, time.monotonic()))
-    executor.step(found.append, lambda: None)
-    assert isinstance(found[0], PredictedEvent), found
-    return found[0].outputs
+    tokens, lengths = [token for text in TEXTS for token in text], [len(text) for text in TEXTS]
+    executor.encode(EncodeRequest(1, tokens, lengths, time.monotonic()))
+    while executor.busy:
+        executor.step(found.append, lambda: None)
+    assert isinstance(found[0], EncodedEvent), found
+    return array.array("f", found[0].values).tolist()
 
 
 def break_down(loaded: Any, fault: str, rank: int) -> None:

@@ -138,9 +138,8 @@ def test_two_ranks_give_the_answers_of_one(pair: list[dict[str, Any]], folders: 
 
 def test_an_encoder_is_split_too(pair: list[dict[str, Any]], folders: Path) -> None:
     wanted = predictions(alone(folders / "bert", folders / "state"))
-    for ours, theirs in zip(pair[0]["bert=none"]["answers"], wanted, strict=True):
-        assert [one["label"] for one in ours] == [one["label"] for one in theirs]
-        assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
+    assert len(wanted) == 6
+    assert pair[0]["bert=none"]["answers"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_failed_check_of_one_rank_lets_all_fall_back(pair: list[dict[str, Any]]) -> None:
