@@ -106,7 +106,7 @@ class Piece:
 def spans(starts: Numbers, places: Numbers) -> Numbers:
     """Indexes of all that lies in some segments, segment after segment; `starts` [S + 1] has where each begins."""
     lengths = starts[places + 1] - starts[places]
-    ends = np.cumsum(lengths)
+    ends = lengths.cumsum()
     found: Numbers = np.arange(int(lengths.sum())) + np.repeat(starts[places] - ends + lengths, lengths)
     return found
 
@@ -144,7 +144,7 @@ class EncodeStep:
             ])  # fmt: skip
         kind = ROWS[pieces[0].job.reduction.task]
         if kind == "first":
-            rows, counts = np.cumsum(lengths) - lengths, [piece.count for piece in pieces]
+            rows, counts = lengths.cumsum() - lengths, [piece.count for piece in pieces]
         elif kind == "all":
             rows, counts = np.arange(len(token_ids)), [len(part) for part in parts]
         else:
@@ -162,7 +162,7 @@ class EncodeStep:
 
 
 def _wanted_rows(pieces: list[Piece], lengths: Numbers) -> tuple[Numbers, list[int]]:
-    starts = np.cumsum(lengths) - lengths
+    starts = lengths.cumsum() - lengths
     found, at = [], 0
     for piece in pieces:
         job, sequences = piece.job, piece.sequences
@@ -206,7 +206,7 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
     lengths, token_ids = np.asarray(request.lengths, np.int64), np.asarray(request.token_ids, np.int64)
     type_ids = np.asarray(request.type_ids, np.int64) if len(request.type_ids) else None
     starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
+    lengths.cumsum(out=starts[1:])
     if len(lengths) and int(lengths.min()) < 1:
         raise InvalidRequest("lengths: a sequence has no tokens.")
     if starts[-1] != len(token_ids):
@@ -271,7 +271,8 @@ class EncodeQueue:
         for job in taken:  # what those behind have left
             if room.full:
                 break
-            taken[job] += room.take(job, skip=taken[job])
+            if job.planned + taken[job] < job.sequences:
+                taken[job] += room.take(job, skip=taken[job])
         pieces = [self._piece(job, count) for job, count in taken.items() if count]
         self.jobs = [job for job in self.jobs if job.planned < job.sequences]
         pieces.sort(key=lambda piece: piece.job.reduction)
@@ -312,10 +313,10 @@ class _Room:
         left = job.sequences - first
         # Few lengths are looked at where a job is huge: each sequence has at least one token.
         near = slice(first, first + min(left, self.sequences, self.tokens + 1))
-        ends = np.cumsum(job.lengths[near if job.order is None else job.order[near]])
-        count = int(np.searchsorted(ends, self.tokens, "right"))
+        ends = job.lengths[near if job.order is None else job.order[near]].cumsum()
+        count = int(ends.searchsorted(self.tokens, "right"))
         if halve and count < left:
-            count = min(int(np.searchsorted(ends, self.tokens / 2, "right")), -(-self.sequences // 2))
+            count = min(int(ends.searchsorted(self.tokens / 2, "right")), -(-self.sequences // 2))
         if self.empty and len(ends):
             count = max(count, 1)
         if count:

@@ -7,16 +7,20 @@ pinned and there are two of it, taken in turns: the copy of one step may still b
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from miinb.engine.encode_queue import EncodeStep
 from miinb.engine.encoder import EncoderBatch
 
+Numbers = NDArray[Any]
 #: Steps of so many tokens are short: padding them to a graph costs less than launching their kernels one by one.
 SMALL_STEP = 512
 
@@ -38,9 +42,9 @@ class Sizes(NamedTuple):
 
     def holds(self, step: Sizes) -> bool:
         """Whether a graph of these sizes computes the step, and padding it does not cost more than it saves."""
-        wasted = self.tokens - step.tokens
-        return all(own >= its for own, its in zip(self, step, strict=True)) and wasted <= max(
-            SMALL_STEP, step.tokens // 4
+        most = step.tokens + max(SMALL_STEP, step.tokens // 4)
+        return step.tokens <= self.tokens <= most and all(
+            own >= its for own, its in zip(self[1:], step[1:], strict=True)
         )
 
 
@@ -65,35 +69,53 @@ class EncoderInputs:
         ]
         self._device = torch.zeros(size, dtype=torch.uint8, device=device) if self._copies else self._host[0]
         self._turn = 0
+        self._views: dict[Sizes, list[list[Numbers]]] = {}  # of the graphs' steps, which come often
+        self._batches: dict[Sizes, EncoderBatch] = {}
         self.graphs: Sequence[Sizes] = ()
 
-    def write(self, step: EncodeStep) -> EncoderBatch:
-        """The step's batch; it is valid until the next call."""
+    def write(self, step: EncodeStep) -> Sizes:
+        """Write a step for `send`. Returns the sizes that it is computed in."""
         lengths = step.lengths
-        tokens, sequences = len(step.token_ids), len(lengths)
-        own = Sizes(tokens, int(lengths.max()), sequences, len(step.rows))
-        sizes = next((graph for graph in self.graphs if graph.holds(own)), own)
+        tokens, sequences, count = len(step.token_ids), len(lengths), len(step.rows)
+        own = Sizes(tokens, int(lengths.max()), sequences, count)
+        large = islice(self.graphs, bisect_left(self.graphs, own), None)
+        sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
-        memory = self._host[self._turn]
-        token_ids, type_ids, positions, rows, starts = (field.numpy() for field in _fields(memory, sizes))
+        token_ids, type_ids, positions, rows, starts = self._written(sizes)
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
         starts[0] = 0
-        np.cumsum(lengths, out=starts[1 : sequences + 1])
+        lengths.cumsum(out=starts[1 : sequences + 1])
         positions[:tokens] = np.arange(tokens) - np.repeat(starts[:sequences], lengths)
-        rows[: len(step.rows)] = step.rows
-        # What was here before may be of a larger step.
-        token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[len(step.rows) :] = 0
-        starts[sequences + 1 :] = tokens
+        rows[:count] = step.rows
+        if sizes != own:  # what was here before may be of a larger step
+            token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[count:] = 0
+            starts[sequences + 1 :] = tokens
+        return sizes
+
+    def send(self, sizes: Sizes) -> EncoderBatch:
+        """The batch that was written last; it is valid until the next one is sent (on a CPU, written)."""
         if self._copies:
             used = sum(_field_bytes(sizes))
-            self._device[:used].copy_(memory[:used], non_blocking=True)
-        return self.batch(sizes)
+            self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
+        if sizes not in self.graphs:
+            return self.batch(sizes)
+        if sizes not in self._batches:
+            self._batches[sizes] = self.batch(sizes)
+        return self._batches[sizes]
 
     def batch(self, sizes: Sizes) -> EncoderBatch:
-        """The batch of a graph: the place where steps of these sizes are written."""
+        """The place where steps of these sizes are sent to."""
         token_ids, type_ids, positions, rows, starts = _fields(self._device, sizes)
         return EncoderBatch(token_ids, type_ids, positions, starts, rows, sizes.max_length)
+
+    def _written(self, sizes: Sizes) -> list[Numbers]:
+        """The host's fields of this turn."""
+        if sizes not in self.graphs:
+            return [field.numpy() for field in _fields(self._host[self._turn], sizes)]
+        if sizes not in self._views:
+            self._views[sizes] = [[field.numpy() for field in _fields(memory, sizes)] for memory in self._host]
+        return self._views[sizes][self._turn]
 
 
 #: Of token_ids, type_ids, positions, rows and starts: in memory's order.

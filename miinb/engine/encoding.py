@@ -202,11 +202,12 @@ class EncodeExecutor:
             return None
 
     def _compute(self, step: EncodeStep, now: float) -> _Flight:
+        sizes = self.inputs.write(step)
         begin = end = None
         if self._on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
-        batch = self.inputs.write(step)
+        batch = self.inputs.send(sizes)
         assert self.model is not None
         outputs = self.model.outputs(batch)
         results = []
