@@ -63,13 +63,14 @@ def linear(
         )
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
-    if tile := product_tile(x, packed.weight.shape[0], gated=False):
+    passes = activation is not None and (activation not in _EPILOGUES or packed.bias is None)
+    if tile := product_tile(x, packed.weight.shape[0], gated=False, epilogue=passes):
         if out is not None:
             return product(x, packed.weight, packed.bias, tile, out=out)
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
         return _cublas(x, packed, out)
-    if activation in _EPILOGUES and packed.bias is not None and not INTERPRETED:
+    if activation is not None and not passes and not INTERPRETED:
         y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=_EPILOGUES[activation])
     else:
         y = F.linear(x, packed.weight, packed.bias)

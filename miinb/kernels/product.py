@@ -1,46 +1,124 @@
-"""Products of few rows with many weights, where cuBLAS leaves memory idle: gated pairs, and sums over many columns.
+"""Matrix products where cuBLAS leaves the GPU idle: gated pairs, long sums, short ones, and activations that it lacks.
 
 Between 2 and 128 rows reading the weights and multiplying take about equally long. Two things help there: to apply the
-gate before anything is written, and to split a long sum over programs when the outputs alone do not fill the GPU.
+gate before anything is written, and to split a long sum over programs when the outputs alone do not fill the GPU. A
+product of a few microseconds (an encoder's at batch 1) gains by programmatic dependent launch: its weights are on their
+way while the kernel before it still runs. Of many rows cuBLAS is the faster, but where it lacks the activation, another
+pass over all outputs would cost more than a slower product.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from miinb.kernels.activation import activation_of
-from miinb.kernels.dispatch import arrival_counters, jit, launch_options, shared_memory_bytes, tl, wait_for_inputs
+from miinb.kernels.dispatch import (
+    arrival_counters,
+    jit,
+    launch_options,
+    power_of_2,
+    shared_memory_bytes,
+    tl,
+    wait_for_inputs,
+)
 
-#: (rows, outputs, columns) of a tile, its warps, and loads in flight; the first tile that has the rows.
-_GATED = ((16, 32, 128, 4, 5), (32, 64, 128, 4, 5), (64, 64, 64, 4, 5), (128, 64, 128, 8, 3))
-_DEEP = ((16, 64, 128, 4, 7), (32, 64, 128, 4, 7), (64, 32, 128, 4, 7), (128, 64, 64, 4, 7))
+
+class Tile(NamedTuple):
+    """What one program computes, and how: `rows` x `outputs`, in steps of `columns`."""
+
+    rows: int
+    outputs: int
+    columns: int
+    warps: int
+    stages: int  # loads in flight
+
+
+#: Measured on an H100 at the sizes of LLaMA-8B; the first tile that has the rows.
+_GATED = (Tile(16, 32, 128, 4, 5), Tile(32, 64, 128, 4, 5), Tile(64, 64, 64, 4, 5), Tile(128, 64, 128, 8, 3))
+_DEEP = (Tile(16, 64, 128, 4, 7), Tile(32, 64, 128, 4, 7), Tile(64, 32, 128, 4, 7), Tile(128, 64, 64, 4, 7))
 _MOST_ROWS = 128
+
+#: Weights of so many numbers are read in a few microseconds; products with them run here up to so many rows.
+_SHORT_WEIGHT = 1 << 22
+_SHORT_ROWS = 512
+_SHORT = ((16, 32), (16, 64), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+_SHORT_STAGE_BYTES = 100 << 10  # of all stages: the next kernel's programs fit beside this one's, and so begin early
+
+#: Where the activation makes a second pass over many outputs unnecessary.
+_LARGE = Tile(128, 128, 64, 4, 3)
+_GROUP = 16  # tiles of rows that go along all outputs together: their x stays in the L2 cache
+
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
+_SM_BYTES = 100e3  # a microsecond, that one of them reads from the L2 cache,
+_L2_BYTES = 8e6  # and that all of them do
+_MERGE_US = 1.2  # to write the parts of a sum and wait for the last of them
 
 
-def product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None:
+def product_tile(x: Tensor, n: int, *, gated: bool, epilogue: bool = False) -> dict[str, Any] | None:
     """The kernel's tile for a product of x [T, K] with N outputs, or None where cuBLAS is as fast.
 
-    Tiles are the fastest of those measured on an H100 at the sizes of LLaMA-8B. Columns must divide into them, so that
-    the kernel needs no masks for weights.
+    Columns must divide into tiles, so that the kernel needs no masks for weights.
+
+    Args:
+        x: [T, K].
+        n: outputs; of a gated pair, one half's.
+        gated: whether the weight is a gated pair.
+        epilogue: whether cuBLAS would need another pass over the outputs, for an activation that it lacks.
     """
     rows, k = x.shape
-    deep = gated or k >= 2 * n
-    if not 1 < rows <= _MOST_ROWS or not deep or x.element_size() != 2 or k % 128 or n % 128:
+    if rows < 2 or x.element_size() != 2 or n % 128 or k % 128:
         return None
-    block_m, block_n, block_k, warps, stages = next(tile for tile in (_GATED if gated else _DEEP) if rows <= tile[0])
-    stage_bytes = (block_m + block_n * (2 if gated else 1)) * block_k * 2
-    stages = min(shared_memory_bytes(x) // stage_bytes, stages)
+    if not gated and n * k <= _SHORT_WEIGHT and rows <= _SHORT_ROWS:
+        tile, split = _short(power_of_2(max(rows, 16)) if rows <= 128 else -(-rows // 128) * 128, n, k)
+        return _fitted(x, tile, split, gated=False, ahead=True)
+    if rows <= _MOST_ROWS and (gated or k >= 2 * n):
+        tile = next(tile for tile in (_GATED if gated else _DEEP) if rows <= tile.rows)
+        split = 1 if gated else min(max(_PROGRAMS // (n // tile.outputs), 1), 8)
+        return _fitted(x, tile, split, gated=gated)
+    if epilogue and rows > _MOST_ROWS:
+        return _fitted(x, _LARGE, 1, gated=gated)
+    return None
+
+
+@functools.cache
+def _short(rows: int, n: int, k: int) -> tuple[Tile, int]:
+    """The tile that reads the least through the busiest of the multiprocessors, and the parts of its sum.
+
+    Weights and x come from the L2 cache, and each program reads both for its tile: large ones read less in all, small
+    ones are spread better. A sum is split only if it is long: to merge the parts takes as long as half a short one.
+    """
+
+    def microseconds(choice: tuple[tuple[int, int], int]) -> float:
+        (m, outputs), split = choice
+        programs = -(-rows // m) * (n // outputs) * split
+        read = (m + outputs) * (k // split) * 2
+        merge = _MERGE_US + split * m * outputs * 4 / _SM_BYTES if split > 1 else 0.0
+        return max(-(-programs // _PROGRAMS) * read / _SM_BYTES, programs * read / _L2_BYTES) + merge
+
+    tiles = [tile for tile in _SHORT if tile[0] <= rows]
+    splits = [split for split in (1, 2, 3, 4, 6, 8) if split == 1 or k % (256 * split) == 0]
+    (m, outputs), split = min(itertools.product(tiles, splits), key=microseconds)
+    columns = 64 if m * outputs > 64 * 64 else 128
+    return Tile(m, outputs, columns, 8 if m * outputs > 128 * 64 else 4, 8), split
+
+
+def _fitted(x: Tensor, tile: Tile, split: int, *, gated: bool, ahead: bool = False) -> dict[str, Any] | None:
+    """The kernel's options, with as many stages as the GPU's shared memory has room for; None if that is one."""
+    stage_bytes = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.columns * 2
+    room = shared_memory_bytes(x)
+    stages = min((min(room, _SHORT_STAGE_BYTES) if ahead else room) // stage_bytes, tile.stages)
     if stages < 2:
         return None
-    split = 1 if gated else min(max(_PROGRAMS // (n // block_n), 1), 8)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
-    return blocks | {"num_warps": warps, "num_stages": stages}
+    lines = power_of_2(-(-x.shape[1] // tile.columns // split) * tile.columns // 64) if ahead else 0  # 128 bytes each
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.columns, "SPLIT": split, "AHEAD": lines}
+    return blocks | {"num_warps": tile.warps, "num_stages": stages}
 
 
 def product(
@@ -89,6 +167,7 @@ def product(
         GATED=gated,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        GROUP=_GROUP,
         **tile,
         **launch_options(x),
     )
@@ -97,20 +176,33 @@ def product(
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
+@jit
+def _ask_ahead(weight, j, first, K: tl.constexpr, LINES: tl.constexpr):
+    """Have these lines (128 bytes each) of the rows j of the weight brought into the L2 cache; nothing waits for it."""
+    line = tl.minimum(first + tl.arange(0, LINES) * 64, K - 64)
+    at = (weight + j.to(tl.int64)[:, None] * K + line[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @jit(plain=("rows",))
 def _product(
     x, weight, bias, residual, y, partial, counters, rows, n, K: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts, in their order.
 
     Programs of the same weights and different rows are neighbors: the second reads the weights from the L2 cache.
     """
     unit, part = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(rows, BLOCK_M)
-    m = (unit % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = (unit // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    across = GROUP * (n // BLOCK_N)
+    begin = unit // across * GROUP
+    tiles = tl.minimum(tl.cdiv(rows, BLOCK_M) - begin, GROUP)
+    m = (begin + unit % across % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = unit % across // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     STEPS: tl.constexpr = K // BLOCK_K
     SPAN: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
@@ -120,6 +212,8 @@ def _product(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if GATED:
         acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if PDL and AHEAD > 0:
+        _ask_ahead(weight, j, part * SPAN * BLOCK_K, K, AHEAD)
     wait_for_inputs(PDL)
     for step in range(part * SPAN, tl.minimum((part + 1) * SPAN, STEPS)):
         value = tl.load(from_x + step * BLOCK_K)

@@ -65,6 +65,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gemv gated": lambda: linear.gated_linear(t(1, 4096), packed(2 * 14336, 4096, False), "silu"),
     "product gated": lambda: linear.gated_linear(t(100, 4096), packed(2 * 14336, 4096, False), "silu"),
     "product deep": lambda: linear.linear(t(8, 14336), packed(4096, 14336, True), activation="relu"),
+    "product short": lambda: linear.linear(t(128, 768), packed(3072, 768, True), activation="gelu"),
+    "product short deep": lambda: linear.linear(t(128, 3072), packed(768, 3072, True)),
+    "product short few": lambda: linear.linear(t(9, 1024), packed(1024, 1024, True)),
+    "product short many": lambda: linear.linear(t(512, 1024), packed(3072, 1024, True)),
+    "product large": lambda: linear.linear(t(16384, 768), packed(3072, 768, True), activation="gelu"),
+    "post_norm": lambda: norm.post_norm(t(4, 768), t(768), t(768), 1e-12, t(4, 768)),
     "gated": lambda: linear.gated_linear(t(3, 64), packed(2 * 2048, 64, False), "silu"),
     "rope": rope_call(32, 8, 128),
     "rope norm": rope_call(16, 8, 128, q_norm=t(128), k_norm=t(128)),
@@ -115,6 +121,8 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         *((name, (9, 0)) for name in CALLS),
         ("gemv gated", (8, 0)),
         ("product gated", (8, 0)),
+        ("product short", (8, 0)),
+        ("product large", (8, 0)),
         ("decode", (8, 0)),
         ("decode fp8", (8, 9)),
         ("argmax", (8, 0)),
@@ -136,6 +144,13 @@ def test_weights_are_read_16_bytes_at_a_time() -> None:
     (kernel,) = compiled(CALLS["gemv"], (9, 0))
     assert "ld.global.v4.b32" in kernel.asm["ptx"]
     assert dispatch.INTERPRETED is False
+
+
+def test_a_short_product_asks_for_its_weights_before_it_waits() -> None:
+    (kernel,) = compiled(CALLS["product short"], (9, 0))
+    ptx = kernel.asm["ptx"]
+    assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
+    assert "wgmma.mma_async" in ptx
 
 
 def test_an_fp8_cache_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tests.kernels.interpreter  # noqa: F401
-from miinb.kernels import attention, reference
+from miinb.kernels import attention, product, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dispatch import INTERPRETED
@@ -140,18 +140,64 @@ def test_products_of_gated_pairs(dtype: torch.dtype, rows: int, bias: bool) -> N
 
 
 @pytest.mark.parametrize("rows", [2, 20, 70])
-def test_products_with_long_sums(rows: int) -> None:
-    shapes = ((rows, 1152), (128, 1152), (128,), (rows, 128))
+@pytest.mark.parametrize("short", [False, True])
+def test_products_with_long_sums(rows: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_SHORT_WEIGHT", 1 << 22 if short else 0)
+    monkeypatch.setattr(product, "_MERGE_US", 0)
+    product._short.cache_clear()
+    shapes = ((rows, 1536), (128, 1536), (128,), (rows, 128))
     x, weight, bias, residual = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in shapes)
     tile = product_tile(x, 128, gated=False)
+    product._short.cache_clear()
     assert tile
     assert tile["SPLIT"] > 1
+    assert bool(tile["AHEAD"]) is short
     expected = reference.linear(wide(x), wide(weight), wide(bias), activation="relu", residual=wide(residual))
     out = linear(x, PackedLinear(weight, bias), activation="relu", residual=residual)
     same(out, expected)
     again = torch.empty(rows + 1, 128, dtype=x.dtype, device=x.device)
     linear(x, PackedLinear(weight, bias), out=again[:rows])
     same(again[:rows], reference.linear(wide(x), wide(weight), wide(bias)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "activation"), [(7, 256, "gelu"), (130, 128, None), (150, 256, "gelu"), (100, 128, "silu")]
+)
+def test_short_products(rows: int, n: int, activation: str | None) -> None:
+    """Those of an encoder at batch 1: the whole sum in one program."""
+    x, weight, bias = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in ((rows, 384), (n, 384), (n,)))
+    residual = None if activation else rand(rows, n, dtype=x.dtype)
+    out = linear(x, PackedLinear(weight, bias), activation=activation, residual=residual)
+    same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
+
+
+@pytest.mark.parametrize("rows", [64, 300, 330])
+def test_products_of_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups of tiles of rows, of which the last may be smaller."""
+    monkeypatch.setattr(product, "_GROUP", 2)
+    x, weight, bias = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in ((rows, 128), (256, 128), (256,)))
+    tile = product._fitted(x, product.Tile(64, 128, 64, 4, 3), 1, gated=False)
+    assert tile
+    out = product.product(x, weight, bias, tile, activation="gelu")
+    same(out, reference.linear(wide(x), wide(weight), wide(bias), activation="gelu"))
+
+
+def test_which_products_run_here() -> None:
+    """Short ones up to 512 rows; of more rows those alone whose activation cuBLAS lacks."""
+
+    def tile(rows: int, n: int, k: int, epilogue: bool = False) -> dict[str, Any] | None:
+        return product_tile(torch.empty(rows, k, dtype=torch.float16), n, gated=False, epilogue=epilogue)
+
+    assert all(tile(rows, 3072, 768) for rows in (2, 128, 512))
+    assert tile(513, 3072, 768) is None
+    assert tile(64, 12288, 4096) is None
+    assert tile(16384, 3072, 768, epilogue=True)
+    rows = [chosen["BLOCK_M"] for rows in (10, 128, 512) if (chosen := tile(rows, 2304, 768))]
+    assert rows == sorted(rows)
+    assert rows[0] == 16
+    few = tile(8, 768, 3072)
+    assert few
+    assert few["SPLIT"] > 1
 
 
 @pytest.mark.parametrize(
