@@ -1,4 +1,4 @@
-"""The kernels on a CPU: `test_kernels.py` under Triton's interpreter, in a process of its own."""
+"""The kernels on a CPU: their tests under Triton's interpreter, in a process of its own."""
 
 import os
 import subprocess
@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_encoder_kernels.py"])
+def test_kernels_under_the_interpreter(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    tests = str(Path(__file__).with_name("test_kernels.py"))
+    tests = str(Path(__file__).with_name(name))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout[-5000:]

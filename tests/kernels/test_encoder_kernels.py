@@ -1,0 +1,151 @@
+"""Kernels of encoders and matrix products of few and of many rows: as `test_kernels.py`."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import tests.kernels.interpreter  # noqa: F401
+from miinb.kernels import product, reference
+from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.embedding import embedding_norm
+from miinb.kernels.linear import PackedLinear, gated_linear, linear
+from miinb.kernels.packed_attention import attention_tile, packed_attention
+from miinb.kernels.product import product_tile
+from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
+
+pytestmark = [pytest.mark.gpu] if GPU else []
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    if GPU and not torch.cuda.is_available():
+        pytest.fail("no CUDA device")
+    assert GPU or INTERPRETED
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES[1:])
+@pytest.mark.parametrize("rows", [2, 40, 128])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_gated_pairs(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    x, weight = rand(rows, 256, dtype=dtype), rand(2 * 128, 256, dtype=dtype)
+    b = rand(2 * 128, dtype=dtype) if bias else None
+    assert product_tile(x, 128, gated=True)
+    expected = reference.gated(reference.linear(wide(x), wide(weight), wide(b)), "silu")
+    same(gated_linear(x, PackedLinear(weight, b), "silu"), expected)
+
+
+@pytest.mark.parametrize(("rows", "short"), [(2, False), (20, False), (70, False), (2, True), (20, True)])
+def test_products_with_long_sums(rows: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_SHORT_WEIGHT", 1 << 22 if short else 0)
+    monkeypatch.setattr(product, "_MERGE_US", 0)
+    product._short.cache_clear()
+    shapes = ((rows, 1536), (128, 1536), (128,), (rows, 128))
+    x, weight, bias, residual = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in shapes)
+    tile = product_tile(x, 128, gated=False)
+    product._short.cache_clear()
+    assert tile
+    assert tile["SPLIT"] > 1
+    assert bool(tile["AHEAD"]) is short
+    expected = reference.linear(wide(x), wide(weight), wide(bias), activation="relu", residual=wide(residual))
+    out = linear(x, PackedLinear(weight, bias), activation="relu", residual=residual)
+    same(out, expected)
+    again = torch.empty(rows + 1, 128, dtype=x.dtype, device=x.device)
+    linear(x, PackedLinear(weight, bias), out=again[:rows])
+    same(again[:rows], reference.linear(wide(x), wide(weight), wide(bias)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "activation"), [(7, 256, "gelu"), (130, 128, None), (150, 256, "gelu"), (100, 128, "silu")]
+)
+def test_short_products(rows: int, n: int, activation: str | None) -> None:
+    """Those of an encoder at batch 1: the whole sum in one program."""
+    x, weight, bias = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in ((rows, 384), (n, 384), (n,)))
+    residual = None if activation else rand(rows, n, dtype=x.dtype)
+    out = linear(x, PackedLinear(weight, bias), activation=activation, residual=residual)
+    same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
+
+
+@pytest.mark.parametrize("rows", [64, 300, 330])
+def test_products_of_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups of tiles of rows, of which the last may be smaller."""
+    monkeypatch.setattr(product, "_GROUP", 2)
+    x, weight, bias = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in ((rows, 128), (256, 128), (256,)))
+    tile = product._fitted(x, product.Tile(64, 128, 64, 4, 3), 1, gated=False)
+    assert tile
+    out = product.product(x, weight, bias, tile, activation="gelu")
+    same(out, reference.linear(wide(x), wide(weight), wide(bias), activation="gelu"))
+
+
+def test_which_products_run_here() -> None:
+    """Short ones up to 512 rows; of more rows those alone whose activation cuBLAS lacks."""
+
+    def tile(rows: int, n: int, k: int, epilogue: bool = False) -> dict[str, Any] | None:
+        return product_tile(torch.empty(rows, k, dtype=torch.float16), n, gated=False, epilogue=epilogue)
+
+    assert all(tile(rows, 3072, 768) for rows in (2, 128, 512))
+    assert tile(513, 3072, 768) is None
+    assert tile(64, 12288, 4096) is None
+    assert tile(16384, 3072, 768, epilogue=True)
+    rows = [chosen["BLOCK_M"] for rows in (10, 128, 512) if (chosen := tile(rows, 2304, 768))]
+    assert rows == sorted(rows)
+    assert rows[0] == 16
+    few = tile(8, 768, 3072)
+    assert few
+    assert few["SPLIT"] > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "dtype"),
+    [(1, 256, 128, torch.bfloat16), (129, 256, 128, torch.bfloat16), (2, 200, 128, torch.bfloat16),
+     (2, 256, 100, torch.bfloat16), (2, 256, 128, torch.float32)],
+)  # fmt: skip
+def test_other_products_are_cublas(rows: int, k: int, n: int, dtype: torch.dtype) -> None:
+    assert product_tile(torch.empty(rows, k, dtype=dtype), n, gated=True) is None
+
+
+PACKED = [
+    # heads, head_size, lengths, max_length
+    (2, 32, [5, 1, 0, 16], 16),
+    (3, 64, [40, 64, 3], 64),
+    (1, 26, [33, 7], 128),
+    (1, 80, [140, 1], 300),
+    (1, 128, [20, 150], 150),
+]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "size", "lengths", "most"), PACKED)
+def test_packed_attention(dtype: torch.dtype, heads: int, size: int, lengths: list[int], most: int) -> None:
+    starts = torch.tensor([0, *torch.tensor([*lengths, 0, 0]).cumsum(0).tolist()], dtype=torch.int32)
+    tokens = sum(lengths)
+    qkv = rand(tokens + 3, 3 * heads * size, dtype=dtype, scale=2)  # a graph's batch has tokens of no sequence
+    options = {"heads": heads, "head_size": size, "scale": 0.3, "max_length": most}
+    out = packed_attention(qkv, starts.to(DEVICE), **options)
+    assert out.shape == (tokens + 3, heads * size)
+    same(out[:tokens], reference.packed_attention(wide(qkv), starts, **options)[:tokens])
+
+
+def test_tiles_of_packed_attention() -> None:
+    """One step where sequences fit into it, and programs for the whole GPU where there are few tokens."""
+    one, many, long = (
+        attention_tile(torch.empty(tokens, 1, dtype=torch.float16), 12, 64, most)
+        for tokens, most in ((128, 128), (16384, 128), (16384, 512))
+    )
+    assert [tile["ONE_STEP"] for tile in (one, many, long)] == [True, True, False]
+    assert [tile["BLOCK_M"] for tile in (one, many, long)] == [16, 128, 128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "types"), [(48, 2), (100, 0), (768, 1)])
+def test_embedding_norm(dtype: torch.dtype, hidden: int, types: int) -> None:
+    token_ids, positions = torch.tensor([3, 0, 29, 7]), torch.tensor([0, 1, 0, 9])
+    type_ids = torch.tensor([0, 1, 1, 0]) % max(types, 1)
+    tables = [rand(30, hidden, dtype=dtype), rand(10, hidden, dtype=dtype)]
+    tables.append(rand(types, hidden, dtype=dtype) if types else None)
+    weight, bias = rand(hidden, dtype=dtype), rand(hidden, dtype=dtype) if types else None
+    ids = (token_ids, positions, type_ids)
+    out = embedding_norm(*(x.to(DEVICE) for x in ids), *tables, weight, bias, 1e-5)
+    wanted = reference.embedding_norm(*ids, *map(wide, tables), wide(weight), wide(bias), 1e-5)
+    same(out, wanted)
