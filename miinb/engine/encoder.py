@@ -19,7 +19,7 @@ from miinb.engine.encoder_spec import BODY, EncoderSpec
 from miinb.kernels import reference
 from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.linear import PackedLinear, linear
-from miinb.kernels.norm import layer_norm
+from miinb.kernels.norm import post_norm
 from miinb.kernels.packed_attention import packed_attention
 
 
@@ -143,7 +143,7 @@ class EncoderOperators(NamedTuple):
     """The operators that the forward pass calls; a CPU has its own, and `parity` puts the references in their place."""
 
     linear: Callable[..., Tensor] = linear
-    layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm
+    post_norm: Callable[..., Tensor] = post_norm
     packed_attention: Callable[..., Tensor] = packed_attention
     embedding_norm: Callable[..., Tensor] = embedding_norm
 
@@ -224,4 +224,4 @@ class Encoder:
         return x
 
     def _norm(self, norm: Norm, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual)[0]
+        return self.ops.post_norm(x, norm.weight, norm.bias, self.spec.eps, residual)

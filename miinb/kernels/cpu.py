@@ -208,6 +208,12 @@ class CpuKernels:
         """See `norm.layer_norm`."""
         return self._run_norm(x, weight, bias, eps, residual, 1)
 
+    def post_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `norm.post_norm`."""
+        return self.layer_norm(x, weight, bias, eps, residual)[0]
+
     def _run_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, center: int
     ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_trit
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
-_MOST_KEYS = 128  # of one step of a program: sequences of so many tokens need no second one
 
 
 def packed_attention(
@@ -26,7 +25,7 @@ def packed_attention(
         qkv: [T, 3 * heads * head_size], contiguous, as the fused linear layer gives it: all query heads, then all key
             heads, then all value heads.
         starts: [S + 1] int32, ascending: sequence s is the tokens starts[s] to starts[s + 1] - 1. Equal neighbors are
-            an empty sequence (padding of a graph). The places of tokens of no sequence are not written.
+            an empty sequence (padding of a graph). What tokens of no sequence get says nothing.
         heads: of queries, and of keys and values.
         head_size: elements of a head.
         scale: of the scores.
@@ -41,89 +40,108 @@ def packed_attention(
         )
     out = torch.empty((qkv.shape[0], heads * head_size), dtype=qkv.dtype, device=qkv.device)
     tile = attention_tile(qkv, heads, head_size, max_length)
-    tiles = -(-max_length // tile["BLOCK_M"])
-    _packed_attention[(heads, tiles, starts.shape[0] - 1)](
-        qkv, starts, out, scale * _LOG2E, HEADS=heads, HEAD_SIZE=head_size, **tile, **launch_options(qkv)
+    _packed_attention[(heads, -(-qkv.shape[0] // tile["BLOCK_M"]))](
+        qkv,
+        starts,
+        out,
+        qkv.shape[0],
+        starts.shape[0] - 1,
+        scale * _LOG2E,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        **tile,
+        **launch_options(qkv),
     )
     return out
 
 
 def attention_tile(qkv: Tensor, heads: int, head_size: int, max_length: int) -> dict[str, Any]:
-    """Queries and keys of one step of a program, its warps and the loads in flight.
+    """Queries of a program and keys of one of its steps, its warps and the loads in flight.
 
-    Sequences that fit into one step of keys need no loop. Where there are few tokens, a program takes fewer of them, so
-    that there are programs for the whole GPU.
+    Where there are few tokens, a program takes fewer of them, so that there are programs for the whole GPU. Few queries
+    have the registers for more keys in a step.
     """
-    wide = qkv.element_size() == 4  # products of fp32 are made without tensor cores
+    exact = qkv.element_size() == 4  # products of fp32 are made without tensor cores
     block_d = max(power_of_2(head_size), 16)
-    keys = min(max(power_of_2(max_length), 16), 32 if wide else _MOST_KEYS)
-    if block_d > 64 and max_length > keys:
-        keys = min(keys, 64)
-    queries = 32 if wide else 128
-    queries = min(queries, max(power_of_2(max_length), 16))
+    queries = 32 if exact else 128
     while queries > 16 and -(-qkv.shape[0] // queries) * heads < _PROGRAMS:
         queries //= 2
+    most_keys = 32 if exact else 128 if queries < 64 and block_d <= 64 else 64
     return {
         "BLOCK_M": queries,
-        "BLOCK_N": keys,
+        "BLOCK_N": min(max(power_of_2(max_length), 16), most_keys),
         "BLOCK_D": block_d,
-        "ONE_STEP": max_length <= keys,
         "num_warps": 8 if queries == 128 else 4,
-        "num_stages": 2,
+        "num_stages": 2 if most_keys == 128 else 3,
     }
 
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
-@jit
+@jit(plain=("tokens", "sequences"))
 def _packed_attention(
-    qkv, starts, out, scale, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ONE_STEP: tl.constexpr, PDL: tl.constexpr,
+    qkv, starts, out, tokens, sequences, scale, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a head, tile of queries and sequence. Those of tiles beyond the sequence's end have nothing to do.
+    """One program a head and tile of packed tokens, which may begin and end within sequences and hold several.
 
-    The softmax is online (Dao et al., 2022) over steps of keys; `scale` holds log2(e), as 2**x is what the hardware
-    computes.
+    It goes over the keys of all its sequences, each query seeing those of its own: so the programs do not depend on how
+    the tokens are divided, and short sequences share one. The softmax is online (Dao et al., 2022); `scale` holds
+    log2(e), as 2**x is what the hardware computes.
     """
-    head, tile, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, begin = tl.program_id(0), tl.program_id(1) * BLOCK_M
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = begin + tl.arange(0, BLOCK_M)
+    inside = (d < HEAD_SIZE)[None, :]
     wait_for_inputs(PDL)
-    start = tl.load(starts + sequence)
-    length = tl.load(starts + sequence + 1) - start
-    if tile * BLOCK_M < length:
-        inside = (d < HEAD_SIZE)[None, :]
-        base = qkv + start.to(tl.int64) * (3 * WIDTH) + head * HEAD_SIZE + d[None, :]
-        mask = (m < length)[:, None] & inside
-        query = tl.load(base + m[:, None] * (3 * WIDTH), mask=mask, other=0.0)
-        keys = base + WIDTH + n[:, None] * (3 * WIDTH)
-        if ONE_STEP:
-            there = (n < length)[:, None] & inside
-            k = tl.load(keys, mask=there, other=0.0)
-            v = tl.load(keys + WIDTH, mask=there, other=0.0)
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where((n < length)[None, :], scores, float("-inf"))
-            weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
-            total = tl.sum(weight, 1)
-            acc = tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        else:
-            top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for first in range(0, length, BLOCK_N):
-                there = (n < length - first)[:, None] & inside
-                k = tl.load(keys + first * (3 * WIDTH), mask=there, other=0.0)
-                v = tl.load(keys + first * (3 * WIDTH) + WIDTH, mask=there, other=0.0)
-                scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-                scores = tl.where((n < length - first)[None, :], scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))
-                weight = tl.exp2(scores - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(weight, 1)
-                acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-                top = new_top
-        result = acc / total[:, None]
-        to = out + start.to(tl.int64) * WIDTH + m[:, None] * WIDTH + head * HEAD_SIZE + d[None, :]
-        tl.store(to, result.to(out.dtype.element_ty), mask=mask)
+    at = token.to(tl.int64)[:, None]
+    column = head * HEAD_SIZE + d[None, :]
+    query = tl.load(qkv + at * (3 * WIDTH) + column, mask=(token < tokens)[:, None] & inside, other=0.0)
+    first, stop = _bounds(starts, sequences, token, begin)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    last = tl.max(stop, 0)
+    base = qkv + WIDTH + column
+    for some in range(tl.min(first, 0), last, BLOCK_N):
+        key = some + n
+        keys = base + key.to(tl.int64)[:, None] * (3 * WIDTH)
+        there = (key < last)[:, None] & inside
+        k = tl.load(keys, mask=there, other=0.0)
+        v = tl.load(keys + WIDTH, mask=there, other=0.0)
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        own = (key[None, :] >= first[:, None]) & (key[None, :] < stop[:, None])
+        scores = tl.where(own, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        level = tl.where(new_top == float("-inf"), 0.0, new_top)  # a query with none of these keys
+        weight = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(top - level)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + at * WIDTH + column, result.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & inside)
+
+
+@jit
+def _bounds(starts, sequences, token, begin):
+    """First token of each token's sequence, and the one behind its last; for tokens of no sequence these are equal."""
+    r = tl.arange(0, 128)
+    before = tl.zeros([128], tl.int32)  # sequences that end before the tile
+    for some in range(0, sequences, 128):
+        end = tl.load(starts + 1 + some + r, mask=some + r < sequences, other=1 << 30)
+        before += (end <= begin).to(tl.int32)
+    sequence = tl.sum(before, 0)
+    at = tl.load(starts + sequence)
+    first = tl.zeros_like(token) + at
+    stop = first
+    while (sequence < sequences) & (at <= tl.max(token, 0)):
+        end = tl.load(starts + sequence + 1)
+        mine = (token >= at) & (token < end)
+        first = tl.where(mine, at, first)
+        stop = tl.where(mine, end, stop)
+        at = end
+        sequence += 1
+    return first, stop

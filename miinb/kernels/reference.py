@@ -43,6 +43,11 @@ def layer_norm(
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps), x
 
 
+def post_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
+    """See `norm.post_norm`."""
+    return layer_norm(x, weight, bias, eps, residual)[0]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, *, interleaved: bool) -> Tensor:
     """Rotary embedding of the first `rotary_dim` elements of each head.
 

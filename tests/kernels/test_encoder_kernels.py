@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+import miinb.kernels.packed_attention as packed_attention_module
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import product, reference
 from miinb.kernels.dispatch import INTERPRETED
@@ -127,14 +128,28 @@ def test_packed_attention(dtype: torch.dtype, heads: int, size: int, lengths: li
     same(out[:tokens], reference.packed_attention(wide(qkv), starts, **options)[:tokens])
 
 
+@pytest.mark.parametrize(
+    "starts", [[0, 5, 5, 40], [0, 1, 2, 3, 4, 16, 17, 33, 33, 33], [3, 20], [0, *range(1, 150)]], ids=len
+)
+def test_sequences_share_tiles(starts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they begin and end; more of them than are looked at in one step; tokens before and behind all."""
+    monkeypatch.setattr(packed_attention_module, "_PROGRAMS", 1000)
+    qkv, where = rand(151, 3 * 16, dtype=torch.float16), torch.tensor(starts, dtype=torch.int32)
+    options = {"heads": 1, "head_size": 16, "scale": 0.3, "max_length": 40}
+    out = packed_attention(qkv, where.to(DEVICE), **options)
+    mine = slice(starts[0], starts[-1])
+    same(out[mine], reference.packed_attention(wide(qkv), where, **options)[mine])
+    assert out.isfinite().all()
+
+
 def test_tiles_of_packed_attention() -> None:
-    """One step where sequences fit into it, and programs for the whole GPU where there are few tokens."""
-    one, many, long = (
+    """Programs for the whole GPU where there are few tokens; steps no longer than sequences."""
+    one, many, short = (
         attention_tile(torch.empty(tokens, 1, dtype=torch.float16), 12, 64, most)
-        for tokens, most in ((128, 128), (16384, 128), (16384, 512))
+        for tokens, most in ((128, 128), (16384, 512), (512, 20))
     )
-    assert [tile["ONE_STEP"] for tile in (one, many, long)] == [True, True, False]
-    assert [tile["BLOCK_M"] for tile in (one, many, long)] == [16, 128, 128]
+    assert [tile["BLOCK_M"] for tile in (one, many, short)] == [16, 128, 32]
+    assert [tile["BLOCK_N"] for tile in (one, many, short)] == [128, 64, 32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
