@@ -63,15 +63,15 @@ def linear(
         )
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
-    passes = activation is not None and (activation not in _EPILOGUES or packed.bias is None)
-    if tile := product_tile(x, packed.weight.shape[0], gated=False, epilogue=passes):
+    fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
+    if tile := product_tile(x, packed.weight.shape[0], gated=False, epilogue=activation is not None and fused is None):
         if out is not None:
             return product(x, packed.weight, packed.bias, tile, out=out)
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
         return _cublas(x, packed, out)
-    if activation is not None and not passes and not INTERPRETED:
-        y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=_EPILOGUES[activation])
+    if fused is not None and packed.bias is not None:
+        y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=fused)
     else:
         y = F.linear(x, packed.weight, packed.bias)
         y = y if activation is None else activate(y, activation)
