@@ -74,12 +74,10 @@ INLINE float sum_vec(vec v) {
   return s[0] + s[1];
 }
 
-/* exp by 2^n * 2^f with a polynomial for |f| <= 1/2; relative error below 2e-7. NaN stays NaN. */
-INLINE float exp_fast(float x) {
-  float clamped = x > 88.0f ? 88.0f : x;
-  clamped = clamped < -87.0f ? -87.0f : clamped;
-  float n = rintf(clamped * 1.44269504f);
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+/* exp of -87 to 88 by 2^n * 2^f with a polynomial for |f| <= 1/2; relative error below 2e-7. NaN stays NaN. */
+INLINE float exp_within(float x) {
+  float n = rintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -93,6 +91,10 @@ INLINE float exp_fast(float x) {
   return p * scale;
 }
 
+INLINE float exp_below(float x) { return exp_within(x < -87.0f ? -87.0f : x); } /* of what is not above 88 */
+
+INLINE float exp_fast(float x) { return exp_below(x > 88.0f ? 88.0f : x); }
+
 /* gelu by erf: the chance that a normal number is above |x| is a polynomial times exp(-x^2 / 2) (Abramowitz and Stegun,
    Handbook of Mathematical Functions, 7.1.26: error below 1e-7 here). */
 INLINE float gelu(float x) {
@@ -102,7 +104,7 @@ INLINE float gelu(float x) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const float above = 0.5f * p * t * exp_fast(-0.5f * x * x);
+  const float above = 0.5f * p * t * exp_below(-0.5f * x * x);
   return x * (x >= 0 ? 1 - above : above);
 }
 

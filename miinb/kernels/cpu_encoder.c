@@ -55,25 +55,32 @@ typedef struct {
   int activation;
 } product_args;
 
-INLINE void activate_all(float *values, int kind) {
-  for (int j = 0; j < NR; j++) values[j] = activate(values[j], kind);
-}
-
-/* Bias, activation and residual of a row's sums. */
-static __attribute__((noinline)) void finish(const product_args *a, const reg sums[2], int64_t m, int64_t n) {
-  const int64_t count = a->n - n < NR ? a->n - n : NR;
-  float values[NR];
-  memcpy(values, sums, sizeof values);
-  for (int64_t j = 0; a->bias && j < count; j++) values[j] += a->bias[n + j];
-  switch (a->activation) {
-    case RELU: activate_all(values, RELU); break;
-    case SILU: activate_all(values, SILU); break;
-    case GELU: activate_all(values, GELU); break;
-    case GELU_TANH: activate_all(values, GELU_TANH); break;
-    case TANH: activate_all(values, TANH); break;
+/* Of all rows of a tile at once: the compiler makes vectors of it. */
+#define ACTIVATE_ALL(KIND)                                                         \
+  static __attribute__((noinline)) void activate_##KIND(float *values, int64_t n) { \
+    for (int64_t j = 0; j < n; j++) values[j] = activate(values[j], KIND);         \
   }
-  for (int64_t j = 0; a->residual && j < count; j++) values[j] += a->residual[m * a->n + n + j];
-  memcpy(a->y + m * a->n + n, values, sizeof(float) * count);
+ACTIVATE_ALL(RELU)
+ACTIVATE_ALL(SILU)
+ACTIVATE_ALL(GELU)
+ACTIVATE_ALL(GELU_TANH)
+ACTIVATE_ALL(TANH)
+static void (*const activate_all[])(float *, int64_t) = {NULL, activate_RELU, activate_SILU, activate_GELU,
+                                                         activate_GELU_TANH, activate_TANH};
+
+/* Bias, activation and residual of the sums of rows [m, m + rows). */
+INLINE void finish(const product_args *a, reg sums[MR][2], int64_t m, int rows, int64_t n) {
+  const int64_t count = a->n - n < NR ? a->n - n : NR;
+  float bias[NR] = {0}, *values = (float *)sums;
+  if (a->bias) memcpy(bias, a->bias + n, sizeof(float) * count);
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < NR; j++) values[r * NR + j] += bias[j];
+  if (a->activation) activate_all[a->activation](values, rows * NR);
+  for (int r = 0; r < rows; r++, values += NR) {
+    const int64_t at = (m + r) * a->n + n;
+    for (int64_t j = 0; a->residual && j < count; j++) values[j] += a->residual[at + j];
+    memcpy(a->y + at, values, sizeof(float) * count);
+  }
 }
 
 /* Rows [m, end) of the outputs [n, n + NR). */
@@ -81,7 +88,7 @@ INLINE void plain_tile(const product_args *a, const float *x, int64_t m, int64_t
   reg sums[MR][2];
   for (; m < end; m += MR) {
     outer_rows(x + m * a->k, a->k, 1, (const float *)a->blocks + n * a->k, NR, a->k, end - m, sums);
-    for (int r = 0; r < MR && m + r < end; r++) finish(a, sums[r], m + r, n);
+    finish(a, sums, m, end - m < MR ? end - m : MR, n);
   }
 }
 
@@ -105,32 +112,49 @@ INLINE void plain_tile(const product_args *a, const float *x, int64_t m, int64_t
 const int32_t miinb_levels = LEVELS;
 
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t any_int __attribute__((aligned(1), may_alias));
 
-/* sums[lane] += the products of 8 columns of one row of x with the weights of this lane's output; a weight vector has
-   four columns of each output. */
-INLINE veci dot(veci sums, const uint8_t *x, veci w0, veci w1) {
-  int32_t four[2];
-  memcpy(four, x, sizeof four);
-#if defined(__AVX512VNNI__)
-  sums = (veci)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four[0]), (__m512i)w0);
-  return (veci)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four[1]), (__m512i)w1);
-#elif LANES == 8 && defined(__AVXVNNI__)
-  sums = (veci)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four[0]), (__m256i)w0);
-  return (veci)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four[1]), (__m256i)w1);
-#elif LANES == 16
-  const __m512i first = _mm512_maddubs_epi16(_mm512_set1_epi32(four[0]), (__m512i)w0);
-  const __m512i second = _mm512_maddubs_epi16(_mm512_set1_epi32(four[1]), (__m512i)w1);
-  return sums + (veci)_mm512_madd_epi16(_mm512_add_epi16(first, second), _mm512_set1_epi16(1));
+/* The instructions: four columns of one row of x for every lane; products of four columns of each lane's output, in
+   16 bits; the sums of pairs in 32 bits. */
+#if defined(__AVX512F__)
+#define EVERY(p) ((veci)_mm512_set1_epi32(*(const any_int *)(p)))
+#define FOURS(x, w) ((veci)_mm512_maddubs_epi16((__m512i)(x), (__m512i)(w)))
+#define ADD(a, b) ((veci)_mm512_add_epi16((__m512i)(a), (__m512i)(b)))
+#define PAIRS(a) ((veci)_mm512_madd_epi16((__m512i)(a), _mm512_set1_epi16(1)))
+#define DOT(sums, x, w) ((veci)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(x), (__m512i)(w)))
 #elif defined(__AVX2__)
-  const __m256i first = _mm256_maddubs_epi16(_mm256_set1_epi32(four[0]), (__m256i)w0);
-  const __m256i second = _mm256_maddubs_epi16(_mm256_set1_epi32(four[1]), (__m256i)w1);
-  return sums + (veci)_mm256_madd_epi16(_mm256_add_epi16(first, second), _mm256_set1_epi16(1));
+#define EVERY(p) ((veci)_mm256_set1_epi32(*(const any_int *)(p)))
+#define FOURS(x, w) ((veci)_mm256_maddubs_epi16((__m256i)(x), (__m256i)(w)))
+#define ADD(a, b) ((veci)_mm256_add_epi16((__m256i)(a), (__m256i)(b)))
+#define PAIRS(a) ((veci)_mm256_madd_epi16((__m256i)(a), _mm256_set1_epi16(1)))
+#define DOT(sums, x, w) ((veci)_mm256_dpbusd_avx_epi32((__m256i)(sums), (__m256i)(x), (__m256i)(w)))
 #else
-  const int8_t *a = (const int8_t *)&w0, *b = (const int8_t *)&w1;
+INLINE veci EVERY(const uint8_t *p) { return (veci){0} + *(const any_int *)p; }
+INLINE veci DOT(veci sums, veci x, veci w) {
   for (int lane = 0; lane < LANES; lane++)
-    for (int j = 0; j < 4; j++) sums[lane] += x[j] * a[4 * lane + j] + x[4 + j] * b[4 * lane + j];
+    for (int j = 0; j < 4; j++) sums[lane] += ((const uint8_t *)&x)[4 * lane + j] * ((const int8_t *)&w)[4 * lane + j];
   return sums;
+}
 #endif
+
+/* sums[side] += the products of STEP columns of one row of x with a tile of weights: four columns of each side, then
+   the other four. */
+INLINE void add_products(veci sums[2], const uint8_t *x, const veci w[4]) {
+  veci first = EVERY(x);
+  KEEP(first);
+#if LEVELS == 127
+  const veci second = EVERY(x + 4);
+  for (int side = 0; side < 2; side++) sums[side] = DOT(DOT(sums[side], first, w[side]), second, w[2 + side]);
+#else
+  veci left = FOURS(first, w[0]), right = FOURS(first, w[1]), second = EVERY(x + 4);
+  KEEP(second);
+  left = ADD(left, FOURS(second, w[2]));
+  right = ADD(right, FOURS(second, w[3]));
+  sums[0] += PAIRS(left);
+  sums[1] += PAIRS(right);
+#endif
+  KEEP(sums[0]);
+  KEEP(sums[1]);
 }
 
 /* A row of x [k] as numbers [groups * GROUP] and scales [groups]. What is not finite makes a scale that is not. */
@@ -164,17 +188,9 @@ INLINE void int8_outer(const uint8_t *x, const float *scale, const char *block, 
       whole[r][1] = ((const ints *)block)[1];
     }
     for (int64_t c = 0; c < GROUP; c += STEP, w += 4) {
-      veci w00 = w[0], w01 = w[1], w10 = w[2], w11 = w[3];
-      KEEP(w00);
-      KEEP(w01);
-      KEEP(w10);
-      KEEP(w11);
-      for (int r = 0; r < rows; r++) {
-        whole[r][0] = dot(whole[r][0], x + r * groups * GROUP + c, w00, w10);
-        whole[r][1] = dot(whole[r][1], x + r * groups * GROUP + c, w01, w11);
-        KEEP(whole[r][0]);
-        KEEP(whole[r][1]);
-      }
+      veci four[4] = {w[0], w[1], w[2], w[3]};
+      for (int i = 0; i < 4; i++) KEEP(four[i]);
+      for (int r = 0; r < rows; r++) add_products(whole[r], x + r * groups * GROUP + c, four);
     }
     const vec *scales = (const vec *)(block + 4 * NR);
     for (int r = 0; r < rows; r++)
@@ -196,7 +212,7 @@ INLINE void int8_tile(const product_args *a, const uint8_t *x, const float *scal
     if (count == IR) int8_outer(row, scale, block, groups, IR, sums);
     if (count == 2) int8_outer(row, scale, block, groups, 2, sums);
     if (count == 1) int8_outer(row, scale, block, groups, 1, sums);
-    for (int r = 0; r < count; r++) finish(a, sums[r], m + r, n);
+    finish(a, sums, m, count, n);
   }
 }
 
@@ -281,7 +297,7 @@ INLINE void softmax(float *scores, int64_t length, reg sums[2]) {
     for (int64_t p = 0; p < length; p++) {
       float *score = scores + p * NR + side * LANES;
       *(vec *)score -= best;
-      for (int j = 0; j < LANES; j++) score[j] = exp_fast(score[j]);
+      for (int j = 0; j < LANES; j++) score[j] = exp_below(score[j]);
       sum += *(const vec *)score;
     }
     sums[side] = sum;
