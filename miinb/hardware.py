@@ -9,7 +9,10 @@ from pathlib import Path
 import psutil
 
 #: /proc/cpuinfo's names of the instruction sets that decide how fast a dtype is on a CPU.
-_INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_INTERESTING_FLAGS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
 from miinb.config import LoadFormat
-from miinb.engine.parameters import Parameters, count_parameters
-from miinb.engine.policies import POLICIES, decoder_spec
+from miinb.engine.encoder_spec import EncoderSpec
+from miinb.engine.labels import function_of, labels_of
+from miinb.engine.parameters import Parameters, count_encoder, count_parameters, int8_bytes, step_bytes
+from miinb.engine.policies import ENCODERS, POLICIES, decoder_spec, encoder_spec
 from miinb.engine.spec import NO_LIMIT, DecoderSpec
-from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, UnsupportedModel
+from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError, UnsupportedModel
 from miinb.location import gguf_file, locate, read_config
 from miinb.tasks import TASKS, find_task, tasks_of
 
@@ -27,6 +30,8 @@ FP8_CAPABILITY = (8, 9)
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5}
 
 _FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
+_TEXT = ("text-generation", "conversational")
+_ENCODER = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 #: config.json's names of one fact, by family; the first that is there counts.
 _KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -51,14 +56,15 @@ class ModelInfo:
         tasks: names of the tasks that its head serves.
         config: config.json as it is (for GGUF: the same made from the file's metadata).
         tensors: the checkpoint's tensors, by name.
-        parameters: number of parameters (tied ones once): of the decoder's weights where the family has a policy, else
-            of the files.
+        parameters: number of parameters (tied ones once): of the weights that the optimized engine loads where it has
+            a form for the model, else of the files.
         dtype: the checkpoint's main dtype, by miinb's names; "bf16" for quantized GGUF.
         context_length: most tokens of one sequence; 0 when the family has no limit.
         head_size: width of one attention head.
         spec: the decoder for the optimized engine; None where it has no form there.
-        unfused: why not, for a model that generates text: the family has no policy, or this configuration of it no
-            fused form (`UnsupportedModel`), or config.json lacks a part (`BrokenCheckpoint`).
+        encoder: the encoder for the optimized engine, with the head of the model's own task (see `serving`), or None.
+        unfused: why there is neither: the family has no policy, or this configuration of it no fused form
+            (`UnsupportedModel`), or config.json lacks a part (`BrokenCheckpoint`).
     """
 
     source: str
@@ -79,17 +85,20 @@ class ModelInfo:
     kv_heads: int
     head_size: int
     spec: DecoderSpec | None = field(default=None, repr=False)
+    encoder: EncoderSpec | None = field(default=None, repr=False)
     unfused: ModelError | None = None
 
     @property
     def counted(self) -> Parameters | None:
-        """The decoder's parameters by kind, where the optimized engine has a form for it."""
+        """The parameters by kind, where the optimized engine has a form for the model."""
+        if self.encoder is not None:
+            return count_encoder(self.encoder)
         return None if self.spec is None else count_parameters(self.spec, POLICIES[self.family])
 
     @property
     def optimized(self) -> bool:
         """Whether the optimized engine has a form for it."""
-        return self.spec is not None
+        return self.spec is not None or self.encoder is not None
 
     @property
     def files(self) -> list[Path]:
@@ -109,9 +118,27 @@ class ModelInfo:
 
         Ranks share the matrices; embeddings, norms and biases are whole on each.
         """
+        if self.encoder is not None and dtype == "int8":
+            return int8_bytes(self.encoder)
         counted = self.counted
         numbers = self.parameters if counted is None else counted.others + -(-counted.matrices // ranks)
         return int(numbers * DTYPE_BYTES[dtype or self.dtype])
+
+    def step_bytes(self, dtype: str, tokens: int) -> int:
+        """About what an encoder's step of so many tokens takes besides the weights; 0 without an encoder."""
+        if self.encoder is None:
+            return 0
+        return step_bytes(
+            self.encoder, 4.0 if dtype == "int8" else DTYPE_BYTES[dtype], tokens
+        )  # weights alone are int8
+
+    def labels(self) -> tuple[tuple[str, ...], str]:
+        """The labels of a classifier's outputs, in their order, and what is wrong with config.json's names, or ""."""
+        return labels_of(self.config)
+
+    def function(self) -> str:
+        """What makes a text classifier's logits scores: softmax, sigmoid or none."""
+        return function_of(self.config)
 
     def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1, kv_dtype: str = "auto") -> int:
         """Bytes of keys and values that one token adds to the cache of each rank.
@@ -121,6 +148,8 @@ class ModelInfo:
             ranks: that share the model.
             kv_dtype: "fp8" is one byte a number, and a scale of two bytes for each head's key and value.
         """
+        if self.encoder is not None or (self.tasks and "text-generation" not in self.tasks):
+            return 0  # encoders keep nothing
         number = 4.0 if dtype == "int8" else DTYPE_BYTES[dtype or self.dtype]  # weights alone are int8
         layers, heads, size = self.layers, self.kv_heads, self.head_size
         if self.spec is not None:
@@ -143,11 +172,32 @@ class ModelInfo:
                 f"task: {self.source} does not tell its task.", hint=f"Give one of: {', '.join(main or TASKS)}."
             )
         name = find_task(asked).name
-        if self.tasks and name not in self.tasks and name != "feature-extraction":
+        may = name in _ENCODER and self.family in ENCODERS  # if the head's weights are there, as `serving` sees
+        if self.tasks and name not in self.tasks and name != "feature-extraction" and not may:
             raise UnsupportedModel(
                 f"{self.architecture} of {self.source} does not serve {name}.", hint=f"It serves {self.tasks[0]}."
             )
         return name
+
+    def serving(self, task: str) -> ModelInfo:
+        """The model with the head of a task, which may be another than config.json's first class has.
+
+        Raises:
+            MissingHead: the files lack weights of that head.
+        """
+        if self.family not in ENCODERS or task not in _ENCODER:
+            return self
+        spec, unfused = _encoder(self.config, task, self.source)
+        if spec is None:
+            return dataclasses.replace(self, encoder=None, unfused=unfused)
+        missing = ENCODERS[self.family].missing(spec, self.tensors) if self.format == "safetensors" else []
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
+            raise MissingHead(
+                f"{self.source} has no head for {task}: {missing[0]}{more} are missing.",
+                hint=f"It serves {', '.join(self.tasks) or 'feature-extraction'}; use a model trained for {task}.",
+            )
+        return dataclasses.replace(self, encoder=spec, unfused=None, parameters=count_encoder(spec).total)
 
 
 def inspect(
@@ -202,9 +252,15 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     heads = facts["heads"]
     architecture = (config.get("architectures") or [""])[0]
     tasks = tasks_of(architecture) if architecture else ()
-    spec, unfused = _decoder(config, tasks, source)
-    longest = spec.max_length if spec else facts["context_length"]
-    counted = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
+    encodes = tasks[0] in _ENCODER if tasks else config["model_type"] in ENCODERS
+    spec, encoder, counted = None, None, 0
+    if encodes:
+        encoder, unfused = _encoder(config, tasks[0] if tasks else "feature-extraction", source)
+        counted = count_encoder(encoder).total if encoder else 0
+    else:
+        spec, unfused = _decoder(config, source)
+        counted = count_parameters(spec, POLICIES[config["model_type"]]).total if spec else 0
+    longest = next((form.max_length for form in (spec, encoder) if form), facts["context_length"])
     return ModelInfo(
         source=source,
         folder=folder,
@@ -224,22 +280,31 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         kv_heads=facts["kv_heads"] or heads,
         head_size=config.get("head_dim") or (facts["hidden_size"] // heads if heads else 0),
         spec=spec,
+        encoder=encoder,
         unfused=unfused,
     )
 
 
-def _decoder(
-    config: Mapping[str, Any], tasks: tuple[str, ...], source: str
-) -> tuple[DecoderSpec | None, ModelError | None]:
-    if tasks and "text-generation" not in tasks:
-        return None, None
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
-        return None, UnsupportedModel(f"The weights of {source} are quantized already ({method}).")
+def _decoder(config: Mapping[str, Any], source: str) -> tuple[DecoderSpec | None, ModelError | None]:
     try:
+        _check_unquantized(config, source)
         return decoder_spec(config, source), None
     except ModelError as error:
         return None, error
+
+
+def _encoder(config: Mapping[str, Any], task: str, source: str) -> tuple[EncoderSpec | None, ModelError | None]:
+    try:
+        _check_unquantized(config, source)
+        return encoder_spec(config, task, source), None
+    except ModelError as error:
+        return None, error
+
+
+def _check_unquantized(config: Mapping[str, Any], source: str) -> None:
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
+        raise UnsupportedModel(f"The weights of {source} are quantized already ({method}).")
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
@@ -295,17 +360,13 @@ class FamilyTable(tuple[FamilyRow, ...]):
         return "\n".join([f"{'family':<14} {'engine':<10} tasks", *rows])
 
 
-_TEXT = ("text-generation", "conversational")
-_ENCODER = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
-
-
 def families() -> FamilyTable:
     """The families that are tested; others that transformers knows run on the baseline engine."""
-    encoders = ("bert", "distilbert", "roberta", "xlm-roberta", "albert", "electra")
     decoders = ("mpt", "codegen", "olmo", "granite")
     rows = [FamilyRow(name, _TEXT, True) for name in POLICIES]
     rows += [FamilyRow(name, _TEXT, False) for name in decoders]
-    return FamilyTable(rows + [FamilyRow(name, _ENCODER, False) for name in encoders])
+    rows += [FamilyRow(name, _ENCODER, True) for name in ENCODERS]
+    return FamilyTable([*rows, FamilyRow("albert", _ENCODER, False)])
 
 
 class _CallableModule(types.ModuleType):

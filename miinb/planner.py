@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from miinb import splitting
+from miinb import encoder_planner, splitting
 from miinb.config import DeploymentConfig
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
 from miinb.hardware import Gpu, Hardware
@@ -45,6 +45,7 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     """
     _refuse_unbuilt(config)
     task = model.task(config.task)
+    model = model.serving(task)
     groups = _device_groups(config, hardware)
     device = "cuda" if groups else "cpu"
     choice = Plan(config.engine, device, "", config.tensor_parallel, config.replicas)
@@ -52,8 +53,9 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
     choice = _dtype(choice, config, model, hardware)
+    choice = encoder_planner.labels(choice, model, task)
     if config.kv_dtype == "fp8":
-        _check_fp8_cache(choice, groups)
+        _check_fp8_cache(choice, groups, encodes=not TASKS[task].streams)
     return _memory(choice, config, model, hardware, groups)
 
 
@@ -107,16 +109,19 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     if config.engine == "baseline":
         arm = "static cache or compiled, whichever is faster" if config.options.compile else "plain transformers"
         return choice.with_line("engine", "baseline", f"asked for: {arm}")
-    if not TASKS[task].streams:
-        reason = f"{task} has no fused engine yet: transformers runs it"
-        return choice.with_line("engine", "baseline", reason, engine="baseline")
+    generates = TASKS[task].streams
     if isinstance(model.unfused, BrokenCheckpoint):
         raise model.unfused
-    if not model.optimized:
-        why = model.unfused.message if model.unfused else f"There is no policy for {model.family}."
+    if (model.spec if generates else model.encoder) is None:
+        why = model.unfused.message if model.unfused else f"There is no policy for {task} of {model.family}."
         reason = f"plain transformers run it: {why}"
         return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
-    return choice.with_line("engine", "optimized", f"fused decoder with the policy of {model.family}")
+    if not generates and config.tensor_parallel > 1:
+        reason = "transformers run an encoder over several ranks"
+        return choice.with_line("engine", "baseline", reason, engine="baseline")
+    return choice.with_line(
+        "engine", "optimized", f"fused {'decoder' if generates else 'encoder'} with the policy of {model.family}"
+    )
 
 
 def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
@@ -172,6 +177,9 @@ def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: H
     origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
     if asked == "int8":
         return _int8(choice)
+    if choice.device == "cpu" and model.encoder is not None:
+        used, reason = encoder_planner.dtype_on_cpu(asked, origin, hardware)
+        return choice.with_line("dtype", used, reason, dtype=used)
     if choice.device == "cpu" and asked == "fp16":
         fast = hardware.cpu_flags & {"avx2", "avx512_bf16", "amx_bf16", "bf16"}
         used = "bf16" if fast else "fp32"
@@ -197,8 +205,10 @@ def _int8(choice: Plan) -> Plan:
     return choice.with_line("dtype", "int8", reason, dtype="int8")
 
 
-def _check_fp8_cache(choice: Plan, groups: list[list[Gpu]]) -> None:
+def _check_fp8_cache(choice: Plan, groups: list[list[Gpu]], *, encodes: bool) -> None:
     """Raise InvalidValue where there is no fp8 cache."""
+    if encodes:
+        raise InvalidValue("kv_dtype: an encoder has no cache.", hint="Use kv_dtype='auto'.")
     if choice.engine == "baseline":
         raise InvalidValue(
             "kv_dtype: fp8 needs the optimized engine, and plain transformers serve this.", hint="Use kv_dtype='auto'."
@@ -221,6 +231,8 @@ def _memory(
     weights = model.weights_bytes(choice.dtype, ranks)
     token = model.kv_bytes_per_token(choice.dtype, ranks, config.kv_dtype)
     length = _length(config, model, on_gpu=place.on_gpu)
+    if choice.engine == "optimized" and model.encoder is not None:
+        return encoder_planner.memory(choice, config, model, length, place.usable)
     room = place.usable - weights
     if ranks > 1 and choice.engine != "optimized":
         choice = _loaded_whole(choice, config, model, hardware)

@@ -12,7 +12,7 @@ import pytest
 
 import miinb.models as models
 from miinb import Session, location
-from miinb.engine.policies import POLICIES
+from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.errors import BrokenCheckpoint, InvalidValue, ModelError, ModelNotFound, UnsupportedModel
 
 LLAMA = {
@@ -258,8 +258,8 @@ def test_gguf_truncated_or_of_another_family(tmp_path: Path) -> None:
 
 def test_table_of_families_is_the_modules_call() -> None:
     table = models()  # type: ignore[operator]
-    assert {row.family for row in table if row.optimized} == set(POLICIES)
-    assert {row.family for row in table} > {"mpt", "bert"}
+    assert {row.family for row in table if row.optimized} == {*POLICIES, *ENCODERS}
+    assert {row.family for row in table} > {"mpt", "albert"}
     assert "mistral" in repr(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from miinb.engine.policies import POLICIES, decoder_spec
 from miinb.errors import InvalidValue, MiinbError, OutOfMemory, UnsupportedModel
 from miinb.hardware import Gpu, Hardware, _visible
 from miinb.messages import Plan
-from miinb.models import ModelInfo
+from miinb.models import ModelInfo, inspect
 from miinb.planner import plan, resolve
 
 GB = 1 << 30
@@ -93,8 +94,10 @@ def test_an_fp8_cache() -> None:
         planned(old, kv_dtype="fp8")
     assert planned(old, kv_dtype="fp8", device="cpu").device == "cpu"
     bert = dataclasses.replace(LLAMA, family="bert", tasks=("fill-mask",), spec=None, kv_heads=0, context_length=512)
-    with pytest.raises(InvalidValue, match="optimized engine"):
+    with pytest.raises(InvalidValue, match="an encoder has no cache"):
         planned(model=bert, kv_dtype="fp8")
+    with pytest.raises(InvalidValue, match="optimized engine"):
+        planned(engine="baseline", kv_dtype="fp8")
 
 
 def test_fallbacks_say_so() -> None:
@@ -103,11 +106,72 @@ def test_fallbacks_say_so() -> None:
     choice = planned(model=model)
     assert choice.engine == "baseline"
     assert "no policy for falcon" in choice.warnings[0]
-    bert = dataclasses.replace(LLAMA, family="bert", tasks=("fill-mask",), spec=None, kv_heads=0, context_length=512)
-    choice = planned(model=bert)
+    albert = dataclasses.replace(LLAMA, family="albert", tasks=("fill-mask",), spec=None, context_length=512)
+    choice = planned(model=albert)
     assert (choice.engine, choice.max_length, choice.max_batch) == ("baseline", 512, 32)
-    assert "fill-mask" in line(choice, "engine")
+    assert "no policy for fill-mask of albert" in line(choice, "engine")
+    assert choice.kv_cache_bytes == 0
     assert "compiled" in line(planned(engine="baseline", options={"compile": True}), "engine")
+
+
+BERT = {
+    "model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2,
+}  # fmt: skip
+
+
+def encoder(folder: Path, **changes: Any) -> ModelInfo:
+    values = BERT | {"architectures": ["BertForSequenceClassification"]} | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    return inspect(folder, load_format="dummy")
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    bert = encoder(tmp_path)
+    choice = planned(model=bert)
+    assert (choice.engine, choice.max_length, choice.max_batch, choice.kv_cache_bytes) == ("optimized", 512, 256, 0)
+    assert choice.weights_bytes == 4 * bert.parameters == 4 * 109_483_778
+    assert line(choice, "engine") == "optimized: fused encoder with the policy of bert"
+    assert line(choice, "steps").startswith("256 tokens: of all waiting requests")
+    assert line(choice, "labels") == "2: LABEL_0, LABEL_1: config.json names none"
+    assert planned(TWO_GPUS, bert, dtype="fp16").max_batch == 4096
+    roberta = encoder(tmp_path, model_type="roberta", max_position_embeddings=514)
+    assert line(planned(model=roberta), "max_length").startswith("512 tokens: the model's 514 positions")
+    with pytest.raises(InvalidValue, match="above the model's context of 512"):
+        planned(model=roberta, max_length=514)
+    small = dataclasses.replace(CPU, free_bytes=1 * GB)
+    with pytest.raises(OutOfMemory, match=r"438 MB of weights") as caught:
+        planned(small, bert)
+    assert caught.value.hint == "What would fit: dtype='bf16'; dtype='int8'."
+    assert "int8" in line(planned(small, bert, dtype="int8"), "weights")
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "used", "words"),
+    [
+        ({"avx2"}, "auto", "fp32", "the checkpoint's; this CPU has none for bf16"),
+        ({"avx2", "amx_bf16"}, "auto", "fp32", "bf16 would use this CPU's AMX"),
+        ({"avx2", "amx_bf16", "avx512_bf16"}, "bf16", "bf16", "asked for; this CPU has AMX"),
+        ({"avx2"}, "bf16", "bf16", "no instructions for it"),
+        ({"avx512_bf16"}, "fp16", "bf16", "AVX512-BF16"),
+        ({"avx2"}, "fp16", "fp32", "no instructions for bf16"),
+    ],
+)
+def test_an_encoders_dtype_follows_the_instructions(
+    tmp_path: Path, flags: set[str], asked: str, used: str, words: str
+) -> None:
+    choice = planned(dataclasses.replace(CPU, cpu_flags=frozenset(flags)), encoder(tmp_path), dtype=asked)
+    assert choice.dtype == used
+    assert words in line(choice, "dtype")
+
+
+def test_an_encoder_that_transformers_run(tmp_path: Path) -> None:
+    choice = planned(model=encoder(tmp_path), tensor_parallel=2)
+    assert line(choice, "engine") == "baseline: transformers run an encoder over several ranks"
+    choice = planned(model=encoder(tmp_path, position_embedding_type="relative_key"))
+    assert "'relative_key' have no fused form" in choice.warnings[0]
+    choice = planned(model=encoder(tmp_path, num_labels=50, id2label={"0": "a", "1": "b"}))
+    assert "names 2 of the 50 labels" in choice.warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ class EncoderSpec:
         """Whether a projection leads from the embeddings to the layers."""
         return self.embed_size != self.hidden_size
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the head's outputs are tokens."""
+        return any(layer.outputs == "vocab" for layer in self.head.layers)
+
     def width(self, layer: HeadLayer) -> int:
         """How many outputs a layer of the head has."""
         sizes = {"hidden": self.hidden_size, "embed": self.embed_size, "labels": self.labels, "vocab": self.vocab_size}

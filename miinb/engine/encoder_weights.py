@@ -16,7 +16,7 @@ from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec, HeadLayer
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
 from miinb.engine.weights import DTYPES, open_reader
-from miinb.errors import MissingHead, UnsupportedModel
+from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
 from miinb.models import ModelInfo
@@ -111,7 +111,7 @@ class _Builder:
     def words(self) -> PackedLinear:
         """The tokens' embedding, quantized only where it is a matrix of the head too."""
         rows, width = self.spec.vocab_size, self.spec.embed_size
-        if any(layer.outputs == "vocab" for layer in self.spec.head.layers) and self.spec.tied:
+        if self.spec.decodes and self.spec.tied:
             return self.matrix([f"{self.module('words')}.weight"], [rows], width)
         return PackedLinear(self.table("words", rows))
 
@@ -154,7 +154,7 @@ def load_encoder_weights(
     """The weights of an encoder and its head.
 
     Args:
-        info: the model's files.
+        info: the model's files; `models.ModelInfo.serving` has seen that the head is in them.
         policy: of its family.
         spec: with the head of the task.
         dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
@@ -164,13 +164,10 @@ def load_encoder_weights(
 
     Raises:
         BrokenCheckpoint: a tensor is missing or has another shape.
-        MissingHead: the task's head is not in the checkpoint.
         UnsupportedModel: the checkpoint holds tensors that the policy does not know.
     """
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
-        if not dummy:
-            check_head(info.source, policy, spec, reader.names())
         quantizer = Quantizer() if dtype == "int8" else None
         build = _Builder(policy, spec, reader, DTYPES[dtype], device, quantizer)
         words = build.words()
@@ -192,13 +189,6 @@ def load_encoder_weights(
         weights.unread = _left_over(reader.names() - build.consumed, policy, info.source)
     report(Phase("load", spec.layers, spec.layers))
     return weights
-
-
-def check_head(source: str, policy: EncoderPolicy, spec: EncoderSpec, names: set[str]) -> None:
-    """Refuse a head whose weights a checkpoint with these names lacks. Raises MissingHead."""
-    if missing := policy.missing(spec, names):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise MissingHead(f"{source} has no {missing[0]}{more}.", hint="Use a model that was trained for the task.")
 
 
 def _left_over(left: set[str], policy: EncoderPolicy, source: str) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""How many numbers a decoder's weights hold, counted from its spec and policy as `weights.py` lays them out."""
+"""How many numbers a model's weights hold, counted from its spec and policy as it loads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from miinb.engine.encoder_spec import EncoderSpec
 from miinb.engine.spec import LAYER_NORMS, DecoderSpec, Policy, linear_shape
 
 #: Linear layers of each layer; `weights.py` fuses what the checkpoint has apart.
@@ -44,6 +45,56 @@ def count_parameters(spec: DecoderSpec, policy: Policy) -> Parameters:
     each = 2 if spec.norm == "layer" else 1
     others += each * (spec.final_norm * spec.hidden_size + spec.embed_norm * width)
     return Parameters(matrices, others)
+
+
+#: Columns of an int8 matrix that share a scale of four bytes (`quantize.py`).
+_GROUP = 64
+
+
+def count_encoder(spec: EncoderSpec) -> Parameters:
+    """The parameters of an encoder with its head, as `encoder_weights.py` lays them out."""
+    matrices, others = _encoder_numbers(spec)
+    return Parameters(sum(rows * columns for rows, columns in matrices), others)
+
+
+def int8_bytes(spec: EncoderSpec) -> int:
+    """Bytes of an encoder whose matrices are int8, each group of columns with its scale, and the rest fp32."""
+    matrices, others = _encoder_numbers(spec)
+    return sum(rows * (columns + 4 * -(-columns // _GROUP)) for rows, columns in matrices) + 4 * others
+
+
+#: Of the tokens of a step, one in so many is a mask whose logits over the vocabulary are wanted: about one a sentence.
+_WANTED_SHARE = 16
+
+
+def step_bytes(spec: EncoderSpec, number: float, tokens: int) -> int:
+    """About what a step of so many tokens takes besides the weights: the widest part of a layer, or the head.
+
+    Args:
+        spec: of the encoder with its head.
+        number: bytes of an activation.
+        tokens: of all sequences of the step.
+    """
+    layer = max(spec.hidden_size + 4 * spec.heads * spec.head_size, 3 * spec.hidden_size + spec.inner_size)
+    rows = -(-tokens // {"first": spec.max_length, "all": 1, "wanted": _WANTED_SHARE}[spec.head.rows])
+    outputs = max((spec.width(part) for part in spec.head.layers), default=spec.hidden_size)
+    return int(max(tokens * layer * number, rows * outputs * (number + 4)))  # outputs are reduced in fp32
+
+
+def _encoder_numbers(spec: EncoderSpec) -> tuple[list[tuple[int, int]], int]:
+    """[rows, columns] of each matrix that may be quantized, and the numbers in all else."""
+    body = [spec.linear_shape(part) for part in (*_LAYER_LINEARS * spec.layers, *("project",) * spec.projected)]
+    matrices = [(sum(sizes), columns) for sizes, columns in body]
+    others = 4 * spec.hidden_size * spec.layers + 2 * spec.embed_size  # norms
+    others += spec.embed_size * (spec.max_length + (spec.token_types if spec.token_types > 1 else 0))
+    words = (spec.vocab_size, spec.embed_size)
+    for layer, shape in zip(spec.head.layers, spec.head_shapes(), strict=True):
+        others += 2 * shape[0] if layer.norm else 0
+        matrices.append(shape)
+    others += sum(rows for rows, _ in matrices)  # biases
+    if not spec.decodes or not spec.tied:  # the embedding is no matrix of the head, whose own is among them
+        others += words[0] * words[1]
+    return matrices, others
 
 
 def _linear(spec: DecoderSpec, part: str) -> tuple[int, int]:
