@@ -17,6 +17,7 @@ from torch import Tensor
 from miinb.engine.decoder import Norm
 from miinb.engine.encoder_spec import BODY, EncoderSpec
 from miinb.kernels import reference
+from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.kernels.norm import post_norm
@@ -78,6 +79,10 @@ class EncoderBatch:
         )
 
 
+#: A linear layer's weights [N, K], as the operator `linear` of the device wants them.
+Matrix = PackedLinear | BlockedLinear
+
+
 @dataclass(slots=True)
 class EncoderLayer:
     """One layer; H is hidden_size.
@@ -91,10 +96,10 @@ class EncoderLayer:
         mlp_norm: behind the MLP's.
     """
 
-    qkv: PackedLinear
-    out: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
+    qkv: Matrix
+    out: Matrix
+    up: Matrix
+    down: Matrix
     attn_norm: Norm
     mlp_norm: Norm
 
@@ -103,7 +108,7 @@ class EncoderLayer:
 class HeadWeights:
     """A layer of the head: [outputs, inputs], and the norm behind it."""
 
-    linear: PackedLinear
+    linear: Matrix
     norm: Norm | None = None
 
 
@@ -128,7 +133,7 @@ class EncoderWeights:
     embed_norm: Norm
     layers: list[EncoderLayer]
     head: list[HeadWeights] = field(default_factory=list)
-    project: PackedLinear | None = None
+    project: Matrix | None = None
     words_scale: Tensor | None = None
     rounding: float = 0.0
     unread: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ def fused_executor(
 
     Args:
         encoder: on its device.
-        config: `options.max_step_tokens`, `max_queue` and `cuda_graphs` count here.
+        config: `max_batch`, `options.max_step_tokens`, `max_queue` and `cuda_graphs` count here.
         info: what the frontend is told; its plan gets lines on steps and graphs.
         report: told of the capture.
 
@@ -35,7 +35,7 @@ def fused_executor(
     spec, options = encoder.spec, config.options
     length = min(info.max_length, spec.max_length)
     tokens = options.step_tokens(info.device, encoder=True)
-    bounds = Bounds(length, spec.vocab_size, spec.token_types, tokens)
+    bounds = Bounds(length, spec.vocab_size, spec.token_types, tokens, max_sequences=config.max_batch or 0)
     inputs = EncoderInputs(max(tokens, length), torch.device(info.device))
     model: EncoderModel = encoder
     reason = "asked for" if options.max_step_tokens else "packed, without padding"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from miinb.engine.decoder import Norm
-from miinb.engine.encoder import EncoderLayer, EncoderWeights, HeadWeights
+from miinb.engine.encoder import EncoderLayer, EncoderWeights, HeadWeights, Matrix
 from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec, HeadLayer
+from miinb.engine.finite import check_finite
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
 from miinb.engine.weights import DTYPES, open_reader
@@ -21,17 +22,26 @@ from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
 from miinb.models import ModelInfo
 
+#: Lays a matrix out for the device's products; what it returns goes to the operator `linear` alone.
+Pack = Callable[[PackedLinear], Matrix]
+
+
+def _as_it_is(packed: PackedLinear) -> PackedLinear:
+    return packed
+
 
 @dataclass(slots=True)
 class _Builder:
     """Fills the weights; `consumed` holds the checkpoint names that were read."""
 
+    info: ModelInfo
     policy: EncoderPolicy
     spec: EncoderSpec
     reader: Reader
     dtype: torch.dtype
     device: torch.device
     quantizer: Quantizer | None
+    pack: Pack
     consumed: set[str] = field(default_factory=set)
 
     def empty(self, *shape: int) -> Tensor:
@@ -86,7 +96,7 @@ class _Builder:
             at += size
         return packed
 
-    def linear(self, part: str, layer: int = 0) -> PackedLinear:
+    def linear(self, part: str, layer: int = 0) -> Matrix:
         """A fused linear layer of the body."""
         modules = [module.format(i=layer) for module in self.policy.weights[part].modules]
         sizes, columns = self.spec.linear_shape(part)
@@ -95,7 +105,13 @@ class _Builder:
         for module, size in zip(modules, sizes, strict=True):
             self.fill(packed.bias[at : at + size], f"{module}.bias", Region((size,), slice(0, size)))
             at += size
-        return packed
+        return self.packed(packed)
+
+    def packed(self, packed: PackedLinear) -> Matrix:
+        """The layer in the layout of the device. Raises BrokenCheckpoint where int8 hides what is not finite."""
+        if packed.scale is not None and self.device.type != "meta":
+            check_finite([packed.scale], self.info, self.dtype)
+        return self.pack(packed)
 
     def layer(self, i: int) -> EncoderLayer:
         hidden = self.spec.hidden_size
@@ -127,9 +143,8 @@ class _Builder:
         else:
             packed = words
         bias = self.vector(self._bias(layer, tied), outputs)
-        return HeadWeights(
-            PackedLinear(packed.weight, bias, packed.scale), self.norm(layer.norm, outputs) if layer.norm else None
-        )
+        linear = self.packed(PackedLinear(packed.weight, bias, packed.scale))
+        return HeadWeights(linear, self.norm(layer.norm, outputs) if layer.norm else None)
 
     def _bias(self, layer: HeadLayer, tied: bool) -> str:
         """The name of a layer's bias; checkpoints may have two, of which one counts."""
@@ -149,6 +164,8 @@ def load_encoder_weights(
     dtype: str,
     device: torch.device,
     dummy: bool = False,
+    levels: int = 127,
+    pack: Pack = _as_it_is,
     report: Callable[[Phase], None] = lambda phase: None,
 ) -> EncoderWeights:
     """The weights of an encoder and its head.
@@ -160,6 +177,8 @@ def load_encoder_weights(
         dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
         device: where the weights go.
         dummy: random weights instead of the checkpoint's.
+        levels: the largest number of int8 weights.
+        pack: lays each matrix out for the device's products, when it is read.
         report: told "load", layer by layer.
 
     Raises:
@@ -168,8 +187,8 @@ def load_encoder_weights(
     """
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
-        quantizer = Quantizer() if dtype == "int8" else None
-        build = _Builder(policy, spec, reader, DTYPES[dtype], device, quantizer)
+        quantizer = Quantizer(levels) if dtype == "int8" else None
+        build = _Builder(info, policy, spec, reader, DTYPES[dtype], device, quantizer, pack)
         words = build.words()
         layers = []
         for i in range(spec.layers):

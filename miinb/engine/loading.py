@@ -16,16 +16,20 @@ import torch
 
 from miinb import models, splitting
 from miinb.config import DeploymentConfig
-from miinb.engine import parity
+from miinb.engine import encoder_parity, parity
 from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
+from miinb.engine.encoder import Encoder, EncoderWeights
+from miinb.engine.encoder_executor import fused_executor
+from miinb.engine.encoder_kernels import encoder_kernels
+from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.executor import Executor, StepExecutor
 from miinb.engine.finite import check_finite
 from miinb.engine.followers import Follower, Followers, Following
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, cache_dtype, size_cache
 from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_fallback, set_threads
-from miinb.engine.policies import POLICIES
+from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
 from miinb.engine.tokenizer_files import ensure_chat_template, export_tokenizer
@@ -89,6 +93,7 @@ def load_rank(
         load_format=config.load_format,
     )
     task = model.task(config.task)
+    model = model.serving(task)
     place = find_place(config, model, gpus[rank] if gpus else None)
     set_threads(config)
     info = _engine_info(config, replica, model, task, place, folder)
@@ -97,13 +102,15 @@ def load_rank(
         ranks = thread.submit(join, config, replica=replica, rank=rank, folder=folder, device=kind)
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
         executor: Executor | Following | None = None
-        if config.engine == "optimized" and TASKS[task].streams:
+        if config.engine == "optimized":
+            aside = Aside(ranks, kernels)
             try:
-                executor = _step_executor(config, model, info, place, Aside(ranks, kernels), rank, report)
+                if TASKS[task].streams:
+                    executor = _step_executor(config, model, info, place, aside, rank, report)
+                else:
+                    executor = _encode_executor(config, model, info, place, aside, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, config, reason.message)
-        elif config.engine == "optimized":
-            info = _fall_back(info, config, f"{task} has no fused engine yet")
         tokenizer.result()
         ranks.result()
     if executor is None:
@@ -123,7 +130,7 @@ class Aside:
 
 
 def _export_tokenizer(config: DeploymentConfig, model: ModelInfo, task: str, rank: int, folder: Path) -> None:
-    if rank == 0 and TASKS[task].streams:
+    if rank == 0 and not TASKS[task].image:
         dummy = config.load_format == "dummy"
         export_tokenizer(model, folder / "tokenizer", trust_remote_code=config.trust_remote_code, dummy=dummy)
 
@@ -152,6 +159,8 @@ def _engine_info(
         eos_token_ids=eos_token_ids(model),
         tokenizer_folder=str(folder / "tokenizer"),
         plan=dataclasses.replace(plan, max_length=length, max_batch=batch),
+        labels=model.labels()[0] if task in ("text-classification", "token-classification") else (),
+        function=model.function() if task == "text-classification" else "",
         versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
         device_name=device_name(place.device),
     )
@@ -216,7 +225,7 @@ def _step_executor(
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, DTYPES[place.dtype])
-    plan = _verified(plan, decoder, size.page_tokens, kv_dtype, config, ranks)
+    plan = _verified(plan, lambda: parity.check(decoder, size.page_tokens, kv_dtype), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, kv_dtype, place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
@@ -228,7 +237,52 @@ def _step_executor(
     return _capture(executor, config, report)
 
 
-def _load_lines(plan: Plan, weights: DecoderWeights, seconds: float) -> Plan:
+def _encode_executor(
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, aside: Aside, report: Report
+) -> Executor:
+    """The fused encoder with the head of its task.
+
+    Raises:
+        UnsupportedModel: the family has no policy, its configuration no fused form, or the parity check failed.
+    """
+    spec = model.encoder
+    if spec is None:
+        raise model.unfused or UnsupportedModel(f"There is no policy for {info.task} of {model.family}.")
+    if config.tensor_parallel > 1:
+        raise UnsupportedModel("The fused encoder runs on one rank.")
+    report(Phase("load", 0, spec.layers))
+    started = time.monotonic()
+    kernels, plan = encoder_kernels(info.plan, place)
+    weights = load_encoder_weights(
+        model,
+        ENCODERS[model.family],
+        spec,
+        dtype=place.dtype,
+        device=place.device,
+        dummy=config.load_format == "dummy",
+        levels=kernels.levels,
+        pack=kernels.pack,
+        report=report,
+    )
+    plan = _load_lines(plan, weights, time.monotonic() - started)
+    if weights.unread:
+        plan = plan.with_line(
+            "unread", ", ".join(weights.unread), f"heads of the checkpoint that {info.task} has no use for"
+        )
+    encoder = Encoder(spec, weights, ops=kernels.operators)
+    if aside.kernels is not None:
+        plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
+    ranks = aside.ranks.result()
+    report(Phase("verify"))
+    if config.options.parity != "off" and config.load_format != "dummy":
+        check_finite(tensors(weights), model, DTYPES[place.dtype])
+    plan = _verified(plan, lambda: encoder_parity.check(encoder, kernels.tolerance), config, ranks)
+    peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
+    plan = dataclasses.replace(plan, weights_bytes=weights_bytes(weights))
+    return fused_executor(encoder, config, dataclasses.replace(info, plan=plan, load_peak_bytes=peak), report)
+
+
+def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
     size = weights_bytes(weights)
     rate = f", {size_words(size / seconds)}/s" if size >= 1e8 else ""
@@ -284,9 +338,7 @@ def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators
     return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
 
 
-def _verified(
-    plan: Plan, decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype, config: DeploymentConfig, ranks: Ranks
-) -> Plan:
+def _verified(plan: Plan, check: Callable[[], parity.ParityReport], config: DeploymentConfig, ranks: Ranks) -> Plan:
     """The plan with a line on the parity check.
 
     Raises:
@@ -295,7 +347,7 @@ def _verified(
     """
     if config.options.parity == "off":
         return plan.with_line("parity", "off", "asked for")
-    result = parity.check(decoder, page_tokens, kv_dtype)
+    result = check()
     if ranks.agree(result.passed, torch.device(plan.device)):
         return plan.with_line("parity", "passed", str(result))
     where = " on another rank" if result.passed else ""

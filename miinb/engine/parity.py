@@ -92,11 +92,11 @@ def check(decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype | None = Non
     worst, where = 0.0, "nowhere"
     for index in sorted({0, last // 2, last}):
         for step, ours, theirs in _layer_outputs(index, decoder, plain, page_tokens, kv_dtype):
-            error = _difference(ours, theirs)
+            error = difference(ours, theirs)
             if error > worst:
                 worst, where = error, f"layer {index}, {step}"
     x = _head_input(decoder.weights.head, decoder.weights.dtype)
-    error = _difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
+    error = difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
     if error > worst:
         worst, where = error, "head"
     allowed = FP8_TOLERANCE if kv_dtype == FP8 else TOLERANCE[x.dtype]
@@ -145,7 +145,8 @@ def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: t
     return cache
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest of `theirs`; infinite for NaN."""
     scale = theirs.float().abs().max().clamp(min=1e-20)
     error = float((ours.float() - theirs.float()).abs().max() / scale)
     return math.inf if math.isnan(error) else error
