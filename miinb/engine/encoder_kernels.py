@@ -51,7 +51,7 @@ def encoder_kernels(plan: Plan, place: Place) -> tuple[EncoderKernels, Plan]:
     except Unavailable as reason:
         return plain, plan.with_line("kernels", "PyTorch's", str(reason))
     operators = EncoderOperators(
-        linear=kernels.linear, layer_norm=kernels.layer_norm, packed_attention=kernels.packed_attention
+        linear=kernels.linear, post_norm=kernels.post_norm, packed_attention=kernels.packed_attention
     )
     made = EncoderKernels(operators, INT8_TOLERANCE if int8 else TOLERANCE[dtype], kernels.levels, kernels.pack)
     return made, plan.with_line("kernels", "compiled for this CPU", kernels.description)

@@ -28,7 +28,7 @@ def _linear(x: Tensor, packed: Matrix, **options: Any) -> Tensor:
 
 REFERENCE = EncoderOperators(
     linear=_linear,
-    layer_norm=reference.layer_norm,
+    post_norm=reference.post_norm,
     packed_attention=reference.packed_attention,
     embedding_norm=reference.embedding_norm,
 )
