@@ -21,7 +21,12 @@ CLASSES = {node.name: node for node in BLOCKS if isinstance(node, ast.ClassDef)}
 FUNCTIONS = {node.name: node for node in BLOCKS if isinstance(node, ast.FunctionDef)}
 METHODS = {node.name: node for node in CLASSES["Session"].body if isinstance(node, ast.FunctionDef)}
 #: Where the classes of the table "What comes back" live.
-HOMES = {"Result": "results", "Usage": "messages", "Timing": "messages", "Chunk": "messages", "Runs": "bench.records"}
+HOMES = {
+    "Result": "results",
+    "Runs": "bench.records",
+    **dict.fromkeys(("Usage", "Timing", "Chunk"), "messages"),
+    **dict.fromkeys(("Predictions", "PredictTiming", "Label", "Entity", "Answer", "Fill", "Embedding"), "predictions"),
+}
 
 
 def written(node: ast.FunctionDef) -> dict[str, Any]:
@@ -96,6 +101,14 @@ def test_what_comes_back(row: tuple[str, list[str]]) -> None:
     known = set(dir(cls)) | set(inspect.signature(cls).parameters)
     made_in_init = {word for word in attributes if f"self.{word}" in inspect.getsource(cls)}
     assert set(attributes) <= known | made_in_init
+
+
+def test_encoder_tasks_with_their_answers_and_options() -> None:
+    from miinb.predictions import PREDICTIONS
+    from miinb.tasks import TASKS
+
+    named = {words[0]: (words[1], set(words[2:])) for _, words in column("task")}
+    assert named == {name: (cls.__name__, set(TASKS[name].options)) for name, cls in PREDICTIONS.items()}
 
 
 def test_mii_config_keys() -> None:
