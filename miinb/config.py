@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from miinb.errors import ConfigError, InvalidRequest, InvalidValue, MiinbError, UnknownOption, did_you_mean, near
 
+_WORDS = {"list_type": "give a list", "string_type": "give a text"}  # for pydantic's
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,64}")
 MAX_NEW_TOKENS = 1 << 20
 MAX_SEED = (1 << 63) - 1
@@ -77,7 +78,7 @@ def _explain(failure: ValidationError, cls: type[BaseModel], error: type[MiinbEr
         return error(f"{field}: the key {_short(first['input'])} is no whole number.")
     if isinstance(cause := first.get("ctx", {}).get("error"), MiinbError):
         return error(cause.message, hint=cause.hint)
-    text = first["msg"].removeprefix("Value error, ")
+    text = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] == "value_error":  # our own validators name their field
         return error(f"{text}.")
     given = "" if first["type"] == "missing" else f", not {_short(first.get('input'))}"
@@ -85,8 +86,7 @@ def _explain(failure: ValidationError, cls: type[BaseModel], error: type[MiinbEr
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text := repr(value)) <= 60 else text[:57] + "..."
 
 
 def _number(value: object) -> object:

@@ -149,8 +149,14 @@ class Session:
 
     @property
     def engine(self) -> str:
-        """The engine that was asked for; `plan()` says what really runs."""
-        return self._config.engine
+        """The engine that really runs: "baseline" where the plan fell back, whatever `config.engine` asked for.
+
+        Once the deployment has ended, the one that ran, or (never asked while it lived) the one that was asked for.
+        """
+        try:
+            return self._describe().engine
+        except MiinbError:
+            return self._config.engine
 
     @property
     def state(self) -> str:

@@ -50,6 +50,8 @@ def test_config_survives_json() -> None:
         ({"top_p": -1}, "top_p"),
         ({"seed": 2**64}, "seed"),
         ({"stop": ["x"] * 1000}, "stop"),
+        ({"stop": 5}, "stop: give a list, not 5."),
+        ({"stop": [5]}, "stop.0: give a text, not 5."),
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {5: 1e39}}, "logit_bias"),
         ({"num_beams": 4, "do_sample": True}, "do_sample"),

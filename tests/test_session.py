@@ -276,6 +276,7 @@ def test_a_port_in_use_is_named(state: Path) -> None:
 
 
 def test_a_start_has_a_time_limit(state: Path) -> None:
-    with pytest.raises(StartTimeout, match=r"not ready after 0\.3 s"):
+    with pytest.raises(StartTimeout, match=r"not ready after 0\.3 s") as caught:
         miinb.Session(tiny_model(), **{**TINY, "start_timeout_s": 0.3})
+    assert ("log below" in caught.value.hint) == bool(caught.value.details)
     assert not list(state.iterdir())

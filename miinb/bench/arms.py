@@ -114,14 +114,15 @@ def label(sessions: Sequence[Any]) -> list[Arm]:
     for arm in arms:
         if often[arm.label] > 1:
             arm.label = arm.session.name
-        if arm.session.engine == "optimized" and arm.plan.engine != "optimized":
+        if arm.session.config.engine == "optimized" and arm.plan.engine != "optimized":
             arm.warnings.append(f"{arm.label} fell back to the {arm.plan.engine} engine")
     return arms
 
 
 def _kind(session: Any) -> str:
-    options = getattr(getattr(session, "config", None), "options", None)
-    return "baseline-best" if session.engine == "baseline" and getattr(options, "compile", False) else session.engine
+    """The arm that was asked for; where the plan fell back from it, a warning says so."""
+    asked = session.config.engine
+    return "baseline-best" if asked == "baseline" and session.config.options.compile else str(asked)
 
 
 def _model_name(model: str | Path) -> str:

@@ -136,7 +136,7 @@ class Supervisor:
             where = f"in phase {late.phase.name}" if late.phase else "before its first report"
             cause = late.cause(starting=True)
             message = f"{late.label} was not ready after {self.config.start_timeout_s:g} s ({where})."
-            hint = "Give start_timeout_s more, or look at the log below."
+            hint = "Give start_timeout_s more" + (", or look at the log below." if cause["details"].strip() else ".")
             self._fail({**cause, "error": "StartTimeout", "message": message, "hint": hint})
         elif self.persist and self.state == "ready" and now >= self.last_active + self.config.idle_timeout_s:
             self.end(0.0)

@@ -253,7 +253,7 @@ REFUSED = [
     ("llama", {"hidden_act": "relu2"}, "Activation 'relu2'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scores scaled by layer"),
     ("opt", {"layer_norm_elementwise_affine": False}, "norms have no weights"),
-    ("llama", {"rope_parameters": {"rope_type": "new"}}, "kind 'new'"),
+    ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "kind 'proportional'"),
     ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "3 elements"),
     ("phi3", {"rope_parameters": {"type": "su"}}, "old checkpoints"),
     ("falcon", {"alibi": True}, "Falcon with ALiBi"),
