@@ -219,6 +219,40 @@ def test_positions_that_padding_takes_are_not_the_text_s() -> None:
         executor.encode(ask(1, sequences([41])))
 
 
+def compiling(task: str) -> tuple[Any, EncodeExecutor]:
+    """A model, and its executor with `options.compile`."""
+    model = build("bert", task)
+    return model, serve(model, task, "baseline", options={"compile": True})
+
+
+def check_answers(model: Any, executor: EncodeExecutor) -> None:
+    """Of several shapes."""
+    for row, texts in enumerate((sequences(), sequences([3]), sequences([8, 5]))):
+        executor.encode(ask(row, texts))
+        wanted = torch.cat([alone(model, executor.info.task, text) for text in texts]).softmax(-1)
+        np.testing.assert_allclose(values(run(executor)[row]), wanted.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_compiled_runs_eagerly_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: broken)
+    model, executor = compiling("text-classification")
+    assert str(executor.info.plan).splitlines()[-1] == "torch.compile  eager: compiling failed (RuntimeError)"
+    check_answers(model, executor)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_answers() -> None:
+    model, executor = compiling("text-classification")
+    line = executor.info.plan.lines[-1]
+    assert line.what == "torch.compile"
+    assert "ms eager" in line.reason
+    executor.model._run = torch.compile(model)  # type: ignore[union-attr]  # also where it is slower
+    check_answers(model, executor)
+
+
 # ---------------------------------------------------------------------- what goes wrong
 
 
