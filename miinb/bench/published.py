@@ -18,7 +18,7 @@ import pandas as pd
 
 from miinb.bench.charts.frames import short_model, summary_of
 from miinb.bench.records import NAN
-from miinb.bench.summary import SUMMARY_COLUMNS
+from miinb.bench.summary import SUMMARY_COLUMNS, encodes
 from miinb.errors import InvalidValue, did_you_mean
 
 #: Columns of the data: the arm's name in a chart.
@@ -54,6 +54,25 @@ def vllm(suite: str, model: str) -> float:
     return NAN if rows.empty else float(rows[column].iloc[0])
 
 
+#: Of MII's models with each task's head, one of each shape: by the preset's name and the task.
+ENCODERS: dict[tuple[str, str], str] = {
+    ("roberta-large", "fill-mask"): "roberta-large",
+    ("roberta-large", "question-answering"): "deepset/roberta-large-squad2",
+    ("roberta-large", "token-classification"): "Jean-Baptiste/roberta-large-ner-english",
+    ("roberta-large", "text-classification"): "roberta-large-mnli",
+    ("roberta-base", "fill-mask"): "roberta-base",
+    ("roberta-base", "question-answering"): "deepset/roberta-base-squad2",
+    ("roberta-base", "text-classification"): "cardiffnlp/twitter-roberta-base-sentiment",
+    ("bert-large", "fill-mask"): "bert-large-uncased",
+    ("bert-large", "question-answering"): "bert-large-uncased-whole-word-masking-finetuned-squad",
+    ("bert-large", "token-classification"): "dslim/bert-large-NER",
+    ("bert-base", "fill-mask"): "bert-base-uncased",
+    ("bert-base", "question-answering"): "nyust-eb210/braslab-bert-drcd-384",
+    ("bert-base", "token-classification"): "dslim/bert-base-NER",
+    ("bert-base", "text-classification"): "ProsusAI/finbert",
+}
+
+
 def beside(frame: object, model: str | None = None) -> pd.DataFrame:
     """The summary of `frame` with MII's rows of the same model, for the charts to draw.
 
@@ -68,18 +87,28 @@ def beside(frame: object, model: str | None = None) -> pd.DataFrame:
         InvalidValue: MII published nothing of that model; the near name is in the hint.
     """
     summary = summary_of(frame, "latency")
-    measured = list(dict.fromkeys(summary["model"]))
-    names = dict.fromkeys(measured[:1], model) if model else {name: short_model(name) for name in measured}
+    measured = list(dict.fromkeys(zip(summary["model"], summary["task"], strict=True)))
+    pairs = dict.fromkeys(measured[:1], model) if model else {key: _twin(*key) for key in measured}
     table = {short_model(figures["model"]).lower(): figures for _, figures in latency().iterrows()}
     rows = []
-    for measured_name, name in names.items():
+    for (measured_name, task), name in pairs.items():
         if name.lower() not in table:
+            if encodes(task) and not model:
+                continue  # of that head they published nothing
             raise InvalidValue(f"MII published no figure of {name!r}.", hint=did_you_mean(name, table))
         rows += _rows(measured_name, table[name.lower()])
+    if not rows:
+        raise InvalidValue(f"MII published no figure of {measured[0][0]!r} with this task.", hint="Give model=.")
     both = pd.DataFrame([*summary.to_dict("records"), *rows], columns=list(SUMMARY_COLUMNS))
-    note = "(2022): read off MII's own charts (other hardware, fp16, 20 new tokens); compared among themselves."
+    used = "20 new tokens" if not all(encodes(task) for _, task in pairs) else "short texts"
+    note = f"(2022): read off MII's own charts (other hardware, fp16, {used}); compared among themselves."
     both.attrs = {**summary.attrs, "notes": [note]}
     return both
+
+
+def _twin(model: str, task: str) -> str:
+    """MII's model of the measured one's shape and task, else its own name."""
+    return short_model(ENCODERS.get((short_model(model), task), model))
 
 
 def _rows(model: str, figures: pd.Series) -> list[dict[str, object]]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import transformers
 
-from miinb.bench import encoder_tokenizers, presets
+from miinb.bench import charts, encoder_tokenizers, presets, published
+from miinb.bench.encoders import figures
 from miinb.bench.encoders.answers import Answer, compare
 from miinb.bench.encoders.clients import processes_for
 from miinb.bench.encoders.inputs import Inputs
@@ -19,7 +20,8 @@ from miinb.bench.encoders.suites import ARMS, HEADS, QUICK, SUITES, TINY, Choice
 from miinb.bench.encoders.table import table
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.trace import Measured
-from miinb.bench.records import Record, load_runs
+from miinb.bench.records import Record, Runs, load_runs
+from miinb.errors import InvalidValue
 from miinb.predictions import Fill, Label
 
 FAMILIES = {"bert-base": "bert", "roberta-large": "roberta", "distilbert-base": "distilbert"}
@@ -169,6 +171,39 @@ def test_the_table_has_ratios_the_floor_and_the_comparison(suite: str, tmp_path:
     assert "50%" in line
     assert line.split()[-2] == "yes"
     assert "bert-base" in line
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_chart_has_ratios_the_comparison_and_no_text_outside(suite: str, tmp_path: Path) -> None:
+    arms = [arm.label for arm in ARMS[suite]]
+    optimized = next(arm for arm in arms if arm.startswith("optimized"))
+    drawn = figures.draw(book(tmp_path, suite, dict.fromkeys(arms, 0.01) | {optimized: 0.002}, gpu="A100").runs())
+    assert set(drawn) == ({"served", "end_to_end_bert"} if suite == "served" else {suite})
+    for figure in drawn.values():
+        assert "5.0x" in charts.alt_text(figure)
+        words = " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
+        assert "the same" in words
+        assert "A100" in words
+        figure.canvas.draw()
+        for text in (text for ax in figure.axes for text in [*ax.texts, ax.title]):
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text.get_text()
+            assert box.x1 <= figure.bbox.x1 + 1, text.get_text()
+            assert box.y0 >= 0, text.get_text()
+    (path, *_) = figures.write(tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_times_stand_beside_served_ones_of_the_same_shape_and_task(tmp_path: Path) -> None:
+    runs = book(tmp_path, "served", {"baseline": 0.01, "optimized": 0.002}).runs()
+    text = charts.alt_text(figures.draw(runs, beside=True)["end_to_end_bert"])
+    assert "MII public (2022): 1.47 ms  ·  5.1x  ·  0.970 ms in the model" in text
+    assert "optimized: 2.00 ms  ·  5.0x  ·  1.60 ms in the model" in text
+    assert "2022" not in charts.alt_text(figures.draw(runs)["end_to_end_bert"])
+    with pytest.raises(InvalidValue, match="nothing of encoders"):
+        figures.draw(Runs([], {}))
+    names = {published.short_model(name).lower() for name in published.latency()["model"]}
+    assert {published.short_model(name).lower() for name in published.ENCODERS.values()} <= names
 
 
 def test_a_failed_arm_is_said_and_a_saved_run_reads_the_same(tmp_path: Path) -> None:

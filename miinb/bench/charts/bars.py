@@ -53,6 +53,8 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     others = [name for name in frames.METRICS if name != metric]
     rows = frames.require(rows, [f"{short}_p50_s"], "latency", f"Try metric={' or '.join(map(repr, others))}.")
     bars = Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
+    if metric == "e2e_s" and frames.encoding(rows):
+        bars.notes = {index: f"{number(s * 1e3)} ms in the model" for index, s in rows["model_p50_s"].dropna().items()}
     bars.low = rows[f"{short}_p5_s"].fillna(rows[f"{short}_min_s"])
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
     alone = rows["n"] == 1  # one request has no spread
@@ -114,28 +116,15 @@ def time_split(frame: Any, *, ax: Any = None) -> Any:
     known = means[[part for part in PARTS if part != "rest"]].fillna(0.0)
     means["rest"] = (means["e2e"] - known.sum(axis=1)).clip(lower=0.0)
     scale, unit = time_unit(float(means["e2e"].max()))
-    labels = frames.arm_labels(rows)
-    groups = frames.categories(rows)
-    names = [f"{labels[a]}\n{g}".replace("\n", ", ").rstrip(", ") for a, g in zip(rows["arm"], groups, strict=True)]
-    ax = new_axes(ax, 2.3 + 0.42 * len(rows))
-    left = np.zeros(len(rows))
-    last = "answers from numbers" if frames.encoding(rows) else PARTS["postprocess"][0]
-    for part, (text, color) in PARTS.items():
-        text = last if part == "postprocess" else text
-        widths = means[part].fillna(0.0).to_numpy() * scale
-        drawn = ax.barh(range(len(rows)), widths, left=left, height=0.66, color=color, label=text)
-        for bar, arm in zip(drawn, rows["arm"], strict=True):
-            if arm.startswith("baseline"):
-                bar.set(hatch="////", edgecolor="white", linewidth=0.0)
-        left += widths
-    for y, (total, model) in enumerate(zip(means["e2e"], means["model"], strict=True)):
-        share = f" ({model / total:.0%} in the model)" if total > 0 and not math.isnan(model) else ""
-        _value(ax, total * scale, y, f"{number(total * scale)} {unit}{share}", f"{names[y]}: ")
-    ax.set_yticks(range(len(rows)), names)
-    ax.invert_yaxis()
-    _room(ax)
+    means = means.reset_index(drop=True)
+    bars = Bars(rows, means["e2e"], lower_is_better=True)
+    shares = means["model"] / means["e2e"]
+    bars.notes = {index: f"{share:.0%} in the model" for index, share in shares.dropna().items()}
+    ax = bars.draw(ax, scale, unit)
+    for bar in list(ax.patches):
+        bar.remove()  # their parts take their place
+    _parts(ax, bars, means * scale, "answers" if frames.encoding(rows) else PARTS["postprocess"][0])
     ax.set_xlabel(f"Mean {unit_word(unit)} per request", fontsize=9, color=INK)
-    ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
     _legend(ax, len(PARTS))
     what = "Mean; baselines are hatched"
     return finish(
@@ -146,6 +135,20 @@ def time_split(frame: Any, *, ax: Any = None) -> Any:
         footer=frames.footer(rows),
         legend_above=True,
     )
+
+
+def _parts(ax: Any, bars: Bars, means: pd.DataFrame, last: str) -> None:
+    """Each bar as its parts, one behind the other; `last` names what comes after the model."""
+    heights = [bars.at[index] for index in means.index]
+    left = np.zeros(len(means))
+    for part, (text, color) in PARTS.items():
+        widths = means[part].fillna(0.0).to_numpy()
+        name = last if part == "postprocess" else text
+        drawn = ax.barh(heights, widths, left=left, height=BAR, color=color, label=name)
+        for bar, arm in zip(drawn, bars.rows["arm"], strict=True):
+            if arm.startswith("baseline"):
+                bar.set(hatch="////", edgecolor="white", linewidth=0.0)
+        left += widths
 
 
 def memory(frame: Any, *, ax: Any = None) -> Any:
@@ -249,6 +252,7 @@ class Bars:
         self.low = self.high = pd.Series(NAN, index=rows.index)
         self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
         self.dots = False
+        self.at: dict[Any, float] = {}  # where the bars were drawn, by index
         self.arms = frames.arms_in(rows)
         self.groups = frames.categories(rows)
 
@@ -263,6 +267,7 @@ class Bars:
             ranked = sorted(members.index, key=lambda index: self.arms.index(str(self.rows.loc[index, "arm"])))
             for index in ranked:
                 self._bar(ax, y, index, scale, unit, labels)
+                self.at[index] = y
                 ticks.append(y)
                 texts.append(labels[self.rows.loc[index, "arm"]])
                 y += 1.0

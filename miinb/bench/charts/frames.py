@@ -95,10 +95,12 @@ def categories(frame: pd.DataFrame) -> pd.Series:
     parts = []
     if frame["model"].nunique() > 1:
         parts.append(frame["model"].map(short_model))
+    if frame["task"].nunique() > 1 and encoding(frame):
+        parts.append(frame["task"])
     loads = frame.apply(load_label, axis=1)
     if loads.nunique() > 1:
         parts.append(loads)
-    same = pd.DataFrame({"arm": frame["arm"], "model": frame["model"], "load": loads})
+    same = pd.DataFrame({"arm": frame["arm"], "model": frame["model"], "task": frame["task"], "load": loads})
     if same.duplicated().any():
         parts.append(frame["name"].fillna(frame["run_id"]).astype(str))
     if not parts:

@@ -20,6 +20,7 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "
 BASELINES = {
     "baseline": {"facecolor": "#b9b9b9", "edgecolor": "#5f5f5f", "hatch": "////"},
     "baseline-best": {"facecolor": "#dcdcdc", "edgecolor": "#7a7a7a", "hatch": "...."},
+    "baseline-sorted": {"facecolor": "#cccccc", "edgecolor": "#6b6b6b", "hatch": "----"},
     "baseline-continuous": {"facecolor": "#dcdcdc", "edgecolor": "#7a7a7a", "hatch": "\\\\\\\\"},
 }
 PUBLISHED = {"hatch": "xx"}
