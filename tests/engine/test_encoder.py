@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor
 
 from miinb import models
+from miinb.engine import encoder_parity
 from miinb.engine.encoder import Encoder, EncoderBatch
+from miinb.engine.encoder_kernels import encoder_kernels
 from miinb.engine.encoder_weights import load_encoder_weights
-from miinb.engine.policies import ENCODERS, encoder_spec
+from miinb.engine.place import Place
+from miinb.engine.policies import ENCODERS
+from miinb.engine.weights import DTYPES
+from miinb.messages import Plan
 from tests.engine.tiny_encoders import CONFIGS, HEADS, build
 
 Tiny = Callable[[str, str], tuple[Any, Path]]
@@ -34,10 +40,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return get
 
 
-def load(folder: Path, task: str, dtype: str = "fp32") -> Encoder:
-    info = models.inspect(folder)
-    policy, spec = ENCODERS[info.family], encoder_spec(info.config, task, str(folder))
-    return Encoder(spec, load_encoder_weights(info, policy, spec, dtype=dtype, device=CPU))
+def load(folder: Path, task: str, dtype: str = "fp32", **layout: Any) -> Encoder:
+    info = models.inspect(folder).serving(task)
+    assert info.encoder is not None
+    weights = load_encoder_weights(info, ENCODERS[info.family], info.encoder, dtype=dtype, device=CPU, **layout)
+    return Encoder(info.encoder, weights)
 
 
 def batch_of(encoder: Encoder, sequences: list[list[int]], types: list[list[int]]) -> EncoderBatch:
@@ -70,3 +77,36 @@ def test_outputs_equal_transformers(tiny: Tiny, name: str, task: str) -> None:
     assert relative(encoder.head(encoder.body(packed), packed.rows), torch.cat(wanted)) < 1e-4, "by its parts"
     for tokens, types, alone in zip(SEQUENCES, TYPES, wanted, strict=True):
         assert relative(encoder.outputs(batch_of(encoder, [tokens], [types])), alone) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("task", ["text-classification", "fill-mask", "feature-extraction"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra"])
+def test_short_dtypes_are_as_exact_as_transformers(tiny: Tiny, name: str, task: str, dtype: str) -> None:
+    model, folder = tiny(name, task)
+    exact = torch.cat([truth(model, *each) for each in zip(SEQUENCES, TYPES, strict=True)])
+    short = copy.deepcopy(model).to(DTYPES[dtype])
+    theirs = torch.cat([truth(short, *each) for each in zip(SEQUENCES, TYPES, strict=True)])
+    encoder = load(folder, task, dtype)
+    ours = encoder.outputs(batch_of(encoder, SEQUENCES, TYPES))
+    assert ours.dtype == DTYPES[dtype]
+    assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["bert", "roberta-untied", "distilbert", "electra"])
+def test_the_operators_of_this_cpu(tiny: Tiny, name: str, dtype: str) -> None:
+    model, folder = tiny(name, "fill-mask")
+    kernels, plan = encoder_kernels(Plan("optimized", "cpu", dtype), Place(CPU, dtype))
+    assert plan.lines[-1].choice == "compiled for this CPU"
+    encoder = load(folder, "fill-mask", dtype, levels=kernels.levels, pack=kernels.pack)
+    encoder.ops = kernels.operators
+    exact = torch.cat([truth(model, *each) for each in zip(SEQUENCES, TYPES, strict=True)])
+    ours = encoder.outputs(batch_of(encoder, SEQUENCES, TYPES)).float()
+    allowed = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.05}[dtype]
+    assert (ours - exact).norm() <= allowed * exact.norm()
+    assert encoder_parity.check(encoder, kernels.tolerance).passed
+    encoder.ops = encoder.ops._replace(packed_attention=lambda qkv, *_, **__: qkv[:, : qkv.shape[1] // 3].contiguous())
+    report = encoder_parity.check(encoder, kernels.tolerance)
+    assert not report.passed
+    assert report.where.startswith("layer")
