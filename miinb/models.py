@@ -187,17 +187,18 @@ class ModelInfo:
         """
         if self.family not in ENCODERS or task not in _ENCODER:
             return self
-        spec, unfused = _encoder(self.config, task, self.source)
-        if spec is None:
-            return dataclasses.replace(self, encoder=None, unfused=unfused)
-        missing = ENCODERS[self.family].missing(spec, self.tensors) if self.format == "safetensors" else []
+        policy, tied = ENCODERS[self.family], bool(self.config.get("tie_word_embeddings", True))
+        names = self.tensors if self.format == "safetensors" else ()
+        missing = policy.missing(policy.head(task), names, tied=tied) if names else []
         if missing:
             more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
             raise MissingHead(
                 f"{self.source} has no head for {task}: {missing[0]}{more} are missing.",
                 hint=f"It serves {', '.join(self.tasks) or 'feature-extraction'}; use a model trained for {task}.",
             )
-        return dataclasses.replace(self, encoder=spec, unfused=None, parameters=count_encoder(spec).total)
+        spec, unfused = _encoder(self.config, task, self.source)
+        counted = self.parameters if spec is None else count_encoder(spec).total
+        return dataclasses.replace(self, encoder=spec, unfused=unfused, parameters=counted)
 
 
 def inspect(

@@ -161,16 +161,18 @@ class EncoderPolicy:
             UnsupportedModel: this configuration has no fused form.
             KeyError: config.json lacks a part, or the family has no such head.
         """
-        head = HIDDEN_STATES if task == "feature-extraction" else self.heads[task]
-        return dataclasses.replace(self.body(config), head=head)
+        return dataclasses.replace(self.body(config), head=self.head(task))
 
-    def missing(self, spec: EncoderSpec, names: Iterable[str]) -> list[str]:
-        """The tensors of the spec's head that a checkpoint with these names lacks."""
+    def head(self, task: str) -> HeadSpec:
+        """The head of a task. Raises KeyError where the family has none."""
+        return HIDDEN_STATES if task == "feature-extraction" else self.heads[task]
+
+    def missing(self, head: HeadSpec, names: Iterable[str], *, tied: bool) -> list[str]:
+        """The tensors of a head that a checkpoint with these names lacks; `tied`: its decoder is the embedding."""
         there = {checkpoint_name(name, self.prefix) for name in names}
         lacking = []
-        for layer in spec.head.layers:
-            tied = layer.outputs == "vocab" and spec.tied
-            wanted = [] if tied else [f"{layer.module}.weight"]
+        for layer in head.layers:
+            wanted = [] if tied and layer.outputs == "vocab" else [f"{layer.module}.weight"]
             if layer.bias not in there:
                 wanted.append(f"{layer.module}.bias")
             if layer.norm:

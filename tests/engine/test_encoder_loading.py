@@ -20,7 +20,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, loading
 from miinb.engine.encoder import Encoder, EncoderBatch
 from miinb.engine.encoder_weights import load_encoder_weights
-from miinb.engine.encoding import EncodeExecutor
+from miinb.engine.executor import Executor
 from miinb.engine.labels import function_of, labels_of
 from miinb.engine.parity import ParityReport
 from miinb.engine.policies import ENCODERS
@@ -140,23 +140,20 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
 
 
 @pytest.fixture
-def start(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EncodeExecutor]:
+def start(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Executor]:
     monkeypatch.setattr(loading, "FUSED_ENCODERS", True)
 
-    def run(change: Change = lambda tensors: None, **fields: Any) -> EncodeExecutor:
+    def run(change: Change = lambda tensors: None, **fields: Any) -> Executor:
         folder = edit(folders["text-classification"], tmp_path / "model", change)
         byte_level(folder)
         values = {"model": str(folder), "device": "cpu", "options": {"threads": 1}} | fields
-        executor = loading.load_executor(
-            DeploymentConfig.parse(values), replica=0, rank=0, gpus=None, folder=tmp_path, report=lambda phase: None
-        )
-        assert isinstance(executor, EncodeExecutor)
-        return executor
+        config = DeploymentConfig.parse(values)
+        return loading.load_executor(config, replica=0, rank=0, gpus=None, folder=tmp_path, report=lambda phase: None)
 
     return run
 
 
-def answer(executor: EncodeExecutor) -> np.ndarray:
+def answer(executor: Executor) -> np.ndarray:
     executor.encode(EncodeRequest(1, [3, 9, 27, 81, 5], [4, 1], time.monotonic()))
     events: list[Any] = []
     while executor.busy:
@@ -166,7 +163,7 @@ def answer(executor: EncodeExecutor) -> np.ndarray:
     return np.frombuffer(event.values, np.float32).reshape(-1, event.columns)
 
 
-def test_a_start_from_a_folder(start: Callable[..., EncodeExecutor], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_start_from_a_folder(start: Callable[..., Executor], folders: dict[str, Path], tmp_path: Path) -> None:
     executor = start()
     info, lines = executor.info, {line.what: line for line in executor.info.plan.lines}
     assert (info.engine, info.labels, info.function, info.max_length) == ("optimized", ("a", "b", "c"), "softmax", 48)
@@ -178,7 +175,7 @@ def test_a_start_from_a_folder(start: Callable[..., EncodeExecutor], folders: di
     assert np.allclose(answer(executor), wanted.numpy(), atol=1e-5)
 
 
-def test_both_engines_answer_alike(start: Callable[..., EncodeExecutor], tmp_path: Path) -> None:
+def test_both_engines_answer_alike(start: Callable[..., Executor], tmp_path: Path) -> None:
     fused = answer(start())
     shutil.rmtree(tmp_path / "model")
     plain = start(engine="baseline")
@@ -187,7 +184,7 @@ def test_both_engines_answer_alike(start: Callable[..., EncodeExecutor], tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-def test_weights_that_are_not_finite_end_the_start(start: Callable[..., EncodeExecutor], dtype: str) -> None:
+def test_weights_that_are_not_finite_end_the_start(start: Callable[..., Executor], dtype: str) -> None:
     def break_one(tensors: dict[str, Tensor]) -> None:
         tensors["bert.encoder.layer.1.attention.self.key.weight"][3, 3] = float("nan")
 
@@ -196,7 +193,7 @@ def test_weights_that_are_not_finite_end_the_start(start: Callable[..., EncodeEx
 
 
 def test_a_failed_check_falls_back(
-    start: Callable[..., EncodeExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Executor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder_parity, "check", lambda *_: ParityReport(0.5, 1e-4, "layer 1", 0.0))
     executor = start()
@@ -207,14 +204,14 @@ def test_a_failed_check_falls_back(
         start(options={"threads": 1, "parity": "raise"})
 
 
-def test_what_has_no_fused_form_is_served_by_transformers(start: Callable[..., EncodeExecutor]) -> None:
+def test_what_has_no_fused_form_is_served_by_transformers(start: Callable[..., Executor]) -> None:
     executor = start(lambda t: t.update({"bert.encoder.layer.0.gate": torch.zeros(2)}))
     assert executor.info.engine == "baseline"
     assert "tensors unknown to bert: encoder.layer.0.gate" in executor.info.plan.warnings[0]
     assert answer(executor).shape == (2, 3)
 
 
-def test_dummy_weights(start: Callable[..., EncodeExecutor]) -> None:
+def test_dummy_weights(start: Callable[..., Executor]) -> None:
     assert np.allclose(answer(start(load_format="dummy")).sum(1), 1, atol=1e-5)
 
 
