@@ -38,11 +38,17 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.encoder import Encoder, EncoderBatch
+from miinb.engine.encoder_graphs import graph_sizes
+from miinb.engine.encoder_inputs import Sizes
+from miinb.engine.encoder_spec import EncoderSpec
+from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache, cache_dtype
-from miinb.engine.policies import POLICIES
+from miinb.engine.policies import ENCODERS, POLICIES, encoder_spec
 from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.weights import DTYPES, load_weights
+from miinb.errors import UnsupportedModel
 from miinb.kernels.head import argmax
 from miinb.messages import from_dict
 from miinb.models import ModelInfo
@@ -154,10 +160,17 @@ def recording() -> Iterator[list[Kernel]]:
 
 
 def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
-    """The kernels that serving a model launches; to be called within `compiling_for`."""
-    policy, spec = POLICIES[model.family], model.spec
+    """The kernels that serving a model launches, none without a fused form; to be called within `compiling_for`."""
+    if model.family in ENCODERS:
+        try:
+            spec_of_task = encoder_spec(model.config, model.task(config.task), model.source)
+        except UnsupportedModel:
+            return []
+        return _kernels_of_encoder(config, model, spec_of_task) if config.tensor_parallel == 1 else []
+    spec = model.spec
     if spec is None:
         return []
+    policy = POLICIES[model.family]
     kinds = tuple(dict.fromkeys(spec.windows)) or (None,)  # layers differ in nothing else that a kernel is compiled for
     spec = dataclasses.replace(spec, layers=len(kinds), windows=kinds if spec.windows else ())
     dtype = model.dtype if config.dtype == "auto" else config.dtype
@@ -180,6 +193,37 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
                 logits = _meta(rows, spec.vocab_size, dtype=logits_dtype)
                 sampler.choose(logits, (), (), _meta(rows), _meta(rows), Needs.SAMPLE)
     return kernels
+
+
+def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: EncoderSpec) -> list[Kernel]:
+    policy = ENCODERS[model.family]
+    spec = dataclasses.replace(spec, layers=2)  # the last layer computes only the rows that the head reads
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    weights = load_encoder_weights(model, policy, spec, dtype=dtype, device=META, dummy=True)
+    encoder = Encoder(spec, weights)
+    length = min(config.max_length or spec.max_length, spec.max_length)
+    tokens = max(config.options.step_tokens("cuda", encoder=True), length)
+    with recording() as kernels:
+        for size in (*graph_sizes(tokens, length, spec.head.rows), *_large_steps(tokens, length)):
+            encoder.outputs(_encoder_step(size))
+    return kernels
+
+
+def _large_steps(tokens: int, length: int) -> Iterator[Sizes]:
+    """Those that run eagerly: of so many texts that the longest of them decides what attention takes at a time."""
+    for longest in sorted({min(size, length) for size in (16, 32, 64, length)}):
+        yield Sizes(tokens, longest, -(-tokens // longest), -(-tokens // longest))
+
+
+def _encoder_step(size: Sizes) -> EncoderBatch:
+    return EncoderBatch(
+        token_ids=_meta(size.tokens),
+        type_ids=_meta(size.tokens),
+        positions=_meta(size.tokens),
+        starts=_meta(size.sequences + 1, dtype=torch.int32),
+        rows=_meta(size.rows),
+        max_length=size.max_length,
+    )
 
 
 def _steps(config: DeploymentConfig, max_rows: int) -> Iterator[StepBatch]:

@@ -1,0 +1,41 @@
+"""The kernels of an encoder are compiled before they are needed: those of every step that its executor computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from miinb import models
+from miinb.bench import presets
+from miinb.config import DeploymentConfig
+from miinb.engine import compile as compiling
+from miinb.engine.compile import Kernel, compiling_for, kernels_of
+from miinb.engine.encoder_graphs import MOST_TOKENS
+from miinb.engine.encoder_inputs import Sizes
+
+H100 = (9, 0)
+
+
+def found(kernels: list[Kernel]) -> set[tuple[str, str]]:
+    return {(kernel.name, json.dumps(json.loads(kernel.specialization)["key"])) for kernel in kernels}
+
+
+@pytest.mark.parametrize(("preset", "task"), [("bert-base", "text-classification"), ("roberta-base", "fill-mask")])
+def test_steps_of_any_size_find_their_kernels(
+    preset: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = presets.write(preset, tmp_path / preset)
+    info = models.inspect(folder, load_format="dummy")
+    config = DeploymentConfig.parse({"model": str(folder), "task": task, "dtype": "fp16", "load_format": "dummy"})
+    with compiling_for(H100):
+        ahead = found(kernels_of(config, info))
+        assert {name for name, _ in ahead} == {"_product", "_packed_attention", "_embedding_norm", "_norm"}
+        large = [(tokens, longest) for tokens in (MOST_TOKENS + 1, 5000, 12345) for longest in (20, 77, 130, 500)]
+        sizes = [Sizes(tokens, longest, 300, 300) for tokens, longest in large]
+        monkeypatch.setattr(compiling, "graph_sizes", lambda *_: sizes)
+        monkeypatch.setattr(compiling, "_large_steps", lambda *_: [])
+        assert found(kernels_of(config, info)) <= ahead
