@@ -143,8 +143,10 @@ class _Builder:
         else:
             packed = words
         bias = self.vector(self._bias(layer, tied), outputs)
-        linear = self.packed(PackedLinear(packed.weight, bias, packed.scale))
-        return HeadWeights(linear, self.norm(layer.norm, outputs) if layer.norm else None)
+        linear = PackedLinear(packed.weight, bias, packed.scale)  # of `words` itself there is no second layout
+        return HeadWeights(
+            linear if packed is words else self.packed(linear), self.norm(layer.norm, outputs) if layer.norm else None
+        )
 
     def _bias(self, layer: HeadLayer, tied: bool) -> str:
         """The name of a layer's bias; checkpoints may have two, of which one counts."""
