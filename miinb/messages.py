@@ -185,7 +185,7 @@ class EncodeRequest:
         row_id: unique in the frontend's life.
         token_ids: of all sequences, special tokens included.
         lengths: tokens of each sequence; their sum is that of `token_ids`.
-        t_submit: time.monotonic() when the frontend accepted the request.
+        t_submit: time.monotonic() when the frontend sent it.
         type_ids: token types, packed as the tokens are; empty: all are 0.
         wanted: fill-mask: the masks' places in `token_ids`.
         options: how the head's results are reduced; docs/internals.md has each task's.
@@ -211,7 +211,7 @@ class EncodedEvent:
         columns: numbers in a row.
         values: float32, packed.
         ids: int32, packed: which label or token each value is of; empty: row by row all of them, in their order.
-        queue_s: from the request's acceptance to its first forward pass.
+        queue_s: from `t_submit` to its first forward pass.
         model_s: in forward passes that it had a part in, and the reduction of their results.
     """
 
@@ -224,27 +224,26 @@ class EncodedEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class PredictRequest:
-    """Inputs of a task that answers at once (encoder tasks): one mapping an input, keys as `tasks.py` names them."""
-
-    row_id: int
-    inputs: Sequence[Mapping[str, Any]]
-    options: Mapping[str, Any]
-    t_submit: float
-
-
-@dataclass(frozen=True, slots=True)
 class PredictedEvent:
-    """Answers of a predict request, in order: JSON-ready dicts, one list of them an input."""
+    """Answers of a predict request, in order, as a client gets them.
 
-    row_id: int
-    outputs: Sequence[Any]  # of feature-extraction: the number of rows that each input has
+    Attributes:
+        outputs: one list of JSON-ready dicts an input; of feature-extraction the number of rows that each input has.
+        queue_s: from the replica's being asked to its first forward pass.
+        preprocess_s: in the frontend before: checks, tokens, windows.
+        model_s: in forward passes, and the reduction of their results.
+        postprocess_s: in the frontend after: numbers made into answers.
+        vectors: of feature-extraction: float32, row after row, of all inputs.
+        columns: numbers in a row of `vectors`.
+    """
+
+    outputs: Sequence[Any]
     queue_s: float
     preprocess_s: float
     model_s: float
     postprocess_s: float
-    vectors: bytes = b""  # of feature-extraction: float32, row after row, of all inputs
-    columns: int = 0  # numbers in a row
+    vectors: bytes = b""
+    columns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class FrontendProcess:
                 return 0
 
     def told(self, kind: str) -> list[dict[str, Any]]:
-        """What the ranks were told so far: "submit", "cancel", "predict"."""
+        """What the ranks were told so far: "submit", "cancel", "encode"."""
         rows = [json.loads(row) for row in self.events.read_text().splitlines()]
         return [row for row in rows if row["kind"] == kind]
 

@@ -72,7 +72,7 @@ class PredictServer:
         times = {"queue_s": 0.125, "preprocess_s": 0.25, "model_s": 0.5, "postprocess_s": 0.25}
         if self.info.task != "feature-extraction":
             outputs = [[{"label": "length", "score": float(len(text))}] for text in texts]
-            return PredictedEvent(0, outputs, **times)
+            return PredictedEvent(outputs, **times)
         counts = [len(text) if options.get("pooling") == "none" else 1 for text in texts]
         rows = [[len(text), row, 0.1] for text, count in zip(texts, counts, strict=True) for row in range(count)]
-        return PredictedEvent(0, counts, **times, vectors=numpy.array(rows, numpy.float32).tobytes(), columns=3)
+        return PredictedEvent(counts, **times, vectors=numpy.array(rows, numpy.float32).tobytes(), columns=3)

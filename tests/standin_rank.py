@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from miinb.messages import PredictRequest, SequenceRequest
+from miinb.messages import EncodeRequest, SequenceRequest
 from miinb.server.frames import CancelRow, ToRank
 from miinb.server.standin import Running, StandIn
 from miinb.server.text import TextCodec
@@ -36,8 +36,8 @@ class Noting(StandIn):
             self.note("submit", row_id=message.row_id, seed=message.params.seed, tokens=len(message.token_ids))
         elif isinstance(message, CancelRow):
             self.note("cancel", row_id=message.row_id, reason=message.reason)
-        elif isinstance(message, PredictRequest):
-            self.note("predict", inputs=message.inputs, options=message.options)
+        elif isinstance(message, EncodeRequest):
+            self.note("encode", lengths=message.lengths, options=message.options)
         super().take(message)
 
     def answer(self, row: Running) -> Sequence[int]:

@@ -21,7 +21,7 @@ ADA = {"question": "Who?", "context": "Ada did."}
 
 
 def predicted(task: str, inputs: list[Any], outputs: list[Any], *, pooled: bool = True, **more: Any) -> Predictions:
-    event = PredictedEvent(0, outputs, 0.1, 0.2, 0.3, 0.4, **more)
+    event = PredictedEvent(outputs, 0.1, 0.2, 0.3, 0.4, **more)
     rows = [one if isinstance(one, dict) else {"query": one} for one in inputs]
     return predictions_of(task, rows, event, 1.5, pooled=pooled)
 

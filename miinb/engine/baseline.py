@@ -28,9 +28,9 @@ from miinb.engine.finite import check_finite
 from miinb.engine.generation import BaselineRow, generate
 from miinb.engine.lockstep import BatchFollower, Lead, settled
 from miinb.engine.parallel import PeerLost
-from miinb.engine.pipelines import PredictExecutor
 from miinb.engine.ranks import ALONE, Ranks
 from miinb.engine.rows import check_request
+from miinb.engine.transformers_encoder import load_encoding
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
 from miinb.messages import (
     EncodeRequest,
@@ -41,7 +41,6 @@ from miinb.messages import (
     FinishReason,
     Phase,
     Plan,
-    PredictRequest,
     SequenceRequest,
     TokenLogprob,
     TokensEvent,
@@ -147,7 +146,7 @@ def load_baseline(
     if not TASKS[info.task].streams:
         if ranks.link is not None:
             return BatchFollower(info, loaded, ranks.link)
-        return PredictExecutor(loaded, model, config, info, lead)
+        return load_encoding(loaded, config, info, lead)
     padded = config.options.parity == "off" or pads(loaded, info.vocab_size)
     if not padded:
         plan = plan.with_line("batches", "equal lengths", f"{model.family} takes padding for a part of the prompt")
@@ -241,10 +240,6 @@ class BatchExecutor:
         self._waiting.append(row)
 
     def encode(self, request: EncodeRequest) -> None:
-        """Refuse. Raises InvalidRequest."""
-        raise InvalidRequest(f"This deployment serves {self.info.task} otherwise.")
-
-    def predict(self, request: PredictRequest) -> None:
         """Refuse: this executor generates. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
 

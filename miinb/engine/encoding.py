@@ -36,7 +36,6 @@ from miinb.messages import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
-    PredictRequest,
     SequenceRequest,
 )
 
@@ -116,10 +115,6 @@ class EncodeExecutor:
     def submit(self, request: SequenceRequest) -> None:
         """Refuse: this executor encodes. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use predict.")
-
-    def predict(self, request: PredictRequest) -> None:
-        """Refuse. Raises InvalidRequest."""
-        raise InvalidRequest(f"This deployment serves {self.info.task} otherwise.")
 
     def encode(self, request: EncodeRequest) -> None:
         """See `Executor`. Raises InvalidRequest, PromptTooLong, QueueFull."""

@@ -30,14 +30,12 @@ from miinb.messages import (
     EngineInfo,
     Event,
     FinishReason,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
 )
 
 log = logging.getLogger(__name__)
 
-Emit = Callable[[Event | PredictedEvent | EncodedEvent], None]
+Emit = Callable[[Event | EncodedEvent], None]
 Poll = Callable[[], None]
 
 
@@ -48,9 +46,6 @@ class Executor(Protocol):
 
     def submit(self, request: SequenceRequest) -> None:
         """Queue a row. Raises MiinbError when it cannot be served."""
-
-    def predict(self, request: PredictRequest) -> None:
-        """Queue inputs of an encoder task. Raises MiinbError when they cannot be served."""
 
     def encode(self, request: EncodeRequest) -> None:
         """Queue texts for an encoder. Raises MiinbError when they cannot be served."""
@@ -148,10 +143,6 @@ class StepExecutor:
                 "num_beams: the optimized engine has no beam search.", hint="A session with engine='baseline' has."
             )
         self.scheduler.submit(request)
-
-    def predict(self, request: PredictRequest) -> None:
-        """Refuse: this engine generates. Raises InvalidRequest."""
-        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
 
     def encode(self, request: EncodeRequest) -> None:
         """Refuse: this engine generates. Raises InvalidRequest."""

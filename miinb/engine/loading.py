@@ -41,8 +41,6 @@ from miinb.tasks import TASKS
 from miinb.wording import size_words
 
 Report = Callable[[Phase], None]
-#: Until the frontend sends encoders their tokenized texts.
-FUSED_ENCODERS = False
 
 
 def load_executor(
@@ -109,7 +107,7 @@ def load_rank(
             try:
                 if TASKS[task].streams:
                     executor = _step_executor(config, model, info, place, aside, rank, report)
-                elif FUSED_ENCODERS:
+                else:
                     executor = _encode_executor(config, model, info, place, aside, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, config, reason.message)

@@ -371,7 +371,7 @@ def decode_predicted(data: bytes) -> PredictedEvent | None:
     outputs: Sequence[Any] = json.loads(got.outputs_json)
     vectors = got.blobs[0] if got.blobs else b""
     times = (got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)
-    return PredictedEvent(0, outputs, *times, vectors, got.columns)
+    return PredictedEvent(outputs, *times, vectors, got.columns)
 
 
 def encode_description(values: Mapping[str, Any]) -> bytes:

@@ -17,8 +17,6 @@ from miinb.messages import (
     EngineInfo,
     Event,
     FailedEvent,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
     TokensEvent,
 )
@@ -28,7 +26,7 @@ from miinb.server.ipc import RankChannel
 from miinb.server.text import TextCodec
 
 #: Takes the events of one row, in the event loop.
-Sink = Callable[[Event | PredictedEvent | EncodedEvent], None]
+Sink = Callable[[Event | EncodedEvent], None]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ class Replica:
     tokens: int = 0
     _sizes: dict[int, int] = field(default_factory=dict)
 
-    def submit(self, request: SequenceRequest | PredictRequest | EncodeRequest, sink: Sink) -> None:
+    def submit(self, request: SequenceRequest | EncodeRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
 
         Raises:
@@ -213,5 +211,5 @@ def _gone() -> Unavailable:
     return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
 
 
-def _drop(event: Event | PredictedEvent | EncodedEvent) -> None:
+def _drop(event: Event | EncodedEvent) -> None:
     """The sink of a canceled row."""

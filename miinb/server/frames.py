@@ -25,8 +25,6 @@ from miinb.messages import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
     TokenLogprob,
     TokensEvent,
@@ -48,8 +46,6 @@ class Kind(IntEnum):
     LOGPROBS = 5
     FINISHED = 6
     FAILED = 7
-    PREDICT = 8
-    PREDICTED = 9
     STATUS = 10
     ENCODE = 11
     ENCODED = 12
@@ -70,8 +66,8 @@ class EngineStatus:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-ToRank = SequenceRequest | CancelRow | PredictRequest | EncodeRequest | EngineStatus
-ToFrontend = EngineInfo | TokensEvent | FinishedEvent | FailedEvent | PredictedEvent | EncodedEvent | EngineStatus
+ToRank = SequenceRequest | CancelRow | EncodeRequest | EngineStatus
+ToFrontend = EngineInfo | TokensEvent | FinishedEvent | FailedEvent | EncodedEvent | EngineStatus
 Message = ToRank | ToFrontend
 
 _KINDS: dict[type, Kind] = {
@@ -79,8 +75,6 @@ _KINDS: dict[type, Kind] = {
     CancelRow: Kind.CANCEL,
     FinishedEvent: Kind.FINISHED,
     FailedEvent: Kind.FAILED,
-    PredictRequest: Kind.PREDICT,
-    PredictedEvent: Kind.PREDICTED,
     EncodeRequest: Kind.ENCODE,
     EncodedEvent: Kind.ENCODED,
 }
@@ -91,7 +85,6 @@ _PLAIN = tuple(f.name for f in dataclasses.fields(SequenceRequest) if f.name not
 _PACKED: dict[type, tuple[str, ...]] = {
     EncodeRequest: ("token_ids", "lengths", "type_ids", "wanted"),
     EncodedEvent: ("values", "ids"),
-    PredictedEvent: ("vectors",),
 }
 
 
@@ -112,7 +105,7 @@ def encode(message: Message) -> bytes:
         return frame(Kind.SUBMIT, LENGTH.pack(len(head)), head, array("i", message.token_ids).tobytes())
     if isinstance(message, EngineStatus):
         return frame(Kind.STATUS, _json(dict(message.values)))
-    if isinstance(message, (EncodeRequest, EncodedEvent, PredictedEvent)):
+    if isinstance(message, (EncodeRequest, EncodedEvent)):
         return _packed_frame(message)
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
@@ -121,7 +114,7 @@ def _json(values: object) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _packed_frame(message: EncodeRequest | EncodedEvent | PredictedEvent) -> bytes:
+def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
     """The plain fields and the sizes of the packed ones as JSON, then these."""
     names = _PACKED[type(message)]
     plain = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in names}
@@ -203,7 +196,7 @@ class Decoder:
             ids = array("i")
             ids.frombytes(payload[LENGTH.size + length :])
             return [SequenceRequest(token_ids=ids.tolist(), **head)]
-        if kind in (Kind.ENCODE, Kind.ENCODED, Kind.PREDICTED):
+        if kind in (Kind.ENCODE, Kind.ENCODED):
             return [_unpacked(_CLASSES[Kind(kind)], payload)]
         values = json.loads(payload)
         if kind == Kind.LOGPROBS:

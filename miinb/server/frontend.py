@@ -28,6 +28,8 @@ from miinb.rpc import codec
 from miinb.rpc.address import unix_address
 from miinb.server import ipc
 from miinb.server.balancer import Balancer
+from miinb.server.encoders.registry import ENCODER_TASKS
+from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.service import Inference, TokenCheck
 from miinb.server.text import TextCodec
 from miinb.tasks import find_task
@@ -87,8 +89,11 @@ class Frontend:
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
 
-    def _load_text(self, info: EngineInfo) -> TextCodec | None:
-        return TextCodec.load(self._folder / info.tokenizer_folder) if find_task(info.task).streams else None
+    def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
+        task, folder = find_task(info.task), self._folder / info.tokenizer_folder
+        if task.streams:
+            return TextCodec.load(folder)
+        return EncoderText.load(folder) if task.name in ENCODER_TASKS else None
 
     def _health_changed(self) -> None:
         task = asyncio.ensure_future(self._set_health())

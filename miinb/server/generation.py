@@ -18,7 +18,6 @@ from miinb.messages import (
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
-    PredictedEvent,
     RequestBegin,
     RequestEnd,
     SequenceEnd,
@@ -160,9 +159,9 @@ class Generation:
             self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), self.prompt.shown)
             self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline, index), self._push)
 
-    def _push(self, event: Event | PredictedEvent | EncodedEvent) -> None:
+    def _push(self, event: Event | EncodedEvent) -> None:
         """Takes an event from the balancer; tokens of a paced stream wait for its turn."""
-        if isinstance(event, (PredictedEvent, EncodedEvent)):
+        if isinstance(event, EncodedEvent):
             return
         row = self._touched[event.row_id] = self._rows[event.row_id]
         if type(event) is TokensEvent:

@@ -59,7 +59,7 @@ async def predict(data: bytes, balancer: Balancer, *, t_submit: float, deadline:
     def finish() -> bytes:
         answers = _answers(prepared, event)
         times = (event.queue_s, t_sent - t_submit, event.model_s, time.monotonic() - t_done)
-        return codec.encode_predicted(PredictedEvent(0, answers.outputs, *times, answers.vectors, answers.columns))
+        return codec.encode_predicted(PredictedEvent(answers.outputs, *times, answers.vectors, answers.columns))
 
     return await _run(finish, len(event.values) > LARGE_BYTES)
 
@@ -101,7 +101,7 @@ async def _computed(prepared: Prepared, row_id: int, replica: Replica, t_sent: f
         options=prepared.options,
         deadline=deadline,
     )
-    done: asyncio.Future[Event | PredictedEvent | EncodedEvent] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[Event | EncodedEvent] = asyncio.get_running_loop().create_future()
     try:
         replica.submit(request, lambda event: None if done.done() else done.set_result(event))
         event = await done

@@ -7,7 +7,7 @@ import dataclasses
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +15,16 @@ import grpc
 import grpc.aio
 
 import miinb
-from miinb.errors import Cancelled, DeadlineExceeded, InvalidRequest, MiinbError, did_you_mean, from_name
+from miinb.errors import Cancelled, DeadlineExceeded, MiinbError
 from miinb.messages import (
-    EncodedEvent,
-    Event,
-    FailedEvent,
     GenerateRequest,
-    PredictedEvent,
-    PredictRequest,
     RequestBegin,
 )
 from miinb.rpc import codec
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
-from miinb.tasks import TASKS
+from miinb.server.prediction import predict
 
 #: A call without a deadline of its own has this one.
 MAX_DEADLINE_S = 3600.0
@@ -199,26 +194,10 @@ class Inference:
         return max(PACE_S, streams / MAX_CHUNKS_S) if streams > MANY_STREAMS else 0.0
 
     async def _run_predict(self, data: bytes, writer: Writer, deadline: float) -> None:
-        t_submit = time.monotonic()
-        inputs, options = codec.decode_predict(data)
-        replica = await self._balancer.pick(1)
-        check_inputs(inputs, replica.info.task)
-        row_id = self._balancer.next_row_id()
-        done: asyncio.Future[Event | PredictedEvent | EncodedEvent] = asyncio.get_running_loop().create_future()
-        try:
-            replica.submit(
-                PredictRequest(row_id, inputs, options, t_submit),
-                lambda event: None if done.done() else done.set_result(event),
-            )
-            event = await done
-        finally:
-            replica.cancel(row_id)
-        if isinstance(event, FailedEvent):
-            error = from_name(event.error, event.message)
-            error.hint = event.hint
-            raise error
-        if isinstance(event, PredictedEvent):
-            await writer.write(codec.encode_predicted(event))
+        alone = self.counters.in_flight == 1
+        await writer.write(
+            await predict(data, self._balancer, t_submit=time.monotonic(), deadline=deadline, alone=alone)
+        )
 
     async def _create_session(self, data: bytes, context: Any) -> bytes:
         return await self._change_sessions(self._conversations.create, data, context)
@@ -254,23 +233,6 @@ async def abort(context: Any, error: BaseException) -> None:
     """End a call with an error's code, text and name."""
     failure = codec.failure_of(error, lambda number, cause: log.error("error %s", number, exc_info=cause))
     await context.abort(failure.code, failure.text, failure.metadata)
-
-
-def check_inputs(inputs: Sequence[Mapping[str, Any]], task_name: str) -> None:
-    """Refuse inputs that are not of the task (InvalidRequest naming the field)."""
-    task = TASKS[task_name]
-    if task.streams:
-        raise InvalidRequest(f"This deployment serves {task_name}.", hint="Use generate() or stream().")
-    if not 1 <= len(inputs) <= codec.MAX_INPUTS:
-        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {codec.MAX_INPUTS} fit in a call.")
-    for values in inputs:
-        for name in values:
-            if name not in task.inputs:
-                raise InvalidRequest(f"{name}: not an input of {task_name}.", hint=did_you_mean(name, task.inputs))
-        for name in task.inputs:
-            value = values.get(name)
-            if not isinstance(value, str) or not value or "\0" in value:
-                raise InvalidRequest(f"{name}: give a text (not empty, without NUL).")
 
 
 class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, misc, unused-ignore]

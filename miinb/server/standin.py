@@ -1,27 +1,29 @@
 """A rank without a model: `python -m miinb.server.standin`, for benchmarks and tests of the frontend alone.
 
 Speaks the frames of `frames.py` like a real rank 0 and is started the same way. It answers a prompt with its own
-tokens, again and again, one token a row and step; predictions are the inputs' lengths.
+tokens, again and again, one token a row and step. An encoder's numbers are the token ids, and each one's id is itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miinb.messages import (
+    EncodedEvent,
+    EncodeRequest,
     EngineInfo,
     FailedEvent,
     FinishedEvent,
     FinishReason,
     Plan,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
     TokenLogprob,
     TokensEvent,
@@ -90,11 +92,24 @@ class StandIn:
             self.waiting = [row for row in self.waiting if not self._cancelled(row, message)]
             if (row := self.running.pop(message.row_id, None)) is not None:
                 self.finish(row, message.reason)
-        elif isinstance(message, PredictRequest):
-            outputs = [[{"label": "length", "score": float(len(str(v)))} for v in i.values()] for i in message.inputs]
-            self.socket.send(PredictedEvent(message.row_id, outputs, 0.0, 0.0, 0.0, 0.0))
+        elif isinstance(message, EncodeRequest):
+            self.encode(message)
         else:
             self.socket.send(EngineStatus({"running": len(self.running), "waiting": len(self.waiting)}))
+
+    def encode(self, request: EncodeRequest) -> None:
+        """Answer at once: of each row that the task has (docs/internals.md) the token's id, as value and as id."""
+        task, lengths, tokens = self.info.task, request.lengths, request.token_ids
+        columns, rows = int(request.options.get("top_k", 1)), tokens
+        if task == "fill-mask":
+            rows = [tokens[place] for place in request.wanted]
+        elif task == "question-answering":
+            columns = 2
+        elif task == "text-classification" or request.options.get("pooling", "none") != "none":
+            rows = [tokens[at] for at in itertools.accumulate(lengths[:-1], initial=0)]
+        numbers = [token for token in rows for _ in range(columns)]
+        ids = array("i", numbers).tobytes() if "top_k" in request.options else b""
+        self.socket.send(EncodedEvent(request.row_id, columns, array("f", numbers).tobytes(), ids))
 
     def _cancelled(self, row: Running, message: CancelRow) -> bool:
         if row.request.row_id != message.row_id:

@@ -28,7 +28,6 @@ from miinb.messages import (
     FailedEvent,
     Phase,
     Plan,
-    PredictRequest,
     SequenceRequest,
     from_dict,
 )
@@ -164,14 +163,12 @@ class Server:
             else:
                 self._submit(message)
 
-    def _submit(self, request: SequenceRequest | PredictRequest | EncodeRequest) -> None:
+    def _submit(self, request: SequenceRequest | EncodeRequest) -> None:
         try:
             if isinstance(request, SequenceRequest):
                 self.executor.submit(request)
-            elif isinstance(request, EncodeRequest):
-                self.executor.encode(request)
             else:
-                self.executor.predict(request)
+                self.executor.encode(request)
         except MiinbError as error:
             self.socket.send(FailedEvent(request.row_id, type(error).__name__, error.message, error.hint))
 

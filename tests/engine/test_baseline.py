@@ -16,15 +16,13 @@ from miinb.config import DeploymentConfig, GenerationParams
 from miinb.engine import caches
 from miinb.engine.baseline import BatchExecutor, load_baseline
 from miinb.engine.caches import measure_caches
-from miinb.engine.pipelines import PredictExecutor
 from miinb.errors import InvalidRequest, MissingHead, PromptTooLong, QueueFull, UnsupportedModel
 from miinb.messages import (
+    EncodeRequest,
     EngineInfo,
     FailedEvent,
     FinishedEvent,
     Plan,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
     TokensEvent,
 )
@@ -215,7 +213,7 @@ def test_rows_that_cannot_be_served_fail_alone(executor):
     with pytest.raises(InvalidRequest):
         executor.submit(request(0, [VOCAB], 2))
     with pytest.raises(InvalidRequest, match="serves text-generation"):
-        executor.predict(PredictRequest(0, [{"query": "a"}], {}, 0.0))
+        executor.encode(EncodeRequest(0, [5], [1], 0.0))
     late = SequenceRequest(1, [5], GenerationParams(max_new_tokens=1), 0.0, deadline=time.monotonic() - 1)
     executor.submit(late)
     executor.submit(request(2, [5], 1))
@@ -360,66 +358,6 @@ def test_dummy_weights_need_no_checkpoint(llama, tmp_path):
     executor = load_baseline(inspect(tmp_path, load_format="dummy"), config, info_of(), lambda phase: None)
     executor.submit(request(0, [5, 6], 3, ignore_eos=True))
     assert len(tokens(run(executor)[0])) == 3
-
-
-# ---------------------------------------------------------------------- encoder tasks
-
-
-def predict(executor: PredictExecutor, texts: list[str], **options) -> PredictedEvent | FailedEvent:
-    executor.predict(PredictRequest(1, [{"query": text} for text in texts], options, time.monotonic()))
-    (event,) = run(executor)[1]
-    return event
-
-
-TEXTS = ["deep speed is the greatest", "a model ."]
-
-
-def test_text_classification_equals_the_pipeline(tmp_path):
-    folder = save_bert(transformers.BertForSequenceClassification, tmp_path, num_labels=3)
-    executor = load(folder, "text-classification")
-    pipe = transformers.pipeline("text-classification", model=str(folder), top_k=3)
-    event = predict(executor, TEXTS, top_k=3)
-    assert isinstance(event, PredictedEvent)
-    for got, wanted in zip(event.outputs, pipe(TEXTS), strict=True):
-        assert [one["label"] for one in got] == [one["label"] for one in wanted]
-        assert [one["score"] for one in got] == pytest.approx([one["score"] for one in wanted], abs=1e-5)
-    assert event.model_s > 0
-    assert len(predict(executor, TEXTS[:1]).outputs[0]) == 1
-    for options, text in (({"top": 3}, "'top'"), ({"top_k": 0}, "below 1"), ({"function_to_apply": "x"}, "sigmoid")):
-        with pytest.raises(InvalidRequest, match=text):
-            executor.predict(PredictRequest(1, [{"query": "a"}], options, 0.0))
-    with pytest.raises(InvalidRequest, match="query"):
-        executor.predict(PredictRequest(1, [{"text": "a"}], {}, 0.0))
-    with pytest.raises(InvalidRequest, match="serves text-classification"):
-        executor.submit(request(0, [1]))
-
-
-def test_fill_mask_and_token_classification(tmp_path):
-    masked = load(save_bert(transformers.BertForMaskedLM, tmp_path / "mlm"), "fill-mask")
-    event = predict(masked, ["deep [MASK] is great"], top_k=2)
-    assert isinstance(event, PredictedEvent)
-    assert len(event.outputs[0]) == 2
-    assert len(predict(masked, ["deep [MASK]", "[MASK] is"], top_k=2).outputs) == 2
-    assert {"score", "token", "token_str", "sequence"} == set(event.outputs[0][0])
-    failed = predict(masked, ["no mask here"])
-    assert isinstance(failed, FailedEvent)
-    assert failed.error == "InvalidRequest"
-    tagged = load(save_bert(transformers.BertForTokenClassification, tmp_path / "ner"), "token-classification")
-    event = predict(tagged, TEXTS)
-    assert isinstance(event, PredictedEvent)
-    assert all(isinstance(one["score"], float) for answer in event.outputs for one in answer)
-
-
-def test_embeddings_are_pooled_over_the_text_alone(tmp_path):
-    executor = load(save_bert(transformers.BertModel, tmp_path), "feature-extraction")
-    together = predict(executor, TEXTS).outputs
-    for text, (row,) in zip(TEXTS, together, strict=True):
-        ((alone,),) = predict(executor, [text]).outputs
-        assert row["embedding"] == pytest.approx(alone["embedding"], abs=1e-5)
-    ((unit,),) = predict(executor, TEXTS[:1], pooling="first", normalize=True).outputs
-    assert sum(x * x for x in unit["embedding"]) == pytest.approx(1.0, abs=1e-5)
-    ((rows,),) = predict(executor, TEXTS[1:], pooling="none").outputs
-    assert len(rows["embedding"]) == 5  # [CLS] a model . [SEP]
 
 
 def test_what_transformers_cannot_make_is_the_model_s_fault(llama, tmp_path):

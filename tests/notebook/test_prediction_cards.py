@@ -158,7 +158,7 @@ def test_a_few_embeddings_are_compared() -> None:
     assert "–" in text, "a vector of zeros is like nothing"
     for many in (1, SHOWN + 1):
         assert "cosine" not in predictions_card(vectors([[1, 0]] * many))[1]
-    event = PredictedEvent(0, [2, 1], 0, 0, 0, 0, vectors=numpy.ones(6, numpy.float32).tobytes(), columns=2)
+    event = PredictedEvent([2, 1], 0, 0, 0, 0, vectors=numpy.ones(6, numpy.float32).tobytes(), columns=2)
     tokens = predictions_of("feature-extraction", [{"query": "ab"}, {"query": "a"}], event, 1.0, pooled=False)
     assert "2 x 2" in predictions_card(tokens)[1]
     assert "2 numbers each" in text

@@ -142,7 +142,7 @@ def test_no_field_of_a_stream_event_is_lost(cls: type[codec.StreamEvent]) -> Non
 def test_predict_keeps_whole_numbers_and_nesting() -> None:
     inputs = [{"query": "é", "n": 3, "x": 0.5, "list": [1, None, {"deep": True}]}]
     assert codec.decode_predict(codec.encode_predict(inputs, {"top_k": 5})) == (inputs, {"top_k": 5})
-    event = replace(filled(PredictedEvent), row_id=0)  # of the ranks' socket alone
+    event = filled(PredictedEvent)
     assert codec.decode_predicted(codec.encode_predicted(event)) == event
 
 
@@ -150,7 +150,7 @@ def test_predict_refuses_what_json_cannot_say() -> None:
     with pytest.raises(errors.InvalidRequest):
         codec.encode_predict([{"query": object()}], {})
     with pytest.raises(errors.NonFinite):
-        codec.encode_predicted(PredictedEvent(0, [math.nan], 0, 0, 0, 0))
+        codec.encode_predicted(PredictedEvent([math.nan], 0, 0, 0, 0))
 
 
 def test_description() -> None:

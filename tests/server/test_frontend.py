@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from miinb.rpc import codec
 from miinb.rpc import inference_pb2 as pb
 from miinb.server import service
 from miinb.server.balancer import Balancer
+from miinb.server.text import TextCodec
 from tests.frontend_process import ROOT, FrontendProcess, make, wait_for
 from tests.tiny_tokenizers import byte_level
 
@@ -46,9 +48,16 @@ def fresh(tmp_path: Path) -> Iterator[Any]:
         process.close()
 
 
-def tokens_of(frontend: FrontendProcess, text: str) -> int:
-    from miinb.server.text import TextCodec
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
+    """A frontend with a stand-in classifier: a text's label is its first token."""
+    process = make(tmp_path_factory.mktemp("classifier") / "frontend")
+    process.rank(task="text-classification")
+    yield process
+    process.close()
 
+
+def tokens_of(frontend: FrontendProcess, text: str) -> int:
     return len(TextCodec.load(frontend.folder / "tokenizer").encode(text))
 
 
@@ -394,18 +403,80 @@ def test_activity_is_told(fresh: Any) -> None:
 def test_predict_goes_to_the_replica_and_back(fresh: Any) -> None:
     frontend = fresh()
     frontend.rank(task="text-classification")
+    text = TextCodec.load(frontend.folder / "tokenizer")
     with frontend.client() as client:
-        (first, second) = client.predict(["abc", "日本"], top_k=2)
-        assert (first[0].label, first[0].score, second[0].score) == ("length", 3.0, 2.0)
-        assert frontend.told("predict")[-1]["options"] == {"top_k": 2}
-        with pytest.raises(errors.InvalidRequest, match="query"):
-            client.predict([{"querry": "abc"}])
-        with pytest.raises(errors.InvalidRequest, match="query"):
-            client.predict("")
+        first, second = (text.encode(text_)[0] for text_ in ("xyz", "日本"))
+        found = client.predict(["xyz", "日本"], top_k=2)
+        assert [[one.label for one in row] for row in found] == [[f"LABEL_{first}"] * 2, [f"LABEL_{second}"] * 2]
+        assert frontend.told("encode")[-1]["options"] == {"function": "softmax", "top_k": 2}
+        assert frontend.told("encode")[-1]["lengths"] == [len(text.encode(text_)) for text_ in ("xyz", "日本")]
         with pytest.raises(errors.InvalidRequest, match=r"predict\(\)"):
             client.generate("abc")
-        assert query(client, {"query": "abc"}, {}).response == [{"label": "length", "score": 3.0}]
+        assert query(client, {"query": "xyz"}, {}).response == [{"label": f"LABEL_{first}", "score": first}]
         assert len(query(client, {"query": ["abc", "d"]}, {}).response) == 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "named"),
+    [
+        ([{"querry": "abc"}], {}, r"inputs\[0\]: 'querry' is not one of query. Did you mean 'query'"),
+        (["abc", ""], {}, r"inputs\[1\]: query is empty"),
+        (["abc", "a\0"], {}, r"inputs\[1\]: query holds a NUL"),
+        (["abc", "x" * 5000], {}, r"inputs\[1\]: it has 5000 tokens, but the model takes 4096. .*truncation=True"),
+        (["abc"], {"topk": 2}, "text-classification has no option 'topk'. Did you mean 'top_k'"),
+        (["abc"], {"top_k": 0}, "top_k: 0 is below 1"),
+        (["abc"], {"top_k": True}, "top_k: True is not a whole number"),
+        (["abc"], {"function_to_apply": "softmx"}, "function_to_apply: 'softmx' is none of .*Did you mean 'softmax'"),
+        (["abc"], {"truncation": 1}, "truncation: 1 is not True or False"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused_before_the_replica(
+    classifier: FrontendProcess, inputs: list[Any], options: dict[str, Any], named: str
+) -> None:
+    before = len(classifier.told("encode"))
+    with classifier.client() as client:
+        data = codec.encode_predict([{"query": one} if isinstance(one, str) else one for one in inputs], options)
+        with pytest.raises(grpc.RpcError) as caught:
+            raw(classifier, data, codec.PREDICT)
+        assert re.search(named, codec.error_of(caught.value).line())
+        assert client.predict("abc")
+    assert len(classifier.told("encode")) == before + 1
+
+
+def test_many_predictions_at_once_do_not_mix(classifier: FrontendProcess) -> None:
+    text = TextCodec.load(classifier.folder / "tokenizer")
+    texts = [f"{letter} {'fox ' * (50 * (number % 5))}" for number, letter in enumerate("abcdefghijklmnop" * 4)]
+    with classifier.client() as client, ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(client.predict, texts))
+    wanted = [f"LABEL_{text.encode(one)[0]}" for one in texts]
+    assert [answers[0][0].label for answers in found] == wanted
+
+
+def test_predictions_go_to_the_replica_with_fewer_tokens_and_end_with_it(fresh: Any) -> None:
+    frontend = fresh()
+    ranks = [frontend.rank(number, task="text-classification") for number in range(2)]
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        with frontend.client() as client, ThreadPoolExecutor(8) as pool:
+            waiting = pool.submit(client.predict, "fox " * 30)  # on replica 0, which does not answer
+            wait_for(lambda: frontend.running() == 1, "the first request")
+            time.sleep(0.2)
+            for _ in range(3):
+                assert client.predict("fox " * 10)
+            assert {row["replica"] for row in frontend.told("encode")} == {1}
+            ranks[0].kill()
+            with pytest.raises(errors.Unavailable, match="replica"):
+                waiting.result(20)
+            ranks[1].send_signal(signal.SIGSTOP)
+            with pytest.raises(errors.DeadlineExceeded):
+                client.predict("fox", timeout_s=0.3)
+            ranks[1].send_signal(signal.SIGCONT)
+            wait_for(lambda: len(frontend.told("cancel")) == 1, "the cancel")
+            assert client.predict("fox")
+            assert frontend.running() == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,6 @@ from miinb.messages import (
     FinishedEvent,
     Plan,
     PlanLine,
-    PredictedEvent,
-    PredictRequest,
     SequenceRequest,
     TokenLogprob,
     TokensEvent,
@@ -58,12 +56,10 @@ MESSAGES: list[frames.Message] = [
     TokensEvent(4, [7], (TokenLogprob(7, -0.5, ((7, -0.5), (8, -1.0))),)),
     FinishedEvent(3, "length", 0.1, 0.2, 0.05, 3, 2, 1),
     FailedEvent(4, "NonFinite", "NaN in the logits — sorry", "Try fp32."),
-    PredictRequest(5, [{"query": "日本"}], {"top_k": 3}, 1.0),
     EncodeRequest(
         6, [101, 7, 102, 101, 102], [3, 2], 1.0, type_ids=[], wanted=[1], options={"targets": [3]}, deadline=2.0
     ),
     EncodedEvent(6, 2, b"\0\0\x80?" * 2, b"\1\0\0\0" * 2, 0.1, 0.2),
-    PredictedEvent(5, [[{"score": 0.5}]], 0.0, 0.1, 0.2, 0.3),
     frames.EngineStatus(),
     frames.EngineStatus({"running": 2}),
 ]

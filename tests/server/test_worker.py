@@ -17,7 +17,7 @@ import pytest
 
 import miinb
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.messages import EngineInfo, FailedEvent, FinishedEvent, PredictRequest, SequenceRequest, TokensEvent
+from miinb.messages import EncodeRequest, EngineInfo, FailedEvent, FinishedEvent, SequenceRequest, TokensEvent
 from miinb.server import frames
 
 TINY = Path(miinb.__file__).parent / "demo" / "tiny"
@@ -138,7 +138,7 @@ def test_both_engines_answer_alike_through_the_socket(ranks):
 @pytest.mark.parametrize("name", ["optimized", "baseline"])
 def test_a_cancel_ends_a_row_soon_and_a_bad_request_fails_alone(ranks, name):
     rank = ranks[name]
-    rank.send(request(10, [5], 60), request(11, [10**6], 2), PredictRequest(12, [{"query": "a"}], {}, 0.0))
+    rank.send(request(10, [5], 60), request(11, [10**6], 2), EncodeRequest(12, [5], [1], 0.0))
     seen: list[Any] = []
     while not any(isinstance(event, TokensEvent) for event in seen):
         seen += rank.receive()

@@ -10,10 +10,9 @@ import numpy as np
 
 from miinb.errors import InvalidRequest, did_you_mean
 from miinb.messages import EngineInfo
+from miinb.rpc import codec
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.tasks import TASKS, Task, TaskOption
-
-MAX_INPUTS = 1024
 
 
 class Answers(NamedTuple):
@@ -69,8 +68,8 @@ def checked_inputs(inputs: Sequence[Mapping[str, Any]], task: Task) -> None:
     """Refuse inputs that are not of the task. Raises InvalidRequest naming the input and its key."""
     if task.streams:
         raise InvalidRequest(f"This deployment serves {task.name}.", hint="Use generate() or stream().")
-    if not 1 <= len(inputs) <= MAX_INPUTS:
-        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {MAX_INPUTS} fit in a call.")
+    if not 1 <= len(inputs) <= codec.MAX_INPUTS:
+        raise InvalidRequest(f"inputs: {len(inputs)} given; 1 to {codec.MAX_INPUTS} fit in a call.")
     names = task.inputs
     for place, values in enumerate(inputs):
         for name in names:
