@@ -68,7 +68,7 @@ _ANSWERS = {
     "doc_stride": TaskOption(None, (int, NoneType)),  # tokens that windows share; None: 128, or half a window
     "max_answer_len": TaskOption(15, (int,), least=1),  # tokens
     "max_seq_len": TaskOption(None, (int, NoneType), least=1),  # tokens of a window with the question; None: 384
-    "max_question_len": TaskOption(64, (int,), least=1),  # tokens
+    "max_question_len": TaskOption(None, (int, NoneType), least=1),  # tokens; the rest of the question is cut off
     "handle_impossible_answer": TaskOption(False, (bool,)),
     "align_to_words": TaskOption(True, (bool,)),
 }
