@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import threading
@@ -128,12 +129,14 @@ class PredictCalls:
         event: PredictedEvent | None = None
         error: MiinbError | None = None
         try:
-            event = next((found for piece in call if (found := codec.decode_predicted(piece)) is not None), None)
+            for piece in call:  # to the end: what gRPC holds of a call is free then
+                event = codec.decode_predicted(piece) or event
             error = None if event else Unavailable("The answer ended too early.")
         except grpc.RpcError as failure:
             error = codec.error_of(failure)
         except BaseException:  # the Stop button
             call.cancel()
+            _read_out(call)
             raise
         finally:
             with self._lock:
@@ -142,6 +145,13 @@ class PredictCalls:
         if error is not None or event is None:
             raise error or Unavailable("The answer ended too early.")
         return event
+
+
+def _read_out(call: Any) -> None:
+    """Read what is left of a call that was canceled."""
+    with contextlib.suppress(grpc.RpcError):
+        for _ in call:
+            pass
 
 
 def merge(events: Sequence[PredictedEvent]) -> PredictedEvent:
