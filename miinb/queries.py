@@ -51,8 +51,9 @@ def _predict(client: Client, task: Task, request: Mapping[str, Any], options: Ma
     lengths = {len(values) if isinstance(values, (list, tuple)) else -1 for values in request.values()}
     if not single and (len(lengths) > 1 or -1 in lengths):
         raise InvalidRequest(f"{', '.join(request)}: give texts, or lists of the same length.")
-    many = [dict(zip(request, values, strict=True)) for values in zip(*request.values(), strict=True)]
-    event = client.predicted(request if single else many, options)
+    rows = [tuple(request.values())] if single else zip(*request.values(), strict=True)
+    inputs = [dict(zip(request, values, strict=True)) for values in rows]
+    event = client.predicted(inputs[0] if single else inputs, options)
     outputs = _plain(task, event, options)
     return Reply(outputs[0] if single else outputs, time.perf_counter() - begin, event.model_s)
 
