@@ -224,9 +224,6 @@ def vectors_of(event: PredictedEvent, *, pooled: bool) -> Any:
     """The vectors of each input: float32 [inputs, hidden], or a list of [tokens, hidden] where they are not pooled."""
     import numpy
 
-    if not event.columns:  # from transformers' pipelines
-        vectors = [numpy.asarray(values[0]["embedding"], numpy.float32) for values in event.outputs]
-        return numpy.stack(vectors) if pooled else vectors
     rows = numpy.frombuffer(event.vectors, numpy.float32).reshape(-1, event.columns)
     return rows if pooled else numpy.split(rows, numpy.cumsum(event.outputs)[:-1])
 
