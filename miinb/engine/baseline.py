@@ -146,7 +146,7 @@ def load_baseline(
     if not TASKS[info.task].streams:
         if ranks.link is not None:
             return BatchFollower(info, loaded, ranks.link)
-        return load_encoding(loaded, config, info, lead)
+        return load_encoding(loaded, config, info, lead, report)
     padded = config.options.parity == "off" or pads(loaded, info.vocab_size)
     if not padded:
         plan = plan.with_line("batches", "equal lengths", f"{model.family} takes padding for a part of the prompt")

@@ -83,6 +83,7 @@ class EncodeExecutor:
         max_queue: most requests that wait.
         inputs: the steps' memory; None: made here.
         lead: to the replica's other ranks, which compute the same forwards.
+        launch_ahead: a step is launched before the one before it is read; None: on a GPU.
 
     Raises:
         UnsupportedModel: the task is not served.
@@ -97,6 +98,7 @@ class EncodeExecutor:
         max_queue: int,
         inputs: EncoderInputs | None = None,
         lead: Lead | None = None,
+        launch_ahead: bool | None = None,
     ) -> None:
         check_task(info.task)
         self.info = info
@@ -105,6 +107,7 @@ class EncodeExecutor:
         device = torch.device(info.device)
         self.inputs = inputs or EncoderInputs(max(bounds.max_tokens, bounds.max_length), device)
         self._on_gpu = device.type == "cuda"
+        self._ahead = self._on_gpu if launch_ahead is None else launch_ahead
         self._max_queue = max_queue
         self._lead = lead
         self._jobs: dict[int, Job] = {}
@@ -165,8 +168,8 @@ class EncodeExecutor:
             self._tell(emit)
             poll()
             raise
-        before, self._flight = self._flight, launched if self._on_gpu else None
-        for flight in (before, None if self._on_gpu else launched):
+        before, self._flight = self._flight, launched if self._ahead else None
+        for flight in (before, None if self._ahead else launched):
             if flight is not None:
                 self._land(flight)
         self._tell(emit)
@@ -224,9 +227,14 @@ class EncodeExecutor:
 
     def _to_host(self, reduced: Reduced) -> Reduced:
         """The same results on the host; of a GPU they are there once the stream has come to this point."""
-        if not self._on_gpu:
+        if not (self._ahead or self._on_gpu):
             return reduced
-        return Reduced(_pinned(reduced.values), None if reduced.ids is None else _pinned(reduced.ids))
+        return Reduced(self._copy(reduced.values), None if reduced.ids is None else self._copy(reduced.ids))
+
+    def _copy(self, part: Tensor) -> Tensor:
+        """Into pinned memory (PyTorch keeps it for the next one); contiguous tensors are copied without a wait."""
+        place = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._on_gpu)
+        return place.copy_(part.contiguous(), non_blocking=True)
 
     def _land(self, flight: _Flight) -> None:
         """Read a step's results."""
@@ -316,9 +324,3 @@ class EncodeExecutor:
             self.queue.remove(job)
             del self._jobs[job.request.row_id]
             self._events.append(event)
-
-
-def _pinned(part: Tensor) -> Tensor:
-    """A copy in pinned memory (PyTorch keeps it for the next one); contiguous tensors are copied without a wait."""
-    place = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return place.copy_(part.contiguous(), non_blocking=True)

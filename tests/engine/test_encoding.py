@@ -278,12 +278,13 @@ class Faulty:
         return found
 
 
-@pytest.fixture
-def faulty() -> tuple[Faulty, EncodeExecutor]:
+@pytest.fixture(params=["computed and read", "launched ahead"])
+def faulty(request: pytest.FixtureRequest) -> tuple[Faulty, EncodeExecutor]:
     task = "token-classification"
     model = Faulty(TransformersEncoder(build("bert", task), task))
     bounds = Bounds(max_length=40, vocab_size=VOCAB, token_types=2, max_tokens=64)
-    return model, EncodeExecutor(model, info_of(task), bounds, max_queue=3)
+    ahead = request.param == "launched ahead"
+    return model, EncodeExecutor(model, info_of(task), bounds, max_queue=3, launch_ahead=ahead)
 
 
 def test_who_raises_again_alone_fails_with_it(faulty: tuple[Faulty, EncodeExecutor]) -> None:
@@ -333,7 +334,7 @@ def test_a_request_that_fails_early_computes_no_further(faulty: tuple[Faulty, En
     model.nan = 2
     executor.encode(ask(1, [[2] * 40, [5] * 40, [6] * 40]))
     assert run(executor)[1].error == "NonFinite"
-    assert model.steps == [40]
+    assert model.steps == [40, 40][: 2 if executor._ahead else 1]
 
 
 def test_queue_deadline_and_cancel(faulty: tuple[Faulty, EncodeExecutor]) -> None:
