@@ -185,6 +185,9 @@ class Predictions(list[list[Any]]):
 
         return predictions_card(self)[1]
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # without it IPython prints any list as a list, whatever the bundle says
+
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         from miinb.notebook.cards import bundle
         from miinb.notebook.prediction_cards import predictions_card

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from test_cards import EVIL, Tags
 
 from miinb.messages import PredictedEvent
@@ -74,6 +75,7 @@ def test_nothing_untrusted_becomes_markup_or_drives_a_terminal(predictions: Pred
     assert "background:#" not in html
     assert predictions._repr_mimebundle_() == {"text/html": html, "text/plain": text}
     assert str(predictions) == text
+    assert DisplayFormatter().format(predictions)[0] == {"text/html": html, "text/plain": text}
 
 
 def test_entities_are_marked_in_their_text() -> None:
