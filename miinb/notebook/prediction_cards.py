@@ -51,7 +51,7 @@ def _foot(predictions: Predictions) -> str:
     parts = [f"{count:,} input{'s' * (count != 1)}"]
     if count > SHOWN:
         parts[0] += f": the first {SHOWN}, and {count - SHOWN:,} more in .frame (or [{SHOWN}] and so on)"
-    if timing.model_s:
+    if 0 < timing.model_s <= timing.e2e_s:  # not of calls that ran together, whose times are counted twice
         parts.append(f"model {duration(timing.model_s)}")
     if timing.e2e_s:
         parts.append(f"{duration(timing.e2e_s)} in all")
