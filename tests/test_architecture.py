@@ -119,6 +119,7 @@ MAY_BE_HEAVY = (
     "bench.scheduler_overhead",
     "bench.startup",
     "demo.train",
+    "demo.train_encoders",
 )
 #: Third parties that must not load with a part (inside functions they may).
 LAZY_EVERYWHERE = ("matplotlib", "pandas", "IPython", "ipywidgets")

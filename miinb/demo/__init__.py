@@ -10,11 +10,29 @@ from pathlib import Path
 MODEL_VARIABLE = "MIINB_DEMO_MODEL"
 
 TINY = Path(__file__).with_name("tiny")
+ENCODERS = Path(__file__).with_name("encoders")
 
 
 def tiny_model() -> Path:
     """The folder of the tiny model that ships inside the package (about 0.6 million parameters, bf16, own work)."""
     return TINY
+
+
+def tiny_encoder(task: str) -> Path:
+    """The folder of the tiny BERT inside the package with an encoder task's head (0.1 million parameters, own work).
+
+    Embeddings come from the one that fills masks.
+
+    Raises:
+        InvalidValue: there is none for this task; the near name is in the hint.
+    """
+    from miinb.errors import InvalidValue, did_you_mean
+
+    known = sorted(folder.name for folder in ENCODERS.iterdir())
+    name = "fill-mask" if task == "feature-extraction" else task
+    if name not in known:
+        raise InvalidValue(f"There is no tiny encoder for {task!r}.", hint=did_you_mean(task, known))
+    return ENCODERS / name
 
 
 def default_model(*, quiet: bool = False) -> str:
