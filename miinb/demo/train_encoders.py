@@ -180,11 +180,20 @@ def save(folder: Path, model: Any, tokenizer: Any, known: dict[str, Any]) -> Non
     """A Hugging Face folder in bf16, with `provenance.json`."""
     model.to(torch.bfloat16).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    known |= {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    (folder / "provenance.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    facts_of_it = {
+        "made_by": "python -m miinb.demo.train_encoders",
+        "text": "miinb/demo/facts.py, a seeded grammar",
+        "license": "MIT",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **known,
+        "parameters": model.num_parameters(),
+        "dtype": "bfloat16",
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+    (folder / "provenance.json").write_text(json.dumps(facts_of_it, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():  # safetensors writes 0600
         file.chmod(0o644)
-    print(json.dumps(known, indent=2))
+    print(json.dumps(facts_of_it, indent=2))
 
 
 if __name__ == "__main__":
