@@ -89,7 +89,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
-    "bench.encoders": ("bench", "config", "messages", "errors", "tasks", "client", "session", "hardware", "wording"),
+    "bench.encoders": (
+        *("bench", "config", "messages", "errors", "tasks", "client", "predictions", "session", "hardware", "wording"),
+    ),
     "bench.encoders.engine_side": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.headline.profile": ("bench", "engine", "config", "messages", "errors"),
     "notebook": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "rpc"),

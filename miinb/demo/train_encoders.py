@@ -147,6 +147,7 @@ def main() -> None:
     """Train the body with the masks, then each head from it; save them all."""
     parser = argparse.ArgumentParser(prog="python -m miinb.demo.train_encoders", description=__doc__)
     parser.add_argument("--out", type=Path, default=ENCODERS, help="folder to write, one folder a task in it")
+    parser.add_argument("--tasks", nargs="+", choices=HEADS, default=list(HEADS), help="heads (the body: fill-mask)")
     parser.add_argument("--steps", type=float, default=1.0, help="factor of the steps of every head")
     parser.add_argument("--rows", type=int, default=32, help="texts of a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
@@ -156,7 +157,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer, rng = make_tokenizer(), random.Random(args.seed)
     body: Any = None
-    for task, (kind, batch, labels) in HEADS.items():
+    if "fill-mask" not in args.tasks:
+        there = transformers.BertForMaskedLM.from_pretrained(args.out / "fill-mask", dtype=torch.float32)
+        body = there.bert.state_dict()
+    for task in sorted(args.tasks, key=list(HEADS).index):
+        kind, batch, labels = HEADS[task]
         named = dict(enumerate(labels))
         more = {"id2label": named, "label2id": {name: i for i, name in named.items()}} if labels else {}
         model = kind(make_config(len(tokenizer), **more))

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from miinb.bench import charts, encoder_tokenizers, presets, published
-from miinb.bench.encoders import figures
+from miinb.bench.encoders import __main__ as command
+from miinb.bench.encoders import arms, checkpoints, figures
 from miinb.bench.encoders.answers import Answer, compare
 from miinb.bench.encoders.clients import processes_for
 from miinb.bench.encoders.inputs import Inputs
+from miinb.bench.encoders.pipelines import Pipe
 from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.encoders.suites import ARMS, HEADS, QUICK, SUITES, TINY, Choice, Job, jobs, mixed_lengths, workload
 from miinb.bench.encoders.table import table
 from miinb.bench.headline.book import Book
+from miinb.bench.headline.floors import Rates
 from miinb.bench.headline.trace import Measured
 from miinb.bench.records import Record, Runs, load_runs
 from miinb.errors import InvalidValue
@@ -162,9 +166,9 @@ def book(place: Path, suite: str, seconds: dict[str, float], gpu: str = "") -> B
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_table_has_ratios_the_floor_and_the_comparison(suite: str, tmp_path: Path) -> None:
-    arms = [arm.label for arm in ARMS[suite]]
-    optimized = next(arm for arm in arms if arm.startswith("optimized"))
-    seconds = dict.fromkeys(arms, 0.01) | {optimized: 0.002}
+    labels = [arm.label for arm in ARMS[suite]]
+    optimized = next(label for label in labels if label.startswith("optimized"))
+    seconds = dict.fromkeys(labels, 0.01) | {optimized: 0.002}
     text = table(book(tmp_path, suite, seconds).runs())
     line = next(line for line in text.splitlines() if f" {optimized} " in line)
     assert "5.0x" in line
@@ -175,9 +179,9 @@ def test_the_table_has_ratios_the_floor_and_the_comparison(suite: str, tmp_path:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_chart_has_ratios_the_comparison_and_no_text_outside(suite: str, tmp_path: Path) -> None:
-    arms = [arm.label for arm in ARMS[suite]]
-    optimized = next(arm for arm in arms if arm.startswith("optimized"))
-    drawn = figures.draw(book(tmp_path, suite, dict.fromkeys(arms, 0.01) | {optimized: 0.002}, gpu="A100").runs())
+    labels = [arm.label for arm in ARMS[suite]]
+    optimized = next(label for label in labels if label.startswith("optimized"))
+    drawn = figures.draw(book(tmp_path, suite, dict.fromkeys(labels, 0.01) | {optimized: 0.002}, gpu="A100").runs())
     assert set(drawn) == ({"served", "end_to_end_bert"} if suite == "served" else {suite})
     for figure in drawn.values():
         assert "5.0x" in charts.alt_text(figure)
@@ -217,3 +221,53 @@ def test_a_failed_arm_is_said_and_a_saved_run_reads_the_same(tmp_path: Path) -> 
     assert again.requests.query("arm == 'optimized'")["equal"].tolist() == [True] * 4
     (env,) = again.env.values()
     assert json.dumps(env["workload"]["tokens"]) == "[16, 16.0, 16]"
+
+
+def test_the_command_runs_every_kind_of_arm_on_equal_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what = ["--suite", "latency", "throughput", "mixed", "served", "clients", "--models", "bert-base"]
+    which = ["--tasks", "text-classification", "--arms", "baseline", "baseline-sorted", "optimized"]
+    command.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), *what, *which])
+    out = capsys.readouterr().out
+    assert "failed" not in out
+    assert "asked by" in out
+    runs = load_runs(tmp_path)
+    assert sorted(env["suite"] for env in runs.env.values()) == ["clients", "latency", "mixed", "served", "throughput"]
+    summary = runs.summary
+    assert set(summary["n_failed"]) == {0}
+    compared = summary[~summary["arm"].eq("baseline")]
+    assert (compared["n_compared"] > 0).all()
+    assert compared["outputs_equal"].all()
+    works = runs.requests[~runs.requests["warmup"]].groupby(["run_id", "arm"])[["batch_size", "prompt_tokens"]].first()
+    for _, rows in works.groupby("run_id"):
+        assert len(rows.drop_duplicates()) == 1
+    served = runs.requests[runs.requests["run_id"].map(lambda run: runs.env[run]["suite"]) == "served"]
+    parts = served[["queue_s", "preprocess_s", "model_s", "postprocess_s"]].sum(axis=1)
+    assert (parts <= served["e2e_s"]).all()
+    command.main(["--charts", str(tmp_path)])
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {"clients", "latency", "mixed", "served", "throughput", "end_to_end_bert"}
+
+
+@pytest.mark.parametrize("task", ["question-answering", "token-classification", "feature-extraction"])
+def test_both_sides_answer_alike_in_process(task: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model, suite = ("minilm", "latency") if task == "feature-extraction" else ("roberta-large", "latency")
+    wanted = (workload(suite, TINY, "cpu"),)
+    found = {}
+    for arm in ARMS[suite][:2]:
+        made = Job(model, task, str(tmp_path / "checkpoint"), arm, "cpu", "fp32", wanted, tiny=True)
+        (found[arm.label],) = arms.run_job(made, Rates(1e9, 1e12))
+    assert {one.error for one in found.values()} == {""}
+    facts = compare(found["optimized"].records, found["optimized"].answers, found["baseline"].answers)
+    assert facts["value_error"] < 1e-4
+    assert all(row["equal"] for row in found["optimized"].records if not row["warmup"])
+    assert found["optimized"].facts["floor_s"] > 0
+
+
+def test_a_question_is_answered_by_the_likeliest_span_of_the_context(tmp_path: Path) -> None:
+    (arm, _) = ARMS["served"]
+    made = Job("bert-base", "question-answering", str(tmp_path / "c"), arm, "cpu", "fp32", (), tiny=True)
+    answer, call = Pipe(made, checkpoints.write(made))({"question": "where", "context": "water under the bridge"})
+    assert "water under the bridge"[answer["start"] : answer["end"]] == answer["answer"] != ""
+    assert 0 < answer["score"] <= 1
+    assert 0 < call.preprocess_s < call.e2e_s

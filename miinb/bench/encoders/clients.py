@@ -15,6 +15,7 @@ from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.encoders.suites import Job, Workload
 from miinb.bench.records import Record, utc_now
 from miinb.errors import MiinbError
+from miinb.predictions import PredictTiming
 
 #: Seconds that a client process may take to import and connect.
 READY_S = 60.0
@@ -32,6 +33,11 @@ class Call:
     postprocess_s: float = 0.0
     place: int = 0  # of the text among all texts, over and over
     error: str = ""
+
+    def fill(self, timing: PredictTiming) -> None:
+        """The server's parts of the time."""
+        self.queue_s, self.preprocess_s = timing.queue_s, timing.preprocess_s
+        self.model_s, self.postprocess_s = timing.model_s, timing.postprocess_s
 
 
 def records_of(job: Job, workload: Workload, calls: Sequence[Call], number: int) -> list[dict[str, Any]]:
@@ -134,13 +140,14 @@ def _ask_all(load: Load, share: Sequence[int], gate: Any, results: Any) -> None:
             text = place % len(load.texts)
             call = Call(time.perf_counter(), 0.0, place=place)
             try:
-                (predictions,) = client.predict(load.texts[text], **load.options)
+                predictions = client.predict(load.texts[text], **load.options)
+                call.fill(predictions.timing)
             except MiinbError as failure:
                 call.error = str(failure)
             call.e2e_s = time.perf_counter() - call.t_start
             calls.append(call)
             if text < load.checked and not call.error:
-                answers[str(text)] = [answer_of(load.task, predictions)]
+                answers[str(text)] = [answer_of(load.task, predictions[0])]
             place += load.clients
 
     threads = [threading.Thread(target=ask, args=(place,)) for place in share]

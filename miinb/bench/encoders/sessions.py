@@ -89,6 +89,6 @@ def _timed(session: Session, inputs: Any, options: dict[str, Any]) -> tuple[Any,
     """The predictions, and where the call's time went: the parts by the server's clock, the whole by this one."""
     t_start = time.perf_counter()
     predictions = session.predict(inputs, **options)
-    end_s = time.perf_counter() - t_start
-    parts = predictions.timing
-    return predictions, Call(t_start, end_s, parts.queue_s, parts.preprocess_s, parts.model_s, parts.postprocess_s)
+    call = Call(t_start, time.perf_counter() - t_start)
+    call.fill(predictions.timing)
+    return predictions, call
