@@ -54,8 +54,7 @@ def encoder_kernels(plan: Plan, place: Place) -> tuple[EncoderKernels, Plan]:
         linear=kernels.linear, post_norm=kernels.post_norm, packed_attention=kernels.packed_attention
     )
     made = EncoderKernels(operators, INT8_TOLERANCE if int8 else TOLERANCE[dtype], kernels.levels, kernels.pack)
-    plan = plan.with_line("kernels", "compiled for this CPU", kernels.description)
     if int8:
         bits = f"{kernels.levels.bit_length() + 1} bits"
         plan = plan.with_line("activations", bits, "as many as this CPU's instructions add up without loss")
-    return made, plan
+    return made, plan.with_line("kernels", "compiled for this CPU", kernels.description)
