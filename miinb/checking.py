@@ -18,6 +18,7 @@ from miinb.config import DeploymentConfig
 from miinb.errors import RankFailed, StartTimeout, UnsupportedModel, from_name
 from miinb.launching import environment
 from miinb.models import ModelInfo
+from miinb.tasks import TASKS
 
 _COMPARISON = "miinb.engine.comparison"
 #: Largest error of fp32 logits, relative to the largest logit.
@@ -37,8 +38,8 @@ class Comparison:
 
     Attributes:
         layers: (the optimized engine's error, the baseline's own in the same dtype) after each layer.
-        logits: the same of the logits, over a prompt and its continuation.
-        tokens: the optimized engine's greedy tokens; `expected_tokens` are transformers' in fp32.
+        logits: the same of the logits, over a prompt and its continuation; of an encoder, of its head's outputs.
+        tokens: the optimized engine's greedy tokens, none of an encoder; `expected_tokens` are transformers' in fp32.
         cached: an earlier result, of the same files, versions, device and dtype.
     """
 
@@ -90,8 +91,10 @@ class Comparison:
     def verdict(self) -> str:
         """One line: passed or failed, and why."""
         limit = "no limit is stated" if self.limit is None else f"{self.limit:.1e} allowed"
-        equal = f"{self.equal_tokens} of {len(self.tokens)} greedy tokens equal"
         word = "passed" if self.passed else "failed"
+        if not self.tokens:
+            return f"{word}: error of the outputs {self.logits[0]:.1e} ({limit})"
+        equal = f"{self.equal_tokens} of {len(self.tokens)} greedy tokens equal"
         return f"{word}: error of the logits {self.logits[0]:.1e} ({limit}), {equal}"
 
 
@@ -100,7 +103,7 @@ def check(model: str | Path, **fields: Any) -> Comparison:
 
     Args:
         model: a folder or a hub name.
-        fields: of `DeploymentConfig`: dtype, kv_dtype, device, gpus, revision, options.
+        fields: of `DeploymentConfig`: task, dtype, kv_dtype, device, gpus, revision, options.
 
     Raises:
         UnsupportedModel: the optimized engine has no form for the model.
@@ -109,8 +112,10 @@ def check(model: str | Path, **fields: Any) -> Comparison:
     """
     config = DeploymentConfig.parse({"model": str(model), **fields})
     info = models.inspect(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    if not info.optimized:
-        raise info.unfused or UnsupportedModel(f"{info.family} does not generate text.")
+    task = info.task(config.task)
+    info = info.serving(task)
+    if (info.spec if TASKS[task].streams else info.encoder) is None:
+        raise info.unfused or UnsupportedModel(f"There is no policy for {task} of {info.family}.")
     machine = hardware.detect()
     resolved = planner.resolve(config, planner.plan(config, info, machine), machine)
     gpus = resolved.gpus or []
@@ -137,7 +142,7 @@ def _key(info: ModelInfo, config: DeploymentConfig, device: str) -> str:
         "config": dict(info.config),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "sources": max(source.stat().st_mtime_ns for source in sources),
-        "place": (device, config.dtype, config.kv_dtype),
+        "place": (device, config.dtype, config.kv_dtype, config.task),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

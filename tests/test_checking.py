@@ -27,6 +27,7 @@ BF16 = {"dtype": "bf16", "baseline_dtype": "bf16"}
         ({}, True, "2 of 2 greedy tokens equal"),
         ({"logits": (2e-4, 0.0)}, False, "2.0e-04 (1.0e-04 allowed)"),
         ({"tokens": (1, 3)}, False, "1 of 2"),
+        ({"tokens": (), "expected_tokens": ()}, True, "passed: error of the outputs 1.0e-06 (1.0e-04 allowed)"),
         (BF16 | {"logits": (0.014, 0.01), "tokens": (1, 3)}, True, "1.5e-02 allowed"),
         (BF16 | {"logits": (0.016, 0.01)}, False, "failed"),
         ({"dtype": "int8", "logits": (0.1, 0.0)}, True, "no limit is stated"),

@@ -182,11 +182,11 @@ def demo(context: Context, values: Values, body: str | None) -> None:
 
 
 #: Fields of a deployment that `check` takes.
-CHECKED = ("dtype", "kv_dtype", "device", "gpus", "revision", "trust_remote_code", "start_timeout_s")
+CHECKED = ("task", "dtype", "kv_dtype", "device", "gpus", "revision", "trust_remote_code", "start_timeout_s")
 
 
 def check(context: Context, values: Values, body: str | None) -> Table:
-    """A model's layers, logits and greedy tokens beside transformers'; an error if they are not the same answer."""
+    """A model's layers, logits or outputs, and greedy tokens beside transformers'; an error if they are not the same answer."""
     from miinb import checking
 
     if not values["model"]:
@@ -194,7 +194,7 @@ def check(context: Context, values: Values, body: str | None) -> Table:
     fields = {name: values[name] for name in CHECKED if values.get(name) is not None}
     found = checking.check(values["model"], **fields)
     rows = [(f"layer {index}", f"{ours:.1e}", f"{plain:.1e}") for index, (ours, plain) in enumerate(found.layers)]
-    rows.append(("logits", f"{found.logits[0]:.1e}", f"{found.logits[1]:.1e}"))
+    rows.append(("logits" if found.tokens else "outputs", f"{found.logits[0]:.1e}", f"{found.logits[1]:.1e}"))
     cache = ", fp8 cache" if found.kv_dtype == "fp8" else ""
     title = f"{found.model}, {found.dtype}{cache} on {found.device}: {found.measure} from transformers in fp32"
     columns = ("after", "optimized", f"transformers {found.baseline_dtype}")

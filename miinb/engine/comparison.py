@@ -9,48 +9,31 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from miinb import models
 from miinb.config import DeploymentConfig
-from miinb.engine.baseline import load_model
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
-from miinb.engine.finite import check_finite
+from miinb.engine.encoder_comparison import compare_encoder
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.loading import operators_of
 from miinb.engine.place import Place
 from miinb.engine.policies import POLICIES
-from miinb.engine.weights import DTYPES, load_weights
+from miinb.engine.traces import Trace, errors, trace_plain, transformers_model
+from miinb.engine.weights import load_weights
 from miinb.errors import MiinbError, OutOfMemory, UnsupportedModel
-from miinb.messages import EngineInfo, Plan
+from miinb.messages import Plan
 from miinb.models import ModelInfo
+from miinb.tasks import TASKS
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 16
 _PAGE_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What a model computed for the tokens: fp32 on the CPU.
-
-    Attributes:
-        layers: [T, hidden] after each layer.
-        logits: [T, vocab].
-    """
-
-    layers: list[Tensor]
-    logits: Tensor
 
 
 def compare(config: DeploymentConfig) -> dict[str, Any]:
@@ -65,11 +48,14 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
         MiinbError: the model cannot be loaded.
     """
     model = models.inspect(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    task = model.task(config.task)
+    if not TASKS[task].streams:
+        return compare_encoder(config, model.serving(task), task)
     if model.spec is None:
         raise model.unfused or UnsupportedModel(f"{model.family} does not generate text.")
     tokens = [(7 * i + 3) % model.spec.vocab_size for i in range(min(PROMPT_TOKENS, model.spec.max_length // 2))]
     new = min(NEW_TOKENS, model.spec.max_length - len(tokens))
-    with _transformers(model, config, "fp32") as plain:
+    with transformers_model(model, config, "fp32", task) as plain:
         ids = torch.tensor([tokens], device=config.device)
         settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         answer = plain.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
@@ -77,15 +63,12 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
     base, base_dtype = truth, "fp32"
     if config.dtype in ("bf16", "fp16"):
         base_dtype = config.dtype
-        with _transformers(model, config, base_dtype) as plain:
+        with transformers_model(model, config, base_dtype, task) as plain:
             base = _trace_plain(plain, answer[:-1], model.spec.layers)
     decoder = _fused(model, config)
     ours = _trace_fused(decoder, answer[:-1], config.kv_dtype)
-    error = _largest if config.dtype == "fp32" and config.kv_dtype == "auto" else _mean_square
-    traces = zip(ours.layers, base.layers, truth.layers, strict=True)
     return {
-        "layers": [[error(fused, exact), error(plain, exact)] for fused, plain, exact in traces],
-        "logits": [error(ours.logits, truth.logits), error(base.logits, truth.logits)],
+        **errors(ours, base, truth, exact=config.dtype == "fp32" and config.kv_dtype == "auto"),
         "baseline_dtype": base_dtype,
         "tokens": _generate(decoder, tokens, new, config.kv_dtype),
         "expected_tokens": answer[len(tokens) :],
@@ -93,38 +76,9 @@ def compare(config: DeploymentConfig) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _transformers(model: ModelInfo, config: DeploymentConfig, dtype: str) -> Iterator[Any]:
-    """The model as transformers loads it; its memory is free afterwards."""
-    info = EngineInfo(
-        replica=0, model=config.model, task="text-generation", engine="baseline", dtype=dtype, device=config.device,
-        vocab_size=model.vocab_size, max_length=0, max_batch=1, eos_token_ids=(), tokenizer_folder="",
-        plan=Plan("baseline", config.device, dtype),
-    )  # fmt: skip
-    held = [load_model(model, config, info)]
-    check_finite(held[0].parameters(), model, DTYPES[dtype])
-    try:
-        with torch.inference_mode():
-            yield held[0]
-    finally:
-        held.clear()
-        torch.cuda.empty_cache()
-
-
 def _trace_plain(plain: Any, tokens: list[int], layers: int) -> Trace:
-    """transformers' forward with the output of every layer caught."""
-    stack = next(m for m in plain.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        caught.append(hidden.reshape(-1, hidden.shape[-1]).float().cpu())
-
-    hooks = [layer.register_forward_hook(catch) for layer in stack]
-    logits = plain(torch.tensor([tokens], device=plain.device)).logits[0].float().cpu()
-    for hook in hooks:
-        hook.remove()
-    return Trace(caught, logits)
+    """transformers' forward over all tokens at once."""
+    return trace_plain(plain, layers, lambda: plain(torch.tensor([tokens], device=plain.device)).logits[0])
 
 
 def _fused(model: ModelInfo, config: DeploymentConfig) -> Decoder:
@@ -169,16 +123,6 @@ def _generate(decoder: Decoder, tokens: list[int], new: int, kv_dtype: str) -> l
         found.append(int(decoder.greedy(batch, cache)[0][0]))
         step, start = found[-1:], start + len(step)
     return found
-
-
-def _largest(values: Tensor, truth: Tensor) -> float:
-    error = float((values - truth).abs().max() / truth.abs().max().clamp(min=1e-20))
-    return math.inf if math.isnan(error) else error
-
-
-def _mean_square(values: Tensor, truth: Tensor) -> float:
-    error = float((values - truth).norm() / truth.norm().clamp(min=1e-20))
-    return math.inf if math.isnan(error) else error
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import torch
 from miinb.config import DeploymentConfig
 from miinb.engine import comparison
 from miinb.engine.comparison import compare
+from tests.engine.tiny_encoders import HEADS, build
 
 Tiny = Callable[[str], tuple[Any, Path]]
 
@@ -27,6 +28,24 @@ def test_every_layer_is_compared(tiny: Tiny, name: str) -> None:
     assert len(found["layers"]) == model.config.num_hidden_layers
     assert all(ours < 1e-4 and plain == 0 for ours, plain in [*found["layers"], found["logits"]])
     assert found["tokens"] == found["expected_tokens"]
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("name", ["bert", "distilbert", "electra"])
+def test_every_layer_of_an_encoder_is_compared(tmp_path: Path, name: str, task: str) -> None:
+    build(name, task, tmp_path)
+    found = compare(config(tmp_path))
+    assert len(found["layers"]) == 2
+    assert all(ours < 1e-4 and plain == 0 for ours, plain in [*found["layers"], found["logits"]])
+
+
+def test_an_encoder_in_shorter_dtypes(tmp_path: Path) -> None:
+    build("roberta", "token-classification", tmp_path)
+    ours, plain = compare(config(tmp_path, "bf16"))["logits"]
+    assert 1e-4 < ours <= 1.5 * plain
+    ours, plain = compare(config(tmp_path, "int8"))["logits"]
+    assert 1e-4 < ours < 0.1
+    assert plain == 0
 
 
 def test_in_bf16_the_baseline_s_own_error_stands_beside_ours(tiny: Tiny) -> None:
