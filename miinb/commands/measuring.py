@@ -186,7 +186,7 @@ CHECKED = ("task", "dtype", "kv_dtype", "device", "gpus", "revision", "trust_rem
 
 
 def check(context: Context, values: Values, body: str | None) -> Table:
-    """A model's layers, logits or outputs, and greedy tokens beside transformers'; an error if they are not the same answer."""
+    """A model's layers and outputs beside transformers'; an error if they are not the same answer."""
     from miinb import checking
 
     if not values["model"]:

@@ -31,7 +31,9 @@ def compare_encoder(config: DeploymentConfig, model: ModelInfo, task: str) -> di
     spec = model.encoder
     if spec is None:
         raise model.unfused or UnsupportedModel(f"There is no policy for {task} of {model.family}.")
+    padding = model.config.get("pad_token_id", 1)  # has no place of its own in RoBERTa's positions
     tokens = [(7 * i + 3) % spec.vocab_size for i in range(min(TOKENS, spec.max_length))]
+    tokens = [token + 1 if token == padding else token for token in tokens]
     types = [int(spec.token_types > 1 and 2 * i >= len(tokens)) for i in range(len(tokens))]
     rows = range(1 if spec.head.rows == "first" else len(tokens))
     batch = EncoderBatch.of_sequences([tokens], rows=rows, type_ids=types, device=config.device)

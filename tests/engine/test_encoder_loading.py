@@ -140,8 +140,7 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
 
 
 @pytest.fixture
-def start(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Executor]:
-    monkeypatch.setattr(loading, "FUSED_ENCODERS", True)
+def start(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Executor]:
 
     def run(change: Change = lambda tensors: None, **fields: Any) -> Executor:
         folder = edit(folders["text-classification"], tmp_path / "model", change)
