@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
-from miinb.server.encoders.request import Asked
 from tests.server.encoders.by_model import answers, ask, prepare
+from tests.server.encoders.tiny import Tiny, same
 from tests.tiny_tokenizers import encoder_tokenizer
 
 KINDS = ("bert", "roberta", "xlm-roberta")
@@ -24,11 +23,6 @@ TEXTS = [
     "  def main(): return   {'a': 1}\n fox, fox  (two)three",
 ]
 NAMES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC-X")
-CLASSES = {
-    "bert": (transformers.BertConfig, "Bert"),
-    "roberta": (transformers.RobertaConfig, "Roberta"),
-    "xlm-roberta": (transformers.XLMRobertaConfig, "XLMRoberta"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,54 +39,6 @@ def tiny(folders: dict[str, Path]) -> Callable[..., Tiny]:
         return Tiny(folders[kind], kind, head, names)
 
     return make
-
-
-class Tiny:
-    """A tiny random model of a family and head, its tokenizer and transformers' pipeline."""
-
-    def __init__(self, folder: Path, kind: str, head: str, names: tuple[str, ...] = ()) -> None:
-        self.folder = folder
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=64)
-        make_config, family = CLASSES[kind]
-        labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
-        torch.manual_seed(0)
-        settings = make_config(
-            vocab_size=len(self.tokenizer),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=80,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **labels,
-        )
-        self.model = getattr(transformers, family + head)(settings).eval()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.dim() == 2:  # so that answers differ from token to token
-                    parameter.normal_(std=0.1 if ".encoder." in name else 0.7)
-
-    def pipeline(self, task: str) -> Any:
-        return transformers.pipeline(task, model=self.model, tokenizer=self.tokenizer, device="cpu")
-
-    def ask(self, task: str, inputs: list[Any], names: tuple[str, ...] = (), **options: Any) -> Asked:
-        info = {"labels": names, "vocab_size": len(self.tokenizer)}
-        return ask(self.folder, task, inputs, info=info, **options)
-
-
-def same(ours: Any, theirs: Any) -> None:
-    """Equal but for rounding of scores."""
-    if isinstance(theirs, list):
-        assert len(ours) == len(theirs), (ours, theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            same(one, other)
-        return
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        if name == "score":
-            assert ours[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-        else:
-            assert ours[name] == value, (name, ours, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -128,7 +128,7 @@ def test_each_of_several_inputs_has_its_own_windows(folders: dict[str, Path]) ->
         ({"context": "  "}, InvalidRequest, r"inputs\[0\]: the context has no tokens"),
         ({"text": "who " * 70, "limit": 64}, PromptTooLong, r"inputs\[0\]: the question's .*max_question_len"),
         ({"max_seq_len": 600}, InvalidRequest, "max_seq_len: 600 is above the 512 tokens"),
-        ({"max_seq_len": 48, "doc_stride": 47}, InvalidRequest, "doc_stride: 47 is not below"),
+        ({"max_seq_len": 24, "doc_stride": 23}, InvalidRequest, "doc_stride: 23 is not below"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(
