@@ -37,7 +37,7 @@ class Noting(StandIn):
         elif isinstance(message, CancelRow):
             self.note("cancel", row_id=message.row_id, reason=message.reason)
         elif isinstance(message, EncodeRequest):
-            self.note("encode", lengths=message.lengths, options=message.options)
+            self.note("encode", lengths=list(message.lengths), options=message.options)
         super().take(message)
 
     def answer(self, row: Running) -> Sequence[int]:

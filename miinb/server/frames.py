@@ -133,7 +133,7 @@ def _unpacked(cls: type, payload: bytes) -> Any:
     values: dict[str, Any] = dict(head["fields"])
     for name, size in zip(_PACKED[cls], head["sizes"], strict=True):
         part, at = payload[at : at + size], at + size
-        values[name] = array("i", part).tolist() if cls is EncodeRequest else part
+        values[name] = array("i", part) if cls is EncodeRequest else part
     if at != len(payload):
         raise ValueError(f"{len(payload)} bytes where {at} are announced")
     return from_dict(cls, values)

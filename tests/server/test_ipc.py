@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import typing
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,14 @@ MESSAGES: list[frames.Message] = [
     FinishedEvent(3, "length", 0.1, 0.2, 0.05, 3, 2, 1),
     FailedEvent(4, "NonFinite", "NaN in the logits — sorry", "Try fp32."),
     EncodeRequest(
-        6, [101, 7, 102, 101, 102], [3, 2], 1.0, type_ids=[], wanted=[1], options={"targets": [3]}, deadline=2.0
+        6,
+        array("i", [101, 7, 102, 101, 102]),
+        array("i", [3, 2]),
+        1.0,
+        type_ids=array("i"),
+        wanted=array("i", [1]),
+        options={"targets": [3]},
+        deadline=2.0,
     ),
     EncodedEvent(6, 2, b"\0\0\x80?" * 2, b"\1\0\0\0" * 2, 0.1, 0.2),
     frames.EngineStatus(),
@@ -79,6 +87,9 @@ def test_no_field_of_any_message_is_lost(cls: type) -> None:
     message = filled(cls)
     if isinstance(message, TokensEvent):  # the texts are the frontend's
         message = replace(message, logprobs=tuple(replace(e, text="", top_texts=()) for e in message.logprobs))
+    if isinstance(message, EncodeRequest):  # numbers are read as they lie in the frame
+        numbers = ("token_ids", "lengths", "type_ids", "wanted")
+        message = replace(message, **{name: array("i", getattr(message, name)) for name in numbers})
     for params in FILLED_PARAMS:
         if isinstance(message, SequenceRequest):
             message = replace(message, params=params)
