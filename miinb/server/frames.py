@@ -86,6 +86,9 @@ _PACKED: dict[type, tuple[str, ...]] = {
     EncodeRequest: ("token_ids", "lengths", "type_ids", "wanted"),
     EncodedEvent: ("values", "ids"),
 }
+_UNPACKED = {
+    cls: tuple(f.name for f in dataclasses.fields(cls) if f.name not in packed) for cls, packed in _PACKED.items()
+}
 
 
 def frame(kind: Kind, *parts: bytes) -> bytes:
@@ -110,14 +113,17 @@ def encode(message: Message) -> bytes:
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps makes one a call
+
+
 def _json(values: object) -> bytes:
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(values).encode("utf-8", "replace")
 
 
 def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
     """The plain fields and the sizes of the packed ones as JSON, then these."""
     names = _PACKED[type(message)]
-    plain = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in names}
+    plain = {name: getattr(message, name) for name in _UNPACKED[type(message)]}
     parts = [getattr(message, name) for name in names]
     if isinstance(message, EncodeRequest):
         parts = [array("i", part).tobytes() for part in parts]
@@ -136,7 +142,7 @@ def _unpacked(cls: type, payload: bytes) -> Any:
         values[name] = array("i", part) if cls is EncodeRequest else part
     if at != len(payload):
         raise ValueError(f"{len(payload)} bytes where {at} are announced")
-    return from_dict(cls, values)
+    return cls(**values)
 
 
 def tokens_frame(rows: Mapping[int, Sequence[int]]) -> bytes:

@@ -90,7 +90,9 @@ def _windows(asked: Asked, place: int, encoding: Encoding) -> tuple[list[Window]
             f"the {limit} of a window.",
             hint="Shorten it, or give max_question_len.",
         )
-    overlap = min(DOC_STRIDE, limit // 2, room // 2) if stride is None else stride
+    overlap = min(DOC_STRIDE, limit // 2) if stride is None else stride
+    if stride is None and overlap >= room:  # a long question
+        overlap = room // 2
     if overlap >= room and room < len(places):
         raise InvalidRequest(f"doc_stride: {overlap} is not below the {room} tokens that a window has for the context.")
     found, kinds = [], []
