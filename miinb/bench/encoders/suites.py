@@ -198,7 +198,7 @@ def workload(suite: str, sizes: Sizes, device: str) -> Workload:
     """The requests of a suite."""
     one = (sizes.tokens,)
     common: dict[str, Any] = {"seed": sizes.seed, "warmup": sizes.warmup}
-    batches = sizes.batches if device == "cuda" or sizes is TINY else (8, 32)
+    batches = sizes.batches if device == "cuda" or max(sizes.batches) <= 32 else (8, 32)
     texts = sizes.texts if device == "cuda" else min(sizes.texts, 256)
     together = common | {"batches": batches, "repeats": sizes.passes, "warmup": 1}
     if suite == "throughput":
@@ -207,7 +207,7 @@ def workload(suite: str, sizes: Sizes, device: str) -> Workload:
         return Workload(suite, mixed_lengths(texts, sizes.tokens, sizes.mean, sizes.seed), **together)
     if suite == "embeddings":
         lengths = mixed_lengths(sizes.embedded, sizes.tokens, 0.3, sizes.seed)
-        return Workload(suite, lengths, **(together | {"batches": (1, 32) if sizes is not TINY else (1, 2)}))
+        return Workload(suite, lengths, **(together | {"batches": (1, min(32, sizes.embedded))}))
     if suite == "clients":
         lengths = mixed_lengths(256, max(sizes.tokens // 2, 8), 0.4, sizes.seed)
         return Workload(suite, lengths, clients=sizes.clients, seconds=sizes.seconds, **common)
