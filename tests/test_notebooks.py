@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 SMALL = {
     "01_first_answer.ipynb": "NEW_TOKENS = 8",
     "03_benchmark.ipynb": "REQUESTS, NEW_TOKENS, CONCURRENCY = 2, 8, [1, 2]",
+    "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY = 4, [1, 2], True",
 }
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
@@ -33,7 +34,9 @@ def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(SMALL[name]))
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert notebook.cells[-1].outputs[-1]["data"]["text/plain"] == "[]"  # it ended what it started
-    assert not {"first", "plain", "fast"} & {deployment.name for deployment in miinb.deployments()}
+    assert not {"first", "plain", "fast", "fill", "ner", "qa", "vectors"} & {
+        deployment.name for deployment in miinb.deployments()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

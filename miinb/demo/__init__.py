@@ -28,11 +28,11 @@ def tiny_encoder(task: str) -> Path:
     """
     from miinb.errors import InvalidValue, did_you_mean
 
-    known = sorted(folder.name for folder in ENCODERS.iterdir())
+    known = sorted(folder.name.removeprefix("tiny-bert-") for folder in ENCODERS.glob("tiny-bert-*"))
     name = "fill-mask" if task == "feature-extraction" else task
     if name not in known:
         raise InvalidValue(f"There is no tiny encoder for {task!r}.", hint=did_you_mean(task, known))
-    return ENCODERS / name
+    return ENCODERS / f"tiny-bert-{name}"
 
 
 def default_model(*, quiet: bool = False) -> str:

@@ -158,7 +158,7 @@ def main() -> None:
     tokenizer, rng = make_tokenizer(), random.Random(args.seed)
     body: Any = None
     if "fill-mask" not in args.tasks:
-        there = transformers.BertForMaskedLM.from_pretrained(args.out / "fill-mask", dtype=torch.float32)
+        there = transformers.BertForMaskedLM.from_pretrained(args.out / "tiny-bert-fill-mask", dtype=torch.float32)
         body = there.bert.state_dict()
     for task in sorted(args.tasks, key=list(HEADS).index):
         kind, batch, labels = HEADS[task]
@@ -178,7 +178,7 @@ def main() -> None:
         known |= {"license": "MIT", "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
         known |= {"seed": args.seed, "steps": steps, "rows": args.rows, "rate": args.rate, "loss": round(loss, 4)}
         known |= {"train_s": round(time.monotonic() - started), "parameters": model.num_parameters()}
-        save(args.out / task, model, tokenizer, known)
+        save(args.out / f"tiny-bert-{task}", model, tokenizer, known)
 
 
 def save(folder: Path, model: Any, tokenizer: Any, known: dict[str, Any]) -> None:

@@ -7,7 +7,10 @@ import json
 
 import pytest
 
-from miinb.demo import stories, tiny_model
+from miinb import tasks
+from miinb.demo import stories, tiny_encoder, tiny_model
+from miinb.errors import InvalidValue
+from miinb.models import inspect
 
 
 def test_it_is_small_and_names_its_origin() -> None:
@@ -63,3 +66,12 @@ def test_any_text_survives_the_tokenizer(loaded) -> None:
     _, tokenizer = loaded
     for text in ("naïve café 😀", "  two  spaces\n\ttab", "{'json': [1, 2.5]}", "<b>&amp;</b>"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tiny_encoders_have_a_head_for_every_task() -> None:
+    served = [task.name for task in tasks.TASKS.values() if not task.streams and not task.image]
+    found = {task: inspect(tiny_encoder(task)) for task in served}
+    assert all(task in facts.tasks or task == "feature-extraction" for task, facts in found.items())
+    assert sum(path.stat().st_size for path in tiny_encoder("fill-mask").parent.rglob("*") if path.is_file()) < 1 << 20
+    with pytest.raises(InvalidValue, match="no tiny encoder"):
+        tiny_encoder("fil-mask")

@@ -59,7 +59,8 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
     alone = rows["n"] == 1  # one request has no spread
     bars.low, bars.high = bars.low.mask(alone), bars.high.mask(alone)
-    scale, unit = time_unit(float(np.nanmax([bars.values.max(), bars.high.max()])))
+    least, most = float(bars.values.min()), float(np.nanmax([bars.values.max(), bars.high.max()]))
+    scale, unit = time_unit(most if least > most / 100 else least)  # of times far apart the small ones stay readable
     ax = bars.draw(ax, scale, unit)
     ax.set_xlabel(unit_word(unit), fontsize=9, color=INK)
     return bars.finish(ax, frames.METRICS[metric], f"Median{_spread_words(rows[bars.high.notna()], short)}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from miinb import hardware
 from miinb.bench.headline.book import Job
 from miinb.bench.headline.trace import Measured, error_text
 from miinb.errors import MiinbError
@@ -102,6 +103,8 @@ def serve(connection: Connection, runner: str) -> None:
     """The child: answers questions until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.environ["TQDM_DISABLE"] = "1"
+    if not hardware.detect().gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns where the user reads
     from miinb.bench.headline import floors
 
     arms = importlib.import_module(runner)
