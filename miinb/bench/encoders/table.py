@@ -115,7 +115,7 @@ def _head(runs: Runs) -> str:
     for device, found in env.get("rates", {}).items():
         words.append(
             f"{device}: copies move {size_words(found['copy_bytes_s'])}/s, "
-            f"matrix products {found['matmul_flop_s'] / 1e12:,.1f} Tflop/s"
+            f"matrix products {number(found['matmul_flop_s'] / 1e12)} Tflop/s"
         )
     return "; ".join(words)
 
