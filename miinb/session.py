@@ -319,8 +319,12 @@ class Session:
         """
         if self._deployment.stopped:
             return None
-        self._client.close()
-        return self._deployment.stop(drain_s=drain_s)
+        if not drain_s:
+            self._client.close()
+        try:
+            return self._deployment.stop(drain_s=drain_s)
+        finally:
+            self._client.close()
 
     def restart(self) -> Self:
         """End it and start it again with the same configuration and name.

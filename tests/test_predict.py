@@ -88,6 +88,7 @@ def test_the_program_and_the_magic_show_the_same(session: Session, program: Prog
         for found in (
             shell.run_line_magic("mii", "predict deep [MASK] is great --top-k 2"),
             shell.run_cell_magic("mii", "predict --top-k 2", "deep [MASK] is great\n"),
+            shell.run_cell_magic("mii", "mask --top-k 2", "deep [MASK] is great\n"),
         ):
             assert lines(str(found)) == shown
     finally:

@@ -72,7 +72,7 @@ def test_calls_are_cut_by_inputs_and_by_bytes() -> None:
 def test_long_texts_go_through(client: Client) -> None:
     text = "b" * (codec.MAX_REQUEST_BYTES // 5)
     assert [one.score for (one,) in client.predict([text] * 9)] == [float(len(text))] * 9
-    with pytest.raises(errors.InvalidRequest, match="larger than the server takes"):
+    with pytest.raises(errors.InvalidRequest, match="larger than the 16 MiB"):
         client.predict(["a", "b" * (codec.MAX_REQUEST_BYTES + 1)])
 
 

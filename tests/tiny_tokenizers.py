@@ -98,4 +98,6 @@ def encoder_tokenizer(kind: str, folder: Path) -> Path:
         vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
         made = transformers.XLMRobertaTokenizer(vocab=[tuple(entry) for entry in vocab])
     made.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"  # with what is in the class, as an exported folder has it
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": made.model_input_names}))
     return folder

@@ -37,6 +37,18 @@ def check(config: BenchConfig, task: str) -> None:
         raise InvalidValue(f"prompts: {task} takes {kind}.")
 
 
+def fitted(config: BenchConfig, max_length: int) -> BenchConfig:
+    """The configuration with inputs that the model takes, where their length was not asked for.
+
+    Args:
+        config: the benchmark's.
+        max_length: most tokens of a sequence; 0: not known.
+    """
+    if "prompt_tokens" in config.model_fields_set or config.prompts or not 0 < max_length < config.prompt_tokens:
+        return config
+    return config.model_copy(update={"prompt_tokens": max_length})
+
+
 def maker(task: str, folder: Path | None, config: BenchConfig) -> Maker:
     """Makes synthetic inputs of `config.prompt_tokens`.
 

@@ -107,6 +107,8 @@ class _Run:
         """All points: warm-up of each arm, then its blocks, the arms taking turns (A B, B A, ...)."""
         folder = self.arms[0].tokenizer_folder
         self.offsets = tokenizer_offsets(folder)
+        if self.predicts:
+            self.config = predicting.fitted(self.config, min(arm.plan.max_length for arm in self.arms))
         make = predicting.maker(self.task, folder, self.config) if self.predicts else None
         plan = points(self.config, self.offsets, make)
         self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)

@@ -180,7 +180,7 @@ class Bounds:
     Attributes:
         max_length: most tokens of a sequence.
         vocab_size: token ids are below it.
-        token_types: type ids are below it; 0: the model has none.
+        token_types: type ids are below it; 0: the model has none, and those given are not read.
         max_tokens: most tokens of a step; a single sequence may have more.
         max_sequences: most sequences of a step; 0: any number.
         shared: several requests may be in a step.
@@ -204,7 +204,8 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
         PromptTooLong: a sequence is longer than the model takes.
     """
     lengths, token_ids = np.asarray(request.lengths, np.int64), np.asarray(request.token_ids, np.int64)
-    type_ids = np.asarray(request.type_ids, np.int64) if len(request.type_ids) else None
+    told = len(request.type_ids) and bounds.token_types  # transformers' models without types do not read them either
+    type_ids = np.asarray(request.type_ids, np.int64) if told else None
     starts = np.zeros(len(lengths) + 1, np.int64)
     lengths.cumsum(out=starts[1:])
     if len(lengths) and int(lengths.min()) < 1:
@@ -217,7 +218,7 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
     if type_ids is not None:
         if len(type_ids) != len(token_ids):
             raise InvalidRequest(f"type_ids: {len(type_ids)} for {len(token_ids)} tokens.")
-        _check_below("type_ids", type_ids, max(1, bounds.token_types))
+        _check_below("type_ids", type_ids, bounds.token_types)
     wanted, row_starts = np.asarray(request.wanted, np.int64), starts
     kind = ROWS[reduction.task]
     if kind == "wanted":

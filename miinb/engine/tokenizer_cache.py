@@ -17,6 +17,8 @@ from miinb.models import ModelInfo
 
 #: Conversions that are kept, a few megabytes each; the oldest go.
 MOST = 32
+#: Of what is kept: conversions of another form are not found.
+_FORM = 2
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx"}
 
 
@@ -24,7 +26,7 @@ def place_of(info: ModelInfo) -> Path:
     """Where the conversion of these very files (by path, size and time) with this transformers is kept."""
     files = info.files if info.format == "gguf" else [f for f in info.folder.iterdir() if f.suffix not in _WEIGHTS]
     stats = [(str(file.absolute()), (s := file.stat()).st_size, s.st_mtime_ns) for file in sorted(files)]
-    key = json.dumps([importlib.metadata.version("transformers"), stats])
+    key = json.dumps([_FORM, importlib.metadata.version("transformers"), stats])
     return Path(platformdirs.user_cache_dir("miinb")) / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -115,6 +115,7 @@ def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: b
         tokenizer.save_pretrained(target)
         if not (target / "tokenizer.json").exists():
             raise ValueError("it has no fast form")
+        _tell_inputs(target, tokenizer.model_input_names)
     except Exception as error:  # transformers raises anything from OSError to KeyError here
         if dummy:
             _stand_in(info.vocab_size, target)
@@ -125,6 +126,13 @@ def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: b
     if place is not None:
         tokenizer_cache.keep(target, place)
     return _chat_template(target)
+
+
+def _tell_inputs(folder: Path, names: list[str]) -> None:
+    """Write which inputs the tokenizer makes, which transformers has in its class (not all make types)."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"model_input_names": list(names)}, indent=2), encoding="utf-8")
 
 
 def _stand_in(vocab_size: int, target: Path) -> None:

@@ -16,6 +16,7 @@ from miinb.errors import InvalidValue, MiinbError, did_you_mean
 from miinb.notebook import cards
 from miinb.notebook.expansion import expand
 from miinb.notebook.streaming import CellScreen
+from miinb.tasks import find_task
 
 NAMES = ("mii", "miinb")
 
@@ -83,9 +84,9 @@ class MiiMagics(Magics):  # type: ignore[misc]
         return self._for_cell(value, streamed=command.streams, quiet=values["quiet"])
 
     def _cell_words(self, words: list[str]) -> list[str]:
-        """`%%mii [NAME] [OPTIONS]` is `gen -d NAME OPTIONS`; a command's name goes before a deployment's."""
+        """`%%mii [NAME] [OPTIONS]` is `gen` or `predict` `-d NAME OPTIONS`; a command's name goes before."""
         if not words or words[0].startswith("-"):
-            return ["gen", *words]
+            return [self._asks(None), *words]
         if not _is_raw(words):
             words = [self._expanded(words[0]), *words[1:]]
         if words[0] in commands.COMMANDS:
@@ -94,7 +95,15 @@ class MiiMagics(Magics):  # type: ignore[misc]
         if words[0] not in known:
             hint = did_you_mean(words[0], [*known, *commands.COMMANDS])
             raise InvalidValue(f"{words[0]!r} is neither a running deployment nor a command.", hint=hint)
-        return ["gen", "-d", *words]
+        return [self._asks(words[0]), "-d", *words]
+
+    def _asks(self, name: str | None) -> str:
+        """The command that asks a deployment (None: the default) what its task is there for."""
+        try:
+            task = self.context.session(name).task
+        except MiinbError:  # the command says so
+            return "gen"
+        return "gen" if find_task(task).streams else "predict"
 
     def _expanded(self, text: str) -> str:
         return expand(text, self.shell.user_ns)

@@ -130,7 +130,8 @@ def error_of(call: Any) -> MiinbError:
 
 def _error_of_code(code: grpc.StatusCode, text: str) -> MiinbError:
     if code is Code.RESOURCE_EXHAUSTED and "larger than max" in text:
-        return InvalidRequest("The request is larger than the server takes.", hint="Send fewer or shorter prompts.")
+        limit = f"{MAX_REQUEST_BYTES >> 20} MiB"
+        return InvalidRequest(f"The request is larger than the {limit} that the server takes.", hint="Send less text.")
     if code is Code.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
     if code is Code.UNAVAILABLE:
@@ -311,13 +312,16 @@ def encode_predict(inputs: Iterable[Mapping[str, Any]], options: Mapping[str, An
         InvalidRequest: a value is not JSON (text, number, bool, None, list, dict).
     """
     message = pb.PredictRequest(request_id=request_id)
+    what = "options"
     try:
-        for values in inputs:
-            message.inputs.add().update(values)
         message.options.update(options)
-        data: bytes = message.SerializeToString()
+        for place, values in enumerate(inputs):
+            what = f"inputs[{place}]"
+            message.inputs.add().update(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"An input holds what is not text, a number, a list or a dictionary: {error}.") from error
+        text = f"{what}: it holds what is not text, a number, a list or a dictionary: {error}."
+        raise InvalidRequest(text) from error
+    data: bytes = message.SerializeToString()
     return data
 
 

@@ -56,7 +56,10 @@ class Replica:
 
         Raises:
             Unavailable: the replica is gone.
+            QueueFull: it has not read what was sent before.
         """
+        if self.channel.full:
+            raise QueueFull("The replica has not read the requests before this one.", hint="Try again later.")
         if not self.channel.send(request):
             raise _gone()
         self.rows[request.row_id] = sink

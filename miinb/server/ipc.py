@@ -188,15 +188,17 @@ class RankChannel(asyncio.Protocol):
         self.on_closed(self)
 
     def send(self, message: ToRank) -> bool:
-        """Queue a message; False when the rank is gone or has stopped reading."""
+        """Queue a message; False when the rank is gone. One that does not read is the supervisor's to end."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return False
-        if transport.get_write_buffer_size() > MAX_OUTBOX_BYTES:
-            transport.abort()
-            return False
         transport.write(encode(message))
         return True
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits to be read that no further request should be sent."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > MAX_OUTBOX_BYTES
 
     def close(self) -> None:
         """Close the connection."""

@@ -22,6 +22,8 @@ from miinb.server.encoders.tokenization import EncoderText, Text
 #: Work on more tokens or bytes of results than these is done in a thread, so that the loop goes on with the others'.
 LARGE_TOKENS = 8192
 LARGE_BYTES = 1 << 16
+#: Most tokens of a request, those of overlapping windows counted as often as they are in one.
+MAX_TOKENS = 1 << 22
 
 _T = TypeVar("_T")
 
@@ -79,8 +81,13 @@ def texts_of(asked: Asked) -> Sequence[Text]:
 
 
 def _checked(prepared: Prepared, asked: Asked) -> Prepared:
-    """Refuse tokens that the model does not have: they would end the rank. Raises InvalidRequest."""
+    """Refuse too many tokens, and those that would end the rank: the model lacks them. Raises InvalidRequest."""
     vocab_size = asked.info.vocab_size
+    if (tokens := sum(map(len, prepared.sequences))) > MAX_TOKENS:
+        raise InvalidRequest(
+            f"inputs: {len(prepared.sequences)} windows with {tokens} tokens in all; at most {MAX_TOKENS} are taken.",
+            hint="Send fewer or shorter texts at once, or windows that overlap less.",
+        )
     if asked.text.may_exceed(vocab_size):
         highest = max(map(max, prepared.sequences))
         if highest >= vocab_size:

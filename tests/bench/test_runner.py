@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from stand_in import Predicting, StandIn
 
-from miinb.bench import charts, presets
+from miinb.bench import charts, predicting, presets
 from miinb.bench.records import Record
 from miinb.bench.runner import bench, compare
 from miinb.bench.workload import configure
@@ -246,3 +246,10 @@ def test_questions_are_taken_as_inputs() -> None:
     pair = {"question": "who?", "context": "me"}
     for workload in (pair, [pair], pd.DataFrame([pair])):
         assert configure(workload).prompts == [pair]
+
+
+def test_inputs_are_no_longer_than_the_model_takes_unless_asked_for() -> None:
+    assert predicting.fitted(BenchConfig.parse({}), 64).prompt_tokens == 64
+    assert predicting.fitted(BenchConfig.parse({}), 0) == BenchConfig.parse({})
+    for fields in ({"prompt_tokens": 100}, {"prompts": ["a"]}):
+        assert predicting.fitted(BenchConfig.parse(fields), 64) == BenchConfig.parse(fields)

@@ -179,3 +179,11 @@ def test_a_text_classifier_s_function_is_the_model_s_unless_asked() -> None:
     assert parse_reduction(task, {}, function="sigmoid", vocab_size=1).function == "sigmoid"
     assert parse_reduction(task, {"function": None}, function="", vocab_size=1).function == "softmax"
     assert parse_reduction(task, {"function": "none"}, function="sigmoid", vocab_size=1).function == "none"
+
+
+def test_types_are_not_read_by_a_model_that_has_none() -> None:
+    given = request(0, [2], type_ids=[0, 1])
+    assert make_job(given, Reduction("question-answering"), bounds(token_types=0)).type_ids is None
+    job = make_job(given, Reduction("question-answering"), bounds())
+    assert job.type_ids is not None
+    assert job.type_ids.tolist() == [0, 1]

@@ -32,6 +32,9 @@ def test_exported_files_tokenize_as_transformers(tmp_path: Path, make: Any, toke
     info: Any = SimpleNamespace(format="safetensors", folder=folder, source=folder, files=(), vocab_size=500)
     export_tokenizer(info, tmp_path / "exported")
     codec, reference = TextCodec.load(tmp_path / "exported"), AutoTokenizer.from_pretrained(folder)
+    told = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
+    types = "token_type_ids" in told.get("model_input_names", ())
+    assert types == ("token_type_ids" in reference.model_input_names)
     for text in (*TEXT[:3], "Hello  world", " leading"):
         assert codec.encode(text) == reference(text).input_ids
     if reference.chat_template:

@@ -66,7 +66,9 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
     def finish(values: np.ndarray, _: np.ndarray | None) -> Answers:
         return Answers(answers(values, found, contexts, first, asked.options))
 
-    return Prepared([window.ids for window in found], finish, type_ids=types if any(types) else ())
+    return Prepared(
+        [window.ids for window in found], finish, type_ids=types if asked.text.has_types and any(types) else ()
+    )
 
 
 def _windows(asked: Asked, place: int, encoding: Encoding) -> tuple[list[Window], list[int]]:

@@ -35,6 +35,7 @@ class EncoderText:
         specials: the special tokens' texts by name (mask_token, ...).
         question_first: in a pair of question and context.
         keep_end: of a text that is cut, the end is kept.
+        has_types: the model is told the token types of a pair.
         has_words: the tokenizer marks pieces inside a word ("##").
     """
 
@@ -47,6 +48,7 @@ class EncoderText:
         self.max_length = int(limit) if isinstance(limit, (int, float)) and 0 < limit < NO_LIMIT else None
         self.question_first = config.get("padding_side") != "left"
         self.keep_end = config.get("truncation_side") == "left"
+        self.has_types = "token_type_ids" in config.get("model_input_names", ())
         self.has_words = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
         probe = tokenizer.encode("a")
         added = probe.special_tokens_mask

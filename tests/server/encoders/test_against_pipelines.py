@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import transformers
 
+from miinb.errors import InvalidRequest
+from miinb.server.prediction import _checked
 from tests.server.encoders.by_model import answers, ask, prepare
 from tests.server.encoders.tiny import Tiny, same
 from tests.tiny_tokenizers import encoder_tokenizer
@@ -122,3 +124,10 @@ def test_fills(tiny: Callable[..., Tiny], kind: str, options: dict[str, Any]) ->
         options = {"targets": [word for word in options["targets"] if word in vocab] or "a"}
     theirs = [model.pipeline("fill-mask")(text, **options) for text in texts]
     same(answers(model.ask("fill-mask", texts, **options), model.model).outputs, theirs)
+
+
+def test_windows_without_number_are_refused(folders: dict[str, Path]) -> None:
+    options = {"stride": 509, "aggregation_strategy": "simple"}
+    asked = ask(folders["bert"], "token-classification", ["a " * 10_000], info={"max_length": 512}, **options)
+    with pytest.raises(InvalidRequest, match=r"windows with \d+ tokens in all"):
+        _checked(prepare(asked), asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from miinb.errors import InvalidRequest, PromptTooLong
 from miinb.server.encoders.request import Asked
@@ -144,3 +146,14 @@ def test_a_question_is_cut_when_asked_for(folders: dict[str, Path]) -> None:
     asked = question(folders["bert"], "one two", text="who " * 70, limit=64, max_question_len=8)
     (ids,) = prepare(asked).sequences
     assert len(ids) == 8 + 3 + len(asked.text.tokenizer.encode("one two", add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("names", [None, ["input_ids", "token_type_ids"], ["input_ids", "attention_mask"]])
+def test_token_types_are_sent_where_the_tokenizer_makes_them(tmp_path: Path, names: list[str] | None) -> None:
+    folder = encoder_tokenizer("bert", tmp_path / "bert")
+    file = folder / "tokenizer_config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "model_input_names"}
+    file.write_text(json.dumps(config if names is None else config | {"model_input_names": names}))
+    types = prepare(question(folder)).type_ids
+    told = PreTrainedTokenizerFast.from_pretrained(folder)("who counts?", CONTEXT)  # the class of no family
+    assert ([*types] or None) == told.get("token_type_ids")
