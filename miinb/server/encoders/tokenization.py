@@ -58,7 +58,7 @@ class EncoderText:
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
         self._vocab_size = tokenizer.get_vocab_size()
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
-        self._running: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None  # tokenizes what waits; None: nothing does
 
     @classmethod
     def load(cls, folder: Path) -> EncoderText:
@@ -92,14 +92,22 @@ class EncoderText:
             return await asyncio.to_thread(self._encode, texts, offsets)
         done: asyncio.Future[list[Encoding]] = asyncio.get_running_loop().create_future()
         self._waiting.append((texts, offsets, done))
-        if not self._running:
-            task = asyncio.ensure_future(self._run())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._run())
         return await done
 
     async def _run(self) -> None:
-        """Tokenize what waits, batch after batch, until nothing does."""
+        """Tokenize what waits, batch after batch, until nothing does.
+
+        That nobody tokenizes any more is said before this ends: its task counts as done only later, and who came in
+        between would wait for ever.
+        """
+        try:
+            await self._run_batches()
+        finally:
+            self._task = None
+
+    async def _run_batches(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             texts = [text for some, _, _ in batch for text in some]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import transformers
 
 from miinb.errors import InvalidRequest
+from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.prediction import _checked
 from tests.server.encoders.by_model import answers, ask, prepare
 from tests.server.encoders.tiny import Tiny, same
@@ -131,3 +133,12 @@ def test_windows_without_number_are_refused(folders: dict[str, Path]) -> None:
     asked = ask(folders["bert"], "token-classification", ["a " * 10_000], info={"max_length": 512}, **options)
     with pytest.raises(InvalidRequest, match=r"windows with \d+ tokens in all"):
         _checked(prepare(asked), asked)
+
+
+def test_who_asks_as_a_batch_ends_is_tokenized_too(folders: dict[str, Path]) -> None:
+    text = EncoderText.load(folders["bert"])
+
+    async def one_after_another() -> list[int]:
+        return [len(await asyncio.wait_for(text.encode(["fox " * n], offsets=False), 20)) for n in (50, 60, 70)]
+
+    assert asyncio.run(one_after_another()) == [1] * 3
