@@ -139,6 +139,7 @@ def test_who_asks_as_a_batch_ends_is_tokenized_too(folders: dict[str, Path]) -> 
     text = EncoderText.load(folders["bert"])
 
     async def one_after_another() -> list[int]:
-        return [len(await asyncio.wait_for(text.encode(["fox " * n], offsets=False), 20)) for n in (50, 60, 70)]
+        async with asyncio.timeout(20):
+            return [len(await text.encode(["fox " * n], offsets=False)) for n in (50, 60, 70)]
 
     assert asyncio.run(one_after_another()) == [1] * 3
