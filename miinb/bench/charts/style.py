@@ -106,6 +106,20 @@ def finish(
     return ax
 
 
+def name_panel(ax: Any, name: str) -> None:
+    """Write a panel's name above it, and begin its alternative text with it."""
+    ax.annotate(
+        *(name, (0, 1)),
+        xycoords="axes fraction",
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontsize=9.5,
+        fontweight="bold",
+        color=SOFT,
+    )
+    ax._miinb_alt = [f"{name}."]
+
+
 def write_below(ax: Any, lines: Iterable[str], width: int = WRAP) -> None:
     """Lines of small text below the axes, wrapped to `width` characters."""
     wrapped = [part for line in lines if line for part in textwrap.wrap(line, width)]

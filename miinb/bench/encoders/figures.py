@@ -14,7 +14,7 @@ import pandas as pd
 from miinb.bench import published
 from miinb.bench.charts import frames
 from miinb.bench.charts.bars import GAP, Bars, latency, time_split
-from miinb.bench.charts.style import INK, SOFT, finish, new_panels, save, write_below
+from miinb.bench.charts.style import INK, finish, name_panel, new_panels, save, write_below
 from miinb.bench.encoders.table import RATES, floor_share, same, work
 from miinb.bench.encoders.table import value as value_of
 from miinb.bench.records import NAN, Runs, load_runs, rows_of
@@ -159,16 +159,7 @@ def _figure(runs: Runs, suite: str, kind: Kind, rows: pd.DataFrame) -> Any:
     for ax, (name, part, panel) in zip(axes, parts, strict=True):
         panel(ax, part)
         title = name if part["task"].nunique() > 1 or " " in name else f"{name}, {part['task'].iloc[0]}"
-        ax.annotate(
-            *(title, (0, 1)),
-            xycoords="axes fraction",
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=9.5,
-            fontweight="bold",
-            color=SOFT,
-        )
-        ax._miinb_alt = [f"{title}."]
+        name_panel(ax, title)
     dtypes = sorted({str(dtype) for dtype in rows["dtype"] if dtype})
     words = [*(dtypes if len(dtypes) == 1 else ()), work(runs.env[rows["run_id"].iloc[0]])]
     finish(axes[0], title=kind.title, subtitle=" · ".join(words), caption=(), footer="", legend_above=True)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from miinb import hardware
 from miinb.bench.encoders.sessions import run_session
 from miinb.bench.encoders.suites import DEFAULT_SUITES, QUICK, TINY, Choice, Job, Sizes, jobs
-from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
+from miinb.bench.headline.running import Say, run_jobs
 from miinb.bench.headline.trace import Measured
 from miinb.bench.records import Runs
-from miinb.errors import MiinbError
-
-Say = Callable[[str], None]
 
 
 def choose(
@@ -59,48 +55,28 @@ def measure(choice: Choice, *, out: Path, budget_s: float = float("inf"), say: S
         budget_s: no job starts after so many seconds.
         say: told what is going on.
     """
-    started = time.monotonic()
     worker = Worker("miinb.bench.encoders.arms")
     with tempfile.TemporaryDirectory(prefix="miinb-encoders-") as place:
-        todo = jobs(choice, place)
-        try:
-            rates = {
-                device: worker.rates(device, choice.dtype, small=choice.tiny)
-                for device in dict.fromkeys(job.device for job in todo)
-            }
-            book = Book({"rates": {device: dataclasses.asdict(found) for device, found in rates.items()}}, out)
-            for number, job in enumerate(todo, 1):
-                spent = time.monotonic() - started
-                say(f"[{spent:4.0f} s, {number}/{len(todo)}] {job.model} {job.task}: {job.arm.label} ({job.dtype})")
-                if spent > budget_s:
-                    book.leave_out(job, f"the budget of {budget_s:.0f} s was spent")
-                    continue
-                _run(job, worker, rates[job.device], book, say)
-        finally:
-            worker.close()
-    return book.runs()
-
-
-def _run(job: Job, worker: Worker, rates: Any, book: Book, say: Say) -> None:
-    """One job into the book; what fails is recorded."""
-    left = {workload.suite: workload for workload in job.workloads}
-    try:
-        for found in _measured(job, worker, rates):
-            book.add(job, found, left.pop(found.suite).about())
-            say(f"    {found.suite}: {found.error or _words(found)}")
-    except MiinbError as failure:
-        for suite, workload in left.items():
-            book.add(job, Measured(suite, error=failure.message), workload.about())
-        say(f"    failed: {failure.message}")
+        return run_jobs(
+            *(jobs(choice, place), worker, lambda job, rates: _measured(job, worker, rates)),
+            dtype=choice.dtype,
+            small=choice.tiny,
+            out=out,
+            budget_s=budget_s,
+            name=lambda job: f"{job.model} {job.task}",
+            words=_words,
+            say=say,
+        )
 
 
 def _measured(job: Job, worker: Worker, rates: Any) -> Iterator[Measured]:
     if job.arm.kind != "session":
-        return worker.run(job, rates)
+        yield from worker.run(job, rates)
+        return
     if not Path(job.folder).is_dir():  # no baseline ran before: its process makes the checkpoint
         list(worker.run(dataclasses.replace(job, workloads=()), rates))
     worker.close()  # the server needs its memory
-    return run_session(job)
+    yield from run_session(job)
 
 
 def _words(found: Measured) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from miinb import hardware
 from miinb.bench import presets
 from miinb.bench.headline import figures
 from miinb.bench.headline.behind_server import served
-from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
+from miinb.bench.headline.running import Say, run_jobs
 from miinb.bench.headline.suites import (
     ARMS,
     DEFAULT_SUITES,
@@ -32,9 +31,6 @@ from miinb.bench.headline.suites import (
 from miinb.bench.headline.table import table
 from miinb.bench.headline.trace import Measured
 from miinb.bench.records import Runs
-from miinb.errors import MiinbError
-
-Say = Callable[[str], None]
 
 
 def measure(choice: Choice, *, out: Path, budget_s: float = float("inf"), tiny: bool = False, say: Say = print) -> Runs:
@@ -47,44 +43,29 @@ def measure(choice: Choice, *, out: Path, budget_s: float = float("inf"), tiny: 
         tiny: models of the same families with a few thousand weights, to show that everything runs.
         say: told what is going on.
     """
-    started = time.monotonic()
     worker = Worker()
+
+    def run(job: Job, rates: Any) -> Iterator[Measured]:
+        if not job.arm.served:
+            yield from worker.run(job, rates)
+            return
+        worker.close()  # the server needs its GPU memory
+        yield from served(job)
+
     with tempfile.TemporaryDirectory(prefix="miinb-headline-") as place:
         folders = {}
         for name in models_of(choice):
             folders[name] = str(presets.write(name, Path(place) / name, **(presets.tiny(name) if tiny else {})))
-        todo = jobs(choice, folders)
-        try:
-            rates = {
-                device: worker.rates(device, choice.dtype, small=tiny)
-                for device in dict.fromkeys(job.device for job in todo)
-            }
-            book = Book({"rates": {device: dataclasses.asdict(found) for device, found in rates.items()}}, out)
-            for number, job in enumerate(todo, 1):
-                spent = time.monotonic() - started
-                say(f"[{spent:4.0f} s, {number}/{len(todo)}] {job.model}: {job.arm.label} ({job.dtype})")
-                if spent > budget_s:
-                    book.leave_out(job, f"the budget of {budget_s:.0f} s was spent")
-                    continue
-                _run(job, worker, rates[job.device], book, say)
-        finally:
-            worker.close()
-    return book.runs()
-
-
-def _run(job: Job, worker: Worker, rates: Any, book: Book, say: Say) -> None:
-    """One job into the book; what fails is recorded."""
-    left = {workload.suite: workload for workload in job.workloads}
-    try:
-        if job.arm.served:
-            worker.close()  # the server needs its GPU memory
-        for found in served(job) if job.arm.served else worker.run(job, rates):
-            book.add(job, found, left.pop(found.suite).about())
-            say(f"    {found.suite}: {found.error or _words(found)}")
-    except MiinbError as failure:
-        for suite, workload in left.items():
-            book.add(job, Measured(suite, error=failure.message), workload.about())
-        say(f"    failed: {failure.message}")
+        return run_jobs(
+            *(jobs(choice, folders), worker, run),
+            dtype=choice.dtype,
+            small=tiny,
+            out=out,
+            budget_s=budget_s,
+            name=lambda job: job.model,
+            words=_words,
+            say=say,
+        )
 
 
 def _words(found: Measured) -> str:

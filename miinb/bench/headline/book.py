@@ -39,6 +39,9 @@ class Workload(Protocol):
     def batches(self) -> Sequence[int]:
         """Sizes that are tried, a pass each."""
 
+    def about(self) -> Mapping[str, Any]:
+        """What the run's environment says of it."""
+
 
 class Job(Protocol):
     """What the book and the worker know of a job: a model loaded as one arm, and its workloads."""
@@ -54,6 +57,10 @@ class Job(Protocol):
     @property
     def dtype(self) -> str:
         """Of the weights."""
+
+    @property
+    def device(self) -> str:
+        """ "cuda" or "cpu"."""
 
     @property
     def arm(self) -> Arm:

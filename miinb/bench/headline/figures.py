@@ -14,7 +14,7 @@ import pandas as pd
 from miinb.bench import published
 from miinb.bench.charts import frames
 from miinb.bench.charts.bars import Bars
-from miinb.bench.charts.style import INK, SOFT, finish, new_panels, save, write_below
+from miinb.bench.charts.style import INK, finish, name_panel, new_panels, save, write_below
 from miinb.bench.headline.suites import FP8_CACHE, Sizes, workload
 from miinb.bench.headline.table import lengths, tok_s
 from miinb.bench.records import NAN, Runs, load_runs
@@ -166,16 +166,7 @@ def _panel(ax: Any, kind: Kind, rows: pd.DataFrame, env: Mapping[str, Any]) -> N
     if math.isfinite(floor) and kind.unit == "ms":
         ax.axvline(floor, color=INK, linestyle="--", linewidth=1.0)
         name += f"   floor {number(floor)} {kind.unit}"
-    ax.annotate(
-        *(name, (0, 1)),
-        xycoords="axes fraction",
-        xytext=(0, 4),
-        textcoords="offset points",
-        fontsize=9.5,
-        fontweight="bold",
-        color=SOFT,
-    )
-    ax._miinb_alt = [f"{name}."]
+    name_panel(ax, name)
 
 
 def _caption(runs: Runs, kind: Kind, panels: Mapping[str, pd.DataFrame]) -> list[str]:
