@@ -2,7 +2,7 @@
 
 A graph is keyed by its sizes (`encoder_inputs.Sizes`): packed tokens and longest sequence, with room for so many
 sequences and rows as steps of that kind have. A step is padded to it; where sequences begin is data that it reads from
-the memory of `EncoderInputs`. Large steps run eagerly: the GPU computes while Python launches.
+the memory of `EncoderInputs`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from miinb.engine.graphs import MOST_BYTES, MOST_SECONDS, Recorder, Replay
 from miinb.engine.reduction import Rows
 from miinb.wording import size_words
 
-#: Steps of more tokens run eagerly.
-MOST_TOKENS = 4096
-#: Attention needs no loop over keys in sequences of so many tokens.
-SHORT = 128
+#: Steps of more tokens run eagerly: the GPU computes while Python launches.
+MOST_TOKENS = 16384
+#: Attention takes fewer tokens at a time in sequences of no more than so many.
+SHORT = 32
+#: Graphs whose head has rows of its own choice, as many as masks, have no more: the outputs of each are a vocabulary.
+MOST_ROWS = 512
 
 
 def graph_sizes(max_tokens: int, max_length: int, rows: Rows) -> list[Sizes]:
@@ -35,12 +37,14 @@ def graph_sizes(max_tokens: int, max_length: int, rows: Rows) -> list[Sizes]:
     """
     most = min(max_tokens, MOST_TOKENS)
     steps = (range(16, 64, 16), range(64, 256, 32), range(256, 512, 64), range(512, 1024, 128), range(1024, 2048, 256))
-    tokens = {n for part in (*steps, range(2048, most, 512)) for n in part if n < most} | {most}
+    large = (range(2048, 4096, 512), range(4096, most, 1024))
+    tokens = {n for part in (*steps, *large) for n in part if n < most} | {most}
     found = []
     for count in sorted(tokens):
-        for length in sorted({min(count, SHORT, max_length), min(count, max_length)}):
-            sequences = max(8, count // (8 if length <= SHORT else 32))
-            wanted = {"first": sequences, "all": count, "wanted": max(8, count // 16)}[rows]
+        longest = min(count, max_length)
+        for length in (longest,) if longest <= SHORT or count > 4096 else (SHORT, longest):
+            sequences = max(8, count // (8 if length <= SHORT else 16))
+            wanted = {"first": sequences, "all": count, "wanted": min(max(8, count // 16), MOST_ROWS)}[rows]
             found.append(Sizes(count, length, sequences, wanted))
     return found
 

@@ -32,6 +32,7 @@ except ImportError:
 __all__ = [
     "INTERPRETED",
     "arrival_counters",
+    "copies_tiles",
     "jit",
     "launch_options",
     "power_of_2",
@@ -75,8 +76,17 @@ def use_triton(x: Tensor) -> bool:
 
 def launch_options(x: Tensor) -> dict[str, Any]:
     """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
-    pdl = _target_arch() >= 90 if x.is_meta else x.is_cuda and _capability(x.device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if _is_hopper(x) else {"PDL": False}
+
+
+def copies_tiles(x: Tensor) -> bool:
+    """Whether the GPU copies whole tiles of a matrix by itself, which kernels describe to it by `TensorDescriptor`s."""
+    return _is_hopper(x) or INTERPRETED
+
+
+def _is_hopper(x: Tensor) -> bool:
+    """Whether the GPU is of compute capability 9.0 or later."""
+    return _target_arch() >= 90 if x.is_meta else x.is_cuda and _capability(x.device) >= (9, 0)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
 from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.product import product, product_tile
 
 
@@ -64,7 +65,11 @@ def linear(
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
     fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
-    if tile := product_tile(x, packed.weight.shape[0], gated=False, epilogue=activation is not None and fused is None):
+    epilogue = activation is not None and fused is None
+    if epilogue and out is None and is_large(x, packed.weight.shape[0]):
+        y = large_product(x, packed.weight, packed.bias, activation)
+        return y if residual is None else y + residual
+    if tile := product_tile(x, packed.weight.shape[0], gated=False, epilogue=epilogue):
         if out is not None:
             return product(x, packed.weight, packed.bias, tile, out=out)
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)

@@ -13,7 +13,6 @@ from miinb.kernels import reference
 from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
 _LOG2E = 1.4426950408889634
-_PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
 
 
 def packed_attention(
@@ -39,7 +38,7 @@ def packed_attention(
             qkv, starts, heads=heads, head_size=head_size, scale=scale, max_length=max_length
         )
     out = torch.empty((qkv.shape[0], heads * head_size), dtype=qkv.dtype, device=qkv.device)
-    tile = attention_tile(qkv, heads, head_size, max_length)
+    tile = attention_tile(qkv, head_size, max_length)
     _packed_attention[(heads, -(-qkv.shape[0] // tile["BLOCK_M"]))](
         qkv,
         starts,
@@ -55,24 +54,16 @@ def packed_attention(
     return out
 
 
-def attention_tile(qkv: Tensor, heads: int, head_size: int, max_length: int) -> dict[str, Any]:
-    """Queries of a program and keys of one of its steps, its warps and the loads in flight.
-
-    Where there are few tokens, a program takes fewer of them, so that there are programs for the whole GPU. Few queries
-    have the registers for more keys in a step.
-    """
-    exact = qkv.element_size() == 4  # products of fp32 are made without tensor cores
-    block_d = max(power_of_2(head_size), 16)
-    queries = 32 if exact else 128
-    while queries > 16 and -(-qkv.shape[0] // queries) * heads < _PROGRAMS:
-        queries //= 2
-    most_keys = 32 if exact else 128 if queries < 64 and block_d <= 64 else 64
+def attention_tile(qkv: Tensor, head_size: int, max_length: int) -> dict[str, Any]:
+    """Queries of a program and keys of one of its steps, its warps and the loads in flight; measured on an H100."""
+    most = 32 if qkv.element_size() == 4 else 64  # products of fp32 are made without tensor cores
+    block = min(max(power_of_2(max_length), 16), most)
     return {
-        "BLOCK_M": queries,
-        "BLOCK_N": min(max(power_of_2(max_length), 16), most_keys),
-        "BLOCK_D": block_d,
-        "num_warps": 8 if queries == 128 else 4,
-        "num_stages": 2 if most_keys == 128 else 3,
+        "BLOCK_M": max(block, 32),
+        "BLOCK_N": block,
+        "BLOCK_D": max(power_of_2(head_size), 16),
+        "num_warps": 4,
+        "num_stages": 3,
     }
 
 
@@ -129,11 +120,16 @@ def _packed_attention(
 def _bounds(starts, sequences, token, begin):
     """First token of each token's sequence, and the one behind its last; for tokens of no sequence these are equal."""
     r = tl.arange(0, 128)
-    before = tl.zeros([128], tl.int32)  # sequences that end before the tile
-    for some in range(0, sequences, 128):
-        end = tl.load(starts + 1 + some + r, mask=some + r < sequences, other=1 << 30)
-        before += (end <= begin).to(tl.int32)
-    sequence = tl.sum(before, 0)
+    stride = tl.cdiv(sequences, 128)
+    place = (r + 1) * stride  # the sequence that ends before the tile is looked for among 128 of them, then closer
+    ends = tl.load(starts + place, mask=place <= sequences, other=1 << 30)
+    sequence = tl.sum((ends <= begin).to(tl.int32), 0) * stride
+    near = tl.zeros([128], tl.int32)
+    for some in range(0, stride, 128):
+        place = sequence + 1 + some + r
+        ends = tl.load(starts + place, mask=(some + r < stride) & (place <= sequences), other=1 << 30)
+        near += (ends <= begin).to(tl.int32)
+    sequence += tl.sum(near, 0)
     at = tl.load(starts + sequence)
     first = tl.zeros_like(token) + at
     stop = first

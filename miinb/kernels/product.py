@@ -11,8 +11,6 @@ pass over all outputs would cost more than a slower product.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +45,21 @@ _MOST_ROWS = 128
 
 #: Weights of so many numbers are read in a few microseconds; products with them run here up to so many rows.
 _SHORT_WEIGHT = 1 << 22
-_SHORT_ROWS = 512
-_SHORT = ((16, 32), (16, 64), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+_SHORT_ROWS = 256
+#: Up to so many rows, measured on an H100 at the sizes of BERT, base and large.
+_SHORT = {
+    16: Tile(16, 32, 128, 4, 8),
+    32: Tile(32, 32, 128, 4, 8),
+    128: Tile(64, 32, 128, 4, 8),
+    _SHORT_ROWS: Tile(64, 64, 128, 4, 8),
+}
 _SHORT_STAGE_BYTES = 100 << 10  # of all stages: the next kernel's programs fit beside this one's, and so begin early
 
-#: Where the activation makes a second pass over many outputs unnecessary.
-_LARGE = Tile(128, 128, 64, 4, 3)
+#: Where the activation makes a second pass over many outputs unnecessary; the first is for fewer tiles than programs.
+_MIDDLE, _LARGE = Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3)
 _GROUP = 16  # tiles of rows that go along all outputs together: their x stays in the L2 cache
 
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
-_SM_BYTES = 100e3  # a microsecond, that one of them reads from the L2 cache,
-_L2_BYTES = 8e6  # and that all of them do
-_MERGE_US = 1.2  # to write the parts of a sum and wait for the last of them
 
 
 def product_tile(x: Tensor, n: int, *, gated: bool, epilogue: bool = False) -> dict[str, Any] | None:
@@ -76,37 +77,22 @@ def product_tile(x: Tensor, n: int, *, gated: bool, epilogue: bool = False) -> d
     if rows < 2 or x.element_size() != 2 or n % 128 or k % 128:
         return None
     if not gated and n * k <= _SHORT_WEIGHT and rows <= _SHORT_ROWS:
-        tile, split = _short(power_of_2(max(rows, 16)) if rows <= 128 else -(-rows // 128) * 128, n, k)
+        tile, split = _short(rows, n, k)
         return _fitted(x, tile, split, gated=False, ahead=True)
     if rows <= _MOST_ROWS and (gated or k >= 2 * n):
         tile = next(tile for tile in (_GATED if gated else _DEEP) if rows <= tile.rows)
         split = 1 if gated else min(max(_PROGRAMS // (n // tile.outputs), 1), 8)
         return _fitted(x, tile, split, gated=gated)
     if epilogue and rows > _MOST_ROWS:
-        return _fitted(x, _LARGE, 1, gated=gated)
+        programs = -(-rows // _LARGE.rows) * (n // _LARGE.outputs)
+        return _fitted(x, _LARGE if programs >= _PROGRAMS else _MIDDLE, 1, gated=gated)
     return None
 
 
-@functools.cache
 def _short(rows: int, n: int, k: int) -> tuple[Tile, int]:
-    """The tile that reads the least through the busiest of the multiprocessors, and the parts of its sum.
-
-    Weights and x come from the L2 cache, and each program reads both for its tile: large ones read less in all, small
-    ones are spread better. A sum is split only if it is long: to merge the parts takes as long as half a short one.
-    """
-
-    def microseconds(choice: tuple[tuple[int, int], int]) -> float:
-        (m, outputs), split = choice
-        programs = -(-rows // m) * (n // outputs) * split
-        read = (m + outputs) * (k // split) * 2
-        merge = _MERGE_US + split * m * outputs * 4 / _SM_BYTES if split > 1 else 0.0
-        return max(-(-programs // _PROGRAMS) * read / _SM_BYTES, programs * read / _L2_BYTES) + merge
-
-    tiles = [tile for tile in _SHORT if tile[0] <= rows]
-    splits = [split for split in (1, 2, 3, 4, 6, 8) if split == 1 or k % (256 * split) == 0]
-    (m, outputs), split = min(itertools.product(tiles, splits), key=microseconds)
-    columns = 64 if m * outputs > 64 * 64 else 128
-    return Tile(m, outputs, columns, 8 if m * outputs > 128 * 64 else 4, 8), split
+    """The tile, and the parts of its sum: it is split only if it is long, as to merge the parts takes time too."""
+    tile = next(tile for most, tile in _SHORT.items() if rows <= most)
+    return tile, 4 if rows <= 128 and k >= max(2048, 2 * n) else 1
 
 
 def _fitted(x: Tensor, tile: Tile, split: int, *, gated: bool, ahead: bool = False) -> dict[str, Any] | None:

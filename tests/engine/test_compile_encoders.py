@@ -14,7 +14,6 @@ from miinb.bench import presets
 from miinb.config import DeploymentConfig
 from miinb.engine import compile as compiling
 from miinb.engine.compile import Kernel, compiling_for, kernels_of
-from miinb.engine.encoder_graphs import MOST_TOKENS
 from miinb.engine.encoder_inputs import Sizes
 
 H100 = (9, 0)
@@ -33,8 +32,9 @@ def test_steps_of_any_size_find_their_kernels(
     config = DeploymentConfig.parse({"model": str(folder), "task": task, "dtype": "fp16", "load_format": "dummy"})
     with compiling_for(H100):
         ahead = found(kernels_of(config, info))
-        assert {name for name, _ in ahead} == {"_product", "_packed_attention", "_embedding_norm", "_norm"}
-        large = [(tokens, longest) for tokens in (MOST_TOKENS + 1, 5000, 12345) for longest in (20, 77, 130, 500)]
+        names = {"_product", "_large_product", "_packed_attention", "_embedding_norm", "_norm"}
+        assert {name for name, _ in ahead} == names
+        large = [(tokens, longest) for tokens in (4097, 5000, 12345, 16384) for longest in (20, 77, 130, 500)]
         sizes = [Sizes(tokens, longest, 300, 300) for tokens, longest in large]
         monkeypatch.setattr(compiling, "graph_sizes", lambda *_: sizes)
         monkeypatch.setattr(compiling, "_large_steps", lambda *_: [])

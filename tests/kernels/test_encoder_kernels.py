@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-import miinb.kernels.packed_attention as packed_attention_module
+import miinb.kernels.large_product as large_product_module
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import product, reference
-from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.dispatch import INTERPRETED, copies_tiles
 from miinb.kernels.embedding import embedding_norm
+from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.packed_attention import attention_tile, packed_attention
 from miinb.kernels.product import product_tile
@@ -40,12 +41,9 @@ def test_products_of_gated_pairs(dtype: torch.dtype, rows: int, bias: bool) -> N
 @pytest.mark.parametrize(("rows", "short"), [(2, False), (20, False), (70, False), (2, True), (20, True)])
 def test_products_with_long_sums(rows: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_SHORT_WEIGHT", 1 << 22 if short else 0)
-    monkeypatch.setattr(product, "_MERGE_US", 0)
-    product._short.cache_clear()
-    shapes = ((rows, 1536), (128, 1536), (128,), (rows, 128))
+    shapes = ((rows, 2048), (128, 2048), (128,), (rows, 128))
     x, weight, bias, residual = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in shapes)
     tile = product_tile(x, 128, gated=False)
-    product._short.cache_clear()
     assert tile
     assert tile["SPLIT"] > 1
     assert bool(tile["AHEAD"]) is short
@@ -79,17 +77,46 @@ def test_products_of_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
     same(out, reference.linear(wide(x), wide(weight), wide(bias), activation="gelu"))
 
 
+@pytest.mark.parametrize(("rows", "activation"), [(20, "gelu"), (128, None), (300, "gelu")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_products(rows: int, activation: str | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of one program, in groups of tiles of rows, the last of them smaller; and rows that fill none."""
+    monkeypatch.setattr(large_product_module, "_PROGRAMS", 2)
+    monkeypatch.setattr(large_product_module, "_GROUP", 2)
+    if not copies_tiles(x := rand(rows, 128, dtype=torch.float16)):
+        pytest.skip("this GPU copies no tiles")
+    weight, b = rand(512, 128, dtype=x.dtype), rand(512, dtype=x.dtype) if bias else None
+    assert is_large(x, 512)
+    expected = reference.linear(wide(x), wide(weight), wide(b), activation=activation)
+    same(large_product(x, weight, b, activation), expected)
+    if activation:
+        residual = rand(rows, 512, dtype=x.dtype)
+        out = linear(x, PackedLinear(weight, b), activation=activation, residual=residual)
+        same(out, expected + wide(residual))
+
+
+def test_which_products_are_large() -> None:
+    """Those that fill the GPU."""
+
+    def large(rows: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> bool:
+        return is_large(torch.empty(rows, k, dtype=dtype), n)
+
+    assert large(16384, 3072, 768)
+    assert not any((large(512, 3072, 768), large(16384, 3200, 768), large(16384, 3072, 40)))
+    assert not large(16384, 3072, 768, torch.float32)
+
+
 def test_which_products_run_here() -> None:
-    """Short ones up to 512 rows; of more rows those alone whose activation cuBLAS lacks."""
+    """Short ones up to 256 rows; of more rows those alone whose activation cuBLAS lacks."""
 
     def tile(rows: int, n: int, k: int, epilogue: bool = False) -> dict[str, Any] | None:
         return product_tile(torch.empty(rows, k, dtype=torch.float16), n, gated=False, epilogue=epilogue)
 
-    assert all(tile(rows, 3072, 768) for rows in (2, 128, 512))
-    assert tile(513, 3072, 768) is None
+    assert all(tile(rows, 3072, 768) for rows in (2, 128, 256))
+    assert tile(257, 3072, 768) is None
     assert tile(64, 12288, 4096) is None
     assert tile(16384, 3072, 768, epilogue=True)
-    rows = [chosen["BLOCK_M"] for rows in (10, 128, 512) if (chosen := tile(rows, 2304, 768))]
+    rows = [chosen["BLOCK_M"] for rows in (10, 30, 128, 256) if (chosen := tile(rows, 2304, 768))]
     assert rows == sorted(rows)
     assert rows[0] == 16
     few = tile(8, 768, 3072)
@@ -129,11 +156,12 @@ def test_packed_attention(dtype: torch.dtype, heads: int, size: int, lengths: li
 
 
 @pytest.mark.parametrize(
-    "starts", [[0, 5, 5, 40], [0, 1, 2, 3, 4, 16, 17, 33, 33, 33], [3, 20], [0, *range(1, 150)]], ids=len
+    "starts",
+    [[0, 5, 5, 40], [0, 1, 2, 3, 4, 16, 17, 33, 33, 33], [3, 20], [0, *range(1, 150)], [*[0] * 17000, 9, 70, 151]],
+    ids=len,
 )
-def test_sequences_share_tiles(starts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_share_tiles(starts: list[int]) -> None:
     """Wherever they begin and end; more of them than are looked at in one step; tokens before and behind all."""
-    monkeypatch.setattr(packed_attention_module, "_PROGRAMS", 1000)
     qkv, where = rand(151, 3 * 16, dtype=torch.float16), torch.tensor(starts, dtype=torch.int32)
     options = {"heads": 1, "head_size": 16, "scale": 0.3, "max_length": 40}
     out = packed_attention(qkv, where.to(DEVICE), **options)
@@ -143,13 +171,10 @@ def test_sequences_share_tiles(starts: list[int], monkeypatch: pytest.MonkeyPatc
 
 
 def test_tiles_of_packed_attention() -> None:
-    """Programs for the whole GPU where there are few tokens; steps no longer than sequences."""
-    one, many, short = (
-        attention_tile(torch.empty(tokens, 1, dtype=torch.float16), 12, 64, most)
-        for tokens, most in ((128, 128), (16384, 512), (512, 20))
-    )
-    assert [tile["BLOCK_M"] for tile in (one, many, short)] == [16, 128, 32]
-    assert [tile["BLOCK_N"] for tile in (one, many, short)] == [128, 64, 32]
+    """No longer than sequences."""
+    long, short = (attention_tile(torch.empty(1, 1, dtype=torch.float16), 64, most) for most in (500, 20))
+    assert [tile["BLOCK_M"] for tile in (long, short)] == [64, 32]
+    assert [tile["BLOCK_N"] for tile in (long, short)] == [64, 32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
