@@ -99,9 +99,9 @@ def test_which_products_are_large() -> None:
     """Those that fill the GPU."""
 
     def large(rows: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> bool:
-        return is_large(torch.empty(rows, k, dtype=dtype), n)
+        return is_large(torch.empty(rows, k, dtype=dtype, device=DEVICE), n)
 
-    assert large(16384, 3072, 768)
+    assert large(16384, 3072, 768) is copies_tiles(torch.empty(1, device=DEVICE))
     assert not any((large(512, 3072, 768), large(16384, 3200, 768), large(16384, 3072, 40)))
     assert not large(16384, 3072, 768, torch.float32)
 
