@@ -71,6 +71,8 @@ def memory(choice: Plan, config: DeploymentConfig, model: ModelInfo, length: int
     why = "asked for" if config.max_length else _why_length(model, length)
     choice = choice.with_line("max_length", f"{length} tokens", why, max_length=length)
     why = f"of all waiting requests together, unpadded; about {size_words(step)} while one is computed"
+    if choice.device == "cuda" and config.options.cuda_graphs:
+        why += "; CUDA graphs take about as much again where it is free"
     choice = choice.with_line("steps", f"{tokens} tokens", why)
     sequences = config.max_batch or min(tokens, _MOST_SEQUENCES)
     if config.max_batch:

@@ -10,9 +10,11 @@ import torch
 from miinb.config import DeploymentConfig
 from miinb.engine.encode_queue import Bounds
 from miinb.engine.encoder import Encoder
-from miinb.engine.encoder_graphs import GraphedEncoder, graph_sizes
+from miinb.engine.encoder_graphs import GraphedEncoder, graph_sizes, most_bytes
 from miinb.engine.encoder_inputs import EncoderInputs
 from miinb.engine.encoding import EncodeExecutor, EncoderModel
+from miinb.engine.graphs import Recorder
+from miinb.engine.parameters import step_bytes
 from miinb.engine.reduction import ROWS, check_task
 from miinb.messages import EngineInfo, Phase
 
@@ -42,7 +44,9 @@ def fused_executor(
     plan = info.plan.with_line("steps", f"{tokens} tokens", reason)
     if info.device == "cuda" and options.cuda_graphs:
         report(Phase("capture"))
-        model = graphed = GraphedEncoder(encoder, inputs, graph_sizes(tokens, length, ROWS[info.task]))
+        step = step_bytes(spec, encoder.weights.dtype.itemsize, max(tokens, length))
+        recorder = Recorder(most_bytes=most_bytes(step))
+        model = graphed = GraphedEncoder(encoder, inputs, graph_sizes(tokens, length, ROWS[info.task]), recorder)
         plan = plan.with_line("graphs", "on", str(graphed))
     elif info.device == "cuda":
         plan = plan.with_line("graphs", "off", "asked for")

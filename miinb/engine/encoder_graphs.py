@@ -15,12 +15,14 @@ from torch import Tensor
 from miinb.engine.encoder import EncoderBatch
 from miinb.engine.encoder_inputs import EncoderInputs, Sizes
 from miinb.engine.encoding import EncoderModel
-from miinb.engine.graphs import MOST_BYTES, MOST_SECONDS, Recorder, Replay
+from miinb.engine.graphs import MOST_BYTES, Recorder, Replay
 from miinb.engine.reduction import Rows
 from miinb.wording import size_words
 
 #: Steps of more tokens run eagerly: the GPU computes while Python launches.
 MOST_TOKENS = 16384
+#: Steps of up to so many tokens gain most from a graph: theirs come first.
+SMALL_TOKENS = 4096
 #: Attention takes fewer tokens at a time in sequences of no more than so many.
 SHORT = 32
 #: Graphs whose head has rows of its own choice, as many as masks, have no more: the outputs of each are a vocabulary.
@@ -37,16 +39,34 @@ def graph_sizes(max_tokens: int, max_length: int, rows: Rows) -> list[Sizes]:
     """
     most = min(max_tokens, MOST_TOKENS)
     steps = (range(16, 64, 16), range(64, 256, 32), range(256, 512, 64), range(512, 1024, 128), range(1024, 2048, 256))
-    large = (range(2048, 4096, 512), range(4096, most, 1024))
+    large = (range(2048, SMALL_TOKENS, 512), range(SMALL_TOKENS, most, 1024))
     tokens = {n for part in (*steps, *large) for n in part if n < most} | {most}
     found = []
     for count in sorted(tokens):
         longest = min(count, max_length)
-        for length in (longest,) if longest <= SHORT or count > 4096 else (SHORT, longest):
+        for length in (longest,) if longest <= SHORT or count > SMALL_TOKENS else (SHORT, longest):
             sequences = max(8, count // (8 if length <= SHORT else 16))
             wanted = {"first": sequences, "all": count, "wanted": min(max(8, count // 16), MOST_ROWS)}[rows]
             found.append(Sizes(count, length, sequences, wanted))
     return found
+
+
+def capture_order(sizes: Sequence[Sizes]) -> list[Sizes]:
+    """The small steps' graphs, then the large ones'; of each group the largest first, as the others fit in its memory.
+
+    After it come the small ones: where time ends the captures, it is the steps between that are padded further.
+    """
+    small = [size for size in sizes if size.tokens <= SMALL_TOKENS]
+    large = list(sizes[len(small) :])
+    return [size for group in (small, large) for size in (*group[-1:], *group[:-1])]
+
+
+def most_bytes(step_bytes: int) -> int:
+    """Memory that the graphs may take of what is free now: `MOST_BYTES`, or a sixteenth where that is more; never what
+    a step without a graph needs (`step_bytes`).
+    """
+    free = torch.cuda.mem_get_info()[0]
+    return min(max(MOST_BYTES, free // 16), free - step_bytes)
 
 
 class GraphedEncoder:
@@ -65,19 +85,21 @@ class GraphedEncoder:
         self._encoder = encoder
         self._recorder = recorder or Recorder()
         self._replays: dict[Sizes, Replay] = {}
-        largest = sizes[-1]
-        like = encoder.outputs(_blank(inputs, largest))
+        like = encoder.outputs(_blank(inputs, sizes[0]))
         # All graphs write here: vocabularies are wide, and one of each graph would take much memory.
         self._outputs = torch.empty(
             (max(size.rows for size in sizes), like.shape[1]), dtype=like.dtype, device=like.device
         )
-        for size in (largest, *sizes[:-1]):  # the others fit in the memory of the largest
-            if self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES:
+        for size in capture_order(sizes):
+            if self._recorder.full:
                 break
             self._capture(inputs, size)
+        self._recorder.settle()
         inputs.graphs = sorted(self._replays)
 
     def __str__(self) -> str:
+        if not self._replays:
+            return "none: too little time or memory"
         counts = sorted({size.tokens for size in self._replays})
         took = f"captured in {self._recorder.seconds:.1f} s, {size_words(self._recorder.bytes)}"
         return f"{len(self._replays)} of steps of {counts[0]} to {counts[-1]} tokens, {took}"

@@ -38,16 +38,19 @@ class Recorder:
     Args:
         ranks: whether they hold collectives. NCCL's watchdog, a thread of its own, looks after its events at any time,
             which a capture takes for an error unless it watches its own thread alone.
+        most_bytes: that they may take.
 
     Attributes:
         seconds: of the recordings alone: the first start on a machine also compiles kernels.
-        bytes: of memory that they took.
+        bytes: of memory that they took; until `settle`, with what the steps before them left in PyTorch's cache.
     """
 
-    def __init__(self, *, ranks: bool = False) -> None:
+    def __init__(self, *, ranks: bool = False, most_bytes: int = MOST_BYTES) -> None:
         self._mode = "thread_local" if ranks else "global"
+        self._most_bytes = most_bytes
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
         self._before = torch.cuda.memory_reserved()
         self.seconds = 0.0
         self.bytes = 0
@@ -66,8 +69,23 @@ class Recorder:
             finally:
                 graph.capture_end()
             self.seconds += time.monotonic() - started
-        self.bytes = torch.cuda.memory_reserved() - self._before  # other processes may use the GPU too
+        self._measure()
         return graph.replay, results
+
+    @property
+    def full(self) -> bool:
+        """Whether the graphs have taken the time or the memory that they may."""
+        if self.bytes > self._most_bytes:
+            self.settle()
+        return self.seconds > MOST_SECONDS or self.bytes > self._most_bytes
+
+    def settle(self) -> None:
+        """Give back what is no graph's: no later step runs on this stream, whose cached memory serves no other."""
+        torch.cuda.empty_cache()
+        self._measure()
+
+    def _measure(self) -> None:
+        self.bytes = torch.cuda.memory_reserved() - self._before  # other processes may use the GPU too
 
 
 @dataclass(slots=True)
@@ -121,13 +139,13 @@ class GraphRunner:
             if self._enough():
                 break
             capture(inputs, size)
+        self._recorder.settle()
         inputs.buckets = sorted(self._decodes)
         inputs.mixed_buckets = sorted(self._mixed)
 
     def _enough(self) -> bool:
         """Whether captures end; on all ranks of a model or on none, as they replay together."""
-        enough = self._recorder.seconds > MOST_SECONDS or self._recorder.bytes > MOST_BYTES
-        group = self._decoder.group
+        enough, group = self._recorder.full, self._decoder.group
         return enough if group is None else not group.least(int(not enough), self._cache.k[0].device)
 
     def __str__(self) -> str:

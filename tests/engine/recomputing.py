@@ -11,6 +11,7 @@ class Recomputing:
 
     seconds = 0.0
     bytes = 0
+    full = False
     replays = 0
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -22,3 +23,6 @@ class Recomputing:
                 old.copy_(new)
 
         return replay, results
+
+    def settle(self) -> None:
+        """There is no memory to give back."""

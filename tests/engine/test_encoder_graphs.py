@@ -12,7 +12,7 @@ import torch
 from miinb.config import DeploymentConfig
 from miinb.engine.encoder import EncoderBatch
 from miinb.engine.encoder_executor import fused_executor
-from miinb.engine.encoder_graphs import MOST_ROWS, GraphedEncoder, graph_sizes
+from miinb.engine.encoder_graphs import MOST_ROWS, GraphedEncoder, capture_order, graph_sizes
 from miinb.engine.encoder_inputs import EncoderInputs, Sizes
 from miinb.engine.encoding import EncodeExecutor
 from miinb.engine.reduction import ROWS
@@ -86,12 +86,22 @@ def bounds() -> Any:
 
 def test_the_captures_end_with_time() -> None:
     recorder: Any = Recomputing()
-    recorder.seconds = 4.0
+    recorder.full = True
     inputs = EncoderInputs(64, torch.device("cpu"))
     model = GraphedEncoder(Summing(), inputs, graph_sizes(64, 40, "all"), recorder)
     assert inputs.graphs == []
     batch = EncoderBatch.of_sequences([[5, 6]])
     assert model.outputs(batch)[:, 0].tolist() == [5, 106]
+
+
+def test_small_steps_have_their_graphs_first() -> None:
+    order = capture_order(graph_sizes(16384, 512, "first"))
+    tokens = [size.tokens for size in order]
+    large = next(i for i, count in enumerate(tokens) if count > 4096)
+    assert (tokens[0], tokens[1], tokens[large], tokens[large + 1]) == (4096, 16, 16384, 5120)
+    assert max(tokens[:large]) <= 4096 < min(tokens[large:])
+    assert sorted(order) == graph_sizes(16384, 512, "first")
+    assert [size.tokens for size in capture_order(graph_sizes(48, 16, "all"))] == [48, 16, 32]
 
 
 @pytest.mark.parametrize("rows", ["first", "all", "wanted"])
