@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` of a cell prints a warning of gRPC
 
 import grpc
-from grpc.experimental import ChannelOptions
 
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
@@ -48,10 +47,6 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
-#: A call runs in the thread that reads it, not in one that gRPC starts for it: a fifth of a short predict call's time.
-#: Such a call has to be read to its end, so streams, which may be left, have the other channel.
-IN_THREAD = ((ChannelOptions.SingleThreadedUnaryStream, 1),)
-
 _T = TypeVar("_T")
 
 
@@ -70,8 +65,7 @@ class Client:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channel = _channel(address)
         self._generate = self._channel.unary_stream(codec.GENERATE)
-        self._predicting = _channel(address, *IN_THREAD)
-        self._predict = self._predicting.unary_stream(codec.PREDICT)
+        self._predict = self._channel.unary_unary(codec.PREDICT)
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
@@ -89,7 +83,6 @@ class Client:
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
         self._channel.close()
-        self._predicting.close()
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -199,12 +192,18 @@ class Client:
         """`predict` as the server answers it: plain data."""
         return self._ask(inputs, options, timeout_s, self._calls())[1]
 
-    def _calls(self, advance: Callable[[int], object] = lambda count: None) -> PredictCalls:
-        def call(data: bytes, left_s: float) -> Any:
+    def _calls(
+        self, advance: Callable[[int], object] = lambda count: None, *, cancelable: bool = False
+    ) -> PredictCalls:
+        def call(data: bytes, left_s: float) -> bytes:
             self._check_open()
-            return self._predict(data, timeout=left_s, metadata=self._metadata)
+            return bytes(self._predict(data, timeout=left_s, metadata=self._metadata))
 
-        return PredictCalls(call, self._record, advance)
+        def begin(data: bytes, left_s: float) -> Any:
+            self._check_open()
+            return self._predict.future(data, timeout=left_s, metadata=self._metadata)
+
+        return PredictCalls(call, begin, self._record, advance, cancelable=cancelable)
 
     def _predictions(
         self, inputs: Any, options: Mapping[str, Any], timeout_s: float | None, calls: PredictCalls
@@ -269,7 +268,7 @@ class Client:
 
     async def apredict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> Predictions:
         """`predict`, awaitable; canceling the task cancels the calls."""
-        calls = self._calls()
+        calls = self._calls(cancelable=True)
         return await _in_thread(lambda: self._predictions(inputs, options, timeout_s, calls), calls)
 
     async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
@@ -346,9 +345,9 @@ class Client:
             return self._columns
 
 
-def _channel(address: str, *more: tuple[str, int]) -> Any:
+def _channel(address: str) -> Any:
     """A channel for bytes in and out: the codec knows the messages (and gRPC's type stubs ask for serializers)."""
-    return grpc.insecure_channel(address, options=(*CHANNEL_OPTIONS, *more))
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 async def _run(work: Callable[[], _T]) -> _T:

@@ -27,9 +27,11 @@ class PredictServer:
         )
         self.calls: list[int] = []
         self.running = self.most = self.described = 0
+        self.least = 1  # calls that have to be in flight before the first is answered
+        self._enough = threading.Event()
         self._lock = threading.Lock()
         handlers = {
-            "Predict": grpc.unary_stream_rpc_method_handler(self._predict),
+            "Predict": grpc.unary_unary_rpc_method_handler(self._predict),
             "Describe": grpc.unary_unary_rpc_method_handler(self._describe),
         }
         self._server = grpc.server(
@@ -46,16 +48,19 @@ class PredictServer:
         self.described += 1
         return codec.encode_description({"name": "d", "info": dataclasses.asdict(self.info), "replicas": 1})
 
-    def _predict(self, data: bytes, context: Any) -> Any:
+    def _predict(self, data: bytes, context: Any) -> bytes:
         inputs, options = codec.decode_predict(data)
         ended = threading.Event()
         with self._lock:
             self.calls.append(len(inputs))
             self.running += 1
             self.most = max(self.most, self.running)
+            if self.most >= self.least:
+                self._enough.set()
         if not context.add_callback(ended.set):  # it has ended already
             ended.set()
         texts = [next(iter(values.values())) for values in inputs]
+        self._enough.wait(20)
         try:
             if "BAD" in texts:
                 failure = codec.failure_of(InvalidRequest(f"inputs[{texts.index('BAD')}]: it is bad."))
@@ -63,7 +68,7 @@ class PredictServer:
                 context.abort(failure.code, failure.text)
             if "WAIT" in texts:
                 ended.wait(20)
-            yield codec.encode_predicted(self._answer(texts, options))
+            return codec.encode_predicted(self._answer(texts, options))
         finally:
             with self._lock:
                 self.running -= 1

@@ -366,12 +366,9 @@ def encode_predicted(event: PredictedEvent) -> bytes:
     return data
 
 
-def decode_predicted(data: bytes) -> PredictedEvent | None:
-    """The answer of a predict request; None for a progress event."""
-    message = _parse(pb.PredictEvent, data)
-    if message.WhichOneof("event") != "predictions":
-        return None
-    got = message.predictions
+def decode_predicted(data: bytes) -> PredictedEvent:
+    """The answer of a predict request."""
+    got = _parse(pb.PredictEvent, data).predictions
     outputs: Sequence[Any] = json.loads(got.outputs_json)
     vectors = got.blobs[0] if got.blobs else b""
     times = (got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)

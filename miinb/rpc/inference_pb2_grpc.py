@@ -39,7 +39,7 @@ class InferenceStub(object):
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=miinb_dot_rpc_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
-        self.Predict = channel.unary_stream(
+        self.Predict = channel.unary_unary(
                 '/miinb.v1.Inference/Predict',
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.SerializeToString,
                 response_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.FromString,
@@ -72,7 +72,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Tasks that answer at once (classification, fill-mask, ...) and, with progress events, images.
+        """Tasks that answer at once (classification, fill-mask, ...). A single message back: a stream of one takes a third longer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +106,7 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=miinb_dot_rpc_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=miinb_dot_rpc_dot_inference__pb2.GenerateChunk.SerializeToString,
             ),
-            'Predict': grpc.unary_stream_rpc_method_handler(
+            'Predict': grpc.unary_unary_rpc_method_handler(
                     servicer.Predict,
                     request_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.FromString,
                     response_serializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.SerializeToString,
@@ -175,7 +175,7 @@ class Inference(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
+        return grpc.experimental.unary_unary(
             request,
             target,
             '/miinb.v1.Inference/Predict',

@@ -13,12 +13,12 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
@@ -36,7 +36,7 @@ from miinb.tasks import find_task
 
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
 TICK_S = 1.0
-#: Reports on requests that come and go are at least so far apart; the end of the last one is told at once.
+#: What changes as requests come and go is told so much later, together.
 REPORT_S = 0.02
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
@@ -84,7 +84,7 @@ class Frontend:
         self._name = name
         self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._health_changed)
         self._service = Inference(self._balancer, name, self._changed)
-        self._reported_at = 0.0
+        self._report_due: asyncio.TimerHandle | None = None  # what has changed is told then
         self._health = HealthServicer()
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
@@ -161,13 +161,14 @@ class Frontend:
             (self._folder / file).unlink(missing_ok=True)
 
     def _changed(self) -> None:
-        idle = self._service.counters.in_flight == 0
-        if idle or time.monotonic() - self._reported_at >= REPORT_S:
-            self._report()
+        if self._report_due is None:
+            self._report_due = asyncio.get_running_loop().call_later(REPORT_S, self._report)
 
     def _report(self) -> None:
         counters = self._service.counters
-        self._reported_at = time.monotonic()
+        if self._report_due is not None:
+            self._report_due.cancel()
+            self._report_due = None
         activity = {name: getattr(counters, name) for name in ("in_flight", "queued", "requests")}
         self._status.send({"activity": {**activity, "replicas": len(self._balancer.replicas)}})
 
@@ -192,7 +193,7 @@ def main() -> None:
         frontend = Frontend(
             config, Path(line["folder"]), line.get("name", ""), float(line.get("drain_s", DRAIN_S)), status
         )
-        asyncio.run(frontend.run())
+        uvloop.run(frontend.run())
     except Exception as error:
         log.exception("the frontend failed")
         status.send({"failed": {"error": type(error).__name__, "message": str(error), "hint": "", "details": ""}})

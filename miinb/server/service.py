@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -36,6 +36,8 @@ PACE_S = 0.04
 MAX_CHUNKS_S = 4000
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Inference:
         """The methods for `grpc.aio.Server.add_generic_rpc_handlers`; requests stay bytes, so that junk is ours."""
         methods = {
             codec.GENERATE: grpc.unary_stream_rpc_method_handler(self._generate),
-            codec.PREDICT: grpc.unary_stream_rpc_method_handler(self._predict),
+            codec.PREDICT: grpc.unary_unary_rpc_method_handler(self._predict),
             codec.CREATE_SESSION: grpc.unary_unary_rpc_method_handler(self._create_session),
             codec.DESTROY_SESSION: grpc.unary_unary_rpc_method_handler(self._destroy_session),
             codec.DESCRIBE: grpc.unary_unary_rpc_method_handler(self._describe),
@@ -105,8 +107,8 @@ class Inference:
     async def _generate(self, data: bytes, context: Any) -> None:
         await self._serve(self._run_generate, data, context)
 
-    async def _predict(self, data: bytes, context: Any) -> None:
-        await self._serve(self._run_predict, data, context)
+    async def _predict(self, data: bytes, context: Any) -> bytes:
+        return await self._serve(self._run_predict, data, context)
 
     def end_unread(self) -> None:
         """End the calls whose clients have stopped reading; to be called about once a second.
@@ -118,7 +120,7 @@ class Inference:
             if writer.since is not None and writer.since < limit:
                 writer.give_up()
 
-    async def _serve(self, run: Callable[[bytes, Writer, float], Awaitable[None]], data: bytes, context: Any) -> None:
+    async def _serve(self, run: Callable[[bytes, Writer, float], Awaitable[_T]], data: bytes, context: Any) -> _T:
         """Counts, times and answers one request; the client's deadline holds in the queue too."""
         counters = self.counters
         counters.requests += 1
@@ -130,8 +132,7 @@ class Inference:
         self._writers.add(writer)
         try:
             async with asyncio.timeout(left_s):
-                await run(data, writer, time.monotonic() + left_s)
-            return
+                return await run(data, writer, time.monotonic() + left_s)
         except asyncio.CancelledError:
             counters.cancelled += 1
             if not writer.given_up:
@@ -147,6 +148,7 @@ class Inference:
             self._writers.discard(writer)
         counters.failed += 1
         await abort(context, error)
+        raise error  # never: `abort` raises
 
     async def _run_generate(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
@@ -193,11 +195,9 @@ class Inference:
         streams = self.counters.in_flight
         return max(PACE_S, streams / MAX_CHUNKS_S) if streams > MANY_STREAMS else 0.0
 
-    async def _run_predict(self, data: bytes, writer: Writer, deadline: float) -> None:
+    async def _run_predict(self, data: bytes, writer: Writer, deadline: float) -> bytes:
         alone = self.counters.in_flight == 1
-        await writer.write(
-            await predict(data, self._balancer, t_submit=time.monotonic(), deadline=deadline, alone=alone)
-        )
+        return await predict(data, self._balancer, t_submit=time.monotonic(), deadline=deadline, alone=alone)
 
     async def _create_session(self, data: bytes, context: Any) -> bytes:
         return await self._change_sessions(self._conversations.create, data, context)

@@ -144,6 +144,8 @@ def test_a_chat_goes_through_the_models_template(client: Client) -> None:
 def raw(frontend: FrontendProcess, data: bytes, path: str = codec.GENERATE, **options: Any) -> list[bytes]:
     """A call without this project's client."""
     with grpc.insecure_channel(frontend.address) as channel:
+        if path != codec.GENERATE:
+            return [channel.unary_unary(path)(data, timeout=20, **options)]
         return list(channel.unary_stream(path)(data, timeout=20, **options))
 
 
@@ -488,6 +490,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
         async def abort(self, *status: object) -> None:
             aborted.append(status)
+            raise grpc.aio.AbortError
 
         def time_remaining(self) -> None:
             return None
@@ -501,7 +504,8 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert not aborted
         monkeypatch.setattr(service, "MAX_UNREAD_S", -1.0)
         inference.end_unread()
-        await task
+        with pytest.raises(grpc.aio.AbortError):
+            await task
         assert (inference.counters.in_flight, inference.counters.cancelled) == (0, 1)
 
     asyncio.run(call())
