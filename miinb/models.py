@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
@@ -41,6 +42,9 @@ _KEYS = {
     "context_length": ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_seq_len"),
     "vocab_size": ("vocab_size",),
 }
+#: More of its numbers, and those that need not be whole.
+_WHOLE = ("intermediate_size", "head_dim", "type_vocab_size", "hidden_dim", "n_inner", "ffn_dim", "embedding_size")
+_FRACTIONS = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +253,7 @@ def _no_weights(folder: Path) -> UnsupportedModel | BrokenCheckpoint:
 
 
 def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], entries: list[TensorEntry]) -> ModelInfo:
+    _check_numbers(config, source)
     facts = {name: _first(config, keys) for name, keys in _KEYS.items()}
     heads = facts["heads"]
     architecture = (config.get("architectures") or [""])[0]
@@ -306,6 +311,20 @@ def _check_unquantized(config: Mapping[str, Any], source: str) -> None:
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
         raise UnsupportedModel(f"The weights of {source} are quantized already ({method}).")
+
+
+def _check_numbers(config: Mapping[str, Any], source: str) -> None:
+    """Raise BrokenCheckpoint where config.json has something else in the place of a number."""
+    whole = {key for keys in _KEYS.values() for key in keys} | set(_WHOLE)
+    for key in (*sorted(whole), *_FRACTIONS):
+        value = config.get(key)
+        kinds = (int,) if key in whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, (*kinds, list, NoneType)):  # a list: one a layer
+            what = "no whole number" if key in whole else "no number"
+            raise BrokenCheckpoint(
+                f"config.json of {source} cannot be used: {key} is {value!r:.40}, {what}.",
+                hint="Write numbers without quotes, or fetch the model again.",
+            )
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:

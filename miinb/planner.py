@@ -112,13 +112,14 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     generates = TASKS[task].streams
     if isinstance(model.unfused, BrokenCheckpoint):
         raise model.unfused
+    why = ""
     if (model.spec if generates else model.encoder) is None:
         why = model.unfused.message if model.unfused else f"There is no policy for {task} of {model.family}."
+    elif not generates and config.tensor_parallel > 1:
+        why = splitting.FUSED_ENCODER
+    if why:
         reason = f"plain transformers run it: {why}"
         return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
-    if not generates and config.tensor_parallel > 1:
-        reason = "transformers run an encoder over several ranks"
-        return choice.with_line("engine", "baseline", reason, engine="baseline")
     return choice.with_line(
         "engine", "optimized", f"fused {'decoder' if generates else 'encoder'} with the policy of {model.family}"
     )
@@ -162,7 +163,8 @@ def _split_by_autotp(choice: Plan, model: ModelInfo, ranks: int) -> Plan:
 def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]) -> Plan:
     if groups:
         named = ", ".join(f"{gpu.index} ({gpu.name})" for group in groups for gpu in group)
-        return choice.with_line("device", f"cuda {named}", "a GPU a replica")
+        size = config.tensor_parallel
+        return choice.with_line("device", f"cuda {named}", "a GPU a replica" if size == 1 else f"{size} a replica")
     reason = "asked for" if config.device == "cpu" else "no GPU can be seen"
     ranks = config.replicas * config.tensor_parallel
     threads = config.options.threads or max(1, hardware.cores // ranks)

@@ -19,12 +19,14 @@ class TaskOption:
         kinds: types that its value may have.
         choices: the texts that it may be; empty: any.
         least: the smallest number that it may be.
+        most: the largest.
     """
 
     default: Any
     kinds: tuple[type, ...]
     choices: tuple[str, ...] = ()
     least: int = 0
+    most: int = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,13 +38,14 @@ POLICY_DATA = ("engine.policies", "engine.spec", "engine.encoder_spec", "engine.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
-    "config": ("errors",),
+    "frozen": ("errors",),
+    "config": ("errors", "frozen"),
     "messages": ("config", "errors"),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", *POLICY_DATA),
-    "rpc": ("messages", "errors", "config"),
+    "rpc": ("messages", "errors", "config", "frozen"),
     "kernels": (),
     "engine": (
         "hardware",

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from miinb.config import DeploymentConfig, EngineOptions, GenerationParams, parse_generation
@@ -74,9 +75,36 @@ def test_wrong_generation_parameters_are_refused_by_name(values: dict[str, objec
     assert field in caught.value.line()
 
 
-def test_generation_accepts_usual_spellings() -> None:
-    import numpy as np
+@pytest.mark.parametrize(
+    ("field", "given", "meant"),
+    [("engine", "optimised", "optimized"), ("dtype", "FP16", "fp16"), ("dtype", "float16", "fp16"),
+     ("device", "gpu", "cuda"), ("load_format", "dumy", "dummy")],
+)  # fmt: skip
+def test_a_wrong_choice_names_the_near_one(field: str, given: str, meant: str) -> None:
+    with pytest.raises(InvalidValue, match=field) as caught:
+        DeploymentConfig.parse({"model": "m", field: given})
+    assert caught.value.hint == f"Did you mean {meant!r}?"
 
+
+def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
+    given = {
+        "max_new_tokens": np.int64(5),
+        "do_sample": np.bool_(True),
+        "temperature": np.float32(0.5),
+        "eos_token_id": np.array([1, 2]),
+        "logit_bias": {np.int64(3): np.float32(1.5)},
+        "stop": [np.str_("x")],
+    }
+    params = parse_generation(given)
+    assert params == parse_generation(
+        {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5, "eos_token_id": [1, 2]}
+        | {"logit_bias": {3: 1.5}, "stop": ["x"]}
+    )
+    assert GenerationParams.from_json(params.to_json()) == params
+    assert DeploymentConfig.parse({"model": "m", "gpus": np.arange(2), "replicas": np.int32(2)}).gpus == [0, 1]
+
+
+def test_generation_accepts_usual_spellings() -> None:
     params = parse_generation(
         {
             "stop": "\n",

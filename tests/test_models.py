@@ -96,6 +96,15 @@ def test_task_is_asked_for_or_told(folder: Path) -> None:
         models.inspect(folder).task()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "8"), ("num_attention_heads", 4.0), ("vocab_size", True), ("rms_norm_eps", "1")]
+)
+def test_a_number_of_the_configuration_that_is_none_is_named(folder: Path, field: str, value: object) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | {field: value}))
+    with pytest.raises(BrokenCheckpoint, match=f"{field} is {value!r}"):
+        models.inspect(folder)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "grow", "header", "empty", "shape"])
 def test_damaged_safetensors_is_named(folder: Path, damage: str) -> None:
     file = folder / "model.safetensors"

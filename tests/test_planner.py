@@ -18,6 +18,7 @@ from miinb.hardware import Gpu, Hardware, _visible
 from miinb.messages import Plan
 from miinb.models import ModelInfo, inspect
 from miinb.planner import plan, resolve
+from miinb.splitting import FUSED_ENCODER
 
 GB = 1 << 30
 CPU = Hardware("A CPU", 8, 64 * GB, 32 * GB, frozenset({"avx2"}))
@@ -166,8 +167,12 @@ def test_an_encoders_dtype_follows_the_instructions(
 
 
 def test_an_encoder_that_transformers_run(tmp_path: Path) -> None:
-    choice = planned(model=encoder(tmp_path), tensor_parallel=2)
-    assert line(choice, "engine") == "baseline: transformers run an encoder over several ranks"
+    choice = planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2)
+    assert choice.engine == "baseline"
+    assert line(choice, "engine") == f"baseline: plain transformers run it: {FUSED_ENCODER}"
+    assert choice.warnings == (f"plain transformers run it: {FUSED_ENCODER}",), "it is slower than what was asked for"
+    assert line(choice, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP")
+    assert line(choice, "device") == "cuda 0 (H100), 1 (H100): 2 a replica"
     choice = planned(model=encoder(tmp_path, position_embedding_type="relative_key"))
     assert "'relative_key' have no fused form" in choice.warnings[0]
     choice = planned(model=encoder(tmp_path, num_labels=50, id2label={"0": "a", "1": "b"}))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import transformers
 from IPython.core.interactiveshell import InteractiveShell
@@ -68,6 +70,25 @@ def test_what_cannot_be_predicted_is_refused_in_words(
     with pytest.raises(error, match=words):
         session.predict(inputs)
     assert session.predict("deep [MASK]")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_k": 2**63}, "top_k: 9223372036854775808 is above 2147483647"),
+        ({"top_k": 0}, "top_k: 0 is below 1"),
+        ({"top_k": 2.5}, "top_k: 2.5 is not a whole number"),
+        ({"top_k": 10**400}, "options: it holds"),
+    ],
+)
+def test_wrong_options_are_refused_in_words(session: Session, options: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(words)):
+        session.predict("deep [MASK]", **options)
+
+
+def test_options_of_numpy_are_taken(session: Session) -> None:
+    options = {"top_k": np.int64(2), "truncation": np.bool_(True), "targets": np.array(["deep", "is"])}
+    assert len(session.predict("deep [MASK]", **options)[0]) == 2
 
 
 def test_the_program_and_the_magic_show_the_same(session: Session, program: Program) -> None:

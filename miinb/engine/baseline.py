@@ -137,7 +137,7 @@ def load_baseline(
         report(Phase("verify"))
         check_finite(loaded.parameters(), model, DTYPES[info.dtype])
     attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
-    plan = info.plan.with_line("engine", "transformers", f"eager, attention {attention}")
+    plan = info.plan.with_line("transformers", "eager", f"attention {attention}")
     if config.tensor_parallel > 1:
         loaded, plan = _split(loaded, config, ranks, plan)
     plan = dataclasses.replace(plan, weights_bytes=sum(parameter.nbytes for parameter in loaded.parameters()))

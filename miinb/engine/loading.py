@@ -249,7 +249,7 @@ def _encode_executor(
     if spec is None:
         raise model.unfused or UnsupportedModel(f"There is no policy for {info.task} of {model.family}.")
     if config.tensor_parallel > 1:
-        raise UnsupportedModel("The fused encoder runs on one rank.")
+        raise UnsupportedModel(splitting.FUSED_ENCODER)
     report(Phase("load", 0, spec.layers))
     started = time.monotonic()
     kernels, plan = encoder_kernels(info.plan, place)
@@ -367,9 +367,10 @@ def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
 
 def _fall_back(info: EngineInfo, config: DeploymentConfig, reason: str) -> EngineInfo:
     refuse_fallback(config, reason)
-    text = f"Plain transformers serve this model: {reason}"
+    reason = f"plain transformers run it: {reason}"
     plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
-    return dataclasses.replace(info, engine="baseline", plan=dataclasses.replace(plan, warnings=(*plan.warnings, text)))
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, reason))
+    return dataclasses.replace(info, engine="baseline", plan=plan)
 
 
 def _batch_executor(

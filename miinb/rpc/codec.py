@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from miinb import errors
 from miinb.config import GenerationParams, parse_generation
 from miinb.errors import InvalidRequest, MiinbError
+from miinb.frozen import plain
 from miinb.messages import (
     Chunk,
     GenerateRequest,
@@ -309,16 +310,16 @@ def encode_predict(inputs: Iterable[Mapping[str, Any]], options: Mapping[str, An
     """A predict request as bytes.
 
     Raises:
-        InvalidRequest: a value is not JSON (text, number, bool, None, list, dict).
+        InvalidRequest: a value is not JSON (text, number, bool, None, list, dict), nor numpy's word for it.
     """
     message = pb.PredictRequest(request_id=request_id)
     what = "options"
     try:
-        message.options.update(options)
+        message.options.update({name: plain(value) for name, value in options.items()})
         for place, values in enumerate(inputs):
             what = f"inputs[{place}]"
             message.inputs.add().update(values)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         text = f"{what}: it holds what is not text, a number, a list or a dictionary: {error}."
         raise InvalidRequest(text) from error
     data: bytes = message.SerializeToString()
@@ -338,7 +339,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "values") and not callable(value.values):  # ListValue
         return [_plain(entry) for entry in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,6 +143,11 @@ def test_no_field_of_a_stream_event_is_lost(cls: type[codec.StreamEvent]) -> Non
 def test_predict_keeps_whole_numbers_and_nesting() -> None:
     inputs = [{"query": "é", "n": 3, "x": 0.5, "list": [1, None, {"deep": True}]}]
     assert codec.decode_predict(codec.encode_predict(inputs, {"top_k": 5})) == (inputs, {"top_k": 5})
+    options = {"top_k": numpy.int64(3), "normalize": numpy.bool_(True), "targets": numpy.array(["a", "b"])}
+    plain = {"top_k": 3, "normalize": True, "targets": ["a", "b"]}
+    assert codec.decode_predict(codec.encode_predict(inputs, options)) == (inputs, plain)
+    with pytest.raises(errors.InvalidRequest, match="options"):
+        codec.encode_predict(inputs, {"top_k": 10**400})
     event = filled(PredictedEvent)
     assert codec.decode_predicted(codec.encode_predicted(event)) == event
 

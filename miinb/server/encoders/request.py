@@ -121,6 +121,8 @@ def _check_option(name: str, value: Any, option: TaskOption) -> None:
         )
     if type(value) is int and value < option.least:
         raise InvalidRequest(f"{name}: {value} is below {option.least}.")
+    if type(value) is int and value > option.most:
+        raise InvalidRequest(f"{name}: {value} is above {option.most}.")
 
 
 _KINDS = {bool: "True or False", int: "a whole number", str: "a text", list: "a list"}
