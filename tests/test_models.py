@@ -97,7 +97,8 @@ def test_task_is_asked_for_or_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_size", "8"), ("num_attention_heads", 4.0), ("vocab_size", True), ("rms_norm_eps", "1")]
+    ("field", "value"),
+    [("hidden_size", "8"), ("num_attention_heads", 4.0), ("vocab_size", True), ("rms_norm_eps", "1")],
 )
 def test_a_number_of_the_configuration_that_is_none_is_named(folder: Path, field: str, value: object) -> None:
     (folder / "config.json").write_text(json.dumps(LLAMA | {field: value}))

@@ -17,6 +17,7 @@ from miinb import splitting
 from miinb.config import DeploymentConfig
 from miinb.engine.loading import load_executor
 from miinb.engine.tokenizer_files import _stand_in
+from miinb.splitting import FUSED_ENCODER
 from tests.engine.autotp_process import REQUESTS, answers, predictions
 from tests.engine.test_baseline import save_bert
 
@@ -140,6 +141,7 @@ def test_an_encoder_is_split_too(pair: list[dict[str, Any]], folders: Path) -> N
     wanted = predictions(alone(folders / "bert", folders / "state"))
     assert len(wanted) == 6
     assert pair[0]["bert=none"]["answers"] == pytest.approx(wanted, abs=1e-5)
+    assert pair[0]["bert=none"]["plan"]["engine"] == f"baseline: plain transformers run it: {FUSED_ENCODER}"
 
 
 def test_a_failed_check_of_one_rank_lets_all_fall_back(pair: list[dict[str, Any]]) -> None:
