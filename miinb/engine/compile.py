@@ -44,8 +44,10 @@ from miinb.engine.encoder_inputs import Sizes
 from miinb.engine.encoder_spec import EncoderSpec
 from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.graphs import capture_order, mixed_sizes
+from miinb.engine.heads import reduce
 from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import ENCODERS, POLICIES, encoder_spec
+from miinb.engine.reduction import usual_reduction
 from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import UnsupportedModel
@@ -200,12 +202,14 @@ def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: Encode
     spec = dataclasses.replace(spec, layers=2)  # the last layer computes only the rows that the head reads
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     weights = load_encoder_weights(model, policy, spec, dtype=dtype, device=META, dummy=True)
-    encoder = Encoder(spec, weights)
+    encoder, task = Encoder(spec, weights), model.task(config.task)
+    usual = usual_reduction(task, function=model.function(), vocab_size=spec.vocab_size)
     length = min(config.max_length or spec.max_length, spec.max_length)
     tokens = max(config.options.step_tokens("cuda", encoder=True), length)
     with recording() as kernels:
         for size in (*graph_sizes(tokens, length, spec.head.rows), *_large_steps(tokens, length)):
-            encoder.outputs(_encoder_step(size))
+            step = _encoder_step(size)
+            reduce(encoder.outputs(step), usual, step.starts)
     return kernels
 
 

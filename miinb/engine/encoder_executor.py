@@ -15,7 +15,7 @@ from miinb.engine.encoder_inputs import EncoderInputs
 from miinb.engine.encoding import EncodeExecutor, EncoderModel
 from miinb.engine.graphs import Recorder
 from miinb.engine.parameters import step_bytes
-from miinb.engine.reduction import ROWS, check_task
+from miinb.engine.reduction import ROWS, check_task, usual_reduction
 from miinb.messages import EngineInfo, Phase
 
 
@@ -40,15 +40,18 @@ def fused_executor(
     bounds = Bounds(length, spec.vocab_size, spec.token_types, tokens, max_sequences=config.max_batch or 0)
     inputs = EncoderInputs(max(tokens, length), torch.device(info.device))
     model: EncoderModel = encoder
+    graphed = None
     reason = "asked for" if options.max_step_tokens else "packed, without padding"
     plan = info.plan.with_line("steps", f"{tokens} tokens", reason)
     if info.device == "cuda" and options.cuda_graphs:
         report(Phase("capture"))
         step = step_bytes(spec, encoder.weights.dtype.itemsize, max(tokens, length))
         recorder = Recorder(most_bytes=most_bytes(step))
-        model = graphed = GraphedEncoder(encoder, inputs, graph_sizes(tokens, length, ROWS[info.task]), recorder)
+        usual = usual_reduction(info.task, function=info.function, vocab_size=info.vocab_size)
+        sizes = graph_sizes(tokens, length, ROWS[info.task])
+        model = graphed = GraphedEncoder(encoder, inputs, usual, sizes, recorder)
         plan = plan.with_line("graphs", "on", str(graphed))
     elif info.device == "cuda":
         plan = plan.with_line("graphs", "off", "asked for")
     info = dataclasses.replace(info, max_length=length, plan=dataclasses.replace(plan, max_length=length))
-    return EncodeExecutor(model, info, bounds, max_queue=options.max_queue, inputs=inputs)
+    return EncodeExecutor(model, info, bounds, max_queue=options.max_queue, inputs=inputs, reducing=graphed)

@@ -16,7 +16,8 @@ from miinb.engine.encoder import EncoderBatch
 from miinb.engine.encoder_inputs import EncoderInputs, Sizes
 from miinb.engine.encoding import EncoderModel
 from miinb.engine.graphs import MOST_BYTES, Recorder, Replay
-from miinb.engine.reduction import Rows
+from miinb.engine.heads import Reduced, reduce
+from miinb.engine.reduction import Reduction, Rows
 from miinb.wording import size_words
 
 #: Steps of more tokens run eagerly: the GPU computes while Python launches.
@@ -75,21 +76,31 @@ class GraphedEncoder:
     Args:
         encoder: the model.
         inputs: the steps' memory; its `graphs` are set.
+        reduction: of the requests that a graph also reduces the outputs for.
         sizes: of the graphs, ascending; not all are made where they take too long or too much memory.
         recorder: None: `Recorder`.
     """
 
     def __init__(
-        self, encoder: EncoderModel, inputs: EncoderInputs, sizes: Sequence[Sizes], recorder: Recorder | None = None
+        self,
+        encoder: EncoderModel,
+        inputs: EncoderInputs,
+        reduction: Reduction,
+        sizes: Sequence[Sizes],
+        recorder: Recorder | None = None,
     ) -> None:
         self._encoder = encoder
+        self._reduction = reduction
         self._recorder = recorder or Recorder()
         self._replays: dict[Sizes, Replay] = {}
-        like = encoder.outputs(_blank(inputs, sizes[0]))
+        batch = _blank(inputs, sizes[0])
+        like = encoder.outputs(batch)
+        reduced = reduce(like, reduction, batch.starts)
         # All graphs write here: vocabularies are wide, and one of each graph would take much memory.
-        self._outputs = torch.empty(
-            (max(size.rows for size in sizes), like.shape[1]), dtype=like.dtype, device=like.device
-        )
+        rows = max(size.rows for size in sizes)
+        self._outputs = like.new_empty((rows, like.shape[1]))
+        self._numbers = reduced.numbers.new_empty((rows, reduced.numbers.shape[1]))
+        self._has_ids = reduced.has_ids
         for size in capture_order(sizes):
             if self._recorder.full:
                 break
@@ -107,17 +118,33 @@ class GraphedEncoder:
     @torch.inference_mode()
     def _capture(self, inputs: EncoderInputs, size: Sizes) -> None:
         batch, outputs = _blank(inputs, size), self._outputs[: size.rows]
-        self._replays[size], _ = self._recorder.record(lambda: (outputs.copy_(self._encoder.outputs(batch)),))
+
+        def step() -> tuple[Tensor, Tensor]:
+            outputs.copy_(self._encoder.outputs(batch))
+            numbers = reduce(outputs, self._reduction, batch.starts).numbers
+            return outputs, self._numbers[: len(numbers)].copy_(numbers)
+
+        self._replays[size], _ = self._recorder.record(step)
 
     def outputs(self, batch: EncoderBatch) -> Tensor:
         """See `encoding.EncoderModel`."""
-        # An eager step that happens to have a graph's sizes lies where the graph reads.
-        size = Sizes(len(batch.token_ids), batch.max_length, len(batch.starts) - 1, len(batch.rows))
-        replay = self._replays.get(size)
+        replay = self._replay(batch)
         if replay is None:
             return self._encoder.outputs(batch)
         replay()
-        return self._outputs[: size.rows]
+        return self._outputs[: len(batch.rows)]
+
+    def reduced(self, batch: EncoderBatch, reduction: Reduction) -> Reduced | None:
+        """See `encoding.Reducing`."""
+        replay = self._replay(batch) if reduction == self._reduction else None
+        if replay is None:
+            return None
+        replay()
+        return Reduced(self._numbers, self._has_ids)
+
+    def _replay(self, batch: EncoderBatch) -> Replay | None:
+        # An eager step that happens to have a graph's sizes lies where the graph reads.
+        return self._replays.get(Sizes(len(batch.token_ids), batch.max_length, len(batch.starts) - 1, len(batch.rows)))
 
 
 def _blank(inputs: EncoderInputs, size: Sizes) -> EncoderBatch:

@@ -26,7 +26,7 @@ from miinb.engine.executor import Emit, Poll
 from miinb.engine.heads import Reduced, reduce
 from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
-from miinb.engine.reduction import check_task, parse_reduction
+from miinb.engine.reduction import Reduction, check_task, parse_reduction
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, QueueFull
 from miinb.messages import (
     EncodedEvent,
@@ -52,6 +52,15 @@ class EncoderModel(Protocol):
         """The head's logits of the batch's rows, [L, C] on the device; for feature-extraction the last hidden states.
 
         They hold until the next call. A graph gives more rows than asked for, of which the first count.
+        """
+
+
+class Reducing(Protocol):
+    """What computes and reduces a step in one: the graphs of an encoder."""
+
+    def reduced(self, batch: EncoderBatch, reduction: Reduction) -> Reduced | None:
+        """The results of the batch, in the same rows as `heads.reduce` would give, and perhaps more; they hold until
+        the next call. None: it cannot, and nothing has been computed.
         """
 
 
@@ -82,6 +91,7 @@ class EncodeExecutor:
         bounds: of requests and steps.
         max_queue: most requests that wait.
         inputs: the steps' memory; None: made here.
+        reducing: asked first, where a step has one kind of options.
         lead: to the replica's other ranks, which compute the same forwards.
         launch_ahead: a step is launched before the one before it is read; None: on a GPU.
 
@@ -97,6 +107,7 @@ class EncodeExecutor:
         *,
         max_queue: int,
         inputs: EncoderInputs | None = None,
+        reducing: Reducing | None = None,
         lead: Lead | None = None,
         launch_ahead: bool | None = None,
     ) -> None:
@@ -109,6 +120,7 @@ class EncodeExecutor:
         self._on_gpu = device.type == "cuda"
         self._ahead = self._on_gpu if launch_ahead is None else launch_ahead
         self._max_queue = max_queue
+        self.reducing = reducing
         self._lead = lead
         self._jobs: dict[int, Job] = {}
         self._events: list[Event | EncodedEvent] = []
@@ -153,7 +165,7 @@ class EncodeExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
-        self._flight = self.model = None
+        self._flight = self.model = self.reducing = None
         if self._lead is not None:
             self._lead.close()
 
@@ -206,18 +218,7 @@ class EncodeExecutor:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
         batch = self.inputs.send(sizes)
-        assert self.model is not None
-        outputs = self.model.outputs(batch)
-        results = []
-        rows = sequences = 0
-        for numbers, reduction in step.groups():
-            first_row, first_sequence = rows, sequences
-            rows += sum(step.row_counts[i] for i in numbers)
-            sequences += sum(step.pieces[i].count for i in numbers)
-            starts = batch.starts[first_sequence : sequences + 1]
-            if first_row and reduction.pooling != "none":
-                starts = starts - starts[0]
-            results.append((numbers, self._to_host(reduce(outputs[first_row:rows], reduction, starts))))
+        results = self._results(step, batch)
         if end is not None:
             end.record()
         self._counts["steps"] += 1
@@ -225,16 +226,37 @@ class EncodeExecutor:
         self._counts["sequences"] += len(step.lengths)
         return _Flight(step, results, now, begin, end)
 
-    def _to_host(self, reduced: Reduced) -> Reduced:
-        """The same results on the host; of a GPU they are there once the stream has come to this point."""
-        if not (self._ahead or self._on_gpu):
-            return reduced
-        return Reduced(self._copy(reduced.values), None if reduced.ids is None else self._copy(reduced.ids))
+    def _results(self, step: EncodeStep, batch: EncoderBatch) -> list[tuple[list[int], Reduced]]:
+        """Numbers of pieces, and their results on the way to the host."""
+        assert self.model is not None
+        groups = list(step.groups())
+        if self.reducing is not None and len(groups) == 1:
+            ((numbers, reduction),) = groups
+            reduced = self.reducing.reduced(batch, reduction)
+            if reduced is not None:
+                return [(numbers, self._to_host(reduced, len(step.lengths if reduction.one_a_sequence else step.rows)))]
+        outputs = self.model.outputs(batch)
+        results = []
+        rows = sequences = 0
+        for numbers, reduction in groups:
+            first_row, first_sequence = rows, sequences
+            rows += sum(step.row_counts[i] for i in numbers)
+            sequences += sum(step.pieces[i].count for i in numbers)
+            starts = batch.starts[first_sequence : sequences + 1]
+            if first_row and reduction.pooling != "none":
+                starts = starts - starts[0]
+            reduced = reduce(outputs[first_row:rows], reduction, starts)
+            results.append((numbers, self._to_host(reduced, len(reduced.numbers))))
+        return results
 
-    def _copy(self, part: Tensor) -> Tensor:
-        """Into pinned memory (PyTorch keeps it for the next one); contiguous tensors are copied without a wait."""
-        place = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._on_gpu)
-        return place.copy_(part.contiguous(), non_blocking=True)
+    def _to_host(self, reduced: Reduced, rows: int) -> Reduced:
+        """The first rows of results on the host; of a GPU they are there once the stream has come to this point."""
+        numbers = reduced.numbers[:rows]
+        if self._ahead or self._on_gpu:
+            # Pinned memory, which PyTorch keeps for the next one: contiguous tensors are copied without a wait.
+            place = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._on_gpu)
+            numbers = place.copy_(numbers, non_blocking=True)
+        return Reduced(numbers, reduced.has_ids)
 
     def _land(self, flight: _Flight) -> None:
         """Read a step's results."""

@@ -13,40 +13,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.engine.reduction import Reduction
+from miinb.kernels.shares import best_shares
 
 
 class Reduced(NamedTuple):
-    """Results on the device.
+    """Results in one piece of memory, so that they come to the host in one copy.
 
     Attributes:
-        values: [R, K] fp32.
-        ids: [R, K] int32: which label or token each value is of; None: all of them, in the model's order.
+        numbers: [R, K] fp32; with ids [R, 2K]: K values, then the bits of their ids, int32.
+        has_ids: whether it says which label or token each value is of; else they are all, in the model's order.
     """
 
-    values: Tensor
-    ids: Tensor | None
+    numbers: Tensor
+    has_ids: bool = False
+
+    @property
+    def values(self) -> Tensor:
+        """[R, K] fp32."""
+        return self.numbers[:, : self.numbers.shape[1] // (1 + self.has_ids)]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """[R, K] int32."""
+        return self.numbers[:, self.numbers.shape[1] // 2 :].view(torch.int32) if self.has_ids else None
 
 
 def reduce(outputs: Tensor, reduction: Reduction, starts: Tensor) -> Reduced:
     """The results of some sequences' outputs.
 
     Args:
-        outputs: [L, C] of the sequences' rows, which `ROWS` names, one sequence after another.
+        outputs: [L, C] of the sequences' rows, which `ROWS` names, one sequence after another; contiguous.
         reduction: of all of them.
-        starts: [S + 1] int32: where each sequence begins in rows of `outputs`, if those are all its tokens.
+        starts: [S + 1] int32: where each sequence begins in rows of `outputs`, if those are all its tokens, and the
+            end of the last.
     """
     task = reduction.task
     if task == "feature-extraction":
-        return Reduced(_pool(outputs, reduction, starts), None)
+        return Reduced(_pool(outputs, reduction, starts))
     if task == "question-answering":
-        return Reduced(outputs.float(), None)
-    if task == "fill-mask":
-        return _best_tokens(outputs, reduction)
+        return Reduced(outputs.float())
+    if task == "fill-mask" and reduction.targets:
+        return _best_targets(outputs, reduction)
+    columns = outputs.shape[-1]
+    top_k = min(reduction.top_k, columns)
+    if task == "fill-mask" or (top_k and reduction.function == "softmax"):
+        return Reduced(best_shares(outputs, top_k or columns), has_ids=True)
     scores = _scores(outputs, reduction.function)
-    if not reduction.top_k:
-        return Reduced(scores, None)
-    values, ids = scores.topk(min(reduction.top_k, scores.shape[-1]), dim=-1)
-    return Reduced(values, ids.int())
+    return _joined(*scores.topk(top_k, dim=-1)) if top_k else Reduced(scores)
+
+
+def _joined(values: Tensor, ids: Tensor) -> Reduced:
+    return Reduced(torch.cat((values, ids.int().view(torch.float32)), -1), has_ids=True)
 
 
 def _scores(logits: Tensor, function: str) -> Tensor:
@@ -57,15 +74,12 @@ def _scores(logits: Tensor, function: str) -> Tensor:
     return logits.sigmoid() + logits * 0 if function == "sigmoid" else logits
 
 
-def _best_tokens(logits: Tensor, reduction: Reduction) -> Reduced:
-    """The most likely tokens (of the targets), with their shares of the whole vocabulary."""
-    scores = torch.softmax(logits, -1, dtype=torch.float32)
-    if not reduction.targets:
-        values, ids = scores.topk(min(reduction.top_k or scores.shape[-1], scores.shape[-1]), dim=-1)
-        return Reduced(values, ids.int())
+def _best_targets(logits: Tensor, reduction: Reduction) -> Reduced:
+    """The most likely of some tokens, with their shares of the whole vocabulary."""
     targets = torch.tensor(reduction.targets, device=logits.device)
-    values, places = scores[:, targets].topk(min(reduction.top_k or len(targets), len(targets)), dim=-1)
-    return Reduced(values, targets[places].int())
+    scores = torch.softmax(logits, -1, dtype=torch.float32)[:, targets]
+    values, places = scores.topk(min(reduction.top_k or len(targets), len(targets)), dim=-1)
+    return _joined(values, targets[places])
 
 
 def _pool(hidden: Tensor, reduction: Reduction, starts: Tensor) -> Tensor:
@@ -73,7 +87,8 @@ def _pool(hidden: Tensor, reduction: Reduction, starts: Tensor) -> Tensor:
     if reduction.pooling == "first":
         vectors = vectors[starts[:-1]]
     elif reduction.pooling == "mean":
-        # Sums of segments: each row of `vectors` is looked up once, in bags that begin at `starts`.
+        # Sums of segments: each row of `vectors` is looked up once, in bags that begin at `starts`. The last bag has
+        # what a graph's step is padded with.
         tokens = torch.arange(len(vectors), dtype=starts.dtype, device=starts.device)
-        vectors = F.embedding_bag(tokens, vectors, starts[:-1], mode="mean")
+        vectors = F.embedding_bag(tokens, vectors, starts, mode="mean")[:-1]
     return F.normalize(vectors, dim=-1) if reduction.normalize else vectors

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from miinb.errors import InvalidRequest, UnsupportedModel, did_you_mean
+from miinb.tasks import TASKS
 
 Rows = Literal["first", "all", "wanted"]
 
@@ -90,6 +91,12 @@ def parse_reduction(task: str, options: Mapping[str, Any], *, function: str, voc
     if "targets" in values:
         values["targets"] = _targets(values["targets"], vocab_size)
     return Reduction(task, **values)
+
+
+def usual_reduction(task: str, *, function: str, vocab_size: int) -> Reduction:
+    """The reduction of a request without options of its own; the arguments are those of `parse_reduction`."""
+    options = {name: option.default for name, option in TASKS[task].options.items() if name in OPTIONS[task]}
+    return parse_reduction(task, options, function=function, vocab_size=vocab_size)
 
 
 def _targets(given: Any, vocab_size: int) -> tuple[int, ...]:

@@ -287,6 +287,12 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale.repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
 
 
+def best_shares(logits: Tensor, k: int) -> Tensor:
+    """See `shares.best_shares`; equal shares may come in another order."""
+    shares, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(k, dim=-1)
+    return torch.cat((shares, ids.int().view(torch.float32)), -1)
+
+
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """See `head.argmax`."""
     return logits.argmax(-1), torch.isfinite(logits.amax(-1))

@@ -15,7 +15,7 @@ from miinb.engine.encoder_executor import fused_executor
 from miinb.engine.encoder_graphs import MOST_ROWS, GraphedEncoder, capture_order, graph_sizes
 from miinb.engine.encoder_inputs import EncoderInputs, Sizes
 from miinb.engine.encoding import EncodeExecutor
-from miinb.engine.reduction import ROWS
+from miinb.engine.reduction import ROWS, Reduction, usual_reduction
 from tests.engine import tiny_encoders
 from tests.engine.recomputing import Recomputing
 from tests.engine.test_encoder import load
@@ -37,15 +37,21 @@ def test_padded_steps_give_the_answers_of_eager_ones(task: str, tmp_path: Path) 
     assert ("steps", "128 tokens") in [(line.what, line.choice) for line in plain.info.plan.lines]
     recorder: Any = Recomputing()
     inputs = graphed.inputs
-    graphed.model = GraphedEncoder(graphed.model, inputs, graph_sizes(96, LONGEST, ROWS[task]), recorder)  # type: ignore[arg-type]
+    assert graphed.model is not None
+    usual = usual_reduction(task, function="", vocab_size=graphed.info.vocab_size)
+    model = GraphedEncoder(graphed.model, inputs, usual, graph_sizes(96, LONGEST, ROWS[task]), recorder)
+    graphed.model = graphed.reducing = model
     assert str(graphed.model).startswith("8 of steps of 16 to 96 tokens")
-    # One text, a full step, a larger one, and one of more texts than a graph takes.
-    loads = [[9], [48, 3, 40], [30, 30, 30, 30], [2] * 13, [1], [17, 5, 31]]
+    # One text, a full step, a larger one, one of more texts than a graph takes, and one of as many.
+    loads = [[9], [48, 3, 40], [30, 30, 30, 30], [2] * 13, [1], [17, 5, 31], [1] * 8]
+    options: list[dict[str, Any]] = [{}] * len(loads)
+    if task == "text-classification":
+        options[5] = options[6] = {"top_k": 1}  # as clients ask: reduced in the graph
     for row, lengths in enumerate(loads):
         masks = [(0, 0), (len(lengths) - 1, lengths[-1] - 1)][: len(lengths)] if task == "fill-mask" else None
         answers = []
         for executor in (plain, graphed):
-            executor.encode(ask(row, sequences(lengths, row), masks=masks))
+            executor.encode(ask(row, sequences(lengths, row), masks=masks, **options[row]))
             answers.append(run(executor)[row])
         np.testing.assert_allclose(*map(values, answers), rtol=1e-4, atol=1e-6)
         assert answers[0].ids == answers[1].ids
@@ -64,7 +70,7 @@ class Summing:
 def test_a_graph_reads_what_was_written_last_and_nothing_of_larger_steps() -> None:
     inputs = EncoderInputs(64, torch.device("cpu"))
     recorder: Any = Recomputing()
-    model = GraphedEncoder(Summing(), inputs, graph_sizes(64, 40, "all"), recorder)
+    model = GraphedEncoder(Summing(), inputs, Reduction("feature-extraction"), graph_sizes(64, 40, "all"), recorder)
     executor = EncodeExecutor(model, info_of("feature-extraction"), bounds(), max_queue=9, inputs=inputs)
     for row, lengths in enumerate(([40, 20], [5], [3, 3, 3])):
         texts = sequences(lengths, row)
@@ -88,7 +94,7 @@ def test_the_captures_end_with_time() -> None:
     recorder: Any = Recomputing()
     recorder.full = True
     inputs = EncoderInputs(64, torch.device("cpu"))
-    model = GraphedEncoder(Summing(), inputs, graph_sizes(64, 40, "all"), recorder)
+    model = GraphedEncoder(Summing(), inputs, Reduction("feature-extraction"), graph_sizes(64, 40, "all"), recorder)
     assert inputs.graphs == []
     batch = EncoderBatch.of_sequences([[5, 6]])
     assert model.outputs(batch)[:, 0].tolist() == [5, 106]

@@ -19,6 +19,12 @@ def outputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torc
     return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)) * 4).to(dtype)
 
 
+def reduced(*args: Any) -> Any:
+    """Values and ids."""
+    found = reduce(*args)
+    return found.values, found.ids
+
+
 def softmax(logits: torch.Tensor) -> Any:
     shares = np.exp(logits.double().numpy())
     return shares / shares.sum(-1, keepdims=True)
@@ -30,34 +36,34 @@ def test_scores_of_labels(dtype: torch.dtype) -> None:
     plain = logits.double().numpy()
     wanted = {"softmax": softmax(logits), "sigmoid": 1 / (1 + np.exp(-plain)), "none": plain}
     for function, scores in wanted.items():
-        values, ids = reduce(logits, Reduction("text-classification", function=function), NO_STARTS)
+        values, ids = reduced(logits, Reduction("text-classification", function=function), NO_STARTS)
         assert values.dtype == torch.float32
         assert ids is None
         np.testing.assert_allclose(values.numpy(), scores, rtol=1e-5, atol=1e-7)
-        values, ids = reduce(logits, Reduction("text-classification", function=function, top_k=2), NO_STARTS)
+        values, ids = reduced(logits, Reduction("text-classification", function=function, top_k=2), NO_STARTS)
         assert ids is not None
         best = np.argsort(-scores, axis=-1)[:, :2]
         np.testing.assert_array_equal(ids.numpy(), best)
         np.testing.assert_allclose(values.numpy(), np.take_along_axis(scores, best, -1), rtol=1e-5, atol=1e-7)
-    values, ids = reduce(logits, Reduction("text-classification", top_k=9), NO_STARTS)
+    values, ids = reduced(logits, Reduction("text-classification", top_k=9), NO_STARTS)
     assert values.shape == (4, 5)
-    values, ids = reduce(logits, Reduction("token-classification"), NO_STARTS)
+    values, ids = reduced(logits, Reduction("token-classification"), NO_STARTS)
     np.testing.assert_allclose(values.numpy(), wanted["softmax"], rtol=1e-5)
-    values, ids = reduce(logits, Reduction("question-answering"), NO_STARTS)
+    values, ids = reduced(logits, Reduction("question-answering"), NO_STARTS)
     np.testing.assert_allclose(values.numpy(), plain)
 
 
 def test_fills_of_masks() -> None:
     logits = outputs(3, 40, torch.bfloat16)
     shares = softmax(logits)
-    values, ids = reduce(logits, Reduction("fill-mask", top_k=4), NO_STARTS)
+    values, ids = reduced(logits, Reduction("fill-mask", top_k=4), NO_STARTS)
     assert ids is not None
     assert ids.dtype == torch.int32
     best = np.argsort(-shares, axis=-1)[:, :4]
     assert set(map(int, ids.flatten())) == set(map(int, best.flatten()))
     np.testing.assert_allclose(values.numpy(), np.take_along_axis(shares, best, -1), rtol=1e-5)
     targets = (31, 2, 17)
-    values, ids = reduce(logits, Reduction("fill-mask", top_k=5, targets=targets), NO_STARTS)
+    values, ids = reduced(logits, Reduction("fill-mask", top_k=5, targets=targets), NO_STARTS)
     assert ids is not None
     assert values.shape == (3, 3)
     for row in range(3):

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from miinb.engine.compile import compiling_for, recording
-from miinb.kernels import attention, dispatch, embedding, head, linear, norm, packed_attention, rope, sample
+from miinb.kernels import attention, dispatch, embedding, head, linear, norm, packed_attention, rope, sample, shares
 
 
 def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -98,6 +98,8 @@ CALLS: dict[str, Callable[[], Any]] = {
         *(t(1, dtype=torch.float32),) * 2,
     ),
     "argmax": lambda: head.argmax(t(1, 128256)),
+    "best_shares": lambda: shares.best_shares(t(8, 30522), 5),
+    "best_shares few": lambda: shares.best_shares(t(1024, 2), 1),
     "packed attention alone": encoder_attention_call(128, 12, 64, 128),
     "packed attention": encoder_attention_call(16384, 12, 64, 128),
     "packed attention long": encoder_attention_call(16384, 16, 64, 512),
@@ -127,6 +129,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("decode", (8, 0)),
         ("decode fp8", (8, 9)),
         ("argmax", (8, 0)),
+        ("best_shares", (8, 0)),
         ("packed attention", (8, 0)),
         ("packed attention long", (8, 0)),
     ],

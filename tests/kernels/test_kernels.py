@@ -19,6 +19,7 @@ from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, post_norm, rms_norm
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
+from miinb.kernels.shares import MOST, best_shares
 from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
 
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -303,6 +304,33 @@ def test_argmax(dtype: torch.dtype, vocab: int) -> None:
     assert argmax(logits)[1].tolist() == finite.tolist()
     assert (ids >= 0).all()
     assert (ids < vocab).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "k"), [(2, 1), (2, 2), (300, 5), (4096, 16), (9001, 1), (4099, 6), (9001, 17)])
+def test_best_shares(dtype: torch.dtype, columns: int, k: int) -> None:
+    logits = 4 * rand(8, columns, dtype=dtype)
+    logits[1] = 0  # all are equal
+    logits[1, 0] = 1
+    logits[2, columns // 2] = math.nan
+    logits[3, columns - 1] = math.inf
+    logits[4] = -math.inf
+    logits[5, : columns - 1] = -math.inf
+    logits[6, columns - 1] = 60
+    found = best_shares(logits, k).cpu()
+    shares, ids = found[:, :k], found[:, k:].view(torch.int32)
+    wanted = logits.cpu().double().softmax(-1)
+    good = [0, 1, 5, 6, 7]
+    theirs = wanted.gather(1, ids.clamp(0, columns - 1).long())
+    for expected in (wanted.topk(k).values, theirs):
+        torch.testing.assert_close(shares[good].double(), expected[good], rtol=1e-5, atol=1e-9)
+    assert not shares[[2, 3, 4]].isfinite().any()
+    for row in good:
+        assert len(set(ids[row].tolist())) == k
+        assert 0 <= int(ids[row].min()) <= int(ids[row].max()) < columns
+    if k <= MOST:
+        assert ids[1].tolist() == list(range(k)), "the lowest ids of equal shares"
+    assert best_shares(logits[:0], k).shape == (0, 2 * k)
 
 
 def test_greedy_head() -> None:
