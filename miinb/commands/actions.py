@@ -10,7 +10,8 @@ from miinb.commands.context import ENDED, Context
 from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, given
 from miinb.commands.screen import Table
 from miinb.config import DeploymentConfig
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidRequest, InvalidValue
+from miinb.tasks import find_task
 
 if TYPE_CHECKING:
     from miinb.messages import Plan
@@ -180,6 +181,14 @@ def _text(context: Context, values: Values, body: str | None, command: str) -> s
     return text
 
 
+def _generating(context: Context, values: Values) -> Session:
+    """The deployment that is asked. Raises InvalidRequest, before anything is shown, where it generates no text."""
+    session = context.session(values["deployment"])
+    if not find_task(session.task).streams:
+        raise InvalidRequest(f"{session.name} serves {session.task}.", hint="Use predict.")
+    return session
+
+
 def _generation(context: Context, values: Values) -> dict[str, Any]:
     options = given(values, GENERATION)
     if context.settings.max_new_tokens:
@@ -190,7 +199,7 @@ def _generation(context: Context, values: Values) -> dict[str, Any]:
 def gen(context: Context, values: Values, body: str | None) -> Result:
     """New text after a prompt, shown while it grows."""
     text = _text(context, values, body, "gen")
-    session = context.session(values["deployment"])
+    session = _generating(context, values)
     options = _generation(context, values)
     prompts = _batch(text, values["batch"])
     if len(prompts) > 1 or options.get("num_return_sequences", 1) > 1 or values["no_stream"] or values.get("quiet"):
@@ -214,7 +223,7 @@ def _batch(text: str, how: str | None) -> list[str]:
 def chat(context: Context, values: Values, body: str | None) -> Result:
     """The next turn of a conversation; `reset` begins a new one."""
     text = _text(context, values, body, "chat")
-    session = context.session(values["deployment"])
+    session = _generating(context, values)
     turns = list(context.chats.get(session.name, ()))
     if values["system"]:
         turns = [{"role": "system", "content": values["system"]}, *(t for t in turns if t["role"] != "system")]

@@ -80,6 +80,13 @@ def test_a_prompt_grows_in_one_display_and_stays_static(kernel: Kernel) -> None:
     assert "execute_result" not in kinds(seen)
 
 
+def test_where_an_answer_fails_nothing_waits_any_more(kernel: Kernel) -> None:
+    seen = kernel.run('%mii gen "Once upon a time," -n 100000')
+    assert seen[-1][1]["ename"] == "PromptTooLong"
+    updates = [content["data"] for kind, content in seen if kind == "update_display_data"]
+    assert updates[-1:] == [{"text/html": "", "text/plain": ""}]
+
+
 def test_results_are_values(kernel: Kernel) -> None:
     assert kernel.text("r = %mii gen -q Hi -n 3\nprint(r.usage.output_tokens)") == "3\n"
     assert kinds(kernel.run("%mii gen Hi -n 3 -q")) == ["reply"]

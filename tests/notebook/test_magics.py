@@ -62,6 +62,18 @@ def test_a_prompt_on_the_line_streams_and_gives_the_result(shell: Shell, deploym
     assert deployments["tiny"].calls == [("stream", "Hi, what's up?", {"max_new_tokens": 4, "stop": ["\n"]})]
 
 
+@pytest.mark.parametrize("cell", ["%mii gen Hi", "%mii chat Hi", "%%mii gen\nHi"])
+def test_a_deployment_that_generates_nothing_is_refused_before_anything_is_shown(
+    shell: Shell, deployments: dict[str, StandIn], cell: str
+) -> None:
+    deployments["tiny"].task = "text-classification"
+    with capture_output() as shown, pytest.raises(InvalidRequest, match="tiny serves text-classification"):
+        shell.run(cell)
+    assert "Once" not in shown.stdout
+    assert not shown.outputs
+    assert not deployments["tiny"].calls
+
+
 def test_what_was_streamed_is_not_shown_twice_but_kept(shell: Shell) -> None:
     with capture_output() as shown:
         result = shell.run("%mii gen Hi")
