@@ -191,6 +191,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
 }
+#: Their names by what they are: which suites can run them.
+ENCODERS = tuple(sorted(name for name, made in PRESETS.items() if made["model_type"] in encoder_tokenizers.KINDS))
+DECODERS = tuple(sorted(PRESETS.keys() - {*ENCODERS}))
 
 _TINY_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 #: What makes a model of a family tiny: enough to run every line, in milliseconds.
@@ -258,7 +261,7 @@ def write(name: str, folder: str | Path, **changes: Any) -> Path:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-    if values["model_type"] in encoder_tokenizers.KINDS:
+    if name in ENCODERS:
         encoder_tokenizers.write(values["model_type"], values["vocab_size"], target)
         return target
     tokenizer(values["vocab_size"]).save(str(target / "tokenizer.json"))

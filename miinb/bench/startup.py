@@ -183,7 +183,7 @@ def _field(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", choices=sorted(presets.PRESETS), default="llama-8b")
+    parser.add_argument("--model", choices=presets.DECODERS, default="llama-8b")
     parser.add_argument("--set", type=_field, action="append", default=[], help="a field of config.json: NAME=NUMBER")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--cached", action="store_true", help="leave the files in the page cache")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,22 @@ def test_published_figures_stand_beside_measured_ones() -> None:
     with pytest.raises(InvalidValue, match="no figure of 'gtp2'") as failure:
         published.beside(measured("gtp2"))
     assert "gpt2" in failure.value.hint
+
+
+@pytest.mark.parametrize(("module", "runs", "cannot"), [
+    ("headline", "gpt2", "bert-base"), ("encoders", "bert-base", "gpt2"), ("headline.profile", "gpt2", "minilm")
+])  # fmt: skip
+def test_a_benchmark_offers_the_models_that_it_runs(
+    module: str, runs: str, cannot: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"miinb.bench.{module}"
+    main = importlib.import_module(name if "." in module else f"{name}.__main__").main
+    with pytest.raises(SystemExit):
+        main([cannot] if "." in module else ["--models", cannot])
+    refused = capsys.readouterr().err
+    assert f"invalid choice: '{cannot}'" in refused
+    assert runs in refused.partition("choose from")[2]
+    assert cannot not in refused.partition("choose from")[2]
 
 
 def test_published_data_is_complete() -> None:

@@ -31,9 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.encoders", description=__doc__)
-    encoders = sorted(name for name, values in presets.PRESETS.items() if values["model_type"] in ENCODERS)
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: those of the device")
-    parser.add_argument("--models", nargs="+", choices=encoders, help="default: those of each suite")
+    parser.add_argument("--models", nargs="+", choices=presets.ENCODERS, help="default: those of each suite")
     parser.add_argument("--tasks", nargs="+", choices=HEADS, help="default: those of each suite")
     parser.add_argument("--arms", nargs="+", choices=LABELS, help="default: all of each suite")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: fp16; fp32 on a CPU")
@@ -55,10 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--published", action="store_true", help="charts: MII's figures of 2022 beside the measured")
     parser.add_argument("--out", type=Path, default=Path("encoder-runs"), help="directory of the records")
     return parser
-
-
-#: Families whose presets these suites run.
-ENCODERS = ("bert", "roberta", "distilbert")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.headline", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: all of the device")
-    parser.add_argument("--models", nargs="+", choices=sorted(presets.PRESETS), help="default: those of each suite")
+    parser.add_argument("--models", nargs="+", choices=presets.DECODERS, help="default: those of each suite")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="default: all of each suite")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], help="default: bf16; fp32 on a CPU")
     words = "fp8 adds the optimized engine with an fp8 KV cache, which is lossy"

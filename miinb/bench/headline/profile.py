@@ -155,7 +155,7 @@ def run(options: argparse.Namespace) -> list[StepTimes]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.headline.profile", description=__doc__)
-    parser.add_argument("model", choices=sorted(presets.PRESETS))
+    parser.add_argument("model", choices=presets.DECODERS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64], help="rows of the decoding steps (1 8 64)")
     parser.add_argument("--context", type=int, default=256, help="tokens of each row (256)")
     parser.add_argument("--steps", type=int, default=20, help="steps under the profiler (20)")
