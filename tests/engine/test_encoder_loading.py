@@ -19,14 +19,16 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, loading
 from miinb.engine.encoder import Encoder, EncoderBatch
+from miinb.engine.encoder_kernels import encoder_kernels
 from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.executor import Executor
 from miinb.engine.labels import function_of, labels_of
 from miinb.engine.parity import ParityReport
+from miinb.engine.place import Place
 from miinb.engine.policies import ENCODERS
 from miinb.engine.weights import weights_bytes
 from miinb.errors import BrokenCheckpoint, MissingHead, RankFailed, UnsupportedModel
-from miinb.messages import EncodedEvent, EncodeRequest
+from miinb.messages import EncodedEvent, EncodeRequest, Plan
 from tests.engine.tiny_encoders import CONFIGS, HEADS, build
 from tests.tiny_tokenizers import byte_level
 
@@ -132,11 +134,15 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
     info = models.inspect(tmp_path)
     assert info.encoder is not None
     assert info.kv_bytes_per_token() == 0
-    for dtype in ("fp32", "bf16", "int8"):
+    policy = ENCODERS[info.family]
+    for dtype in ("fp32", "bf16"):
         for dummy in (False, True):
-            policy = ENCODERS[info.family]
             weights = load_encoder_weights(info, policy, info.encoder, dtype=dtype, device=CPU, dummy=dummy)
             assert info.weights_bytes(dtype) == weights_bytes(weights)
+    kernels, _ = encoder_kernels(Plan("optimized", "cpu", "int8"), Place(CPU, "int8"))
+    tiles = {"levels": kernels.levels, "pack": kernels.pack}
+    weights = load_encoder_weights(info, policy, info.encoder, dtype="int8", device=CPU, **tiles)
+    assert info.weights_bytes("int8") == pytest.approx(weights_bytes(weights), rel=0.05)  # tiles are a CPU's own
 
 
 @pytest.fixture
