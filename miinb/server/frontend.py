@@ -88,6 +88,7 @@ class Frontend:
         self._health = HealthServicer()
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
+        self._for_ranks: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
 
     def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
         task, folder = find_task(info.task), self._folder / info.tokenizer_folder
@@ -121,7 +122,7 @@ class Frontend:
     async def start(self) -> dict[str, str]:
         """Listen on every socket; the addresses of the ready line."""
         await self._set_health()
-        await ipc.listen(self._folder / "engine.sock", self._balancer.make_channel)
+        self._for_ranks = await ipc.listen(self._folder / "engine.sock", self._balancer.make_channel)
         socket = self._folder / "rpc.sock"
         socket.unlink(missing_ok=True)
         address = unix_address(socket)
@@ -157,6 +158,8 @@ class Frontend:
         activity.cancel()
         second.cancel()
         self._balancer.close()
+        if self._for_ranks is not None:
+            self._for_ranks.close()
         for file in ("rpc.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
 

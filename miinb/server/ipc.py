@@ -207,7 +207,7 @@ class RankChannel(asyncio.Protocol):
 
 
 async def listen(path: Path, make_channel: Callable[[], RankChannel]) -> asyncio.Server:
-    """Listen for ranks on a unix socket that only this user can open."""
+    """Listen for ranks on a unix socket that only this user can open, as long as somebody holds the server."""
     path.unlink(missing_ok=True)
     server = await asyncio.get_running_loop().create_unix_server(make_channel, str(path))
     path.chmod(0o600)

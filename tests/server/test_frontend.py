@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import signal
@@ -19,14 +20,18 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import uvloop
 
 from miinb import errors
 from miinb.client import Client
+from miinb.config import DeploymentConfig
 from miinb.queries import query
 from miinb.rpc import codec
 from miinb.rpc import inference_pb2 as pb
 from miinb.server import service
 from miinb.server.balancer import Balancer
+from miinb.server.frontend import Frontend, StatusPipe
+from miinb.server.ipc import RankSocket
 from miinb.server.text import TextCodec
 from tests.frontend_process import ROOT, FrontendProcess, make, wait_for
 from tests.tiny_tokenizers import byte_level
@@ -510,3 +515,17 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     asyncio.run(call())
     assert aborted[0][0] is grpc.StatusCode.CANCELLED
+
+
+def test_ranks_that_come_late_find_a_listener(tmp_path: Path) -> None:
+    """uvloop ends listeners that are collected: a large model loads for minutes."""
+
+    async def run() -> None:
+        frontend = Frontend(DeploymentConfig.parse({"model": "m"}), tmp_path, "name", 0.0, StatusPipe())
+        await frontend.start()
+        for _ in range(3):
+            gc.collect()
+            await asyncio.sleep(0)
+        RankSocket.connect(tmp_path / "engine.sock", timeout_s=0.0).close()
+
+    uvloop.run(run())
