@@ -6,6 +6,7 @@ of them becomes Python objects.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,17 +185,14 @@ def _add_tokens(
 ) -> None:
     labels = scores.argmax(axis=1) if len(scores) else np.zeros(0, np.int64)
     wanted = np.array([name not in ignored for name in names])
-    for i in np.flatnonzero(wanted[labels]).tolist():
-        label = int(labels[i])
-        found[pieces[tokens.piece[i]].place].append(
-            {
-                "entity": names[label],
-                "score": float(scores[i, label]),
-                "index": int(tokens.index[i]),
-                "word": tokens.words[i],
-                "start": int(tokens.start[i]),
-                "end": int(tokens.end[i]),
-            }
+    kept = np.flatnonzero(wanted[labels])
+    places = np.array([piece.place for piece in pieces])[tokens.piece[kept]]
+    best = scores[kept, labels[kept]]
+    columns = (kept, places, labels[kept], best, tokens.index[kept], tokens.start[kept], tokens.end[kept])
+    for i, place, label, score, index, start, end in zip(*(column.tolist() for column in columns), strict=True):
+        word = tokens.words[i]
+        found[place].append(
+            {"entity": names[label], "score": score, "index": index, "word": word, "start": start, "end": end}
         )
 
 
@@ -251,21 +249,21 @@ def _add_groups(
     ends = np.append(begins[1:], len(units))
     groups = [name.split("-", 1)[-1] for name in names]
     wanted = np.array([group not in ignored for group in groups])
-    bounds = np.append(units, len(tokens.words))
-    for number in np.flatnonzero(wanted[labels[begins]]).tolist():
-        first, last = int(begins[number]), int(ends[number])
-        at, stop = int(bounds[first]), int(bounds[last])
-        parts = tokens.words[at:stop]
+    mean = np.add.reduceat(score, begins) / (ends - begins).astype(score.dtype)
+    edges = np.append(units, len(tokens.words))  # where units begin, and where the last ends
+    kept = np.flatnonzero(wanted[labels[begins]])
+    first, last = begins[kept], ends[kept]
+    at, stop = edges[first], edges[last]
+    places = np.array([piece.place for piece in pieces])[tokens.piece[at]]
+    columns = (first, last, at, stop, places, labels[first], mean[kept], tokens.start[at], tokens.end[stop - 1])
+    bounds = edges.tolist()
+    join = functools.cache(lambda *parts: text.join(parts))  # most words come again
+    for i, j, k, n, place, label, likely, start, end in zip(*(column.tolist() for column in columns), strict=True):
+        parts = tokens.words[k:n]
         if joined:
-            parts = [text.join(tokens.words[bounds[i] : bounds[i + 1]]) for i in range(first, last)]
-        found[pieces[tokens.piece[at]].place].append(
-            {
-                "entity_group": groups[labels[first]],
-                "score": float(score[first:last].mean()),
-                "word": text.join(parts),
-                "start": int(tokens.start[at]),
-                "end": int(tokens.end[stop - 1]),
-            }
+            parts = [join(*tokens.words[bounds[unit] : bounds[unit + 1]]) for unit in range(i, j)]
+        found[place].append(
+            {"entity_group": groups[label], "score": likely, "word": join(*parts), "start": start, "end": end}
         )
 
 

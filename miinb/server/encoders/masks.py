@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tokenizers import Encoding
 from miinb.errors import InvalidRequest, RequestError, UnsupportedModel
 from miinb.server.encoders.request import Answers, Asked, Prepared
 from miinb.server.encoders.tokenization import EncoderText
+from miinb.server.encoders.variants import Variants, texts_of
 from miinb.server.encoders.windows import fitted
 
 
@@ -64,21 +66,24 @@ def target_ids(asked: Asked) -> list[int]:
     """
     tokenizer = asked.text.tokenizer
     given = asked.options["targets"]
-    found: dict[int, None] = {}
+    numbers: dict[str, int | None] = {}
     for target in [given] if isinstance(given, str) else given:
         if not isinstance(target, str) or not target:
             raise InvalidRequest(f"targets: {target!r:.60} is no text, or empty.")
-        token = tokenizer.token_to_id(target)
-        if token is None:
-            pieces = tokenizer.encode(target, add_special_tokens=False)
-            if len(pieces.ids) != 1:
-                shown = ", ".join(repr(piece) for piece in pieces.tokens[:5]) or "none"
-                raise InvalidRequest(
-                    f"targets: {target!r:.60} is not one token of this model but {len(pieces.ids)} ({shown}).",
-                    hint="Give words that are single tokens.",
-                )
-            token = pieces.ids[0]
-        if token >= asked.info.vocab_size:
+        if target not in numbers:
+            numbers[target] = tokenizer.token_to_id(target)
+    others = [target for target, number in numbers.items() if number is None]
+    for target, pieces in zip(others, tokenizer.encode_batch_fast(others, add_special_tokens=False), strict=True):
+        if len(pieces.ids) != 1:
+            shown = ", ".join(repr(piece) for piece in pieces.tokens[:5]) or "none"
+            raise InvalidRequest(
+                f"targets: {target!r:.60} is not one token of this model but {len(pieces.ids)} ({shown}).",
+                hint="Give words that are single tokens.",
+            )
+        numbers[target] = pieces.ids[0]
+    found: dict[int, None] = {}
+    for target, token in numbers.items():
+        if token is None or token >= asked.info.vocab_size:
             raise InvalidRequest(f"targets: the model has no output for {target!r:.60}.")
         found[token] = None
     if not found:
@@ -98,27 +103,28 @@ def _fills(
     The sequence of one mask is plain text; with several it shows the special tokens, as the other masks are among them.
     """
     pad = text.special_id("pad_token")
-    single: list[list[int]] = []
-    several: list[list[int]] = []
+    single: list[Variants] = []
+    several: list[Variants] = []
     row = 0
     for ids, places in zip(sequences, masks, strict=True):
-        filled = single if len(places) == 1 else several
         kept = [token for token in ids if token != pad] if pad in ids else ids
-        shift = {place: place - sum(token == pad for token in ids[:place]) for place in places}
+        before = list(accumulate((token == pad for token in ids), initial=0))  # pads before each place
+        changes: list[tuple[int, int | None]] = []
         for place in places:
-            before, after = kept[: shift[place]], kept[shift[place] + 1 :]
-            filled += [[*before, *([] if token == pad else [token]), *after] for token in tokens[row]]
+            changes += [(place - before[place], None if token == pad else token) for token in tokens[row]]
             row += 1
-    words = iter(text.decode([[token] for best in tokens for token in best], skip_special_tokens=False))
-    plain = iter(text.decode(single, skip_special_tokens=True))
-    marked = iter(text.decode(several, skip_special_tokens=False))
+        (single if len(places) == 1 else several).append(Variants(kept, changes))
+    chosen = sorted({token for best in tokens for token in best})
+    words = dict(zip(chosen, text.decode([[token] for token in chosen], skip_special_tokens=False), strict=True))
+    plain = chain.from_iterable(texts_of(text, single, skip_special_tokens=True))
+    marked = chain.from_iterable(texts_of(text, several, skip_special_tokens=False))
     rows = iter(zip(tokens, scores, strict=True))
     answers: list[list[Any]] = []
     for places in masks:
         texts = plain if len(places) == 1 else marked
         fills = [
             [
-                {"score": score, "token": token, "token_str": next(words), "sequence": next(texts)}
+                {"score": score, "token": token, "token_str": words[token], "sequence": next(texts)}
                 for token, score in zip(*next(rows), strict=True)
             ]
             for _ in places

@@ -32,6 +32,8 @@ class EncoderText:
         max_length: most tokens of a sequence by the tokenizer's own word, or None.
         prefix: special tokens that go before a text.
         suffix: special tokens that go behind it.
+        anchor: tokens of an ordinary text.
+        special_ids: the special tokens'.
         specials: the special tokens' texts by name (mask_token, ...).
         question_first: in a pair of question and context.
         keep_end: of a text that is cut, the end is kept.
@@ -55,6 +57,9 @@ class EncoderText:
         begin = added.index(0) if 0 in added else len(added)
         end = len(added) - added[::-1].index(0) if 0 in added else len(added)
         self.prefix, self.suffix = probe.ids[:begin], probe.ids[end:]
+        self.anchor = probe.ids[begin:end]
+        added_tokens = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
         self._vocab_size = tokenizer.get_vocab_size()
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
@@ -143,7 +148,11 @@ class EncoderText:
     def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Texts of token ids, as transformers' tokenizer gives them."""
         texts = self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
-        return [_cleaned(text) for text in texts] if self._cleans else texts
+        return [self.cleaned(text) for text in texts]
+
+    def cleaned(self, text: str) -> str:
+        """What `decode` makes of the text that the tokenizer's decoder gives."""
+        return _cleaned(text) if self._cleans else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens as one text, as the tokenizer's decoder joins them."""

@@ -1,0 +1,93 @@
+"""Texts of sequences that differ from one another in one token: put together from pieces, not decoded each as a whole.
+
+What a token adds to a text depends, with the decoders of `_BY_TOKEN`, only on whether it is the first. So each token is
+decoded once as the first and once behind another. That this holds is seen on one variant of every sequence, which is
+decoded as a whole; where it does not, and for tokens that are a part of a character, all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from miinb.server.encoders.tokenization import EncoderText
+
+#: The kinds of decoders that take token by token.
+_BY_TOKEN = ("WordPiece", "ByteLevel", "Metaspace")
+#: What a decoder makes of bytes that are no character.
+_PART = "\ufffd"
+
+
+@dataclass(slots=True)
+class Variants:
+    """A sequence of token ids, and what is put into it: one token (None: nothing) in one place at a time."""
+
+    ids: Sequence[int]
+    changes: Sequence[tuple[int, int | None]]
+
+    def sequence(self, change: tuple[int, int | None]) -> list[int]:
+        """The token ids of one variant."""
+        place, token = change
+        return [*self.ids[:place], *(() if token is None else (token,)), *self.ids[place + 1 :]]
+
+
+def texts_of(text: EncoderText, variants: Sequence[Variants], *, skip_special_tokens: bool) -> list[list[str]]:
+    """The texts of each sequence's variants, which have at least one, as `text.decode` gives them."""
+    if type(text.tokenizer.decoder).__name__ not in _BY_TOKEN:
+        every = [one.sequence(change) for one in variants for change in one.changes]
+        each = iter(text.decode(every, skip_special_tokens=skip_special_tokens))
+        return [[next(each) for _ in one.changes] for one in variants]
+    tokens = {token for one in variants for token in one.ids}
+    tokens |= {token for one in variants for _, token in one.changes if token is not None}
+    pieces = _Pieces.of(text, sorted(tokens - text.special_ids if skip_special_tokens else tokens))
+    seen = text.decode([one.sequence(one.changes[0]) for one in variants], skip_special_tokens=skip_special_tokens)
+    found: list[list[str]] = []
+    for one, whole in zip(variants, seen, strict=True):
+        made = pieces.texts(one)
+        if made[0] != whole:
+            made = [None] * len(one.changes)
+        left = [one.sequence(change) for change, known in zip(one.changes, made, strict=True) if known is None]
+        decoded = iter(text.decode(left, skip_special_tokens=skip_special_tokens))
+        found.append([next(decoded) if known is None else known for known in made])
+    return found
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What each token adds to a text as its first, and behind another; a token that is skipped is in neither."""
+
+    text: EncoderText
+    first: dict[int, str]
+    behind: dict[int, str]
+
+    @classmethod
+    def of(cls, text: EncoderText, tokens: Sequence[int]) -> _Pieces:
+        def decode(sequences: list[list[int]]) -> list[str]:
+            return text.tokenizer.decode_batch(sequences, skip_special_tokens=False)
+
+        anchor = text.anchor
+        (before,) = decode([anchor])
+        pairs = decode([[*anchor, token] for token in tokens])
+        behind = [pair[len(before) :] if pair.startswith(before) else _PART for pair in pairs]
+        firsts = decode([[token] for token in tokens])
+        return cls(text, dict(zip(tokens, firsts, strict=True)), dict(zip(tokens, behind, strict=True)))
+
+    def texts(self, one: Variants) -> list[str | None]:
+        """The texts of a sequence's variants; None for those that are not known from pieces."""
+        parts = [self.behind.get(token, "") for token in one.ids]
+        inner, bounds = "".join(parts), [0, *accumulate(map(len, parts))]
+        texts: list[str | None] = []
+        for place, token in one.changes:
+            piece = "" if token is None else self.behind.get(token, "")
+            shown = token is not None and token in self.first
+            begin = next((i for i, other in enumerate(one.ids) if i != place and other in self.first), len(parts))
+            if _PART in piece or (not shown and begin == len(parts)):
+                texts.append(None)
+            elif token is not None and shown and place < begin:
+                texts.append(self.first[token] + inner[bounds[place + 1] :])
+            else:
+                head, rest = self.first[one.ids[begin]], inner[bounds[begin + 1] : bounds[place]]
+                tail = max(place, begin) + 1
+                texts.append(head + rest + piece + inner[bounds[tail] :])
+        return [known if known is None else self.text.cleaned(known) for known in texts]
