@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ from miinb.errors import InvalidRequest, PromptTooLong
 from miinb.messages import EncodeRequest
 
 Numbers = NDArray[np.int64]
+#: As they come in a frame: not copied.
+Ids = NDArray[np.int32]
 #: What numpy takes for an index: a slice where it can be, which costs a small request little.
 Place = slice | Numbers
+_Number = TypeVar("_Number", np.int64, np.int32)
 MANY = 1 << 31
 
 
@@ -43,13 +47,13 @@ class Job:
 
     request: EncodeRequest
     reduction: Reduction
-    token_ids: Numbers
-    type_ids: Numbers | None
+    token_ids: Ids
+    type_ids: Ids | None
     lengths: Numbers
     order: Numbers | None
     token_starts: Numbers
     row_starts: Numbers
-    wanted: Numbers
+    wanted: Ids
     planned: int = 0
     done: int = 0
     alone: bool = False
@@ -119,14 +123,16 @@ class EncodeStep:
         token_ids: [T], sequence after sequence.
         type_ids: [T]; None: all are 0.
         lengths: [S] tokens of each sequence.
+        starts: [S + 1] where each sequence begins, and the end.
         rows: [L] indexes into T whose outputs are wanted.
         row_counts: rows of each piece.
     """
 
     pieces: list[Piece]
-    token_ids: Numbers
-    type_ids: Numbers | None
+    token_ids: Ids
+    type_ids: Ids | None
     lengths: Numbers
+    starts: Numbers
     rows: Numbers
     row_counts: list[int]
 
@@ -134,22 +140,23 @@ class EncodeStep:
     def of_pieces(cls, pieces: list[Piece]) -> EncodeStep:
         """Pack them."""
         tokens = [piece.within(piece.job.token_starts) for piece in pieces]
-        lengths = np.concatenate([piece.job.lengths[piece.sequences] for piece in pieces])
+        lengths = _joined([piece.job.lengths[piece.sequences] for piece in pieces])
+        starts = _starts(lengths)
         parts = [piece.job.token_ids[place] for piece, place in zip(pieces, tokens, strict=True)]
-        token_ids, type_ids = np.concatenate(parts), None
+        token_ids, type_ids = _joined(parts), None
         if any(piece.job.type_ids is not None for piece in pieces):
-            type_ids = np.concatenate([
-                np.zeros(len(part), np.int64) if (types := piece.job.type_ids) is None else types[place]
+            type_ids = _joined([
+                np.zeros(len(part), np.int32) if (types := piece.job.type_ids) is None else types[place]
                 for piece, place, part in zip(pieces, tokens, parts, strict=True)
             ])  # fmt: skip
         kind = ROWS[pieces[0].job.reduction.task]
         if kind == "first":
-            rows, counts = lengths.cumsum() - lengths, [piece.count for piece in pieces]
+            rows, counts = starts[:-1], [piece.count for piece in pieces]
         elif kind == "all":
             rows, counts = np.arange(len(token_ids)), [len(part) for part in parts]
         else:
-            rows, counts = _wanted_rows(pieces, lengths)
-        return cls(pieces, token_ids, type_ids, lengths, rows, counts)
+            rows, counts = _wanted_rows(pieces, starts)
+        return cls(pieces, token_ids, type_ids, lengths, starts, rows, counts)
 
     def groups(self) -> Iterator[tuple[list[int], Reduction]]:
         """Pieces that are reduced together: their numbers, and how."""
@@ -161,16 +168,26 @@ class EncodeStep:
                 first = i + 1
 
 
-def _wanted_rows(pieces: list[Piece], lengths: Numbers) -> tuple[Numbers, list[int]]:
-    starts = lengths.cumsum() - lengths
+def _joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _starts(lengths: Numbers) -> Numbers:
+    """Where each sequence begins, and the end."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    lengths.cumsum(out=starts[1:])
+    return starts
+
+
+def _wanted_rows(pieces: list[Piece], starts: Numbers) -> tuple[Numbers, list[int]]:
     found, at = [], 0
     for piece in pieces:
         job, sequences = piece.job, piece.sequences
         moved = starts[at : at + piece.count] - job.token_starts[:-1][sequences]  # from there to here
         masks = np.diff(job.row_starts)[sequences]
-        found.append(job.wanted[piece.within(job.row_starts)] + np.repeat(moved, masks))
+        found.append(job.wanted.astype(np.int64)[piece.within(job.row_starts)] + np.repeat(moved, masks))
         at += piece.count
-    return np.concatenate(found), [len(rows) for rows in found]
+    return _joined(found), [len(rows) for rows in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +220,10 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
         InvalidRequest: its numbers do not fit each other or the model.
         PromptTooLong: a sequence is longer than the model takes.
     """
-    lengths, token_ids = np.asarray(request.lengths, np.int64), np.asarray(request.token_ids, np.int64)
+    lengths, token_ids = np.asarray(request.lengths, np.int64), np.asarray(request.token_ids, np.int32)
     told = len(request.type_ids) and bounds.token_types  # transformers' models without types do not read them either
-    type_ids = np.asarray(request.type_ids, np.int64) if told else None
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    lengths.cumsum(out=starts[1:])
+    type_ids = np.asarray(request.type_ids, np.int32) if told else None
+    starts = _starts(lengths)
     if len(lengths) and int(lengths.min()) < 1:
         raise InvalidRequest("lengths: a sequence has no tokens.")
     if starts[-1] != len(token_ids):
@@ -219,7 +235,7 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
         if len(type_ids) != len(token_ids):
             raise InvalidRequest(f"type_ids: {len(type_ids)} for {len(token_ids)} tokens.")
         _check_below("type_ids", type_ids, bounds.token_types)
-    wanted, row_starts = np.asarray(request.wanted, np.int64), starts
+    wanted, row_starts = np.asarray(request.wanted, np.int32), starts
     kind = ROWS[reduction.task]
     if kind == "wanted":
         _check_below("wanted", wanted, len(token_ids))
@@ -234,10 +250,10 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
     return Job(request, reduction, token_ids, type_ids, lengths, order, starts, row_starts, wanted)
 
 
-def _check_below(name: str, values: Numbers, limit: int) -> None:
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < limit:
-        wrong = int(values.max()) if values.max() >= limit else int(values.min())
-        raise InvalidRequest(f"{name}: {wrong} is not one of 0 to {limit - 1}.")
+def _check_below(name: str, values: Ids, limit: int) -> None:
+    unsigned = values.view(np.uint32)  # a negative number is large: one look at each is enough
+    if len(values) and int(unsigned.max()) >= limit:
+        raise InvalidRequest(f"{name}: {values[unsigned.argmax()]} is not one of 0 to {limit - 1}.")
 
 
 @dataclass(slots=True)

@@ -43,8 +43,11 @@ class Sizes(NamedTuple):
     def holds(self, step: Sizes) -> bool:
         """Whether a graph of these sizes computes the step, and padding it does not cost more than it saves."""
         most = step.tokens + max(SMALL_STEP, step.tokens // 4)
-        return step.tokens <= self.tokens <= most and all(
-            own >= its for own, its in zip(self[1:], step[1:], strict=True)
+        return (
+            step.tokens <= self.tokens <= most
+            and step.max_length <= self.max_length
+            and step.sequences <= self.sequences
+            and step.rows <= self.rows
         )
 
 
@@ -69,24 +72,23 @@ class EncoderInputs:
         ]
         self._device = torch.zeros(size, dtype=torch.uint8, device=device) if self._copies else self._host[0]
         self._turn = 0
+        self._counting = np.arange(max_tokens)
         self._views: dict[Sizes, list[list[Numbers]]] = {}  # of the graphs' steps, which come often
         self._batches: dict[Sizes, EncoderBatch] = {}
         self.graphs: Sequence[Sizes] = ()
 
     def write(self, step: EncodeStep) -> Sizes:
         """Write a step for `send`. Returns the sizes that it is computed in."""
-        lengths = step.lengths
-        tokens, sequences, count = len(step.token_ids), len(lengths), len(step.rows)
-        own = Sizes(tokens, int(lengths.max()), sequences, count)
+        tokens, sequences, count = len(step.token_ids), len(step.lengths), len(step.rows)
+        own = Sizes(tokens, int(step.lengths.max()), sequences, count)
         large = islice(self.graphs, bisect_left(self.graphs, own), None)
         sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
         token_ids, type_ids, positions, rows, starts = self._written(sizes)
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
-        starts[0] = 0
-        lengths.cumsum(out=starts[1 : sequences + 1])
-        positions[:tokens] = np.arange(tokens) - np.repeat(starts[:sequences], lengths)
+        starts[: sequences + 1] = step.starts
+        np.subtract(self._counting[:tokens], np.repeat(step.starts[:-1], step.lengths), out=positions[:tokens])
         rows[:count] = step.rows
         if sizes != own:  # what was here before may be of a larger step
             token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[count:] = 0

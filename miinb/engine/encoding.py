@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -169,7 +170,6 @@ class EncodeExecutor:
         if self._lead is not None:
             self._lead.close()
 
-    @torch.inference_mode()
     def step(self, emit: Emit, poll: Poll) -> None:
         """Launch the next step, then read the one before it (on a CPU: compute and read one step). Raises PeerLost."""
         self._expire()
@@ -211,6 +211,7 @@ class EncodeExecutor:
             self._blame(step, error)
             return None
 
+    @torch.inference_mode()
     def _compute(self, step: EncodeStep, now: float) -> _Flight:
         sizes = self.inputs.write(step)
         begin = end = None
@@ -263,7 +264,7 @@ class EncodeExecutor:
         seconds = flight.wait()
         step = flight.step
         for numbers, reduced in flight.results:
-            values, ids = reduced.values.numpy(), None if reduced.ids is None else reduced.ids.numpy()
+            values, ids = reduced.parts()
             at = 0
             for i in numbers:
                 piece = step.pieces[i]
@@ -276,7 +277,7 @@ class EncodeExecutor:
 
     def _take(self, piece: Piece, values: Any, ids: Any) -> None:
         job = piece.job
-        if not np.isfinite(values).all():
+        if not math.isfinite(values.sum(dtype=np.float64)):  # which sums of fp32 cannot exceed
             self._fail(job, NonFinite("The model produced NaN or infinity for this request."))
             return
         size = int(job.row_starts[-1]) * values.shape[1] * (4 if ids is None else 8)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from miinb.engine.reduction import Reduction
@@ -27,15 +29,13 @@ class Reduced(NamedTuple):
     numbers: Tensor
     has_ids: bool = False
 
-    @property
-    def values(self) -> Tensor:
-        """[R, K] fp32."""
-        return self.numbers[:, : self.numbers.shape[1] // (1 + self.has_ids)]
-
-    @property
-    def ids(self) -> Tensor | None:
-        """[R, K] int32."""
-        return self.numbers[:, self.numbers.shape[1] // 2 :].view(torch.int32) if self.has_ids else None
+    def parts(self) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
+        """Values [R, K], and ids [R, K] or None; on the host."""
+        numbers: NDArray[np.float32] = self.numbers.numpy()
+        if not self.has_ids:
+            return numbers, None
+        count = numbers.shape[1] // 2
+        return numbers[:, :count], numbers.view(np.int32)[:, count:]
 
 
 def reduce(outputs: Tensor, reduction: Reduction, starts: Tensor) -> Reduced:

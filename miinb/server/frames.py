@@ -167,7 +167,7 @@ class Decoder:
         self._buffer = bytearray()
         self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
-    def feed(self, data: bytes) -> list[Message]:
+    def feed(self, data: bytes | memoryview) -> list[Message]:
         """The messages that these bytes complete.
 
         Raises:

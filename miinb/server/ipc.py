@@ -30,6 +30,7 @@ class RankSocket:
         sock.setblocking(False)
         self._socket = sock
         self._decoder = Decoder()
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._outbox: deque[bytes | dict[int, list[int]]] = deque()  # frames, and tokens not yet packed
         self._sending = memoryview(b"")  # the frame that is partly on its way
         self._waiting_bytes = 0
@@ -124,6 +125,9 @@ class RankSocket:
         Raises:
             ConnectionError: the frontend is gone.
         """
+        if timeout_s == 0.0:  # within steps: one system call
+            self.flush()
+            return self._drain()  # type: ignore[return-value]  # the frontend sends only these kinds
         end = None if timeout_s is None else time.monotonic() + timeout_s
         messages: list[Message] = []
         while not messages:
@@ -135,19 +139,19 @@ class RankSocket:
                 messages = self._drain()
             elif not ready:
                 break
-        return messages  # type: ignore[return-value]  # the frontend sends only these kinds
+        return messages  # type: ignore[return-value]
 
     def _drain(self) -> list[Message]:
         messages: list[Message] = []
         while True:
             try:
-                data = self._socket.recv(RECEIVE_BYTES)
+                count = self._socket.recv_into(self._received)
             except BlockingIOError:
                 return messages
-            if not data:
+            if not count:
                 raise ConnectionError("the frontend is gone")
-            messages += self._decoder.feed(data)
-            if len(data) < RECEIVE_BYTES:
+            messages += self._decoder.feed(self._received[:count])
+            if count < RECEIVE_BYTES:
                 return messages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,10 @@ class EngineSide:
             raise MiinbError(reason or "The fused engine does not run this model.")
 
     def prepare(self, sequences: Sequence[Encoded], size: int) -> Ready:
-        """All sequences as one request, whatever the baseline's batches are."""
-        ids = [token for one in sequences for token in one.token_ids]
+        """All sequences as one request, whatever the baseline's batches are; packed, as a frame brings them."""
+        ids = array("i", (token for one in sequences for token in one.token_ids))
         lengths = [len(one.token_ids) for one in sequences]
-        types = [kind for one in sequences for kind in one.type_ids]
+        types = array("i", (kind for one in sequences for kind in one.type_ids))
         starts = itertools.accumulate(lengths, initial=0)
         wanted = [start + one.mask for start, one in zip(starts, sequences, strict=False) if one.mask is not None]
         options = OPTIONS.get(self._job.task, {})
