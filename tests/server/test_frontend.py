@@ -527,5 +527,7 @@ def test_ranks_that_come_late_find_a_listener(tmp_path: Path) -> None:
             gc.collect()
             await asyncio.sleep(0)
         RankSocket.connect(tmp_path / "engine.sock", timeout_s=0.0).close()
+        for server in frontend._servers:
+            await server.stop(0)
 
     uvloop.run(run())
