@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from miinb.engine import shared_memory
 
 #: Longest wait in a collective. Ranks enter them together, so only one that is dead or stopped takes so long.
 COLLECTIVE_S = 60.0
+#: Longest wait for the others when a process leaves the group.
+LEAVE_S = 5.0
 
 
 class PeerLost(Exception):
@@ -130,6 +135,8 @@ def init_distributed(
         rendezvous.unlink(missing_ok=True)  # of a process that was killed; it would be waited for
     # Its build takes half a minute on a fresh machine, and a killed build leaves a lock that later starts wait for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = shared
+    if ranks == 1:
+        atexit.register(leave_group)  # whoever loaded the model; of several ranks the worker says when
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         init_method=f"file://{rendezvous}",  # not as_uri(): torch does not decode it, and would wait for ever
@@ -145,6 +152,20 @@ def init_distributed(
         deepspeed.comm.barrier()  # every rank has mapped every segment: the names are needed no more
         shared_memory.unlink(rank)
     return Group(rank, ranks, "nccl" if device == "cuda" else "shared memory" if shared else "gloo")
+
+
+def leave_group(limit_s: float = LEAVE_S) -> None:
+    """Leave the process group, if there is one: NCCL complains of a process that ends within, or aborts it.
+
+    Leaving waits for the other ranks: where one of them is gone this process ends after `limit_s`, with exit code 1.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    limit = threading.Timer(limit_s, os._exit, (1,))
+    limit.daemon = True
+    limit.start()
+    torch.distributed.destroy_process_group()
+    limit.cancel()
 
 
 def set_environment(*, rank: int, ranks: int, device: str) -> None:

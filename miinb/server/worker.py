@@ -221,7 +221,7 @@ def serve(order: Order, reports: Reports) -> None:
     kernels = CompileJob.start(config, order.rank)
     from miinb.engine.followers import Following
     from miinb.engine.loading import load_rank  # torch: seconds
-    from miinb.engine.parallel import PeerLost
+    from miinb.engine.parallel import PeerLost, leave_group
 
     loaded = load_rank(
         config,
@@ -242,7 +242,7 @@ def serve(order: Order, reports: Reports) -> None:
     finally:
         loaded.close()
         if not isinstance(sys.exception(), PeerLost):  # leaving would wait for the others
-            _leave_group()
+            leave_group()
 
 
 def _lead(executor: Executor, order: Order, reports: Reports) -> None:
@@ -276,14 +276,6 @@ def _facts(info: EngineInfo) -> dict[str, Any]:
         "kv_cache_bytes": info.plan.kv_cache_bytes,
         **device_memory(),
     }
-
-
-def _leave_group() -> None:
-    """torch.distributed aborts a process that ends within a group."""
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _terminate(*_: object) -> NoReturn:

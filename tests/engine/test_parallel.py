@@ -163,3 +163,34 @@ def test_why_ranks_do_without_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp
     assert "not writable" in shared_memory.unusable(2)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in shared_memory.unusable(2)
+
+
+LEAVING = """
+import atexit, sys, torch.distributed
+from pathlib import Path
+from miinb.engine.parallel import init_distributed
+atexit.register(lambda: print("left", not torch.distributed.is_initialized()))
+init_distributed(replica=0, rank=0, ranks=1, folder=Path(sys.argv[1]), device="cpu")
+print("within", torch.distributed.is_initialized())
+"""
+
+
+def test_a_rank_alone_leaves_its_group_when_its_process_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "within True" in done.stdout
+    assert "left True" in done.stdout
+
+
+def test_leaving_does_not_wait_for_ever(tmp_path: Path) -> None:
+    hanging = (
+        LEAVING
+        + """
+import time
+from miinb.engine.parallel import leave_group
+torch.distributed.destroy_process_group = lambda: time.sleep(60)
+leave_group(0.2)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", hanging, str(tmp_path)], timeout=50, check=False)
+    assert done.returncode == 1
