@@ -52,6 +52,7 @@ from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels.head import argmax
+from miinb.kernels.shares import best_shares
 from miinb.messages import from_dict
 from miinb.models import ModelInfo
 
@@ -209,7 +210,7 @@ def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: Encode
     with recording() as kernels:
         for size in (*graph_sizes(tokens, length, spec.head.rows), *_large_steps(tokens, length)):
             step = _encoder_step(size)
-            reduce(encoder.outputs(step), usual, step.starts)
+            reduce(encoder.outputs(step), usual, step.starts, best_shares)
     return kernels
 
 

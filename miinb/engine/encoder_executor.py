@@ -16,6 +16,7 @@ from miinb.engine.encoding import EncodeExecutor, EncoderModel
 from miinb.engine.graphs import Recorder
 from miinb.engine.parameters import step_bytes
 from miinb.engine.reduction import ROWS, check_task, usual_reduction
+from miinb.kernels.shares import best_shares
 from miinb.messages import EngineInfo, Phase
 
 
@@ -54,4 +55,6 @@ def fused_executor(
     elif info.device == "cuda":
         plan = plan.with_line("graphs", "off", "asked for")
     info = dataclasses.replace(info, max_length=length, plan=dataclasses.replace(plan, max_length=length))
-    return EncodeExecutor(model, info, bounds, max_queue=options.max_queue, inputs=inputs, reducing=graphed)
+    return EncodeExecutor(
+        model, info, bounds, max_queue=options.max_queue, inputs=inputs, reducing=graphed, best_shares=best_shares
+    )

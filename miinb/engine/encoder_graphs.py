@@ -18,6 +18,7 @@ from miinb.engine.encoding import EncoderModel
 from miinb.engine.graphs import MOST_BYTES, Recorder, Replay
 from miinb.engine.heads import Reduced, reduce
 from miinb.engine.reduction import Reduction, Rows
+from miinb.kernels.shares import best_shares
 from miinb.wording import size_words
 
 #: Steps of more tokens run eagerly: the GPU computes while Python launches.
@@ -95,7 +96,7 @@ class GraphedEncoder:
         self._replays: dict[Sizes, Replay] = {}
         batch = _blank(inputs, sizes[0])
         like = encoder.outputs(batch)
-        reduced = reduce(like, reduction, batch.starts)
+        reduced = reduce(like, reduction, batch.starts, best_shares)
         # All graphs write here: vocabularies are wide, and one of each graph would take much memory.
         rows = max(size.rows for size in sizes)
         self._outputs = like.new_empty((rows, like.shape[1]))
@@ -121,7 +122,7 @@ class GraphedEncoder:
 
         def step() -> tuple[Tensor, Tensor]:
             outputs.copy_(self._encoder.outputs(batch))
-            numbers = reduce(outputs, self._reduction, batch.starts).numbers
+            numbers = reduce(outputs, self._reduction, batch.starts, best_shares).numbers
             return outputs, self._numbers[: len(numbers)].copy_(numbers)
 
         self._replays[size], _ = self._recorder.record(step)

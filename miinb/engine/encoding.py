@@ -24,11 +24,12 @@ from miinb.engine.encode_queue import Bounds, EncodeQueue, EncodeStep, Job, Piec
 from miinb.engine.encoder import EncoderBatch
 from miinb.engine.encoder_inputs import EncoderInputs
 from miinb.engine.executor import Emit, Poll
-from miinb.engine.heads import Reduced, reduce
+from miinb.engine.heads import BestShares, Reduced, reduce
 from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
 from miinb.engine.reduction import Reduction, check_task, parse_reduction
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, QueueFull
+from miinb.kernels import reference
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -93,6 +94,7 @@ class EncodeExecutor:
         max_queue: most requests that wait.
         inputs: the steps' memory; None: made here.
         reducing: asked first, where a step has one kind of options.
+        best_shares: the operator by which it reduces.
         lead: to the replica's other ranks, which compute the same forwards.
         launch_ahead: a step is launched before the one before it is read; None: on a GPU.
 
@@ -109,6 +111,7 @@ class EncodeExecutor:
         max_queue: int,
         inputs: EncoderInputs | None = None,
         reducing: Reducing | None = None,
+        best_shares: BestShares = reference.best_shares,
         lead: Lead | None = None,
         launch_ahead: bool | None = None,
     ) -> None:
@@ -122,6 +125,7 @@ class EncodeExecutor:
         self._ahead = self._on_gpu if launch_ahead is None else launch_ahead
         self._max_queue = max_queue
         self.reducing = reducing
+        self._best_shares = best_shares
         self._lead = lead
         self._jobs: dict[int, Job] = {}
         self._events: list[Event | EncodedEvent] = []
@@ -246,7 +250,7 @@ class EncodeExecutor:
             starts = batch.starts[first_sequence : sequences + 1]
             if first_row and reduction.pooling != "none":
                 starts = starts - starts[0]
-            reduced = reduce(outputs[first_row:rows], reduction, starts)
+            reduced = reduce(outputs[first_row:rows], reduction, starts, self._best_shares)
             results.append((numbers, self._to_host(reduced, len(reduced.numbers))))
         return results
 

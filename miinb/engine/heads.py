@@ -6,6 +6,7 @@ executor finds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miinb.engine.reduction import Reduction
-from miinb.kernels.shares import best_shares
+from miinb.kernels import reference
+
+BestShares = Callable[[Tensor, int], Tensor]
 
 
 class Reduced(NamedTuple):
@@ -38,7 +41,9 @@ class Reduced(NamedTuple):
         return numbers[:, :count], numbers.view(np.int32)[:, count:]
 
 
-def reduce(outputs: Tensor, reduction: Reduction, starts: Tensor) -> Reduced:
+def reduce(
+    outputs: Tensor, reduction: Reduction, starts: Tensor, best_shares: BestShares = reference.best_shares
+) -> Reduced:
     """The results of some sequences' outputs.
 
     Args:
@@ -46,6 +51,7 @@ def reduce(outputs: Tensor, reduction: Reduction, starts: Tensor) -> Reduced:
         reduction: of all of them.
         starts: [S + 1] int32: where each sequence begins in rows of `outputs`, if those are all its tokens, and the
             end of the last.
+        best_shares: the operator; transformers' models do without this project's kernels.
     """
     task = reduction.task
     if task == "feature-extraction":
