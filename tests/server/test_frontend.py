@@ -21,6 +21,7 @@ import grpc
 import psutil
 import pytest
 import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from miinb import errors
 from miinb.client import Client
@@ -531,3 +532,20 @@ def test_ranks_that_come_late_find_a_listener(tmp_path: Path) -> None:
             await server.stop(0)
 
     uvloop.run(run())
+
+
+def test_a_client_that_pings_often_is_not_thrown_out(frontend: FrontendProcess) -> None:
+    """Under load pings may come in bunches, and after the last answer; a GOAWAY would end all calls of the channel."""
+    options = {
+        "grpc.keepalive_time_ms": 50,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.max_pings_without_data": 0,
+        "grpc.http2.min_time_between_pings_ms": 10,
+        "grpc.use_local_subchannel_pool": 1,
+    }
+    with grpc.insecure_channel(frontend.address, options=tuple(options.items())) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        time.sleep(4)  # gRPC sends one a second at most
+        assert watch.is_active(), watch.details()
+        watch.cancel()
