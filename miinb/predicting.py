@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
 from miinb.messages import PredictedEvent
 from miinb.rpc import codec
 
@@ -24,6 +24,7 @@ CALL_BYTES = codec.MAX_REQUEST_BYTES // 4
 MAX_CALLS = 8
 
 Inputs = Sequence[Mapping[str, str]]
+_STOPPED = "The deployment was stopped while this request ran."
 #: How an error of the server names an input of its call.
 _PLACE = re.compile(r"\binputs\[(\d+)\]")
 
@@ -134,6 +135,8 @@ class PredictCalls:
             event = codec.decode_predicted((self._cancelably if self._cancelable else self._call)(data, timeout_s))
         except grpc.RpcError as failure:
             error = codec.error_of(failure)
+            if isinstance(error, Cancelled) and not self._cancelled:  # by the server, or the channel was closed
+                error = Unavailable(_STOPPED, hint="Start it, then ask again.")
             raise error from None
         except grpc.FutureCancelledError:
             error = Cancelled("The request was canceled.")

@@ -1,6 +1,7 @@
 """A gRPC server without a model that answers Predict: for tests of the client alone. A text's answer is its length.
 
-A text "BAD" fails its call with its place; with "WAIT" the call lasts until the client ends it.
+A text "BAD" fails its call with its place; with "WAIT" the call lasts until the client ends it,
+with "CANCEL" the server ends it.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class PredictServer:
                 failure = codec.failure_of(InvalidRequest(f"inputs[{texts.index('BAD')}]: it is bad."))
                 context.set_trailing_metadata(failure.metadata)
                 context.abort(failure.code, failure.text)
+            if "CANCEL" in texts:  # as a server that stops does
+                context.abort(grpc.StatusCode.CANCELLED, "")
             if "WAIT" in texts:
                 ended.wait(20)
             return codec.encode_predicted(self._answer(texts, options))

@@ -205,3 +205,10 @@ def test_embeddings_are_one_array(server: PredictServer, client: Client) -> None
     reply = query(client, {"query": ["ab", "c"]}, {}).response
     assert reply[0][0]["embedding"][:2] == [2.0, 0.0]
     assert isinstance(reply[0][0]["embedding"], list)
+
+
+def test_a_call_that_the_server_ends_says_that_the_deployment_was_stopped(
+    server: PredictServer, client: Client
+) -> None:
+    with pytest.raises(errors.Unavailable, match="was stopped while this request ran"):
+        client.predict("CANCEL")

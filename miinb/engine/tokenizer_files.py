@@ -52,7 +52,7 @@ def _check(file: Path, info: ModelInfo) -> None:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_file(str(file))
+        Tokenizer.from_file(str(file)).encode("a")  # what a vocabulary lacks shows only then
     except Exception as error:  # the library raises a bare Exception
         raise BrokenCheckpoint(f"tokenizer.json of {info.source} is damaged ({error}).", hint=_AGAIN) from None
 

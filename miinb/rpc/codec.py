@@ -319,6 +319,8 @@ def encode_predict(inputs: Iterable[Mapping[str, Any]], options: Mapping[str, An
         for place, values in enumerate(inputs):
             what = f"inputs[{place}]"
             message.inputs.add().update(values)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{what}: it holds a lone surrogate, which is not text.") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         text = f"{what}: it holds what is not text, a number, a list or a dictionary: {error}."
         raise InvalidRequest(text) from error

@@ -108,6 +108,7 @@ class Balancer:
         self._first = asyncio.Event()
         self._row_ids = itertools.count(1)
         self._admissions: set[asyncio.Task[None]] = set()
+        self.stopping = False  # the deployment is: requests that end with a replica are told so
 
     def make_channel(self) -> RankChannel:
         """A connection for `ipc.listen`."""
@@ -203,7 +204,7 @@ class Balancer:
         if replica is None:
             return
         log.warning("replica %d is gone, with %d rows", replica.info.replica, len(replica.rows))
-        error = _gone()
+        error = _stopped() if self.stopping else _gone()
         for row_id, sink in tuple(replica.rows.items()):
             sink(FailedEvent(row_id, type(error).__name__, error.message, error.hint))
         replica.rows.clear()
@@ -212,6 +213,10 @@ class Balancer:
 
 def _gone() -> Unavailable:
     return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("The deployment was stopped while this request ran.", hint="Start it, then ask again.")
 
 
 def _drop(event: Event | EncodedEvent) -> None:

@@ -147,6 +147,7 @@ class Frontend:
         self._status.send({"ready": await self.start()})
         activity = asyncio.ensure_future(self._every_second())
         await signals.get()
+        self._balancer.stopping = True
         log.info("draining for at most %.0f s", self._drain_s)
         await self._health.enter_graceful_shutdown()
         stops = [asyncio.ensure_future(server.stop(self._drain_s)) for server in self._servers]

@@ -43,10 +43,14 @@ def test_exported_files_tokenize_as_transformers(tmp_path: Path, make: Any, toke
         assert codec.render_chat(chat) == rendered
 
 
-def test_a_damaged_tokenizer_is_found_before_the_frontend_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "no vocabulary"])
+def test_a_damaged_tokenizer_is_found_before_the_frontend_reads_it(tmp_path: Path, damage: str) -> None:
     folder = byte_level(tmp_path / "model")
     file = folder / "tokenizer.json"
-    file.write_text(file.read_text()[:-100])
+    values = json.loads(file.read_text())
+    values["model"] = {"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]", "max_input_chars_per_word": 9}
+    values["model"]["continuing_subword_prefix"] = "##"
+    file.write_text(file.read_text()[:-100] if damage == "cut" else json.dumps(values))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     info: Any = SimpleNamespace(format="safetensors", folder=folder, source=folder, files=(), vocab_size=500)
     with pytest.raises(BrokenCheckpoint, match=r"tokenizer\.json of .*model is damaged"):

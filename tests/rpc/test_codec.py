@@ -153,6 +153,8 @@ def test_predict_keeps_whole_numbers_and_nesting() -> None:
 
 
 def test_predict_refuses_what_json_cannot_say() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"inputs\[1\]: it holds a lone surrogate"):
+        codec.encode_predict([{"query": "a"}, {"query": "b\ud800"}], {})
     with pytest.raises(errors.InvalidRequest):
         codec.encode_predict([{"query": object()}], {})
     with pytest.raises(errors.NonFinite):

@@ -373,6 +373,19 @@ def test_sigterm_drains(fresh: Any) -> None:
     assert [rank.wait(10) for rank in frontend.ranks] == [0], "a rank ends with its frontend"
 
 
+def test_requests_of_a_deployment_that_is_stopped_are_told_so(fresh: Any) -> None:
+    frontend = fresh()
+    rank = frontend.rank()
+    with frontend.client() as client:
+        stream = client.stream("SLOW abc", max_new_tokens=1000)
+        next(stream)
+        frontend.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not client.health(), "health while draining")
+        rank.kill()
+        with pytest.raises(errors.Unavailable, match="was stopped while this request ran"):
+            _ = stream.result
+
+
 def test_a_second_sigterm_does_not_wait(fresh: Any) -> None:
     frontend = fresh()
     frontend.rank()

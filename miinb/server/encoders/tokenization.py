@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from miinb.errors import InvalidRequest
 from miinb.server.text import read_json, special_tokens
 
 #: One text, or a pair.
@@ -61,7 +62,7 @@ class EncoderText:
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
-        self._vocab_size = tokenizer.get_vocab_size()
+        self._highest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
         self._task: asyncio.Task[None] | None = None  # tokenizes what waits; None: nothing does
 
@@ -78,7 +79,7 @@ class EncoderText:
 
     def may_exceed(self, vocab_size: int) -> bool:
         """Whether the tokenizer has tokens that a model of this vocabulary has not."""
-        return self._vocab_size > vocab_size
+        return self._highest >= vocab_size
 
     async def encode(self, texts: Sequence[Text], *, offsets: bool, alone: bool = False) -> list[Encoding]:
         """Tokens of texts, special ones included.
@@ -143,7 +144,10 @@ class EncoderText:
 
     def _encode(self, texts: Sequence[Text], offsets: bool) -> list[Encoding]:
         encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
-        return encode(list(texts))
+        try:
+            return encode(list(texts))
+        except Exception as error:  # the library raises a bare Exception
+            raise InvalidRequest(f"inputs: the model's tokenizer cannot read this text ({error}).") from None
 
     def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Texts of token ids, as transformers' tokenizer gives them."""

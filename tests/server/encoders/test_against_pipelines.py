@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,16 @@ def test_windows_without_number_are_refused(folders: dict[str, Path]) -> None:
     options = {"stride": 509, "aggregation_strategy": "simple"}
     asked = ask(folders["bert"], "token-classification", ["a " * 10_000], info={"max_length": 512}, **options)
     with pytest.raises(InvalidRequest, match=r"windows with \d+ tokens in all"):
+        _checked(prepare(asked), asked)
+
+
+def test_a_token_that_the_model_lacks_is_refused_though_ids_have_gaps(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["bert"], tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["vocab"] |= {"fox": 100_000}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    asked = ask(tmp_path, "text-classification", ["a fox"])
+    with pytest.raises(InvalidRequest, match="does not know the token 'fox'"):
         _checked(prepare(asked), asked)
 
 
