@@ -19,10 +19,12 @@ import grpc
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
-from miinb.predicting import PredictCalls
+from miinb.predicting import GrpcCall, PredictCall, PredictCalls
 from miinb.predictions import Predictions, predictions_of
 from miinb.results import Result, frame_of, merge
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
+from miinb.rpc.address import socket_path
+from miinb.rpc.direct import Connections, socket_beside
 from miinb.streams import Stream, StreamGroup
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Client:
         self._channel = _channel(address)
         self._generate = self._channel.unary_stream(codec.GENERATE)
         self._predict = self._channel.unary_unary(codec.PREDICT)
+        socket = socket_path(address)
+        self._direct = Connections(None if socket is None else socket_beside(socket))
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
@@ -82,6 +86,7 @@ class Client:
         self._closed = Unavailable("The deployment was stopped.", hint="Start it again with restart().")
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
+        self._direct.close()
         self._channel.close()
 
     def _check_open(self) -> None:
@@ -192,18 +197,13 @@ class Client:
         """`predict` as the server answers it: plain data."""
         return self._ask(inputs, options, timeout_s, self._calls())[1]
 
-    def _calls(
-        self, advance: Callable[[int], object] = lambda count: None, *, cancelable: bool = False
-    ) -> PredictCalls:
-        def call(data: bytes, left_s: float) -> bytes:
+    def _calls(self, advance: Callable[[int], object] = lambda count: None) -> PredictCalls:
+        def call(data: bytes, left_s: float) -> PredictCall:
             self._check_open()
-            return bytes(self._predict(data, timeout=left_s, metadata=self._metadata))
+            direct = self._direct.call(data, left_s)
+            return direct or GrpcCall(self._predict.future(data, timeout=left_s, metadata=self._metadata))
 
-        def begin(data: bytes, left_s: float) -> Any:
-            self._check_open()
-            return self._predict.future(data, timeout=left_s, metadata=self._metadata)
-
-        return PredictCalls(call, begin, self._record, advance, cancelable=cancelable)
+        return PredictCalls(call, self._record, advance)
 
     def _predictions(
         self, inputs: Any, options: Mapping[str, Any], timeout_s: float | None, calls: PredictCalls
@@ -248,7 +248,7 @@ class Client:
         try:
             self._channel.unary_unary(method)(data, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
-            raise codec.error_of(failure) from None
+            raise failures.error_of(failure) from None
 
     # The same, awaitable
 
@@ -268,7 +268,7 @@ class Client:
 
     async def apredict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> Predictions:
         """`predict`, awaitable; canceling the task cancels the calls."""
-        calls = self._calls(cancelable=True)
+        calls = self._calls()
         return await _in_thread(lambda: self._predictions(inputs, options, timeout_s, calls), calls)
 
     async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
@@ -298,7 +298,7 @@ class Client:
         try:
             return codec.decode_description(self._describe(b"", timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as failure:
-            raise codec.error_of(failure) from None
+            raise failures.error_of(failure) from None
 
     def health(self, *, timeout_s: float = 5.0) -> bool:
         """Whether a replica is ready (grpc.health.v1)."""

@@ -9,13 +9,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError
 from miinb.messages import PredictedEvent
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 
 #: Inputs and bytes of one call. Below what the server takes: several calls are tokenized while others are computed.
 CALL_INPUTS = codec.MAX_INPUTS // 4
@@ -24,7 +24,6 @@ CALL_BYTES = codec.MAX_REQUEST_BYTES // 4
 MAX_CALLS = 8
 
 Inputs = Sequence[Mapping[str, str]]
-_STOPPED = "The deployment was stopped while this request ran."
 #: How an error of the server names an input of its call.
 _PLACE = re.compile(r"\binputs\[(\d+)\]")
 
@@ -41,33 +40,55 @@ def cut(inputs: Inputs) -> Iterator[range]:
     yield range(first, len(inputs))
 
 
+class PredictCall(Protocol):
+    """One call to the server: `direct.DirectCall`, or `GrpcCall`."""
+
+    def result(self) -> bytes:
+        """Wait for the answer's bytes. Raises MiinbError; Cancelled where the call was canceled, by whomever."""
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+
+
+class GrpcCall:
+    """A call through gRPC, of its future."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def result(self) -> bytes:
+        """See `PredictCall`."""
+        try:
+            return bytes(self._future.result())
+        except grpc.RpcError as failure:
+            raise failures.error_of(failure) from None
+        except grpc.FutureCancelledError:
+            raise Cancelled("The request was canceled.") from None
+
+    def cancel(self) -> None:
+        """See `PredictCall`."""
+        self._future.cancel()
+
+
 class PredictCalls:
     """The calls of one predict request.
 
     Args:
-        call: makes a gRPC call: (bytes of the request, timeout in seconds) to bytes of the answer. It runs in the
-            caller's thread, which the Stop button alone ends; that takes a third less time than `begin`.
-        begin: the same as a future that can be canceled.
+        call: begins a call: (bytes of the request, timeout in seconds).
         done: called at the end of each call with its row of the requests table.
         advance: called in the caller's thread with the number of inputs that have been answered since.
-        cancelable: `cancel()` ends the calls from any thread. Several calls always can be.
     """
 
     def __init__(
         self,
-        call: Callable[[bytes, float], bytes],
-        begin: Callable[[bytes, float], Any],
+        call: Callable[[bytes, float], PredictCall],
         done: Callable[[dict[str, Any]], object],
         advance: Callable[[int], object] = lambda count: None,
-        *,
-        cancelable: bool = False,
     ) -> None:
         self._call = call
-        self._begin = begin
-        self._cancelable = cancelable
         self._done = done
         self._advance = advance
-        self._running: set[Any] = set()
+        self._running: set[PredictCall] = set()
         self._lock = threading.Lock()
         self._cancelled = False
 
@@ -102,7 +123,6 @@ class PredictCalls:
                 raise _placed(error, places.start, alone) from None
 
         parts = list(cut(inputs))
-        self._cancelable = self._cancelable or len(parts) > 1
         try:
             events = [ask(parts[0])] if len(parts) == 1 else self._together(ask, parts)
         except KeyboardInterrupt:
@@ -132,28 +152,25 @@ class PredictCalls:
         event: PredictedEvent | None = None
         error: MiinbError | None = None
         try:
-            event = codec.decode_predicted((self._cancelably if self._cancelable else self._call)(data, timeout_s))
-        except grpc.RpcError as failure:
-            error = codec.error_of(failure)
+            event = codec.decode_predicted(self._called(data, timeout_s))
+        except MiinbError as failure:
+            error = failure
             if isinstance(error, Cancelled) and not self._cancelled:  # by the server, or the channel was closed
-                error = Unavailable(_STOPPED, hint="Start it, then ask again.")
-            raise error from None
-        except grpc.FutureCancelledError:
-            error = Cancelled("The request was canceled.")
+                error = failures.stopped()
             raise error from None
         finally:
             self._done(_row(event, error, len(inputs), time.perf_counter() - begin))
         return event
 
-    def _cancelably(self, data: bytes, timeout_s: float) -> bytes:
-        call = self._begin(data, timeout_s)
+    def _called(self, data: bytes, timeout_s: float) -> bytes:
+        call = self._call(data, timeout_s)
         with self._lock:
             self._running.add(call)
             late = self._cancelled
         try:
             if late:
                 call.cancel()
-            return bytes(call.result())
+            return call.result()
         except BaseException:  # the Stop button too
             call.cancel()
             raise

@@ -26,7 +26,7 @@ from miinb.messages import (
     Usage,
 )
 from miinb.results import Result, Row
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 
 #: UNAVAILABLE before the first token is tried again so often, after so many seconds (doubled each time).
 RETRIES = 3
@@ -83,7 +83,7 @@ class Stream(Iterator[Chunk]):
                 self._finish(None if self._end or self._cancelled else Unavailable("The answer ended too early."))
             except grpc.RpcError as failure:
                 if not self._again(failure):
-                    self._finish(codec.error_of(failure))
+                    self._finish(failures.error_of(failure))
             except KeyboardInterrupt:
                 self.cancel()
                 self._finish(None)

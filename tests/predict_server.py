@@ -16,7 +16,7 @@ import numpy
 
 from miinb.errors import InvalidRequest
 from miinb.messages import EngineInfo, Plan, PredictedEvent
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 
 
 class PredictServer:
@@ -64,7 +64,7 @@ class PredictServer:
         self._enough.wait(20)
         try:
             if "BAD" in texts:
-                failure = codec.failure_of(InvalidRequest(f"inputs[{texts.index('BAD')}]: it is bad."))
+                failure = failures.failure_of(InvalidRequest(f"inputs[{texts.index('BAD')}]: it is bad."))
                 context.set_trailing_metadata(failure.metadata)
                 context.abort(failure.code, failure.text)
             if "CANCEL" in texts:  # as a server that stops does

@@ -20,6 +20,7 @@ from miinb.messages import (
     SequenceRequest,
     TokensEvent,
 )
+from miinb.rpc import failures
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.frames import CancelRow, EngineStatus, ToFrontend
 from miinb.server.ipc import RankChannel
@@ -204,7 +205,7 @@ class Balancer:
         if replica is None:
             return
         log.warning("replica %d is gone, with %d rows", replica.info.replica, len(replica.rows))
-        error = _stopped() if self.stopping else _gone()
+        error = failures.stopped() if self.stopping else _gone()
         for row_id, sink in tuple(replica.rows.items()):
             sink(FailedEvent(row_id, type(error).__name__, error.message, error.hint))
         replica.rows.clear()
@@ -213,10 +214,6 @@ class Balancer:
 
 def _gone() -> Unavailable:
     return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
-
-
-def _stopped() -> Unavailable:
-    return Unavailable("The deployment was stopped while this request ran.", hint="Start it, then ask again.")
 
 
 def _drop(event: Event | EncodedEvent) -> None:

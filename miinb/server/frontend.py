@@ -26,8 +26,10 @@ from miinb.config import DeploymentConfig
 from miinb.messages import EngineInfo
 from miinb.rpc import codec
 from miinb.rpc.address import unix_address
+from miinb.rpc.direct import socket_beside
 from miinb.server import ipc
 from miinb.server.balancer import Balancer
+from miinb.server.direct import DirectServer
 from miinb.server.encoders.registry import ENCODER_TASKS
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.service import Inference, TokenCheck
@@ -89,6 +91,7 @@ class Frontend:
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
         self._for_ranks: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
+        self._direct = DirectServer(self._service.predict, self._most_calls)
 
     def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
         task, folder = find_task(info.task), self._folder / info.tokenizer_folder
@@ -107,12 +110,17 @@ class Frontend:
         for service in {"", codec.SERVICE, self._name}:
             await self._health.set(service, status)
 
-    def _server(self, token: str | None) -> grpc.aio.Server:
+    @property
+    def _most_calls(self) -> int:
+        """At the same time."""
         rows = (self._config.max_batch or DEFAULT_MAX_BATCH) + self._config.options.max_queue
+        return self._config.replicas * rows + SPARE_CALLS
+
+    def _server(self, token: str | None) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[] if token is None else [TokenCheck(token)],
             options=GRPC_OPTIONS,
-            maximum_concurrent_rpcs=self._config.replicas * rows + SPARE_CALLS,
+            maximum_concurrent_rpcs=self._most_calls,
         )
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -124,6 +132,7 @@ class Frontend:
         await self._set_health()
         self._for_ranks = await ipc.listen(self._folder / "engine.sock", self._balancer.make_channel)
         socket = self._folder / "rpc.sock"
+        await self._direct.start(socket_beside(socket))
         socket.unlink(missing_ok=True)
         address = unix_address(socket)
         server = self._server(None)
@@ -150,22 +159,25 @@ class Frontend:
         self._balancer.stopping = True
         log.info("draining for at most %.0f s", self._drain_s)
         await self._health.enter_graceful_shutdown()
-        stops = [asyncio.ensure_future(server.stop(self._drain_s)) for server in self._servers]
+        stops = [asyncio.ensure_future(server.stop(self._drain_s)) for server in (*self._servers, self._direct)]
         second = asyncio.ensure_future(signals.get())
         drained = asyncio.ensure_future(asyncio.wait(stops))
         await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
-        for server in self._servers:
+        for server in (*self._servers, self._direct):
             await server.stop(0)
         activity.cancel()
         second.cancel()
         self._balancer.close()
         if self._for_ranks is not None:
             self._for_ranks.close()
-        for file in ("rpc.sock", "engine.sock"):
+        for file in ("rpc.sock", "predict.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
 
     def _changed(self) -> None:
-        if self._report_due is None:
+        """Tell it: what has ended before its client knows, so that who asks then gets true numbers."""
+        if not self._service.counters.in_flight:
+            self._report()
+        elif self._report_due is None:
             self._report_due = asyncio.get_running_loop().call_later(REPORT_S, self._report)
 
     def _report(self) -> None:

@@ -116,11 +116,12 @@ class RankSocket:
                 return False
         return True
 
-    def receive(self, timeout_s: float | None = 0.0) -> list[ToRank]:
+    def receive(self, timeout_s: float | None = 0.0, *, spin_s: float = 0.0) -> list[ToRank]:
         """Everything that has arrived, flushing the outbox meanwhile.
 
         Args:
             timeout_s: how long to wait for a first message; 0 does not wait, None waits for ever.
+            spin_s: for how much of that to look again and again instead of sleeping, which takes long to wake up from.
 
         Raises:
             ConnectionError: the frontend is gone.
@@ -128,8 +129,11 @@ class RankSocket:
         if timeout_s == 0.0:  # within steps: one system call
             self.flush()
             return self._drain()  # type: ignore[return-value]  # the frontend sends only these kinds
-        end = None if timeout_s is None else time.monotonic() + timeout_s
+        begin = time.monotonic()
+        end = None if timeout_s is None else begin + timeout_s
         messages: list[Message] = []
+        while not messages and time.monotonic() - begin < spin_s and self.flush():
+            messages = self._drain()
         while not messages:
             wanted = select.POLLIN if self.flush() else select.POLLIN | select.POLLOUT
             self._poll.modify(self._socket, wanted)
@@ -210,9 +214,9 @@ class RankChannel(asyncio.Protocol):
             self._transport.close()
 
 
-async def listen(path: Path, make_channel: Callable[[], RankChannel]) -> asyncio.Server:
-    """Listen for ranks on a unix socket that only this user can open, as long as somebody holds the server."""
+async def listen(path: Path, make_protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
+    """Listen on a unix socket that only this user can open, as long as somebody holds the server."""
     path.unlink(missing_ok=True)
-    server = await asyncio.get_running_loop().create_unix_server(make_channel, str(path))
+    server = await asyncio.get_running_loop().create_unix_server(make_protocol, str(path))
     path.chmod(0o600)
     return server

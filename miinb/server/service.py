@@ -15,12 +15,12 @@ import grpc
 import grpc.aio
 
 import miinb
-from miinb.errors import Cancelled, DeadlineExceeded, MiinbError
+from miinb.errors import Cancelled, MiinbError
 from miinb.messages import (
     GenerateRequest,
     RequestBegin,
 )
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
@@ -105,10 +105,27 @@ class Inference:
         )
 
     async def _generate(self, data: bytes, context: Any) -> None:
-        await self._serve(self._run_generate, data, context)
+        writer = Writer(context, asyncio.current_task())
+        self._writers.add(writer)
+        try:
+            await self._answer_call(lambda deadline: self._run_generate(data, writer, deadline), context, writer)
+        finally:
+            self._writers.discard(writer)
 
     async def _predict(self, data: bytes, context: Any) -> bytes:
-        return await self._serve(self._run_predict, data, context)
+        return await self._answer_call(lambda deadline: self._run_predict(data, deadline), context)
+
+    async def predict(self, data: bytes, left_s: float) -> bytes:
+        """Answer a predict request that came without gRPC; both are the bytes of its messages.
+
+        Args:
+            data: the request.
+            left_s: seconds that it may take.
+
+        Raises:
+            MiinbError: it was refused, or failed.
+        """
+        return await self._bounded(lambda deadline: self._run_predict(data, deadline), left_s)
 
     def end_unread(self) -> None:
         """End the calls whose clients have stopped reading; to be called about once a second.
@@ -120,35 +137,43 @@ class Inference:
             if writer.since is not None and writer.since < limit:
                 writer.give_up()
 
-    async def _serve(self, run: Callable[[bytes, Writer, float], Awaitable[_T]], data: bytes, context: Any) -> _T:
-        """Counts, times and answers one request; the client's deadline holds in the queue too."""
+    async def _answer_call(
+        self, run: Callable[[float], Awaitable[_T]], context: Any, writer: Writer | None = None
+    ) -> _T:
+        """Answers one call of gRPC; `writer` is given up where its client does not read."""
+        try:
+            return await self._bounded(run, context.time_remaining())
+        except asyncio.CancelledError:
+            if writer is None or not writer.given_up:
+                raise
+            error: Exception = Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.")
+        except Exception as failure:
+            error = failure
+        await abort(context, error)
+        raise error  # never: `abort` raises
+
+    async def _bounded(self, run: Callable[[float], Awaitable[_T]], remaining_s: float | None) -> _T:
+        """Counts one request and holds it to its client's time limit, in the queue too; `run` gets the moment."""
         counters = self.counters
         counters.requests += 1
         counters.in_flight += 1
         self._on_change()
-        remaining_s = context.time_remaining()
         left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), MAX_DEADLINE_S)
-        writer = Writer(context, asyncio.current_task())
-        self._writers.add(writer)
         try:
             async with asyncio.timeout(left_s):
-                return await run(data, writer, time.monotonic() + left_s)
+                return await run(time.monotonic() + left_s)
         except asyncio.CancelledError:
             counters.cancelled += 1
-            if not writer.given_up:
-                raise
-            error: Exception = Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.")
+            raise
         except TimeoutError:
-            error = DeadlineExceeded("The request's time limit passed.", hint="Give a larger timeout_s.")
-        except Exception as failure:
-            error = failure
+            counters.failed += 1
+            raise failures.timed_out() from None
+        except Exception:
+            counters.failed += 1
+            raise
         finally:
             counters.in_flight -= 1
             self._on_change()
-            self._writers.discard(writer)
-        counters.failed += 1
-        await abort(context, error)
-        raise error  # never: `abort` raises
 
     async def _run_generate(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
@@ -195,7 +220,7 @@ class Inference:
         streams = self.counters.in_flight
         return max(PACE_S, streams / MAX_CHUNKS_S) if streams > MANY_STREAMS else 0.0
 
-    async def _run_predict(self, data: bytes, writer: Writer, deadline: float) -> bytes:
+    async def _run_predict(self, data: bytes, deadline: float) -> bytes:
         alone = self.counters.in_flight == 1
         return await predict(data, self._balancer, t_submit=time.monotonic(), deadline=deadline, alone=alone)
 
@@ -231,7 +256,7 @@ class Inference:
 
 async def abort(context: Any, error: BaseException) -> None:
     """End a call with an error's code, text and name."""
-    failure = codec.failure_of(error, lambda number, cause: log.error("error %s", number, exc_info=cause))
+    failure = failures.failure_of(error, lambda number, cause: log.error("error %s", number, exc_info=cause))
     await context.abort(failure.code, failure.text, failure.metadata)
 
 

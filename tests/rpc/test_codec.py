@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from miinb import errors
 from miinb.config import GenerationParams
 from miinb.messages import Chunk, GenerateRequest, PredictedEvent, RequestBegin, RequestEnd, SequenceEnd
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 from miinb.rpc import inference_pb2 as pb
 from tests.filled import PARAMS, filled
 
 
-def call_of(failure: codec.Failure) -> Any:
+def call_of(failure: failures.Failure) -> Any:
     """A failed call as a client sees it."""
     return SimpleNamespace(
         code=lambda: failure.code, details=lambda: failure.text, trailing_metadata=lambda: failure.metadata
@@ -32,8 +32,8 @@ def call_of(failure: codec.Failure) -> Any:
 @pytest.mark.parametrize("name", sorted(errors.all_errors()))
 def test_every_error_comes_back_as_itself(name: str) -> None:
     cls = errors.all_errors()[name]
-    failure = codec.failure_of(cls("What happened: é.", hint="What to do: 日本.", details="a path, a traceback"))
-    back = codec.error_of(call_of(failure))
+    failure = failures.failure_of(cls("What happened: é.", hint="What to do: 日本.", details="a path, a traceback"))
+    back = failures.error_of(call_of(failure))
     assert type(back) is cls
     assert (back.message, back.hint, back.details) == ("What happened: é.", "What to do: 日本.", "")
     assert failure.code is not grpc.StatusCode.OK
@@ -41,30 +41,30 @@ def test_every_error_comes_back_as_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(c.__name__ for c in errors.RequestError.__subclasses__()))
 def test_every_request_error_has_its_own_code(name: str) -> None:
-    assert errors.all_errors()[name] in codec.STATUS
+    assert errors.all_errors()[name] in failures.STATUS
 
 
 @pytest.mark.parametrize("code", list(grpc.StatusCode))
 def test_every_code_without_a_name_is_a_miinb_error(code: grpc.StatusCode) -> None:
-    error = codec.error_of(call_of(codec.Failure(code, "", ())))
+    error = failures.error_of(call_of(failures.Failure(code, "", ())))
     assert isinstance(error, errors.MiinbError)
     assert error.message
-    if code in codec.ERRORS:
-        assert type(error) is codec.ERRORS[code]
+    if code in failures.ERRORS:
+        assert type(error) is failures.ERRORS[code]
 
 
 def test_the_text_of_an_unexpected_exception_stays_in_the_log() -> None:
     noted: list[tuple[str, BaseException]] = []
     secret = FileNotFoundError("/home/user/secret prompt")
-    failure = codec.failure_of(secret, lambda number, error: noted.append((number, error)))
+    failure = failures.failure_of(secret, lambda number, error: noted.append((number, error)))
     assert failure.code is grpc.StatusCode.INTERNAL
     assert "secret" not in failure.text + str(failure.metadata)
     assert [(number in failure.text, error) for number, error in noted] == [(True, secret)]
 
 
 def test_a_message_above_the_limit_is_the_requests_fault() -> None:
-    failure = codec.Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 4)", ())
-    assert type(codec.error_of(call_of(failure))) is errors.InvalidRequest
+    failure = failures.Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 4)", ())
+    assert type(failures.error_of(call_of(failure))) is errors.InvalidRequest
 
 
 @pytest.mark.parametrize(

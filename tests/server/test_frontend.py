@@ -27,7 +27,7 @@ from miinb import errors
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.queries import query
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 from miinb.rpc import inference_pb2 as pb
 from miinb.server import service
 from miinb.server.balancer import Balancer
@@ -187,7 +187,7 @@ def test_a_wrong_request_is_refused_before_the_queue(frontend: FrontendProcess, 
     with pytest.raises(grpc.RpcError) as caught:
         raw(frontend, data)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert named in codec.error_of(caught.value).line()
+    assert named in failures.error_of(caught.value).line()
     assert len(frontend.told("submit")) == before
 
 
@@ -213,7 +213,7 @@ def test_junk_on_the_socket_harms_nobody(frontend: FrontendProcess, client: Clie
 
 
 def test_sockets_are_the_users_alone(frontend: FrontendProcess) -> None:
-    for name in ("rpc.sock", "engine.sock"):
+    for name in ("rpc.sock", "predict.sock", "engine.sock"):
         assert (frontend.folder / name).stat().st_mode & 0o777 == 0o600
     assert not psutil.Process(frontend.process.pid).net_connections("inet")
 
@@ -459,7 +459,7 @@ def test_what_cannot_be_predicted_is_refused_before_the_replica(
         data = codec.encode_predict([{"query": one} if isinstance(one, str) else one for one in inputs], options)
         with pytest.raises(grpc.RpcError) as caught:
             raw(classifier, data, codec.PREDICT)
-        assert re.search(named, codec.error_of(caught.value).line())
+        assert re.search(named, failures.error_of(caught.value).line())
         assert client.predict("abc")
     assert len(classifier.told("encode")) == before + 1
 
@@ -516,7 +516,8 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     async def call() -> None:
         inference = service.Inference(Balancer(lambda _: None, max_queue=1), "name")
-        task = asyncio.ensure_future(inference._serve(lambda data, writer, _: writer.write(data), b"", NeverReads()))
+        monkeypatch.setattr(inference, "_run_generate", lambda data, writer, _: writer.write(data))
+        task = asyncio.ensure_future(inference._generate(b"", NeverReads()))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         inference.end_unread()

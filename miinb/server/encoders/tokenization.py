@@ -143,8 +143,11 @@ class EncoderText:
         return found
 
     def _encode(self, texts: Sequence[Text], offsets: bool) -> list[Encoding]:
-        encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
         try:
+            if len(texts) == 1:  # in this thread: a batch would go through the library's pool
+                (text,) = texts
+                return [self.tokenizer.encode(text) if isinstance(text, str) else self.tokenizer.encode(*text)]
+            encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
             return encode(list(texts))
         except Exception as error:  # the library raises a bare Exception
             raise InvalidRequest(f"inputs: the model's tokenizer cannot read this text ({error}).") from None

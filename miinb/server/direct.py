@@ -1,0 +1,138 @@
+"""The frontend's end of direct predict calls; `miinb.rpc.direct` says what goes over the socket, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from miinb.errors import QueueFull
+from miinb.rpc import codec, failures
+from miinb.rpc.direct import ANSWER, REQUEST
+from miinb.server.ipc import listen
+
+log = logging.getLogger(__name__)
+
+
+class DirectServer:
+    """Answers predict requests on a unix socket.
+
+    Args:
+        predict: answers one: (bytes of the request, seconds that it may take) to bytes.
+        most: calls at the same time; those above it are refused.
+    """
+
+    def __init__(self, predict: Callable[[bytes, float], Awaitable[bytes]], most: int) -> None:
+        self._predict = predict
+        self._most = most
+        self._listener: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
+        self._connections: set[_Connection] = set()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    async def start(self, path: Path) -> None:
+        """Listen there."""
+        self._listener = await listen(path, self._connection)
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuse new calls, wait for the running ones, and end those that are left."""
+        self._stopping = True
+        if self._listener is not None:
+            self._listener.close()
+        if self._calls and drain_s:
+            await asyncio.wait(self._calls, timeout=drain_s)
+        for call in tuple(self._calls):
+            call.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls)
+        for connection in tuple(self._connections):
+            connection.close()
+
+    def _connection(self) -> _Connection:
+        connection = _Connection(self._begin, self._connections)
+        self._connections.add(connection)
+        return connection
+
+    def _begin(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> asyncio.Task[None]:
+        call = asyncio.ensure_future(self._answered(data, left_s, answer))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return call
+
+    async def _answered(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> None:
+        try:
+            if self._stopping:
+                raise failures.unavailable()
+            if len(self._calls) > self._most:
+                raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
+            found = await self._predict(data, left_s)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise  # the client has left
+            answer(_frame(failures.encode_failure(failures.stopped()), failed=True))
+        except Exception as error:
+            answer(_frame(failures.encode_failure(error, _log), failed=True))
+        else:
+            answer(_frame(found))
+
+
+def _frame(payload: bytes, *, failed: bool = False) -> bytes:
+    return ANSWER.pack(len(payload), failed) + payload
+
+
+def _log(number: str, cause: BaseException) -> None:
+    log.error("error %s", number, exc_info=cause)
+
+
+class _Connection(asyncio.Protocol):
+    """A client's connection. It has one call at a time; who sends more, or too much, is not a client of ours."""
+
+    def __init__(
+        self,
+        begin: Callable[[bytes, float, Callable[[bytes], None]], asyncio.Task[None]],
+        connections: set[_Connection],
+    ) -> None:
+        self._begin = begin
+        self._connections = connections
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._call: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self._transport = transport  # type: ignore[assignment]  # a stream socket's transport is a Transport
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        if self._call is not None:
+            self.close()
+            return
+        received = self._received
+        received += data
+        if len(received) < REQUEST.size:
+            return
+        length, left_s = REQUEST.unpack_from(received)
+        end = REQUEST.size + length
+        if length > codec.MAX_REQUEST_BYTES or len(received) > end:
+            self.close()
+        elif len(received) == end:
+            self._received = bytearray()
+            self._call = self._begin(bytes(memoryview(received)[REQUEST.size :]), left_s, self._answer)
+
+    def _answer(self, data: bytes) -> None:
+        self._call = None
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio."""
+        self._transport = None
+        self._connections.discard(self)
+        if self._call is not None:
+            self._call.cancel()
+
+    def close(self) -> None:
+        """Close the connection once what was written has gone."""
+        if self._transport is not None:
+            self._transport.close()

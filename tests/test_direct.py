@@ -1,0 +1,289 @@
+"""Predict calls on a socket of their own, without gRPC: a real frontend with a stand-in rank, and a client."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miinb import errors
+from miinb.client import Client
+from miinb.rpc import codec
+from miinb.rpc.address import socket_path
+from miinb.rpc.direct import ANSWER, REQUEST, Connections, socket_beside
+from miinb.server.direct import DirectServer
+from tests.frontend_process import FrontendProcess, make, wait_for
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
+    """A frontend with a stand-in classifier."""
+    process = make(tmp_path_factory.mktemp("direct") / "frontend")
+    process.rank(task="text-classification")
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def stopped(frontend: FrontendProcess) -> Iterator[FrontendProcess]:
+    """The frontend while its rank does not answer."""
+    frontend.ranks[0].send_signal(signal.SIGSTOP)
+    yield frontend
+    frontend.ranks[0].send_signal(signal.SIGCONT)
+    wait_for(lambda: frontend.running() == 0, "the end of the calls")
+
+
+@pytest.fixture
+def client(frontend: FrontendProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client whose predict calls do not go through gRPC."""
+    with frontend.client() as client:
+        monkeypatch.setattr(client, "_predict", None)
+        yield client
+
+
+def path_of(frontend: FrontendProcess) -> Path:
+    rpc = socket_path(frontend.address)
+    assert rpc is not None
+    return socket_beside(rpc)
+
+
+def test_the_socket_is_the_users_alone(frontend: FrontendProcess) -> None:
+    assert path_of(frontend).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_client_of_this_machine_asks_without_grpc(frontend: FrontendProcess, client: Client) -> None:
+    found = client.predict("abc")
+    with frontend.client() as other:
+        other._direct = Connections(None)
+        assert other.predict("abc") == found
+    with ThreadPoolExecutor(16) as pool:
+        texts = [letter * (1 + i) for i, letter in enumerate("abcdefghijklmnop" * 4)]
+        assert list(pool.map(client.predict, texts)) == [client.predict(text) for text in texts]
+    assert len(client._direct._idle) <= 16
+
+
+def test_long_requests_and_answers_go_through(client: Client) -> None:
+    text = "fox " * 1000
+    assert len(client.predict([text] * 900)) == 900
+    with pytest.raises(errors.InvalidRequest, match="larger than the 16 MiB"):
+        client.predict("b" * (codec.MAX_REQUEST_BYTES + 1))
+
+
+def test_errors_come_with_name_words_and_hint(client: Client) -> None:
+    with pytest.raises(errors.InvalidRequest, match="no option 'topk'") as caught:
+        client.predict("abc", topk=2)
+    assert caught.value.hint == "Did you mean 'top_k'?"
+    assert client.predict("abc"), "the connection lives on"
+    assert client.records["status"].tolist() == ["error", "ok"]
+
+
+def test_time_runs_out(stopped: FrontendProcess, client: Client) -> None:
+    with pytest.raises(errors.DeadlineExceeded, match="time limit"):
+        client.predict("abc", timeout_s=0.3)
+    wait_for(lambda: stopped.running() == 0, "the end of the call")
+    assert client.records["status"].tolist() == ["timeout"]
+
+
+def test_the_stop_button_ends_the_call(stopped: FrontendProcess, client: Client) -> None:
+    def press() -> None:
+        wait_for(lambda: stopped.running() == 1, "the call")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    gc.collect()  # an interrupt that meets the collector would be lost
+    threading.Thread(target=press).start()
+    with pytest.raises(errors.Interrupted, match="the deployment lives on"):
+        client.predict("abc")
+    wait_for(lambda: stopped.running() == 0, "the end of the call")
+
+
+def test_an_awaitable_call_can_be_canceled(stopped: FrontendProcess, client: Client) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(client.apredict("abc"))
+        while not stopped.running():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    wait_for(lambda: stopped.running() == 0, "the end of the call")
+
+
+def test_closing_the_client_ends_its_calls(stopped: FrontendProcess, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.predict, "abc")
+        wait_for(lambda: stopped.running() == 1, "the call")
+        client.close()
+        with pytest.raises(errors.Unavailable, match="was stopped while this request ran"):
+            call.result(10)
+    with pytest.raises(errors.Unavailable, match="The deployment was stopped"):
+        client.predict("abc")
+
+
+def test_a_late_cancel_does_not_end_somebody_elses_call(frontend: FrontendProcess) -> None:
+    connections = Connections(path_of(frontend))
+    data = codec.encode_predict([{"query": "abc"}], {})
+    first = connections.call(data, 10)
+    assert first is not None
+    answer = first.result()
+    second = connections.call(data, 10)
+    assert second is not None
+    first.cancel()
+    assert codec.decode_predicted(second.result()).outputs == codec.decode_predicted(answer).outputs
+    connections.close()
+
+
+def test_a_forked_child_has_connections_of_its_own(client: Client) -> None:
+    wanted = client.predict("abc")[0][0].label
+    (before,) = client._direct._idle
+    child = os.fork()
+    if not child:
+        try:
+            call = client._direct.call(codec.encode_predict([{"query": "abc"}], {}), 10)
+            assert call is not None
+            assert call._socket is not before
+            outputs = codec.decode_predicted(call.result()).outputs
+            os._exit(0 if outputs[0][0]["label"] == wanted else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert client.predict("abc")[0][0].label == wanted
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        REQUEST.pack(codec.MAX_REQUEST_BYTES + 1, 1.0),
+        REQUEST.pack(1, 1.0) + b"ab",
+        REQUEST.pack(3, 1.0) + b"\xff\xff\xff",
+        REQUEST.pack(0, float("nan")),
+        REQUEST.pack(0, -1.0),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_junk_harms_nobody(frontend: FrontendProcess, client: Client, junk: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(path_of(frontend)))
+        other.settimeout(5)
+        other.sendall(junk)
+        if head := other.recv(ANSWER.size):
+            assert ANSWER.unpack(head)[1], "what cannot be read is refused"
+    assert client.predict("abc")
+    assert frontend.process.poll() is None
+
+
+def test_who_leaves_within_a_request_leaves_nothing(frontend: FrontendProcess, client: Client) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(path_of(frontend)))
+        other.sendall(REQUEST.pack(100, 1.0) + b"abc")
+    assert client.predict("abc")
+    assert frontend.running() == 0
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Callable[[], FrontendProcess]]:
+    """Makes frontends with a rank, always in the same folder."""
+    made: list[FrontendProcess] = []
+
+    def start() -> FrontendProcess:
+        made.append(make(tmp_path / "frontend", line={"drain_s": 20.0}))
+        made[-1].rank(task="text-classification")
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.close()
+
+
+def test_a_frontend_that_dies_is_said_and_its_successor_found(fresh: Any) -> None:
+    frontend = fresh()
+    with frontend.client() as client, ThreadPoolExecutor(1) as pool:
+        assert client.predict("abc")
+        frontend.ranks[0].send_signal(signal.SIGSTOP)
+        call = pool.submit(client.predict, "abc")
+        wait_for(lambda: frontend.running() == 1, "the call")
+        frontend.process.kill()
+        with pytest.raises(errors.Unavailable, match="does not answer"):
+            call.result(10)
+        frontend.process.wait(10)
+        with pytest.raises(errors.Unavailable):
+            client.predict("abc", timeout_s=5)
+        frontend.ranks[0].kill()
+        successor = fresh()
+        assert client.predict("abc")
+        assert len(successor.told("encode")) >= 1
+
+
+def test_running_calls_end_while_the_frontend_drains_and_new_ones_are_refused(fresh: Any) -> None:
+    frontend = fresh()
+    with frontend.client() as client, ThreadPoolExecutor(1) as pool:
+        assert client.predict("abc")
+        frontend.ranks[0].send_signal(signal.SIGSTOP)
+        call = pool.submit(client.predict, "abc")
+        wait_for(lambda: frontend.running() == 1, "the call")
+        idle = socket.socket(socket.AF_UNIX)
+        idle.connect(str(path_of(frontend)))
+        frontend.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not client.health(), "health while draining")
+        with idle:
+            idle.settimeout(5)
+            idle.sendall(REQUEST.pack(0, 1.0))
+            assert ANSWER.unpack(idle.recv(ANSWER.size))[1]
+            assert b"Unavailable" in idle.recv(1000)
+        with pytest.raises(errors.Unavailable):
+            client.predict("abc", timeout_s=5)
+        frontend.ranks[0].send_signal(signal.SIGCONT)
+        assert call.result(10)
+        assert frontend.process.wait(10) == 0
+    assert not path_of(frontend).exists()
+
+
+def test_a_second_sigterm_tells_the_running_calls(fresh: Any) -> None:
+    frontend = fresh()
+    with frontend.client() as client, ThreadPoolExecutor(1) as pool:
+        frontend.ranks[0].send_signal(signal.SIGSTOP)
+        call = pool.submit(client.predict, "abc")
+        wait_for(lambda: frontend.running() == 1, "the call")
+        frontend.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not client.health(), "health while draining")
+        frontend.process.send_signal(signal.SIGTERM)
+        with pytest.raises(errors.Unavailable, match="was stopped while this request ran"):
+            call.result(10)
+        assert frontend.process.wait(10) == 0
+    frontend.ranks[0].kill()
+
+
+def test_more_calls_than_are_taken_are_refused(tmp_path: Path) -> None:
+    async def run() -> list[bytes]:
+        async def forever(data: bytes, left_s: float) -> bytes:
+            await asyncio.sleep(60)
+            return data
+
+        server = DirectServer(forever, most=2)
+        await server.start(tmp_path / "predict.sock")
+        streams = [await asyncio.open_unix_connection(str(tmp_path / "predict.sock")) for _ in range(3)]
+        for _, writer in streams:
+            writer.write(REQUEST.pack(0, 1.0))
+            await asyncio.sleep(0.05)
+        refused = await streams[2][0].readexactly(ANSWER.size)
+        words = [await streams[2][0].readexactly(struct.unpack_from("<I", refused)[0])]
+        await server.stop(0)
+        for reader, _ in streams[:2]:
+            words.append(await reader.read())
+        for _, writer in streams:
+            writer.close()
+        return words
+
+    words = asyncio.run(run())
+    assert b"QueueFull" in words[0]
+    assert all(b"was stopped" in one for one in words[1:])
