@@ -124,14 +124,14 @@ class Connections:
         with self._lock:
             if self._owner != os.getpid():  # what a fork has copied is the parent's
                 self._owner, self._idle, self._calls = os.getpid(), [], set()
-            sock = self._take()
+            sock = self._take(timeout_s)
             if sock is None:
                 return None
             call = DirectCall(self, sock, data, timeout_s)
             self._calls.add(call)
             return call
 
-    def _take(self) -> socket.socket | None:
+    def _take(self, timeout_s: float) -> socket.socket | None:
         while self._idle:
             sock = self._idle.pop()
             poll = select.poll()
@@ -140,6 +140,7 @@ class Connections:
                 return sock
             sock.close()  # its frontend is gone
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)  # and not blocking: where too many wait to be let in, this raises
         try:
             sock.connect(str(self._path))
         except OSError:
