@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
@@ -19,10 +19,19 @@ Text = str | tuple[str, str]
 INLINE_CHARACTERS = 150
 #: ... and up to so many where no other request waits for the loop.
 ALONE_CHARACTERS = 1500
+#: Up to so many tokens become text without the pool of threads that the library keeps for a batch.
+INLINE_TOKENS = 256
 #: More than so many characters are a batch of their own: what comes meanwhile does not wait for them.
 LARGE_CHARACTERS = 100_000
 #: A limit above this is none: transformers writes 10 to the power of 30 for "not known".
 NO_LIMIT = 1 << 30
+
+
+class Piece(NamedTuple):
+    """What a token adds to a text: as its first, and behind another."""
+
+    first: str
+    behind: str
 
 
 class EncoderText:
@@ -39,6 +48,7 @@ class EncoderText:
         question_first: in a pair of question and context.
         keep_end: of a text that is cut, the end is kept.
         has_types: the model is told the token types of a pair.
+        pieces: of the tokens that have been asked for (`variants.pieces_of`).
         has_words: the tokenizer marks pieces inside a word ("##").
     """
 
@@ -62,6 +72,7 @@ class EncoderText:
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
+        self.pieces: dict[int, Piece] = {}
         self._highest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
         self._task: asyncio.Task[None] | None = None  # tokenizes what waits; None: nothing does
@@ -154,7 +165,10 @@ class EncoderText:
 
     def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Texts of token ids, as transformers' tokenizer gives them."""
-        texts = self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
+        if len(sequences) == 1 or sum(map(len, sequences)) <= INLINE_TOKENS:
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
+        else:
+            texts = self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
         return [self.cleaned(text) for text in texts]
 
     def cleaned(self, text: str) -> str:

@@ -7,11 +7,11 @@ decoded as a whole; where it does not, and for tokens that are a part of a chara
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from miinb.server.encoders.tokenization import EncoderText
+from miinb.server.encoders.tokenization import EncoderText, Piece
 
 #: The kinds of decoders that take token by token.
 _BY_TOKEN = ("WordPiece", "ByteLevel", "Metaspace")
@@ -40,7 +40,8 @@ def texts_of(text: EncoderText, variants: Sequence[Variants], *, skip_special_to
         return [[next(each) for _ in one.changes] for one in variants]
     tokens = {token for one in variants for token in one.ids}
     tokens |= {token for one in variants for _, token in one.changes if token is not None}
-    pieces = _Pieces.of(text, sorted(tokens - text.special_ids if skip_special_tokens else tokens))
+    shown = tokens - text.special_ids if skip_special_tokens else tokens
+    pieces = _Pieces(text, pieces_of(text, shown))
     seen = text.decode([one.sequence(one.changes[0]) for one in variants], skip_special_tokens=skip_special_tokens)
     found: list[list[str]] = []
     for one, whole in zip(variants, seen, strict=True):
@@ -53,41 +54,42 @@ def texts_of(text: EncoderText, variants: Sequence[Variants], *, skip_special_to
     return found
 
 
+def pieces_of(text: EncoderText, tokens: Collection[int]) -> dict[int, Piece]:
+    """What each of some tokens adds to a text. It is the tokenizer's, which keeps what has been asked for."""
+    new = [token for token in tokens if token not in text.pieces]
+    if new:
+        decode = text.tokenizer.decode_batch
+        before, *pairs = decode([text.anchor, *([*text.anchor, token] for token in new)], skip_special_tokens=False)
+        firsts = decode([[token] for token in new], skip_special_tokens=False)
+        for token, first, pair in zip(new, firsts, pairs, strict=True):
+            behind = pair[len(before) :] if pair.startswith(before) else _PART
+            text.pieces[token] = Piece(first, behind)
+    return {token: text.pieces[token] for token in tokens}
+
+
 @dataclass(slots=True)
 class _Pieces:
-    """What each token adds to a text as its first, and behind another; a token that is skipped is in neither."""
+    """Texts put together from what each token adds; a token that is skipped is not among them."""
 
     text: EncoderText
-    first: dict[int, str]
-    behind: dict[int, str]
-
-    @classmethod
-    def of(cls, text: EncoderText, tokens: Sequence[int]) -> _Pieces:
-        def decode(sequences: list[list[int]]) -> list[str]:
-            return text.tokenizer.decode_batch(sequences, skip_special_tokens=False)
-
-        anchor = text.anchor
-        (before,) = decode([anchor])
-        pairs = decode([[*anchor, token] for token in tokens])
-        behind = [pair[len(before) :] if pair.startswith(before) else _PART for pair in pairs]
-        firsts = decode([[token] for token in tokens])
-        return cls(text, dict(zip(tokens, firsts, strict=True)), dict(zip(tokens, behind, strict=True)))
+    known: dict[int, Piece]
 
     def texts(self, one: Variants) -> list[str | None]:
         """The texts of a sequence's variants; None for those that are not known from pieces."""
-        parts = [self.behind.get(token, "") for token in one.ids]
+        known = self.known
+        parts = [known[token].behind if token in known else "" for token in one.ids]
         inner, bounds = "".join(parts), [0, *accumulate(map(len, parts))]
         texts: list[str | None] = []
         for place, token in one.changes:
-            piece = "" if token is None else self.behind.get(token, "")
-            shown = token is not None and token in self.first
-            begin = next((i for i, other in enumerate(one.ids) if i != place and other in self.first), len(parts))
+            shown = token is not None and token in known
+            piece = known[token].behind if token is not None and shown else ""
+            begin = next((i for i, other in enumerate(one.ids) if i != place and other in known), len(parts))
             if _PART in piece or (not shown and begin == len(parts)):
                 texts.append(None)
             elif token is not None and shown and place < begin:
-                texts.append(self.first[token] + inner[bounds[place + 1] :])
+                texts.append(known[token].first + inner[bounds[place + 1] :])
             else:
-                head, rest = self.first[one.ids[begin]], inner[bounds[begin + 1] : bounds[place]]
+                head, rest = known[one.ids[begin]].first, inner[bounds[begin + 1] : bounds[place]]
                 tail = max(place, begin) + 1
                 texts.append(head + rest + piece + inner[bounds[tail] :])
         return [known if known is None else self.text.cleaned(known) for known in texts]
