@@ -277,6 +277,9 @@ class EncodeQueue:
         if not self.jobs:
             return None
         head = self.jobs[0]
+        if len(self.jobs) == 1 and head.order is None and self._fits_whole(head):  # most often; and what costs least
+            self.jobs.clear()
+            return EncodeStep.of_pieces([self._piece(head, head.sequences)])
         apart = head.alone or not self.bounds.shared
         jobs = [head] if apart else [job for job in self.jobs if not job.alone]
         room = _Room(self.max_tokens, self.bounds.max_sequences or MANY)
@@ -294,6 +297,10 @@ class EncodeQueue:
         self.jobs = [job for job in self.jobs if job.planned < job.sequences]
         pieces.sort(key=lambda piece: piece.job.reduction)
         return EncodeStep.of_pieces(pieces)
+
+    def _fits_whole(self, job: Job) -> bool:
+        most = self.bounds.max_sequences or MANY
+        return not job.planned and len(job.token_ids) <= self.max_tokens and job.sequences <= most
 
     def _piece(self, job: Job, count: int) -> Piece:
         piece = Piece(job, job.planned, count)
