@@ -180,14 +180,20 @@ class Deployment:
         return self._lifeline >= 0
 
     def status(self, *, timeout_s: float = 5.0) -> Status:
-        """Its status now; "failed" or "lost" if it ended without being asked to, or does not answer."""
+        """Its status now.
+
+        "stopped": another process has ended it, or its time limit has; who only joined it cannot tell that from "lost",
+        which is one that was killed, or does not answer. "failed": it could not go on.
+        """
         if self.stopped and self._last is not None:
             return self._last
         try:
             answer = registry.ask(self.entry, "status", timeout_s=timeout_s)
         except Unavailable:
             self._look_for_failure()
-            state = "failed" if self.failure else registry.last_state(self.entry) or "lost"
+            in_order = self._process is not None and self._process.poll() == 0
+            over = "failed" if self.failure else "stopped" if in_order else "lost"
+            state = over if over != "lost" else registry.last_state(self.entry) or over
             return _over(self._last or registry.without_answer(self.entry, state), state)
         self._last = Status.from_dict(answer["status"])
         return self._last

@@ -341,6 +341,7 @@ def test_a_deployment_that_ends_is_never_lost(monkeypatch: pytest.MonkeyPatch) -
     while registry.entries():
         seen |= {status.state for status in miinb.deployments()} | {registry.last_state(one.entry) or "gone"}
     assert seen - {"gone"} == {"ready", "draining"}
+    until(lambda: one.status().state == "stopped")
     last = one.stop()
     assert one.status() == last
     assert last.state == "stopped"
