@@ -54,6 +54,9 @@ class Task:
 
 _TRUNCATION = TaskOption(False, (bool,))  # cut off what the model cannot take, which is an error otherwise
 
+#: A text classifier of no more labels gives the scores of all, and the frontend chooses the best: then requests with
+#: another `top_k` are computed alike.
+FEW_LABELS = 64
 _LABELS = {
     "top_k": TaskOption(1, (int, NoneType), least=1),
     "function_to_apply": TaskOption(None, (str, NoneType), ("sigmoid", "softmax", "none")),

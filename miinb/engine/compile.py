@@ -204,7 +204,8 @@ def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: Encode
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     weights = load_encoder_weights(model, policy, spec, dtype=dtype, device=META, dummy=True)
     encoder, task = Encoder(spec, weights), model.task(config.task)
-    usual = usual_reduction(task, function=model.function(), vocab_size=spec.vocab_size)
+    labels = len(model.labels()[0])
+    usual = usual_reduction(task, function=model.function(), vocab_size=spec.vocab_size, labels=labels)
     length = min(config.max_length or spec.max_length, spec.max_length)
     tokens = max(config.options.step_tokens("cuda", encoder=True), length)
     with recording() as kernels:

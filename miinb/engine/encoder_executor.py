@@ -48,7 +48,7 @@ def fused_executor(
         report(Phase("capture"))
         step = step_bytes(spec, encoder.weights.dtype.itemsize, max(tokens, length))
         recorder = Recorder(most_bytes=most_bytes(step))
-        usual = usual_reduction(info.task, function=info.function, vocab_size=info.vocab_size)
+        usual = usual_reduction(info.task, function=info.function, vocab_size=info.vocab_size, labels=len(info.labels))
         sizes = graph_sizes(tokens, length, ROWS[info.task])
         model = graphed = GraphedEncoder(encoder, inputs, usual, sizes, recorder)
         plan = plan.with_line("graphs", "on", str(graphed))

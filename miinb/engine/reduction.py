@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from miinb.errors import InvalidRequest, UnsupportedModel, did_you_mean
-from miinb.tasks import TASKS
+from miinb.tasks import FEW_LABELS, TASKS
 
 Rows = Literal["first", "all", "wanted"]
 
@@ -93,9 +93,18 @@ def parse_reduction(task: str, options: Mapping[str, Any], *, function: str, voc
     return Reduction(task, **values)
 
 
-def usual_reduction(task: str, *, function: str, vocab_size: int) -> Reduction:
-    """The reduction of a request without options of its own; the arguments are those of `parse_reduction`."""
+def usual_reduction(task: str, *, function: str, vocab_size: int, labels: int) -> Reduction:
+    """The reduction of a request without options of its own.
+
+    Args:
+        task: of the deployment.
+        function: see `parse_reduction`.
+        vocab_size: see `parse_reduction`.
+        labels: how many a classifier has.
+    """
     options = {name: option.default for name, option in TASKS[task].options.items() if name in OPTIONS[task]}
+    if task == "text-classification" and 0 < labels <= FEW_LABELS:
+        del options["top_k"]
     return parse_reduction(task, options, function=function, vocab_size=vocab_size)
 
 

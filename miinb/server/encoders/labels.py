@@ -10,6 +10,7 @@ from tokenizers import Encoding
 from miinb.messages import EngineInfo
 from miinb.server.encoders.request import Answers, Asked, Prepared
 from miinb.server.encoders.windows import fitted
+from miinb.tasks import FEW_LABELS
 
 
 def names_of(info: EngineInfo, count: int) -> Sequence[str]:
@@ -25,14 +26,15 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
         for place, encoding in enumerate(encodings)
     ]
     reduction = {"function": options["function_to_apply"] or asked.info.function or "softmax"}
-    if top_k is not None:
-        reduction["top_k"] = top_k if not asked.info.labels else min(top_k, len(asked.info.labels))
+    known = len(asked.info.labels)
+    if top_k is not None and not 0 < known <= FEW_LABELS:
+        reduction["top_k"] = min(top_k, known or top_k)
 
     def finish(values: np.ndarray, ids: np.ndarray | None) -> Answers:
         if ids is None:  # all labels
-            ids = np.argsort(-values, axis=1, kind="stable")
+            ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k]
             values = np.take_along_axis(values, ids, axis=1)
-        names = names_of(asked.info, len(asked.info.labels) or int(ids.max()) + 1)
+        names = names_of(asked.info, known or int(ids.max()) + 1)
         return Answers(
             [
                 [{"label": names[i], "score": score} for i, score in zip(row_ids, scores, strict=True)]
