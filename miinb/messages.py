@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 def from_dict(cls: type[_T], values: Mapping[str, Any]) -> _T:
     """A dataclass of these values; names that it does not have are dropped (an older peer may send more)."""
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known: Mapping[str, object] = cls.__dataclass_fields__  # type: ignore[attr-defined]
     return cls(**{name: value for name, value in values.items() if name in known})
 
 
