@@ -18,6 +18,8 @@ from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, to
 
 MAX_OUTBOX_BYTES = 64 << 20
 RECEIVE_BYTES = 1 << 18
+#: Clients that may wait to be let in, while the loop is busy; a further one is refused by the kernel.
+BACKLOG = 1024
 
 
 class RankSocket:
@@ -217,6 +219,6 @@ class RankChannel(asyncio.Protocol):
 async def listen(path: Path, make_protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
     """Listen on a unix socket that only this user can open, as long as somebody holds the server."""
     path.unlink(missing_ok=True)
-    server = await asyncio.get_running_loop().create_unix_server(make_protocol, str(path))
+    server = await asyncio.get_running_loop().create_unix_server(make_protocol, str(path), backlog=BACKLOG)
     path.chmod(0o600)
     return server
