@@ -18,6 +18,7 @@ import grpc
 
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
+from miinb.frozen import plain
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.predicting import GrpcCall, PredictCall, PredictCalls
 from miinb.predictions import Predictions, predictions_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import pandas
 
 TIMEOUT_S = 300.0
+LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
 MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
@@ -128,10 +130,10 @@ class Client:
         return self._open(request, self._limit(timeout_s), 1)
 
     def _limit(self, timeout_s: float | None) -> float:
-        limit = self._timeout_s if timeout_s is None else timeout_s
+        limit = plain(self._timeout_s if timeout_s is None else timeout_s)
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
-            raise InvalidRequest(f"timeout_s: {limit!r} is no positive number of seconds.")
-        return limit
+            raise InvalidRequest(f"timeout_s: {timeout_s!r} is no positive number of seconds.")
+        return min(limit, LONGEST_S)
 
     def _open(self, request: GenerateRequest, timeout_s: float, batch_size: int) -> Stream:
         def call(data: bytes, left_s: float) -> Any:

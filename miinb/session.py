@@ -17,7 +17,7 @@ from miinb.asking import Messages
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment
-from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, Unavailable
+from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, StartError, Unavailable
 from miinb.messages import Chunk, EngineInfo, Plan, Status
 from miinb.preparation import Preparation, prepare
 from miinb.tasks import TASKS
@@ -106,7 +106,6 @@ class Session:
         return self
 
     def _begin(self, prepared: Preparation) -> None:
-        """Start and connect."""
         self._config = prepared.config
         self._connect(self._start(prepared))
 
@@ -122,6 +121,8 @@ class Session:
             except DeploymentExists:  # another process took the free name first
                 if self._config.name or attempt == _NAME_TRIES - 1:
                     raise
+            except OSError as error:  # a full disk, say
+                raise StartError(f"It could not be started: {error}.") from error
         raise DeploymentExists(f"No free name near {wanted!r}.")
 
     def _connect(self, deployment: Deployment) -> None:

@@ -76,7 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),
     "asking": CORE,
-    "client": (*CORE, "rpc", "results", "predictions", "predicting", "streams", "asking"),
+    "client": (*CORE, "frozen", "rpc", "results", "predictions", "predicting", "streams", "asking"),
     "cell": (*CORE,),
     "queries": (*CORE, "results", "predictions", "client"),
     "session": (

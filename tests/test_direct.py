@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from miinb import errors
@@ -160,6 +161,27 @@ def test_a_forked_child_has_connections_of_its_own(client: Client) -> None:
     assert client.predict("abc")[0][0].label == wanted
 
 
+def test_a_forked_child_that_closes_does_not_end_its_parents_calls(stopped: FrontendProcess, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.predict, "abc")
+        wait_for(lambda: stopped.running() == 1, "the call")
+        child = os.fork()
+        if not child:
+            try:
+                client._direct.close()
+                os._exit(0)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stopped.ranks[0].send_signal(signal.SIGCONT)
+        assert call.result(10)
+
+
+@pytest.mark.parametrize("timeout_s", [1e300, 5e9, numpy.float32(30), numpy.int64(30)])
+def test_any_positive_number_is_a_time_limit(client: Client, timeout_s: Any) -> None:
+    assert client.predict("abc", timeout_s=timeout_s)
+
+
 @pytest.mark.parametrize(
     "junk",
     [
@@ -287,3 +309,31 @@ def test_more_calls_than_are_taken_are_refused(tmp_path: Path) -> None:
     words = asyncio.run(run())
     assert b"QueueFull" in words[0]
     assert all(b"was stopped" in one for one in words[1:])
+
+
+def test_who_does_not_read_its_answer_gets_no_other_one(tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        begun = 0
+
+        async def answer(data: bytes, left_s: float) -> bytes:
+            nonlocal begun
+            begun += 1
+            return bytes(8 << 20)
+
+        server = DirectServer(answer, most=2)
+        await server.start(tmp_path / "predict.sock")
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "predict.sock"), limit=1 << 10)
+        seen = []
+        for _ in range(2):
+            writer.write(REQUEST.pack(0, 1.0))
+            await asyncio.sleep(0.1)
+        seen.append(begun)
+        for _ in range(2):
+            assert len(await reader.readexactly(ANSWER.size + (8 << 20))) > 8 << 20
+            await asyncio.sleep(0.1)
+            seen.append(begun)
+        writer.close()
+        await server.stop(0)
+        return seen
+
+    assert asyncio.run(run()) == [1, 2, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -208,6 +209,19 @@ def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) ->
         assert session.state == session.status().state == "stopped"
         with pytest.raises(Unavailable, match=r"did not start again: .*tokenizer\.json"):
             session.generate(PROMPT)
+
+
+def test_a_restart_without_room_on_the_disk_says_so(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with miinb.Session(tiny_model(), **TINY) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr("miinb.deployment.tempfile.TemporaryFile", full)
+            with pytest.raises(StartError, match=r"No space left on device\. .* has ended; restart\(\) tries"):
+                session.restart()
+        assert session.state == "stopped"
+        assert session.restart().generate(PROMPT, max_new_tokens=3).text
 
 
 def broken(folder: Path, change: str) -> Path:

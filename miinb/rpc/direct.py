@@ -122,14 +122,18 @@ class Connections:
         if len(data) > codec.MAX_REQUEST_BYTES:
             raise failures.too_large()
         with self._lock:
-            if self._owner != os.getpid():  # what a fork has copied is the parent's
-                self._owner, self._idle, self._calls = os.getpid(), [], set()
+            self._forget_the_parents()
             sock = self._take(timeout_s)
             if sock is None:
                 return None
             call = DirectCall(self, sock, data, timeout_s)
             self._calls.add(call)
             return call
+
+    def _forget_the_parents(self) -> None:
+        """What a fork has copied: to shut down a socket of the parent's would end its call."""
+        if self._owner != os.getpid():
+            self._owner, self._idle, self._calls = os.getpid(), [], set()
 
     def _take(self, timeout_s: float) -> socket.socket | None:
         while self._idle:
@@ -172,6 +176,7 @@ class Connections:
     def close(self) -> None:
         """Close the connections that wait, and cancel the calls that run."""
         with self._lock:
+            self._forget_the_parents()
             idle, self._idle = self._idle, []
             calls = tuple(self._calls)
         for sock in idle:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 from miinb.errors import QueueFull
 from miinb.rpc import codec, failures
@@ -66,7 +67,7 @@ class DirectServer:
                 raise failures.unavailable()
             if len(self._calls) > self._most:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
-            found = await self._predict(data, left_s)
+            found = _frame(await self._predict(data, left_s))
         except asyncio.CancelledError:
             if not self._stopping:
                 raise  # the client has left
@@ -74,7 +75,7 @@ class DirectServer:
         except Exception as error:
             answer(_frame(failures.encode_failure(error, _log), failed=True))
         else:
-            answer(_frame(found))
+            answer(found)
 
 
 def _frame(payload: bytes, *, failed: bool = False) -> bytes:
@@ -101,7 +102,18 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
-        self._transport = transport  # type: ignore[assignment]  # a stream socket's transport is a Transport
+        self._transport = cast(asyncio.Transport, transport)  # a stream socket's; uvloop's own class is none
+        self._transport.set_write_buffer_limits(0)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio: the client has not read its answer, so it gets no other one."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Called by asyncio: the client has read its answer."""
+        if self._transport is not None:
+            self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
