@@ -49,9 +49,9 @@ def count_parameters(spec: DecoderSpec, policy: Policy) -> Parameters:
 
 #: Columns of an int8 matrix that share a scale of four bytes (`quantize.py`).
 _GROUP = 64
-#: A CPU's int8 tiles (kernels/cpu_blocks.py): of so many outputs (with AVX-512 of twice as many), and for each output
-#: and group of columns the numbers, a scale, and what their sum begins with.
-_TILE_OUTPUTS = 16
+#: A CPU's int8 tiles (kernels/cpu_blocks.py): of so many outputs (with AVX-512 of twice as many, which matters to tiny
+#: models alone), and for each output and group of columns the numbers, a scale, and what their sum begins with.
+TILE_OUTPUTS = 16
 _TILE_BYTES = _GROUP + 4 + 4
 
 
@@ -61,15 +61,15 @@ def count_encoder(spec: EncoderSpec) -> Parameters:
     return Parameters(sum(rows * columns for rows, columns in matrices), others)
 
 
-def int8_bytes(spec: EncoderSpec) -> int:
-    """Bytes of an encoder whose matrices are int8, in the tiles of a CPU, and the rest fp32."""
+def int8_bytes(spec: EncoderSpec, tile: int = TILE_OUTPUTS) -> int:
+    """Bytes of an encoder whose matrices are int8, in a CPU's tiles of so many outputs, and the rest fp32."""
     matrices, others = _encoder_numbers(spec)
     size = 4 * others
     if spec.decodes and spec.tied:  # the embedding, which tokens are looked up in too, stays as it is
         matrices.remove((spec.vocab_size, spec.embed_size))
         size += spec.vocab_size * (spec.embed_size + 4 * -(-spec.embed_size // _GROUP))
     for rows, columns in matrices:
-        size += -(-rows // _TILE_OUTPUTS) * _TILE_OUTPUTS * -(-columns // _GROUP) * _TILE_BYTES
+        size += -(-rows // tile) * tile * -(-columns // _GROUP) * _TILE_BYTES
     return size
 
 

@@ -37,11 +37,16 @@ class BlockedLinear:
         """Whether both sides of the product are int8."""
         return self.blocks.dtype == torch.uint8
 
+    @property
+    def tile(self) -> int:
+        """Outputs that stand together."""
+        return self.blocks.shape[-1] // (8 + GROUP) if self.int8 else self.blocks.shape[-1]
+
     def plain(self) -> Tensor:
         """The weights [N, K] in fp32, as the reference multiplies by them."""
         if not self.int8:
             return self.blocks.transpose(1, 2).reshape(-1, self.columns)[: self.outputs]
-        tile = self.blocks.shape[-1] // (8 + GROUP)
+        tile = self.tile
         scale, inner = self.blocks[..., 4 * tile : 8 * tile], self.blocks[..., 8 * tile :]
         numbers = inner.view(torch.int8).view(*inner.shape[:2], -1, tile, _TOGETHER).transpose(2, 3).flatten(3)
         wide: Tensor = numbers * scale.contiguous().view(torch.float32)[..., None]  # [tiles, groups, tile, GROUP]

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class Launch:
 
     def rank(self, replica: int, rank: int) -> Process:
         """Start one rank of a replica."""
-        line = {**self._line, "replica": replica, "rank": rank, "gpus": self._gpus(replica), "plan": self._plan}
+        own = {"replica": replica, "rank": rank, "gpus": self._gpus(replica), "t_start": time.monotonic()}
+        line = {**self._line, **own, "plan": self._plan}
         return Process(
             f"Rank {rank} of replica {replica}",
             self._modules["worker"],

@@ -50,6 +50,7 @@ class Order:
         gpus: the replica's GPUs as the user numbers them, one a rank ([] on a CPU); CUDA_VISIBLE_DEVICES holds these.
         port: names the replica's group; nothing listens on it.
         plan: what was chosen before the start (a `Plan`; {} is none).
+        t_start: time.monotonic() of the supervisor as it started this process (0: not known).
     """
 
     config: Mapping[str, Any]
@@ -59,14 +60,20 @@ class Order:
     gpus: Sequence[int] = ()
     port: int = 0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    t_start: float = 0.0
 
 
 class Reports:
-    """The pipe to the supervisor; a supervisor that is gone is no error here (the kernel ends this process then)."""
+    """The pipe to the supervisor; a supervisor that is gone is no error here (the kernel ends this process then).
 
-    def __init__(self, descriptor: int | None) -> None:
+    Args:
+        descriptor: of the pipe, if there is one.
+        t_start: when this process was started, time.monotonic().
+    """
+
+    def __init__(self, descriptor: int | None, t_start: float) -> None:
         self._descriptor = descriptor
-        self._since = process_start()
+        self._since = t_start
         self._name = "start"
         self.phases_s: dict[str, float] = {}
 
@@ -78,7 +85,7 @@ class Reports:
 
     def phase(self, phase: Phase) -> None:
         """Where start-up is; the phase before it ends here."""
-        now = time.time()
+        now = time.monotonic()
         self.phases_s[self._name] = self.phases_s.get(self._name, 0.0) + now - self._since
         self._since, self._name = now, phase.name
         log.info("%s %s/%s %s", phase.name, phase.done, phase.total, phase.text)
@@ -96,13 +103,6 @@ class Reports:
                 "details": details[-8000:],
             }
         )
-
-
-def process_start() -> float:
-    """When this process began, in seconds of `time.time`."""
-    import psutil
-
-    return psutil.Process().create_time()
 
 
 def with_start(info: EngineInfo, planned: Mapping[str, Any], phases_s: Mapping[str, float]) -> EngineInfo:
@@ -302,8 +302,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     descriptor = os.environ.pop("MIINB_STATUS_FD", None)
-    reports = Reports(int(descriptor) if descriptor else None)
     order = from_dict(Order, json.loads(sys.stdin.readline()))
+    reports = Reports(int(descriptor) if descriptor else None, order.t_start or time.monotonic())
     os.environ["MASTER_PORT"] = str(order.port)
     reports.phase(Phase("start"))
     try:

@@ -23,11 +23,13 @@ from miinb.engine.encoder_kernels import encoder_kernels
 from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.executor import Executor
 from miinb.engine.labels import function_of, labels_of
+from miinb.engine.parameters import TILE_OUTPUTS, int8_bytes
 from miinb.engine.parity import ParityReport
 from miinb.engine.place import Place
 from miinb.engine.policies import ENCODERS
 from miinb.engine.weights import weights_bytes
 from miinb.errors import BrokenCheckpoint, MissingHead, RankFailed, UnsupportedModel
+from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.messages import EncodedEvent, EncodeRequest, Plan
 from tests.engine.tiny_encoders import CONFIGS, HEADS, build
 from tests.tiny_tokenizers import byte_level
@@ -142,7 +144,10 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
     kernels, _ = encoder_kernels(Plan("optimized", "cpu", "int8"), Place(CPU, "int8"))
     tiles = {"levels": kernels.levels, "pack": kernels.pack}
     weights = load_encoder_weights(info, policy, info.encoder, dtype="int8", device=CPU, **tiles)
-    assert info.weights_bytes("int8") == pytest.approx(weights_bytes(weights), rel=0.05)  # tiles are a CPU's own
+    assert info.weights_bytes("int8") == int8_bytes(info.encoder)
+    layer = weights.layers[0].up
+    tile = layer.tile if isinstance(layer, BlockedLinear) else TILE_OUTPUTS  # this CPU's: tiny matrices fill few
+    assert int8_bytes(info.encoder, tile) == pytest.approx(weights_bytes(weights), rel=0.05)
 
 
 @pytest.fixture
