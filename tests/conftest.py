@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from miinb.client import Client
 from tests.frontend_process import FrontendProcess, make
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C: a shell's background job begins without it, and hands that on to the programs under test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

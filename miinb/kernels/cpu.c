@@ -118,7 +118,8 @@ INLINE void tile(const linear_args *a, const float *x, const void *const *w, con
   for (int m = 0; m < mb; m++)
     for (int n = 0; n < nb; n++) {
       float s = sum_vec(sums[m][n]), last = kind == INT8 && i < k ? scale[n][i / a->group] : 0;
-      for (int64_t j = i; j < k; j++) s += x[m * k + j] * weight(w[n], j, last, kind);
+      /* Said outright: where GCC makes vectors of this loop, it would round the products before it adds them. */
+      for (int64_t j = i; j < k; j++) s = fmaf(x[m * k + j], weight(w[n], j, last, kind), s);
       out[m][n] = s;
     }
 }
