@@ -26,6 +26,7 @@ from miinb.results import Result, frame_of, merge
 from miinb.rpc import codec, failures
 from miinb.rpc.address import socket_path
 from miinb.rpc.direct import Connections, socket_beside
+from miinb.spinning import spin_s
 from miinb.streams import Stream, StreamGroup
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class Client:
     def _calls(self, advance: Callable[[int], object] = lambda count: None) -> PredictCalls:
         def call(data: bytes, left_s: float) -> PredictCall:
             self._check_open()
-            direct = self._direct.call(data, left_s)
+            direct = self._direct.call(data, left_s, spin_s=spin_s(self._served.device))
             return direct or GrpcCall(self._predict.future(data, timeout=left_s, metadata=self._metadata))
 
         return PredictCalls(call, self._record, advance)
@@ -281,10 +282,15 @@ class Client:
 
     # The deployment
 
-    @functools.cached_property
+    @property
     def task(self) -> str:
         """Hugging Face's name of the deployment's task; asked for once."""
-        return self.describe().task
+        return self._served.task
+
+    @functools.cached_property
+    def _served(self) -> EngineInfo:
+        """What was served when it was asked for first."""
+        return self.describe()
 
     def describe(self) -> EngineInfo:
         """What is served: model, engine, plan, limits.

@@ -33,11 +33,14 @@ def socket_beside(rpc_socket: Path) -> Path:
 class DirectCall:
     """One call: it is sent when `result` is asked for. `cancel` may come from any thread."""
 
-    def __init__(self, connections: Connections, sock: socket.socket, data: bytes, timeout_s: float) -> None:
+    def __init__(
+        self, connections: Connections, sock: socket.socket, data: bytes, timeout_s: float, spin_s: float
+    ) -> None:
         self._connections = connections
         self._socket = sock
         self._data = data
         self._end = time.monotonic() + timeout_s
+        self._spin_s = spin_s
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -70,10 +73,12 @@ class DirectCall:
         return payload
 
     def _exchange(self) -> tuple[bool, bytes]:
-        left_s = self._left_s()
+        begin, left_s = time.monotonic(), self._left_s()
         self._socket.settimeout(left_s)
         self._socket.sendall(REQUEST.pack(len(self._data), left_s) + self._data)
+        self._connections.look(self._socket, self._spin_s)
         length, failed = ANSWER.unpack(self._receive(ANSWER.size))
+        self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
         return bool(failed), self._receive(length)
 
     def _left_s(self) -> float:
@@ -110,9 +115,16 @@ class Connections:
         self._idle: list[socket.socket] = []
         self._calls: set[DirectCall] = set()
         self._owner = os.getpid()
+        self._looking = threading.Lock()
+        self.quick = True  # the last answer
 
-    def call(self, data: bytes, timeout_s: float) -> DirectCall | None:
+    def call(self, data: bytes, timeout_s: float, *, spin_s: float = 0.0) -> DirectCall | None:
         """A call with these bytes; None: nobody listens there.
+
+        Args:
+            data: of the request.
+            timeout_s: limit of the call.
+            spin_s: for so long it may look for its answer before it sleeps.
 
         Raises:
             InvalidRequest: it is larger than the server takes.
@@ -126,7 +138,7 @@ class Connections:
             sock = self._take(timeout_s)
             if sock is None:
                 return None
-            call = DirectCall(self, sock, data, timeout_s)
+            call = DirectCall(self, sock, data, timeout_s, spin_s)
             self._calls.add(call)
             return call
 
@@ -151,6 +163,18 @@ class Connections:
             sock.close()
             return None
         return sock
+
+    def look(self, sock: socket.socket, seconds: float) -> None:
+        """Look for an answer for so long; of several threads one does, and the others sleep at once."""
+        if not (seconds and self.quick and self._looking.acquire(blocking=False)):
+            return
+        try:
+            poll, end = select.poll(), time.monotonic() + seconds
+            poll.register(sock, select.POLLIN)
+            while not poll.poll(0) and time.monotonic() < end:
+                pass
+        finally:
+            self._looking.release()
 
     def keep(self, call: DirectCall, sock: socket.socket) -> None:
         """A call has ended well: its connection waits for the next one."""

@@ -14,10 +14,12 @@ import numpy as np
 from miinb.errors import InvalidRequest, RequestError, from_name
 from miinb.messages import EncodedEvent, EncodeRequest, Event, FailedEvent, PredictedEvent
 from miinb.rpc import codec
+from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer, Replica
 from miinb.server.encoders.registry import ENCODER_TASKS
 from miinb.server.encoders.request import Answers, Asked, Prepared, checked_inputs, checked_options, find_task
 from miinb.server.encoders.tokenization import EncoderText, Text
+from miinb.spinning import spin_s
 
 #: Work on more tokens or bytes of results than these is done in a thread, so that the loop goes on with the others'.
 LARGE_TOKENS = 8192
@@ -28,12 +30,15 @@ MAX_TOKENS = 1 << 22
 _T = TypeVar("_T")
 
 
-async def predict(data: bytes, balancer: Balancer, *, t_submit: float, deadline: float, alone: bool) -> bytes:
+async def predict(
+    data: bytes, balancer: Balancer, awake: Awake, *, t_submit: float, deadline: float, alone: bool
+) -> bytes:
     """The answer of a predict request, both as bytes.
 
     Args:
         data: the request.
         balancer: the replicas.
+        awake: of the loop, which is to be quick when the replica answers and the client asks again.
         t_submit: when it came, time.monotonic().
         deadline: when it has to be answered.
         alone: no other request is being served.
@@ -55,8 +60,10 @@ async def predict(data: bytes, balancer: Balancer, *, t_submit: float, deadline:
     prepared = await _run(lambda: _checked(kind.prepare(asked, encodings), asked), tokens > LARGE_TOKENS)
     replica = await balancer.pick(1)  # it may have gone meanwhile, or another have less to do
     t_sent = time.monotonic()
+    awake.for_the_next(spin_s(replica.info.device))
     event = await _computed(prepared, balancer.next_row_id(), replica, t_sent, deadline)
     t_done = time.monotonic()
+    awake.for_the_next(spin_s(replica.info.device))
 
     def finish() -> bytes:
         answers = _answers(prepared, event)

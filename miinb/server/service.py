@@ -21,6 +21,7 @@ from miinb.messages import (
     RequestBegin,
 )
 from miinb.rpc import codec, failures
+from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
@@ -88,6 +89,7 @@ class Inference:
         self._on_change = on_change
         self._balancer = balancer
         self._conversations = Conversations()
+        self._awake = Awake()
         self._name = name
         self._writers: set[Writer] = set()
 
@@ -222,7 +224,8 @@ class Inference:
 
     async def _run_predict(self, data: bytes, deadline: float) -> bytes:
         alone = self.counters.in_flight == 1
-        return await predict(data, self._balancer, t_submit=time.monotonic(), deadline=deadline, alone=alone)
+        now = time.monotonic()
+        return await predict(data, self._balancer, self._awake, t_submit=now, deadline=deadline, alone=alone)
 
     async def _create_session(self, data: bytes, context: Any) -> bytes:
         return await self._change_sessions(self._conversations.create, data, context)

@@ -34,6 +34,7 @@ from miinb.messages import (
 from miinb.server.frames import CancelRow, EngineStatus, ToRank
 from miinb.server.ipc import RankSocket
 from miinb.server.process import PEER_LOST
+from miinb.spinning import spin_s
 from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -129,12 +130,6 @@ def named_error(error: BaseException) -> MiinbError:
     return RankFailed(f"{type(error).__name__}: {first}")
 
 
-#: A rank of a GPU looks for its next request for so long before it sleeps, on machines with so many cores: until a
-#: sleeping process runs again, with all that it needs in the processor's caches, a short text would be computed.
-SPIN_S = 0.002
-SPIN_CORES = 4
-
-
 class Server:
     """Rank 0's loop: drain the socket, compute a step, hand out what came of it."""
 
@@ -143,8 +138,7 @@ class Server:
         self.socket = sock
         self._told = executor.info
         self._started = time.monotonic()
-        spins = executor.info.device.startswith("cuda") and len(os.sched_getaffinity(0)) >= SPIN_CORES
-        self._spin_s = SPIN_S if spins else 0.0
+        self._spin_s = spin_s(executor.info.device)
 
     def run(self) -> None:
         """Until the frontend is gone (ConnectionError) or SIGTERM comes (SystemExit)."""

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="that the clients ask for (8)")
     parser.add_argument("--repeats", type=int, help="measured requests, one at a time (50; at most 15 on a CPU)")
     parser.add_argument("--passes", type=int, help="measured passes over texts that come together (5)")
-    parser.add_argument("--warmup", type=int, help="requests before them (5)")
+    parser.add_argument("--warmup", type=int, help="requests before them (20)")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--charts", type=Path, metavar="RUNS", help="draw the runs in this directory, measure nothing")
     parser.add_argument("--published", action="store_true", help="charts: MII's figures of 2022 beside the measured")

@@ -173,12 +173,12 @@ class Sizes:
     embedded: int = 64
     repeats: int = 50
     passes: int = 5
-    warmup: int = 5
+    warmup: int = 20
     seed: int = 0
 
 
 TINY = Sizes(tokens=16, texts=12, batches=(2, 4), clients=4, seconds=0.3, embedded=5, repeats=3, passes=2, warmup=1)
-QUICK = Sizes(batches=(64, 256, 1024), seconds=3.0, repeats=20, passes=3, warmup=3)
+QUICK = Sizes(batches=(64, 256, 1024), seconds=3.0, repeats=20, passes=3, warmup=10)
 
 
 def mixed_lengths(count: int, most: int, mean: float, seed: int) -> tuple[int, ...]:

@@ -165,11 +165,13 @@ class EncoderText:
 
     def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """Texts of token ids, as transformers' tokenizer gives them."""
+        return [self.cleaned(text) for text in self.decode_as_is(sequences, skip_special_tokens=skip_special_tokens)]
+
+    def decode_as_is(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Texts of token ids, as the tokenizer's decoder gives them."""
         if len(sequences) == 1 or sum(map(len, sequences)) <= INLINE_TOKENS:
-            texts = [self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
-        else:
-            texts = self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
-        return [self.cleaned(text) for text in texts]
+            return [self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
+        return list(self.tokenizer.decode_batch(sequences, skip_special_tokens=skip_special_tokens))
 
     def cleaned(self, text: str) -> str:
         """What `decode` makes of the text that the tokenizer's decoder gives."""

@@ -58,7 +58,7 @@ def pieces_of(text: EncoderText, tokens: Collection[int]) -> dict[int, Piece]:
     """What each of some tokens adds to a text. It is the tokenizer's, which keeps what has been asked for."""
     new = [token for token in tokens if token not in text.pieces]
     if new:
-        decode = text.tokenizer.decode_batch
+        decode = text.decode_as_is
         before, *pairs = decode([text.anchor, *([*text.anchor, token] for token in new)], skip_special_tokens=False)
         firsts = decode([[token] for token in new], skip_special_tokens=False)
         for token, first, pair in zip(new, firsts, pairs, strict=True):
