@@ -10,7 +10,7 @@ import functools
 import os
 
 #: Seconds. An answer that takes longer is not waited for faster by this.
-SPIN_S = 0.002
+SPIN_S = 0.005
 #: Client, frontend and rank have one each, and there are others.
 SPIN_CORES = 4
 

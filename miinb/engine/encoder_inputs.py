@@ -51,6 +51,22 @@ class Sizes(NamedTuple):
         )
 
 
+class _Place(NamedTuple):
+    """Where steps of some sizes lie.
+
+    Attributes:
+        fields: the host's, of each turn.
+        host: the same bytes, of each turn.
+        device: where they are copied to.
+        batch: the device's fields.
+    """
+
+    fields: list[list[Numbers]]
+    host: list[Tensor]
+    device: Tensor
+    batch: EncoderBatch
+
+
 class EncoderInputs:
     """Writes steps into buffers.
 
@@ -73,8 +89,7 @@ class EncoderInputs:
         self._device = torch.zeros(size, dtype=torch.uint8, device=device) if self._copies else self._host[0]
         self._turn = 0
         self._counting = np.arange(max_tokens)
-        self._views: dict[Sizes, list[list[Numbers]]] = {}  # of the graphs' steps, which come often
-        self._batches: dict[Sizes, EncoderBatch] = {}
+        self._places: dict[Sizes, _Place] = {}  # of the graphs' steps, which come often
         self.graphs: Sequence[Sizes] = ()
 
     def write(self, step: EncodeStep) -> Sizes:
@@ -84,7 +99,7 @@ class EncoderInputs:
         large = islice(self.graphs, bisect_left(self.graphs, own), None)
         sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
-        token_ids, type_ids, positions, rows, starts = self._written(sizes)
+        token_ids, type_ids, positions, rows, starts = self._place(sizes).fields[self._turn]
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
         starts[: sequences + 1] = step.starts
@@ -97,27 +112,26 @@ class EncoderInputs:
 
     def send(self, sizes: Sizes) -> EncoderBatch:
         """The batch that was written last; it is valid until the next one is sent (on a CPU, written)."""
+        place = self._place(sizes)
         if self._copies:
-            used = sum(_field_bytes(sizes))
-            self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
-        if sizes not in self.graphs:
-            return self.batch(sizes)
-        if sizes not in self._batches:
-            self._batches[sizes] = self.batch(sizes)
-        return self._batches[sizes]
+            place.device.copy_(place.host[self._turn], non_blocking=True)
+        return place.batch
 
     def batch(self, sizes: Sizes) -> EncoderBatch:
         """The place where steps of these sizes are sent to."""
         token_ids, type_ids, positions, rows, starts = _fields(self._device, sizes)
         return EncoderBatch(token_ids, type_ids, positions, starts, rows, sizes.max_length)
 
-    def _written(self, sizes: Sizes) -> list[Numbers]:
-        """The host's fields of this turn."""
-        if sizes not in self.graphs:
-            return [field.numpy() for field in _fields(self._host[self._turn], sizes)]
-        if sizes not in self._views:
-            self._views[sizes] = [[field.numpy() for field in _fields(memory, sizes)] for memory in self._host]
-        return self._views[sizes][self._turn]
+    def _place(self, sizes: Sizes) -> _Place:
+        """Where steps of these sizes lie; kept for those of graphs."""
+        found = self._places.get(sizes)
+        if found is None:
+            used = sum(_field_bytes(sizes))
+            fields = [[field.numpy() for field in _fields(memory, sizes)] for memory in self._host]
+            found = _Place(fields, [memory[:used] for memory in self._host], self._device[:used], self.batch(sizes))
+            if sizes in self.graphs:
+                self._places[sizes] = found
+        return found
 
 
 #: Of token_ids, type_ids, positions, rows and starts: in memory's order.

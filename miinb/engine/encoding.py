@@ -66,22 +66,28 @@ class Reducing(Protocol):
         """
 
 
+class _Clock:
+    """When the GPU begins and ends a step. Two are used in turns: to make one takes longer than to read it."""
+
+    def __init__(self) -> None:
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+
 @dataclass(slots=True)
 class _Flight:
     """A launched step whose results have not been read."""
 
     step: EncodeStep
-    results: list[tuple[list[int], Reduced]]  # on the host once `end` has come
+    results: list[tuple[list[int], Reduced]]  # on the host once the clock has stopped
     t_launch: float
-    begin: torch.cuda.Event | None
-    end: torch.cuda.Event | None
+    clock: _Clock | None
 
     def wait(self) -> float:
         """Seconds that it took."""
-        if self.begin is None or self.end is None:
+        if self.clock is None:
             return time.monotonic() - self.t_launch
-        self.end.synchronize()
-        return float(self.begin.elapsed_time(self.end)) / 1000
+        self.clock.end.synchronize()
+        return float(self.clock.begin.elapsed_time(self.clock.end)) / 1000
 
 
 class EncodeExecutor:
@@ -130,6 +136,7 @@ class EncodeExecutor:
         self._jobs: dict[int, Job] = {}
         self._events: list[Event | EncodedEvent] = []
         self._flight: _Flight | None = None
+        self._clocks = [_Clock(), _Clock()] if self._on_gpu else []  # of this step, and of the one before it
         self._counts = {"served": 0, "steps": 0, "tokens": 0, "sequences": 0}
 
     def submit(self, request: SequenceRequest) -> None:
@@ -218,18 +225,17 @@ class EncodeExecutor:
     @torch.inference_mode()
     def _compute(self, step: EncodeStep, now: float) -> _Flight:
         sizes = self.inputs.write(step)
-        begin = end = None
-        if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
+        clock = self._clocks[self._counts["steps"] % 2] if self._on_gpu else None
+        if clock is not None:
+            clock.begin.record()
         batch = self.inputs.send(sizes)
         results = self._results(step, batch)
-        if end is not None:
-            end.record()
+        if clock is not None:
+            clock.end.record()
         self._counts["steps"] += 1
         self._counts["tokens"] += len(step.token_ids)
         self._counts["sequences"] += len(step.lengths)
-        return _Flight(step, results, now, begin, end)
+        return _Flight(step, results, now, clock)
 
     def _results(self, step: EncodeStep, batch: EncoderBatch) -> list[tuple[list[int], Reduced]]:
         """Numbers of pieces, and their results on the way to the host."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miinb.bench.encoders.suites import Workload
 from miinb.bench.workload import WORDS, synthetic_prompt, tokenizer_offsets
 from miinb.errors import InvalidValue
 
@@ -77,6 +78,11 @@ class Inputs:
         """Inputs of `Session.predict` made of English words, one a length (exact but for the mask's neighborhood)."""
         rng = random.Random(f"{seed}/texts")
         return [self.text(length, rng) for length in lengths]
+
+    def one_each(self, workload: Workload) -> list[tuple[int, Any]]:
+        """The number of each request of one text (negative: a warm-up), and its text: made before the clock runs."""
+        numbers = range(-workload.warmup, workload.repeats)
+        return [(number, *self.texts(workload.lengths, f"{workload.seed}/{number}")) for number in numbers]
 
     def text(self, length: int, rng: random.Random) -> Any:
         """One of them. Raises InvalidValue if the tokenizer has no mask and the task needs one."""

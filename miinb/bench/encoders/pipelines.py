@@ -129,8 +129,7 @@ def run_pipelines(job: Job, folder: Path) -> Iterator[Measured]:
 
 def _served(job: Job, folder: Path, workload: Workload, maker: Inputs, found: Measured) -> None:
     pipe = Pipe(job, folder)
-    for number in range(-workload.warmup, workload.repeats):
-        (text,) = maker.texts(workload.lengths, f"{workload.seed}/{number}")
+    for number, text in maker.one_each(workload):
         answer, call = pipe(text)
         found.records += records_of(job, workload, [call], number)
         found.answers[str(number)] = answers_of(job.task, [text], answer)

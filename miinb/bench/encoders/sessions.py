@@ -49,8 +49,7 @@ def run_session(job: Job) -> Iterator[Measured]:
 def _served(session: Session, job: Job, workload: Workload, maker: Inputs, found: Measured) -> None:
     """One text after another, another each time."""
     options = OPTIONS.get(job.task, {})
-    for number in range(-workload.warmup, workload.repeats):
-        (text,) = maker.texts(workload.lengths, f"{workload.seed}/{number}")
+    for number, text in maker.one_each(workload):
         (predictions,), call = _timed(session, text, options)
         found.records += records_of(job, workload, [call], number)
         found.answers[str(number)] = [answer_of(job.task, predictions)]

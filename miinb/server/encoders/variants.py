@@ -1,8 +1,8 @@
 """Texts of sequences that differ from one another in one token: put together from pieces, not decoded each as a whole.
 
-What a token adds to a text depends, with the decoders of `_BY_TOKEN`, only on whether it is the first. So each token is
-decoded once as the first and once behind another. That this holds is seen on one variant of every sequence, which is
-decoded as a whole; where it does not, and for tokens that are a part of a character, all are.
+What a token adds to a text depends, with the decoders of `_BY_TOKEN`, only on whether it is the first (see
+https://github.com/huggingface/tokenizers, tokenizers/src/decoders). So each token is decoded once as the first and
+once behind another. Where a sequence has tokens that are a part of a character, its variants are decoded as they are.
 """
 
 from __future__ import annotations
@@ -42,12 +42,9 @@ def texts_of(text: EncoderText, variants: Sequence[Variants], *, skip_special_to
     tokens |= {token for one in variants for _, token in one.changes if token is not None}
     shown = tokens - text.special_ids if skip_special_tokens else tokens
     pieces = _Pieces(text, pieces_of(text, shown))
-    seen = text.decode([one.sequence(one.changes[0]) for one in variants], skip_special_tokens=skip_special_tokens)
     found: list[list[str]] = []
-    for one, whole in zip(variants, seen, strict=True):
+    for one in variants:
         made = pieces.texts(one)
-        if made[0] != whole:
-            made = [None] * len(one.changes)
         left = [one.sequence(change) for change, known in zip(one.changes, made, strict=True) if known is None]
         decoded = iter(text.decode(left, skip_special_tokens=skip_special_tokens))
         found.append([next(decoded) if known is None else known for known in made])
@@ -79,6 +76,8 @@ class _Pieces:
         known = self.known
         parts = [known[token].behind if token in known else "" for token in one.ids]
         inner, bounds = "".join(parts), [0, *accumulate(map(len, parts))]
+        if _PART in inner:
+            return [None] * len(one.changes)
         texts: list[str | None] = []
         for place, token in one.changes:
             shown = token is not None and token in known
