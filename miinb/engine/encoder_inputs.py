@@ -91,15 +91,17 @@ class EncoderInputs:
         self._counting = np.arange(max_tokens)
         self._places: dict[Sizes, _Place] = {}  # of the graphs' steps, which come often
         self.graphs: Sequence[Sizes] = ()
+        self._written = self._place(Sizes(0, 0, 0, 0))
 
-    def write(self, step: EncodeStep) -> Sizes:
-        """Write a step for `send`. Returns the sizes that it is computed in."""
+    def write(self, step: EncodeStep) -> None:
+        """Write a step for `send`: in the sizes of the first graph that holds it, or in its own."""
         tokens, sequences, count = len(step.token_ids), len(step.lengths), len(step.rows)
         own = Sizes(tokens, int(step.lengths.max()), sequences, count)
         large = islice(self.graphs, bisect_left(self.graphs, own), None)
         sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
-        token_ids, type_ids, positions, rows, starts = self._place(sizes).fields[self._turn]
+        self._written = self._place(sizes)
+        token_ids, type_ids, positions, rows, starts = self._written.fields[self._turn]
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
         starts[: sequences + 1] = step.starts
@@ -108,11 +110,10 @@ class EncoderInputs:
         if sizes != own:  # what was here before may be of a larger step
             token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[count:] = 0
             starts[sequences + 1 :] = tokens
-        return sizes
 
-    def send(self, sizes: Sizes) -> EncoderBatch:
+    def send(self) -> EncoderBatch:
         """The batch that was written last; it is valid until the next one is sent (on a CPU, written)."""
-        place = self._place(sizes)
+        place = self._written
         if self._copies:
             place.device.copy_(place.host[self._turn], non_blocking=True)
         return place.batch

@@ -224,11 +224,11 @@ class EncodeExecutor:
 
     @torch.inference_mode()
     def _compute(self, step: EncodeStep, now: float) -> _Flight:
-        sizes = self.inputs.write(step)
+        self.inputs.write(step)
         clock = self._clocks[self._counts["steps"] % 2] if self._on_gpu else None
         if clock is not None:
             clock.begin.record()
-        batch = self.inputs.send(sizes)
+        batch = self.inputs.send()
         results = self._results(step, batch)
         if clock is not None:
             clock.end.record()

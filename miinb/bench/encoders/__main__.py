@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", help="that the baseline tries (32 to 1024)")
     parser.add_argument("--clients", type=int, help="at once (64)")
     parser.add_argument("--seconds", type=float, help="that the clients ask for (8)")
-    parser.add_argument("--repeats", type=int, help="measured requests, one at a time (50; at most 15 on a CPU)")
+    parser.add_argument("--repeats", type=int, help="measured requests, one at a time (100; at most 15 on a CPU)")
     parser.add_argument("--passes", type=int, help="measured passes over texts that come together (5)")
     parser.add_argument("--warmup", type=int, help="requests before them (20)")
     parser.add_argument("--seed", type=int)

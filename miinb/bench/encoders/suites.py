@@ -171,14 +171,14 @@ class Sizes:
     clients: int = 64
     seconds: float = 8.0
     embedded: int = 64
-    repeats: int = 50
+    repeats: int = 100
     passes: int = 5
     warmup: int = 20
     seed: int = 0
 
 
 TINY = Sizes(tokens=16, texts=12, batches=(2, 4), clients=4, seconds=0.3, embedded=5, repeats=3, passes=2, warmup=1)
-QUICK = Sizes(batches=(64, 256, 1024), seconds=3.0, repeats=20, passes=3, warmup=10)
+QUICK = Sizes(batches=(64, 256, 1024), seconds=3.0, repeats=50, passes=3, warmup=10)
 
 
 def mixed_lengths(count: int, most: int, mean: float, seed: int) -> tuple[int, ...]:

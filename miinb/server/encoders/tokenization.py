@@ -155,11 +155,12 @@ class EncoderText:
 
     def _encode(self, texts: Sequence[Text], offsets: bool) -> list[Encoding]:
         try:
-            if len(texts) == 1:  # in this thread: a batch would go through the library's pool
-                (text,) = texts
-                return [self.tokenizer.encode(text) if isinstance(text, str) else self.tokenizer.encode(*text)]
-            encode = self.tokenizer.encode_batch if offsets else self.tokenizer.encode_batch_fast
-            return encode(list(texts))
+            if not offsets:  # a fifth less time
+                return self.tokenizer.encode_batch_fast(list(texts))
+            if len(texts) > 1:
+                return self.tokenizer.encode_batch(list(texts))
+            (text,) = texts  # in this thread: a batch would go through the library's pool
+            return [self.tokenizer.encode(text) if isinstance(text, str) else self.tokenizer.encode(*text)]
         except Exception as error:  # the library raises a bare Exception
             raise InvalidRequest(f"inputs: the model's tokenizer cannot read this text ({error}).") from None
 
