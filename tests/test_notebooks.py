@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 SMALL = {
     "01_first_answer.ipynb": "NEW_TOKENS = 8",
     "03_benchmark.ipynb": "REQUESTS, NEW_TOKENS, CONCURRENCY = 2, 8, [1, 2]",
-    "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY = 4, [1, 2], True",
+    "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY, SHAPES = 4, [1, 2], True, ['bert-base']",
 }
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
