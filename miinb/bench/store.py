@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miinb.bench.records import DEFINITIONS, Runs, plain, rows_of
+from miinb.bench.records import DEFINITIONS, Record, Runs, plain, rows_of
 from miinb.errors import InvalidValue, MiinbError
 
 if TYPE_CHECKING:
@@ -35,8 +35,12 @@ def save(runs: Runs, path: Path) -> Path:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON Lines and sync them to disk; a cut last line of an earlier crash is closed first."""
-    lines = "".join(_to_json(row) + "\n" for row in rows)
+    """Append JSON Lines and sync them to disk; a cut last line of an earlier crash is closed first.
+
+    Fields without a value are left out: most requests have few.
+    """
+    full = (_plain_tree(dict(row)) for row in rows)
+    lines = "".join(_to_json({key: value for key, value in row.items() if value is not None}) + "\n" for row in full)
     with open(path, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -55,7 +59,7 @@ def load(path: Path) -> Runs:
     rows: list[dict[str, Any]] = []
     env: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        rows += _read_lines(folder / REQUESTS)
+        rows += [{**dict.fromkeys(Record.__slots__), **row} for row in _read_lines(folder / REQUESTS)]
         env_file = folder / ENV
         env[folder.name] = json.loads(env_file.read_text()) if env_file.is_file() else {}
     return Runs(rows, {str(facts.get("run_id", name)): facts for name, facts in env.items()})
