@@ -47,7 +47,7 @@ def encoder_kernels(plan: Plan, place: Place) -> tuple[EncoderKernels, Plan]:
     try:
         if dtype == torch.float16:
             raise Unavailable("they have no fp16")
-        kernels = CpuKernels(dtype, int8=int8)
+        kernels = CpuKernels(dtype, int8=int8, tiles=True)
     except Unavailable as reason:
         return plain, plan.with_line("kernels", "PyTorch's", str(reason))
     operators = EncoderOperators(

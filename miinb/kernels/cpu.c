@@ -398,8 +398,8 @@ INLINE void norm_row(const void *x, const void *residual, const void *weight, co
     float v = load(x, i, half);
     if (residual) {
       v += load(residual, i, half);
-      store(sum, i, v, half);
-      v = load(sum, i, half);
+      if (half) v = widen(narrow(v));
+      if (sum) store(sum, i, v, half);
     }
     row[i] = v;
   }
@@ -421,7 +421,7 @@ INLINE void norm_row(const void *x, const void *residual, const void *weight, co
     store(y, i, row[i] * scale * load(weight, i, half) + (bias ? load(bias, i, half) : 0), half);
 }
 
-/* center: layer norm; otherwise RMS norm. residual NULL: sum is not written. */
+/* center: layer norm; otherwise RMS norm. Where residual or sum is NULL no sum is written. */
 void miinb_norm(const void *x, const void *residual, const void *weight, const void *bias, void *y, void *sum,
                 int64_t m, int64_t n, float eps, int center, int half) {
   const int64_t bytes = half ? 2 : 4;
@@ -433,7 +433,7 @@ void miinb_norm(const void *x, const void *residual, const void *weight, const v
     for (int64_t i = 0; i < m; i++) {
       const int64_t at = i * n * bytes;
       const void *r = residual ? (const char *)residual + at : NULL;
-      void *s = residual ? (char *)sum + at : NULL;
+      void *s = residual && sum ? (char *)sum + at : NULL;
       if (half)
         norm_row((const char *)x + at, r, weight, bias, (char *)y + at, s, row, n, eps, center, 1);
       else

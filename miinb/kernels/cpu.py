@@ -16,22 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.kernels import cpu_build, reference
+from miinb.kernels import reference
 from miinb.kernels.cpu_blocks import BlockedLinear, blocked
+from miinb.kernels.cpu_library import load_library
 from miinb.kernels.linear import PackedLinear
 
-_P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_ARGUMENTS = {
-    "miinb_linear": [_P] * 6 + [_I] * 4 + [_C] * 3,
-    "miinb_norm": [_P] * 6 + [_I] * 2 + [_F, _C, _C],
-    "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
-    "miinb_argmax": [_P] * 3 + [_I] * 2 + [_C],
-    "miinb_attention": [_P] * 6 + [_I] * 7 + [_F, _F, _P, _C],
-    "miinb_blocked_linear": [_P] * 5 + [_I] * 3 + [_C, _C],
-    "miinb_packed_attention": [_P] * 3 + [_I] * 4 + [_F, _C],
-}
 _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "tanh": 5}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
+#: Kinds of weights in tiles, as cpu_product.c numbers them; what those of bf16 are multiplied by.
+_FP32, _INT8 = 0, 1
+_AMX = 3
+_BF16 = {0: "", 2: "AVX-512", _AMX: "AMX"}
 #: Widest head that the library's buffers hold.
 MAX_HEAD_SIZE = 1024
 #: Rows at which PyTorch's linear layer is tried against the library's, and how much faster it must be to be taken: with
@@ -46,10 +41,13 @@ class CpuKernels:
     Attributes:
         dtype: torch.float32 or torch.bfloat16.
         limit: with so many rows and more PyTorch's linear layer is the faster one here (not for int8 weights, which it
-            does not have); measured once, or given by the environment variable MIINB_CPU_TORCH_ROWS (0: never).
+            does not have, and weights in tiles); measured once, or given by the environment variable
+            MIINB_CPU_TORCH_ROWS (0: never). Never, where nearly all weights are in tiles (`tiles`: they come through
+            `pack`): with the library alone a row's answer does not depend on what else is in the step.
+        bf16: how the products of weights of bf16 in tiles are computed, 0 where this CPU has no instructions for them.
     """
 
-    def __init__(self, dtype: torch.dtype, *, int8: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False, tiles: bool = False) -> None:
         self._library = load_library()
         self.dtype = dtype
         self._half = _HALF[dtype]
@@ -59,8 +57,9 @@ class CpuKernels:
         self._attention = self._library.miinb_attention
         self._blocked_linear = self._library.miinb_blocked_linear
         self._packed_attention = self._library.miinb_packed_attention
+        self.bf16 = self._library.miinb_bf16() if self._half and tiles else 0
         self.limit = 1 << 30
-        if not int8:
+        if not int8 and not (tiles and self._in_tiles):
             self.limit = self._measure()
 
     def _measure(self) -> int:
@@ -83,11 +82,16 @@ class CpuKernels:
         return 1 << 30
 
     @property
+    def _in_tiles(self) -> bool:
+        """Whether `pack` lays weights out in tiles."""
+        return not self._half or self.bf16 > 0
+
+    @property
     def description(self) -> str:
         """What runs where, in a few words."""
         threads = torch.get_num_threads()
         if self.limit == 1 << 30:
-            return f"every step, {threads} threads"
+            return f"every step, {threads} threads" + (f", {_BF16[self.bf16]}" if self.bf16 else "")
         return (
             f"steps below {self.limit} tokens, {threads} threads; PyTorch's linear layers are faster above, "
             "and the last bits of an answer depend on what else is asked at that moment"
@@ -99,12 +103,12 @@ class CpuKernels:
         return ctypes.c_int32.in_dll(self._library, "miinb_levels").value
 
     def pack(self, packed: PackedLinear) -> PackedLinear | BlockedLinear:
-        """The layer as the products of many rows are fastest: in tiles, if it is fp32 or int8.
+        """The layer as the products of many rows are fastest: in tiles, but for bf16 without instructions for it.
 
-        `linear` then multiplies int8 with int8: x is quantized row by row, with a scale for each `reference.GROUP`
-        columns, as the weights are.
+        `linear` then multiplies bf16 with bf16 and adds in fp32, by AMX where there is one. It multiplies int8 with
+        int8: x is quantized row by row, with a scale for each `reference.GROUP` columns, as the weights are.
         """
-        if self._half:
+        if not self._in_tiles:
             return packed
         tile = ctypes.c_int32.in_dll(self._library, "miinb_tile").value
         return blocked(packed, tile=tile, levels=self.levels)
@@ -155,7 +159,7 @@ class CpuKernels:
 
     def _run_blocked(self, x: Tensor, packed: BlockedLinear, activation: str | None, residual: Tensor | None) -> Tensor:
         x = x.contiguous()
-        y = torch.empty((x.shape[0], packed.outputs))
+        y = torch.empty((x.shape[0], packed.outputs), dtype=x.dtype)
         self._blocked_linear(
             x.data_ptr(),
             packed.blocks.data_ptr(),
@@ -166,7 +170,7 @@ class CpuKernels:
             packed.outputs,
             packed.columns,
             _ACTIVATIONS[activation],
-            packed.int8,
+            self.bf16 or (_INT8 if packed.int8 else _FP32),
         )
         return y
 
@@ -186,6 +190,7 @@ class CpuKernels:
             head_size,
             scale,
             self._half,
+            self.bf16 == _AMX,
         )
         return out
 
@@ -212,14 +217,23 @@ class CpuKernels:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> Tensor:
         """See `norm.post_norm`."""
-        return self.layer_norm(x, weight, bias, eps, residual)[0]
+        return self._run_norm(x, weight, bias, eps, residual, 1, keep=False)[0]
 
     def _run_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, center: int
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        center: int,
+        *,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor]:
+        """The norm, and the sum that it is of; without `keep` there is none."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        total = x if residual is None else torch.empty_like(x)
+        total = x if residual is None or not keep else torch.empty_like(x)
         n = x.shape[-1]
         self._norm(
             x.data_ptr(),
@@ -227,7 +241,7 @@ class CpuKernels:
             weight.data_ptr(),
             bias.data_ptr() if bias is not None else None,
             y.data_ptr(),
-            total.data_ptr(),
+            total.data_ptr() if keep else None,
             x.numel() // n,
             n,
             eps,
@@ -379,20 +393,3 @@ def _fastest(*runs: Callable[[], object]) -> list[float]:
             run()
             best[i] = min(best[i], time.perf_counter() - start)
     return best
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The compiled library, with its functions' arguments declared.
-
-    Raises:
-        cpu_build.Unavailable: it cannot be made on this machine.
-    """
-    try:
-        library = ctypes.CDLL(str(cpu_build.build()))
-    except OSError as error:
-        raise cpu_build.Unavailable(f"the compiled library does not load ({error})") from error
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library

@@ -1,4 +1,4 @@
-"""Weights as the products of cpu_encoder.c read them: outputs side by side in tiles, laid out when a model loads."""
+"""Weights as the products of cpu_product.c read them: outputs side by side in tiles, laid out when a model loads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from miinb.kernels.reference import GROUP
 
 #: Columns of one output that stand together in an int8 tile: what one instruction adds up.
 _TOGETHER = 4
+#: The same in a bf16 tile, and columns of a step of its product.
+_PAIR, _STEP = 2, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +22,12 @@ class BlockedLinear:
     """Weights of one linear layer, in the place of a `PackedLinear`.
 
     Attributes:
-        blocks: [tiles, K, tile] fp32; or [tiles, groups, bytes] uint8, for int8: what the sums of a group begin with
-            [tile] int32, scales [tile] fp32, and numbers [GROUP / 4, tile, 4] int8.
+        blocks: [tiles, K, tile] fp32; or [tiles, K / 2, tile, 2] bf16, with K filled up to a multiple of 32; or
+            [tiles, groups, bytes] uint8, for int8: what the sums of a group begin with [tile] int32, scales [tile]
+            fp32, and numbers [GROUP / 4, tile, 4] int8.
         outputs: N, of which the last tile may have fewer than others.
         columns: K.
-        bias: [N] fp32 or None.
+        bias: [N] fp32 (bf16 for weights of bf16) or None.
     """
 
     blocks: Tensor
@@ -40,10 +43,12 @@ class BlockedLinear:
     @property
     def tile(self) -> int:
         """Outputs that stand together."""
-        return self.blocks.shape[-1] // (8 + GROUP) if self.int8 else self.blocks.shape[-1]
+        return self.blocks.shape[-1] // (8 + GROUP) if self.int8 else self.blocks.shape[2]
 
     def plain(self) -> Tensor:
-        """The weights [N, K] in fp32, as the reference multiplies by them."""
+        """The weights [N, K] in fp32 or bf16, as the reference multiplies by them."""
+        if self.blocks.dtype == torch.bfloat16:
+            return self.blocks.transpose(1, 2).flatten(2).flatten(0, 1)[: self.outputs, : self.columns]
         if not self.int8:
             return self.blocks.transpose(1, 2).reshape(-1, self.columns)[: self.outputs]
         tile = self.tile
@@ -57,12 +62,17 @@ def blocked(packed: PackedLinear, *, tile: int, levels: int) -> BlockedLinear:
     """The same layer in tiles; the weights are copied, so `packed` can be let go.
 
     Args:
-        packed: weights [N, K] in fp32, or in int8 with scales.
+        packed: weights [N, K] in fp32 or bf16, or in int8 with scales.
         tile: outputs of a tile.
         levels: the largest number that the int8 product takes; those of `packed` must not be larger.
     """
     outputs, columns = packed.weight.shape
     weight = F.pad(packed.weight, (0, 0, 0, -outputs % tile))
+    if weight.dtype == torch.bfloat16:
+        steps = -(-columns // _STEP)
+        pairs = F.pad(weight, (0, -columns % _STEP)).view(-1, tile, steps * _STEP // _PAIR, _PAIR)
+        blocks = pairs.transpose(1, 2).contiguous()
+        return BlockedLinear(blocks, outputs, columns, packed.bias)
     if packed.scale is None:
         blocks = weight.view(-1, tile, columns).transpose(1, 2).contiguous()
         return BlockedLinear(blocks, outputs, columns, packed.bias)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
 import torch  # noqa: F401  (its OpenMP runtime has to be loaded before the library that uses it)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_encoder.c"))
-HEADER = Path(__file__).with_name("cpu.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_product.c", "cpu_packed_attention.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu.h", "cpu_outer.h", "cpu_amx.h"))
 #: No -ffast-math: NaN must stay NaN for a row to be found broken.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
+#: GCC takes half of an AVX-512 register where it makes vectors of a loop itself (activations, softmax).
+WHOLE_VECTORS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 TIMEOUT_S = 120
 
 
@@ -51,21 +55,27 @@ def _compile(compiler: str, runtime: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
         made = Path(place) / "kernels.so"
         objects = [str(Path(place) / f"{source.stem}.o") for source in SOURCES]
+        flags = (*FLAGS, *WHOLE_VECTORS)
+        commands = [
+            [compiler, *flags, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            for _ in pool.map(_run, commands):
+                pass
         # Linked with the runtime that PyTorch has loaded, not the system's: a second one has threads of its own,
         # and two pools spinning on the same cores are many times slower.
-        commands = (
-            *([compiler, *FLAGS, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)),
-            [compiler, "-shared", "-o", str(made), *objects, str(runtime), "-lm", "-Wl,--no-undefined"],
-        )
-        for command in commands:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise Unavailable(f"the C compiler failed ({type(error).__name__})") from error
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
-                raise Unavailable(f"the C compiler failed ({lines[-1][:200]})")
+        _run([compiler, "-shared", "-o", str(made), *objects, str(runtime), "-lm", "-Wl,--no-undefined"])
         made.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the C compiler failed ({type(error).__name__})") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise Unavailable(f"the C compiler failed ({lines[-1][:200]})")
 
 
 def _openmp_runtime() -> Path:
@@ -80,6 +90,6 @@ def _key(compiler: str, runtime: Path) -> str:
     """What the library depends on: its source, how it is built, and the CPU (home folders are shared by machines)."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
     cpu = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)]
-    parts = (*sources, " ".join(FLAGS), version, str(runtime), cpu.group(0) if cpu else "")
+    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
+    parts = (*sources, " ".join((*FLAGS, *WHOLE_VECTORS)), version, str(runtime), cpu.group(0) if cpu else "")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

@@ -63,6 +63,30 @@ def test_int8_is_near_fp32_and_passes_its_check(tmp_path: Path) -> None:
     assert any(line.what == "activations" for line in plan.lines)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_an_answer_has_the_same_bits_alone_and_among_others(tmp_path: Path, dtype: str) -> None:
+    build("bert", "text-classification", tmp_path)
+    encoder, _, plan = load(tmp_path, "text-classification", dtype)
+    if not isinstance(encoder.weights.layers[0].up, BlockedLinear):
+        pytest.skip("PyTorch's products, which have no one order")
+    assert not any("depend" in line.reason for line in plan.lines)
+    sequences = [[(7 * i + n) % 90 for i in range(n)] for n in (3, 1, 17, 30, 5, 40)]
+    together = encoder.outputs(EncoderBatch.of_sequences(sequences, rows="first"))
+    for sequence, found in zip(sequences, together, strict=True):
+        alone = encoder.outputs(EncoderBatch.of_sequences([sequence], rows="first"))
+        assert torch.equal(alone[0], found)
+
+
+def test_bf16_is_in_tiles_where_the_cpu_has_instructions_for_it(tmp_path: Path) -> None:
+    build("bert", "fill-mask", tmp_path)
+    encoder, kernels, plan = load(tmp_path, "fill-mask", "bf16")
+    (line,) = (line for line in plan.lines if line.what == "kernels")
+    fast = line.reason.endswith(("AMX", "AVX-512"))
+    assert isinstance(encoder.weights.layers[0].up, BlockedLinear) == fast
+    assert not isinstance(encoder.weights.head[-1].linear, BlockedLinear)  # the embedding itself
+    assert encoder_parity.check(encoder, kernels.tolerance).passed
+
+
 def embeddings(encoder: Encoder, sequences: list[list[int]]) -> Tensor:
     hidden = encoder.body(EncoderBatch.of_sequences(sequences)).split([len(tokens) for tokens in sequences])
     return F.normalize(torch.stack([rows.mean(0) for rows in hidden]), dim=-1)

@@ -21,6 +21,17 @@ def kernels() -> CpuKernels:
     return CpuKernels(torch.float32, int8=True)
 
 
+@pytest.fixture(scope="module", params=["AVX-512", "AMX"])
+def short(request: pytest.FixtureRequest) -> CpuKernels:
+    """Of bf16, by each kind of instructions that this CPU has for it."""
+    made = CpuKernels(torch.bfloat16, tiles=True)
+    wanted = {"AVX-512": 2, "AMX": 3}[request.param]
+    if made.bf16 < wanted:
+        pytest.skip(f"this CPU has no {request.param} for bf16")
+    made.bf16 = wanted
+    return made
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -64,6 +75,32 @@ def test_products_in_blocks(kernels: CpuKernels, rows: int, n: int, k: int) -> N
     assert close(kernels.linear(x, block), F.linear(x, weight, bias), 0.05)
 
 
+@pytest.mark.parametrize("rows", [*range(1, 41), 127, 400])
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (37, 64), (48, 200), (6, 3001)])
+def test_products_of_bf16_in_blocks(short: CpuKernels, rows: int, n: int, k: int) -> None:
+    x, weight, bias, residual = (random(*shape).bfloat16() for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    block = short.pack(PackedLinear(weight, bias))
+    assert isinstance(block, BlockedLinear)
+    assert torch.equal(block.plain(), weight)
+    for activation in (None, "gelu", "relu"):
+        ours = short.linear(x, block, activation=activation, residual=residual)
+        wanted = reference.linear(
+            x.float(), weight.float(), bias.float(), activation=activation, residual=residual.float()
+        )
+        assert ours.dtype == torch.bfloat16
+        assert close(ours, wanted, 4e-3)  # rounded once, at the end
+
+
+def test_no_rows_are_no_work(kernels: CpuKernels, short: CpuKernels) -> None:
+    assert kernels.linear(torch.empty(0, 40), kernels.pack(PackedLinear(random(8, 40)))).shape == (0, 8)
+    layer = short.pack(PackedLinear(random(8, 40).bfloat16()))
+    assert short.linear(torch.empty(0, 40).bfloat16(), layer).shape == (0, 8)
+
+
+def test_without_instructions_bf16_stays_as_it_is() -> None:
+    assert isinstance(CpuKernels(torch.bfloat16).pack(PackedLinear(random(8, 8).bfloat16())), PackedLinear)
+
+
 def test_the_largest_numbers_do_not_saturate(kernels: CpuKernels) -> None:
     """All products of a group have their largest value and one sign: 16 bits are not enough for any more."""
     for sign in (1, -1):
@@ -80,6 +117,28 @@ def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels) -> None:
         for rows in (2, 3, 4, 5, 6, 13, 31, 205):
             some = kernels.linear(x[:rows], layer, activation="gelu", residual=residual[:rows])
             assert torch.equal(some[:32], alone[:rows]), rows
+
+
+@pytest.mark.parametrize("k", [208, 768, 50])
+def test_a_row_of_bf16_does_not_depend_on_its_neighbors(short: CpuKernels, k: int) -> None:
+    x, weight, bias, residual = (random(*shape).bfloat16() for shape in ((205, k), (70, k), (70,), (205, 70)))
+    layer = short.pack(PackedLinear(weight, bias))
+    alone = torch.cat(
+        [short.linear(x[i : i + 1], layer, activation="gelu", residual=residual[i : i + 1]) for i in range(64)]
+    )
+    for rows in (2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 48, 64, 130, 205):
+        some = short.linear(x[:rows], layer, activation="gelu", residual=residual[:rows])
+        assert torch.equal(some[:64], alone[:rows]), rows
+        last = short.linear(x[-rows:], layer)
+        assert torch.equal(last[-1], short.linear(x[-1:], layer)[0]), rows
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_in_bf16_stays_so(short: CpuKernels, broken: float) -> None:
+    x, weight = random(40, 100).bfloat16(), random(20, 100).bfloat16()
+    x[4, 99] = x[35, 0] = broken
+    finite = torch.isfinite(short.linear(x, short.pack(PackedLinear(weight)))).all(-1)
+    assert finite.tolist() == [row not in (4, 35) for row in range(40)]
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
@@ -99,15 +158,16 @@ def test_gelu_is_accurate(kernels: CpuKernels) -> None:
     assert float((ours - exact)[x.abs() < 1].abs().max()) < 2e-7
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_size", [8, 10, 32, 37, 64])
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 16, 33], [130, 2], [512], [3] * 40], ids=str)
-def test_packed_attention(dtype: torch.dtype, head_size: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 16, 33], [130, 2, 47], [512], [3] * 40], ids=str)
+def test_packed_attention(dtype: torch.dtype, head_size: int, lengths: list[int], tiles: bool) -> None:
     heads, tokens = 3, sum(lengths)
     qkv = random(tokens, 3 * heads * head_size).to(dtype)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     options = {"heads": heads, "head_size": head_size, "scale": 0.4}
-    kernels = CpuKernels(dtype)
+    kernels = CpuKernels(dtype, tiles=tiles)  # in bf16 by AMX, where there is one
     ours = kernels.packed_attention(qkv, starts, max_length=max(lengths) + 3, **options)
     wanted = reference.packed_attention(qkv.float(), starts, max_length=max(lengths), **options)
     assert close(ours, wanted, 1e-5 if dtype == torch.float32 else 1e-2)
@@ -117,9 +177,15 @@ def test_packed_attention(dtype: torch.dtype, head_size: int, lengths: list[int]
     assert torch.equal(ours[-lengths[-1] :], last)  # alone as in a batch
 
 
-def test_a_broken_token_breaks_its_own_sequence_alone() -> None:
-    qkv = random(12, 3 * 2 * 8)
-    qkv[7, 20] = float("nan")
-    starts = torch.tensor([0, 5, 5, 9, 12], dtype=torch.int32)  # one sequence is empty
-    out = CpuKernels(torch.float32).packed_attention(qkv, starts, heads=2, head_size=8, scale=1.0, max_length=5)
-    assert torch.isfinite(out).all(-1).tolist() == [True] * 5 + [False] * 4 + [True] * 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_token_breaks_its_own_sequence_alone(dtype: torch.dtype, broken: float) -> None:
+    places = (20, 2 * 2 * 32 + 5, *([2 * 32 + 5] if broken != broken else []))
+    for place in places:  # in its query, where it breaks one row, in its value, and in its key
+        qkv = random(12, 3 * 2 * 32).to(dtype)
+        qkv[7, place] = broken
+        starts = torch.tensor([0, 5, 5, 9, 12], dtype=torch.int32)  # one sequence is empty
+        kernels = CpuKernels(dtype, tiles=True)
+        out = kernels.packed_attention(qkv, starts, heads=2, head_size=32, scale=1.0, max_length=5)
+        rows = [7] if place == 20 else range(5, 9)
+        assert torch.isfinite(out).all(-1).tolist() == [row not in rows for row in range(12)]
