@@ -60,7 +60,5 @@ def hardware_words(host: Mapping[str, Any]) -> str:
     facts = host.get("cpu", {})
     if not facts:
         return ""
-    cores = int(facts.get("cores", 0))
-    return ", ".join(
-        [facts["model"], f"{cores} core{'s' * (cores != 1)}", *facts.get("flags", [])[-3:], "no GPU"]
-    )  # the latest
+    cores, latest = int(facts.get("cores", 0)), facts.get("flags", [])[-3:]
+    return ", ".join([facts["model"], f"{cores} core{'s' * (cores != 1)}", *latest, "no GPU"])
