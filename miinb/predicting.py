@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, QueueFull
 from miinb.messages import PredictedEvent
 from miinb.rpc import codec, failures
 
@@ -22,6 +22,8 @@ CALL_INPUTS = codec.MAX_INPUTS // 4
 CALL_BYTES = codec.MAX_REQUEST_BYTES // 4
 #: Calls of one request at the same time; the others wait here.
 MAX_CALLS = 8
+#: Between the tries of a call of several that a full queue has refused.
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.02, 1.0
 
 Inputs = Sequence[Mapping[str, str]]
 #: How an error of the server names an input of its call.
@@ -115,14 +117,15 @@ class PredictCalls:
         """
         end = time.monotonic() + limit_s
 
+        parts, request_id = list(cut(inputs)), uuid.uuid4().hex
+
         def ask(places: range) -> PredictedEvent:
-            part = inputs[places.start : places.stop]
             try:
-                return self._ask(part, options, max(end - time.monotonic(), 0.001))
+                data = codec.encode_predict(inputs[places.start : places.stop], options, request_id)
+                return self._ask(data, len(places), end, patient=len(parts) > 1)
             except MiinbError as error:
                 raise _placed(error, places.start, alone) from None
 
-        parts = list(cut(inputs))
         try:
             events = [ask(parts[0])] if len(parts) == 1 else self._together(ask, parts)
         except KeyboardInterrupt:
@@ -146,24 +149,35 @@ class PredictCalls:
                     self.cancel()
         return [future.result() for future in futures]
 
-    def _ask(self, inputs: Inputs, options: Mapping[str, Any], timeout_s: float) -> PredictedEvent:
-        data = codec.encode_predict(inputs, options, uuid.uuid4().hex)
+    def _ask(self, data: bytes, inputs: int, end: float, *, patient: bool) -> PredictedEvent:
         begin = time.perf_counter()
         event: PredictedEvent | None = None
         error: MiinbError | None = None
         try:
-            event = codec.decode_predicted(self._called(data, timeout_s))
+            event = codec.decode_predicted(self._patiently(data, end) if patient else self._called(data, end))
         except MiinbError as failure:
             error = failure
             if isinstance(error, Cancelled) and not self._cancelled:  # by the server, or the channel was closed
                 error = failures.stopped()
             raise error from None
         finally:
-            self._done(_row(event, error, len(inputs), time.perf_counter() - begin))
+            self._done(_row(event, error, inputs, time.perf_counter() - begin))
         return event
 
-    def _called(self, data: bytes, timeout_s: float) -> bytes:
-        call = self._call(data, timeout_s)
+    def _patiently(self, data: bytes, end: float) -> bytes:
+        """As `_called`, but a queue that is full, of this very request's calls perhaps, is waited for."""
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                return self._called(data, end)
+            except QueueFull:
+                if self._cancelled or time.monotonic() + wait_s > end:
+                    raise
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    def _called(self, data: bytes, end: float) -> bytes:
+        call = self._call(data, max(end - time.monotonic(), 0.001))
         with self._lock:
             self._running.add(call)
             late = self._cancelled

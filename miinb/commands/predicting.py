@@ -82,7 +82,8 @@ def _json(text: str) -> list[Any]:
 
 def _lines(text: str, where: str) -> list[Any]:
     """An input of each line that is not empty: a text, or a JSON object of the task's inputs."""
-    found = [one for line in text.splitlines() if line.strip() for one in _object(line) or [line]]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))  # and at no other character: a text may hold them
+    found = [one for line in lines if line.strip() for one in _object(line) or [line]]
     if not found:
         raise InvalidValue(f"predict: {'the standard input' if where == STDIN else where} has no text.")
     return found

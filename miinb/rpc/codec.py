@@ -236,6 +236,11 @@ def decode_predict(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return [_plain(values) for values in message.inputs], _plain(message.options)
 
 
+def request_id(data: bytes) -> str:
+    """Of a predict request: the same for all calls of a list. Raises InvalidRequest."""
+    return str(_parse(pb.PredictRequest, data).request_id)
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "fields"):  # Struct
         return {key: _plain(entry) for key, entry in value.items()}

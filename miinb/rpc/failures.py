@@ -128,6 +128,11 @@ def unavailable() -> errors.Unavailable:
     return errors.Unavailable("The deployment does not answer.", hint="See status() and logs(), or start it again.")
 
 
+def draining() -> errors.Unavailable:
+    """Of a new request to a frontend that lets its running ones end."""
+    return errors.Unavailable("The deployment is being stopped; it takes no new requests.", hint="Start it again.")
+
+
 def stopped() -> errors.Unavailable:
     """Of a request that ended with its deployment."""
     text = "The deployment was stopped while this request ran."

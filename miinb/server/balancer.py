@@ -144,7 +144,7 @@ class Balancer:
         room = replica.info.max_batch + self._max_queue - len(replica.rows)
         if rows > room:
             raise QueueFull(
-                f"{len(replica.rows)} sequences run or wait, {rows} more do not fit.",
+                f"{len(replica.rows)} requests run or wait already; {rows} more would not fit.",
                 hint="Try again later, or raise options.max_queue.",
             )
         return replica

@@ -8,12 +8,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from miinb.errors import QueueFull
+from miinb.errors import InvalidRequest, QueueFull
 from miinb.rpc import codec, failures
 from miinb.rpc.direct import ANSWER, REQUEST
 from miinb.server.ipc import listen
 
 log = logging.getLogger(__name__)
+
+#: In which the next call of a list comes, once those before it have ended.
+BETWEEN_CALLS_S = 0.1
 
 
 class DirectServer:
@@ -29,20 +32,24 @@ class DirectServer:
         self._most = most
         self._listener: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         self._connections: set[_Connection] = set()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: dict[asyncio.Task[None], bytes] = {}
         self._stopping = False
+        self._running: set[str] = set()  # requests that run while it stops: their further calls are let in
 
     async def start(self, path: Path) -> None:
         """Listen there."""
         self._listener = await listen(path, self._connection)
 
     async def stop(self, drain_s: float) -> None:
-        """Refuse new calls, wait for the running ones, and end those that are left."""
+        """Refuse new requests, wait for all calls of the running ones, and end those that are left."""
         self._stopping = True
         if self._listener is not None:
             self._listener.close()
-        if self._calls and drain_s:
-            await asyncio.wait(self._calls, timeout=drain_s)
+        self._running = set(map(_request_id, self._calls.values())) - {""}
+        end = asyncio.get_running_loop().time() + drain_s
+        while self._calls and (left_s := end - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(self._calls, timeout=left_s)
+            await asyncio.sleep(min(BETWEEN_CALLS_S, left_s))
         for call in tuple(self._calls):
             call.cancel()
         if self._calls:
@@ -57,14 +64,14 @@ class DirectServer:
 
     def _begin(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> asyncio.Task[None]:
         call = asyncio.ensure_future(self._answered(data, left_s, answer))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        self._calls[call] = data
+        call.add_done_callback(self._calls.pop)
         return call
 
     async def _answered(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> None:
         try:
-            if self._stopping:
-                raise failures.unavailable()
+            if self._stopping and _request_id(data) not in self._running:
+                raise failures.draining()
             if len(self._calls) > self._most:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
             found = _frame(await self._predict(data, left_s))
@@ -76,6 +83,13 @@ class DirectServer:
             answer(_frame(failures.encode_failure(error, _log), failed=True))
         else:
             answer(found)
+
+
+def _request_id(data: bytes) -> str:
+    try:
+        return codec.request_id(data)
+    except InvalidRequest:
+        return ""
 
 
 def _frame(payload: bytes, *, failed: bool = False) -> bytes:

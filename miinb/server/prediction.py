@@ -56,7 +56,11 @@ async def predict(
     asked = Asked(inputs, checked_options(options, task), text, replica.info)
     kind = ENCODER_TASKS[task.name]
     encodings = await text.encode(texts_of(asked), offsets=kind.offsets, alone=alone)
-    tokens = sum(map(len, encodings))
+    lengths = [len(encoding) for encoding in encodings]
+    if 0 in lengths:
+        place = lengths.index(0)
+        raise InvalidRequest(f"inputs[{place}]: the model's tokenizer finds no token in it.", hint="Give other text.")
+    tokens = sum(lengths)
     prepared = await _run(lambda: _checked(kind.prepare(asked, encodings), asked), tokens > LARGE_TOKENS)
     replica = await balancer.pick(1)  # it may have gone meanwhile, or another have less to do
     t_sent = time.monotonic()

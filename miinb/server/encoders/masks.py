@@ -10,10 +10,16 @@ import numpy as np
 from tokenizers import Encoding
 
 from miinb.errors import InvalidRequest, RequestError, UnsupportedModel
-from miinb.server.encoders.request import Answers, Asked, Prepared
+from miinb.server.encoders.request import Answers, Asked, Prepared, find_task
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.encoders.variants import Variants, texts_of
 from miinb.server.encoders.windows import fitted
+
+
+#: Most characters of an answer's texts: each fill has the whole text with it.
+MAX_CHARACTERS = 1 << 26
+#: What a fill takes besides its text, in characters.
+_FILL = 200
 
 
 def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
@@ -40,6 +46,7 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
     if options["targets"] is not None:
         targets = target_ids(asked)
         reduction = {"top_k": min(options["top_k"], len(targets)), "targets": targets}
+    _check_size(asked, masks, reduction["top_k"])
 
     def finish(values: np.ndarray, ids: np.ndarray | None) -> Answers:
         if ids is None:  # targets in their order, or the whole vocabulary
@@ -47,6 +54,18 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
         return Answers(_fills(text, sequences, masks, ids.tolist(), values.tolist()))
 
     return Prepared(sequences, finish, wanted=wanted, options=reduction)
+
+
+def _check_size(asked: Asked, masks: Sequence[Sequence[int]], top_k: int) -> None:
+    """Refuse an answer that would fill the frontend's memory. Raises InvalidRequest."""
+    (name,) = find_task(asked.info).inputs
+    texts = zip(asked.inputs, masks, strict=True)
+    size = sum(len(found) * top_k * (len(values[name]) + _FILL) for values, found in texts)
+    if size > MAX_CHARACTERS:
+        raise InvalidRequest(
+            f"top_k: {sum(map(len, masks)) * top_k} fills, each with its whole text, are about {size >> 20} MB.",
+            hint=f"At most {MAX_CHARACTERS >> 20} MB are made at once: give a smaller top_k, or fewer masks in a call.",
+        )
 
 
 def _no_mask(asked: Asked, place: int, *, cut: bool) -> InvalidRequest:
@@ -73,7 +92,10 @@ def target_ids(asked: Asked) -> list[int]:
         if target not in numbers:
             numbers[target] = tokenizer.token_to_id(target)
     others = [target for target, number in numbers.items() if number is None]
-    for target, pieces in zip(others, tokenizer.encode_batch_fast(others, add_special_tokens=False), strict=True):
+    unknown = asked.text.special_id("unk_token")
+    for target, pieces in zip(others, tokenizer.encode_batch(others, add_special_tokens=False), strict=True):
+        if pieces.ids == [unknown]:
+            raise InvalidRequest(f"targets: the model has no token for {target!r:.60}.", hint="Give words that it has.")
         if len(pieces.ids) != 1:
             shown = ", ".join(repr(piece) for piece in pieces.tokens[:5]) or "none"
             raise InvalidRequest(

@@ -63,12 +63,7 @@ class EncoderText:
         self.keep_end = config.get("truncation_side") == "left"
         self.has_types = "token_type_ids" in config.get("model_input_names", ())
         self.has_words = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
-        probe = tokenizer.encode("a")
-        added = probe.special_tokens_mask
-        begin = added.index(0) if 0 in added else len(added)
-        end = len(added) - added[::-1].index(0) if 0 in added else len(added)
-        self.prefix, self.suffix = probe.ids[:begin], probe.ids[end:]
-        self.anchor = probe.ids[begin:end]
+        self.prefix, self.anchor, self.suffix = _parts(tokenizer)
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
@@ -182,6 +177,20 @@ class EncoderText:
         """Tokens as one text, as the tokenizer's decoder joins them."""
         decoder = self.tokenizer.decoder
         return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
+
+
+def _parts(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """The special tokens before a text, the tokens of some ordinary text, and the special tokens behind it.
+
+    Not every tokenizer has a token for "a" (of a DNA, say): then its own words are tried.
+    """
+    for word in ("a", *tokenizer.get_vocab()):
+        probe = tokenizer.encode(word)
+        added = probe.special_tokens_mask
+        if 0 in added:
+            begin, end = added.index(0), len(added) - added[::-1].index(0)
+            return probe.ids[:begin], probe.ids[begin:end], probe.ids[end:]
+    return tokenizer.encode("").ids, [], []
 
 
 #: What the clean-up of older tokenizers takes away, in this order: spaces before punctuation and English endings.
