@@ -36,6 +36,15 @@ def dtype_on_cpu(asked: str, origin: str, hardware: Hardware) -> tuple[str, str]
     return asked, f"{origin}; this CPU has " + (fast or "no instructions for it, each weight is widened first")
 
 
+def head(choice: Plan, model: ModelInfo, task: str) -> Plan:
+    """The plan with a warning where config.json names another task's head, whose weights may have the same names."""
+    named = [str(name) for name in model.config.get("architectures") or ()]
+    if model.encoder is None or not model.tasks or task in (*model.tasks, "feature-extraction"):
+        return choice
+    words = f"config.json names {', '.join(named)}: was this head trained for {task}? Its answers may mean nothing."
+    return dataclasses.replace(choice, warnings=(*choice.warnings, words))
+
+
 def labels(choice: Plan, model: ModelInfo, task: str) -> Plan:
     """The plan with the names of a classifier's labels, and a warning where config.json's cannot be used."""
     if task not in _TASKS_WITH_LABELS:

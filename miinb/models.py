@@ -195,11 +195,12 @@ class ModelInfo:
         names = self.tensors if self.format == "safetensors" else ()
         missing = policy.missing(policy.head(task), names, tied=tied) if names else []
         if missing:
-            more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
-            raise MissingHead(
-                f"{self.source} has no head for {task}: {missing[0]}{more} are missing.",
-                hint=f"It serves {', '.join(self.tasks) or 'feature-extraction'}; use a model trained for {task}.",
-            )
+            more = f" and {len(missing) - 1} more tensors are" if missing[1:] else " is"
+            hint = f"It serves {', '.join(self.tasks) or 'feature-extraction'}; use a model trained for {task}."
+            if task in self.tasks:
+                hint = "Its files may be damaged: fetch or save the model again."
+            what = "only a part of the" if task in self.tasks else "no"
+            raise MissingHead(f"{self.source} has {what} head for {task}: {missing[0]}{more} missing.", hint=hint)
         spec, unfused = _encoder(self.config, task, self.source)
         counted = self.parameters if spec is None else count_encoder(spec).total
         return dataclasses.replace(self, encoder=spec, unfused=unfused, parameters=counted)

@@ -53,7 +53,7 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
     choice = _dtype(choice, config, model, hardware)
-    choice = encoder_planner.labels(choice, model, task)
+    choice = encoder_planner.labels(encoder_planner.head(choice, model, task), model, task)
     if config.kv_dtype == "fp8":
         _check_fp8_cache(choice, groups, encodes=not TASKS[task].streams)
     return _memory(choice, config, model, hardware, groups)

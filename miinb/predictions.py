@@ -127,6 +127,14 @@ class Predictions(list[list[Any]]):
         self.timing = timing or PredictTiming()
         self._array = array
 
+    def __getitem__(self, key: Any) -> Any:
+        """The answers to one input, or the `Predictions` of some."""
+        if not isinstance(key, slice):
+            return super().__getitem__(key)
+        array = None if self._array is None else self._array[key]
+        answers = super().__getitem__(key)
+        return Predictions(answers, task=self.task, inputs=self.inputs[key], timing=self.timing, array=array)
+
     @property
     def array(self) -> numpy.ndarray:
         """The embeddings as one float32 array [inputs, hidden].

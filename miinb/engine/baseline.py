@@ -31,7 +31,15 @@ from miinb.engine.parallel import PeerLost
 from miinb.engine.ranks import ALONE, Ranks
 from miinb.engine.rows import check_request
 from miinb.engine.transformers_encoder import load_encoding
-from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, MissingHead, QueueFull, UnsupportedModel
+from miinb.errors import (
+    BrokenCheckpoint,
+    DeadlineExceeded,
+    InvalidRequest,
+    MiinbError,
+    MissingHead,
+    QueueFull,
+    UnsupportedModel,
+)
 from miinb.messages import (
     EncodeRequest,
     EngineInfo,
@@ -95,8 +103,12 @@ def _load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) ->
         local_files_only=True,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are named here
         **extra,
     )
+    for name, *shapes in sorted(report["mismatched_keys"])[:1]:
+        found, wanted = (list(shape) for shape in shapes)
+        raise BrokenCheckpoint(f"{name} has shape {found}, config.json asks for {wanted}.", hint="Fetch the model again.")
     missing = sorted(report["missing_keys"])
     if info.task == "feature-extraction":  # its answers are the last hidden states, which a pooler does not touch
         missing = [name for name in missing if "pooler" not in name.split(".")]

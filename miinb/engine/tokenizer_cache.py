@@ -34,7 +34,8 @@ def fetch(place: Path, target: Path) -> bool:
     """Copy a kept conversion to `target`. Returns whether there was one."""
     if not (place / "tokenizer.json").is_file():
         return False
-    shutil.copytree(place, target, dirs_exist_ok=True)
+    for file in place.iterdir():
+        shutil.copyfile(file, target / file.name)
     return True
 
 

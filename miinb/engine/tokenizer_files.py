@@ -110,6 +110,7 @@ def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: b
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": info.files[0].name} if info.format == "gguf" else {}
+    _check_ids(info.folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(info.folder, trust_remote_code=trust_remote_code, **options)
         tokenizer.save_pretrained(target)
@@ -121,11 +122,27 @@ def _convert(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: b
             _stand_in(info.vocab_size, target)
             return None
         raise BrokenCheckpoint(
-            f"{info.source} has no tokenizer that can be read ({error}).", hint="A model folder has a tokenizer.json."
+            f"transformers cannot load the tokenizer of {info.source} ({error}).",
+            hint="A model folder has a tokenizer.json, and a config.json that transformers can read.",
         ) from error
     if place is not None:
         tokenizer_cache.keep(target, place)
     return _chat_template(target)
+
+
+#: Token ids above it are no vocabulary's; transformers would make a list of so many.
+_MOST_IDS = 1 << 26
+
+
+def _check_ids(file: Path) -> None:
+    """Refuse a vocabulary with ids that no model has. Raises BrokenCheckpoint."""
+    try:
+        vocab = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+        highest = max(vocab.values(), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # another kind of file, or a damaged one: transformers has the word
+    if isinstance(highest, int) and highest > _MOST_IDS:
+        raise BrokenCheckpoint(f"{file} has a token with the id {highest}, which no model has.", hint=_AGAIN)
 
 
 def _tell_inputs(folder: Path, names: list[str]) -> None:

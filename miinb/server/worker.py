@@ -7,6 +7,7 @@ the supervisor go through the pipe `MIINB_STATUS_FD`. docs/internals.md has the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -127,6 +128,8 @@ def named_error(error: BaseException) -> MiinbError:
             f"The model does not fit into memory: {first or type(error).__name__}.",
             hint="Take a smaller model, max_length or max_batch.",
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RankFailed(f"There is no space left to write {error.filename or 'a file'}.", hint="Free some.")
     return RankFailed(f"{type(error).__name__}: {first}")
 
 
