@@ -1,4 +1,4 @@
-"""Parts of panels: named controls with tooltips, the parameters of a generation, links that save text."""
+"""Parts of panels: named controls with tooltips, which deployment, a generation's parameters, links that save text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import ipywidgets as W
 
+import miinb
 from miinb.commands.options import escapes
+from miinb.errors import MiinbError
 
 _LAYOUT = {"width": "19em"}
 _STYLE = {"description_width": "10em"}
@@ -38,10 +40,45 @@ def save_link(text: str, filename: str, label: str) -> str:
     return f'<a {name} href="{href}">{escape(label)}</a>'
 
 
-def _control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
+def control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
     """A labeled control; its class is the name with dashes."""
     css = name.replace("_", "-").replace(" ", "-")
     return named(kind(description=name, tooltip=tooltip, style=_STYLE, layout=_LAYOUT, **traits), css)
+
+
+class DeploymentChoice:
+    """Which deployment is asked, of those that run.
+
+    Args:
+        chosen: the first; it is offered as long as it is chosen, whatever became of it.
+        label: the control's description.
+        css: its hook.
+        tooltip: what it is for.
+
+    Attributes:
+        control: the widget.
+    """
+
+    def __init__(self, chosen: str, label: str, css: str, tooltip: str) -> None:
+        self.control = named(
+            W.Dropdown(
+                options=self._names(chosen), value=chosen, description=label, tooltip=tooltip, layout={"width": "18em"}
+            ),
+            css,
+        )
+
+    def refresh(self) -> None:
+        """Offer what runs now; the choice stays."""
+        chosen = self.control.value
+        if chosen and tuple(names := self._names(chosen)) != tuple(self.control.options):
+            self.control.options = names
+            self.control.value = chosen
+
+    def _names(self, own: str) -> list[str]:
+        try:
+            return sorted({own, *(deployment.name for deployment in miinb.deployments())})
+        except MiinbError:
+            return [own]
 
 
 class GenerationControls:
@@ -53,25 +90,25 @@ class GenerationControls:
 
     def __init__(self) -> None:
         whole, real, most = W.BoundedIntText, W.BoundedFloatText, 1 << 20
-        self.max_new_tokens = _control(whole, "max_new_tokens", "Most new tokens", value=128, min=1, max=most)
-        self.do_sample = _control(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one")
-        self.temperature = _control(
+        self.max_new_tokens = control(whole, "max_new_tokens", "Most new tokens", value=128, min=1, max=most)
+        self.do_sample = control(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one")
+        self.temperature = control(
             real, "temperature", "Above 1 more random, below 1 less", value=1.0, min=0.01, max=100, step=0.1
         )
-        self.top_p = _control(
+        self.top_p = control(
             real, "top_p", "Draw among tokens of this total probability", value=1.0, min=0.01, max=1, step=0.05
         )
-        self.top_k = _control(whole, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=most)
-        self.repetition_penalty = _control(
+        self.top_k = control(whole, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=most)
+        self.repetition_penalty = control(
             real, "repetition_penalty", "Above 1: fewer repetitions", value=1.0, min=0.01, max=100, step=0.05
         )
-        self.seed = _control(whole, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
-        self.lock = _control(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer")
-        self.stop = _control(
+        self.seed = control(whole, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
+        self.lock = control(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer")
+        self.stop = control(
             W.Textarea, "stop strings", "Texts that end the answer; \\n is a line end", rows=2, placeholder="one a line"
         )
-        self.chat = _control(W.Checkbox, "chat", "Ask through the model's chat template")
-        self.system = _control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
+        self.chat = control(W.Checkbox, "chat", "Ask through the model's chat template")
+        self.system = control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
         columns = (
             (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
