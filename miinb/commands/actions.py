@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
+#: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets, so the names stand here too, held by a test).
+PANELS = ("text", "encoder", "compare", "bench", "server")
+
 
 def start(context: Context, values: Values, body: str | None) -> Session:
     """Start a deployment, or find the one that the same command started before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,7 +13,10 @@ import ipywidgets as W
 import miinb
 from miinb.commands.options import escapes
 from miinb.errors import MiinbError
+from miinb.tasks import TASKS
 
+#: Tasks whose answers are text.
+GENERATING = tuple(task.name for task in TASKS.values() if task.streams)
 _LAYOUT = {"width": "19em"}
 _STYLE = {"description_width": "10em"}
 
@@ -54,31 +57,69 @@ class DeploymentChoice:
         label: the control's description.
         css: its hook.
         tooltip: what it is for.
+        own_task: of the first.
+        tasks: deployments of other tasks are not offered.
+        on_change: called when the user has chosen another one.
 
     Attributes:
         control: the widget.
     """
 
-    def __init__(self, chosen: str, label: str, css: str, tooltip: str) -> None:
+    def __init__(
+        self,
+        chosen: str,
+        label: str,
+        css: str,
+        tooltip: str,
+        *,
+        own_task: str,
+        tasks: Sequence[str],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tasks, self._on_change = tasks, on_change
+        self._known = {chosen: own_task}
+        names = self._names(chosen)
+        layout = {"width": "18em"}
         self.control = named(
-            W.Dropdown(
-                options=self._names(chosen), value=chosen, description=label, tooltip=tooltip, layout={"width": "18em"}
-            ),
-            css,
+            W.Dropdown(options=names, value=chosen, description=label, tooltip=tooltip, layout=layout), css
         )
+        self._last = chosen
+        self.control.observe(self._changed, "value")
+
+    @property
+    def task(self) -> str:
+        """Of the chosen deployment."""
+        return self._known[self.control.value]
+
+    @property
+    def others(self) -> list[str]:
+        """The names that are offered besides the chosen one."""
+        return [name for name in self.control.options if name != self.control.value]
 
     def refresh(self) -> None:
         """Offer what runs now; the choice stays."""
-        chosen = self.control.value
-        if chosen and tuple(names := self._names(chosen)) != tuple(self.control.options):
+        chosen = self._last
+        if tuple(names := self._names(chosen)) != tuple(self.control.options):
+            self._last = ""  # new options choose the first of them for a moment
             self.control.options = names
-            self.control.value = chosen
+            self.control.value = self._last = chosen
+
+    def close(self) -> None:
+        """Detach the observer."""
+        self.control.unobserve_all()
+
+    def _changed(self, change: Any) -> None:
+        if self._last and change["new"] and change["new"] != self._last:
+            self._last = change["new"]
+            self._on_change()
 
     def _names(self, own: str) -> list[str]:
         try:
-            return sorted({own, *(deployment.name for deployment in miinb.deployments())})
+            running = {one.name: one.task for one in miinb.deployments() if one.task in self._tasks}
         except MiinbError:
-            return [own]
+            running = {}
+        self._known = {own: self._known[own], **running}
+        return sorted(self._known)
 
 
 class GenerationControls:

@@ -30,8 +30,8 @@ _BLUE, _ORANGE = _PALETTE[:2]
 _FLOW = "white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0"
 
 
-def predictions_card(predictions: Predictions) -> Card:
-    """The answers to the first inputs, and what the others are."""
+def predictions_card(predictions: Predictions, note: str = "") -> Card:
+    """The answers to the first inputs, and what the others are; `note` is added to the last line."""
     if predictions.task == "feature-extraction":
         blocks = _embeddings(predictions)
     elif predictions.task == "text-classification" and len(predictions) > 1 and all(len(p) == 1 for p in predictions):
@@ -41,12 +41,13 @@ def predictions_card(predictions: Predictions) -> Card:
             _numbered(number, len(predictions), _KINDS[predictions.task](_input(predictions, number), answers))
             for number, answers in enumerate(predictions[:SHOWN])
         ]
-    foot = _foot(predictions)
+    foot = " · ".join(part for part in (timing_line(predictions), note) if part)
     html, _ = card("", body=[html for html, _ in blocks], foot=foot)
     return html, printable("\n\n".join([*(text for _, text in blocks), f"({foot})"]))
 
 
-def _foot(predictions: Predictions) -> str:
+def timing_line(predictions: Predictions) -> str:
+    """ "3 inputs · model 0.8 ms · 1.2 ms in all"."""
     count, timing = len(predictions), predictions.timing
     parts = [f"{count:,} input{'s' * (count != 1)}"]
     if count > SHOWN:

@@ -11,7 +11,7 @@ import ipywidgets as W
 
 from miinb.commands.screen import printable
 from miinb.notebook import cards
-from miinb.notebook.controls import DeploymentChoice, GenerationControls, button, named, save_link
+from miinb.notebook.controls import GENERATING, DeploymentChoice, GenerationControls, button, named, save_link
 from miinb.notebook.history import History
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
@@ -79,7 +79,14 @@ class TextPanel(WorkPanel):
         self._set_busy(False)
 
     def _make_controls(self, session: Session) -> None:
-        self._choice = DeploymentChoice(session.name, "Deployment", "deployment", "The deployment that answers")
+        self._choice = DeploymentChoice(
+            session.name,
+            "Deployment",
+            "deployment",
+            "The deployment that answers",
+            own_task="text-generation",
+            tasks=GENERATING,
+        )
         self.deployment = self._choice.control
         self.prompt = named(
             W.Textarea(
@@ -192,6 +199,7 @@ class TextPanel(WorkPanel):
 
     def _closing(self) -> None:
         self._history.close()
+        self._choice.close()
         self.controls.close()
 
     def __repr__(self) -> str:
