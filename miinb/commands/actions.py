@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-#: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets, so the names stand here too, held by a test).
+#: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets: the names stand here too, held by a test).
 PANELS = ("text", "encoder", "compare", "bench", "server")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
-from miinb.errors import InvalidValue, did_you_mean
+from miinb.errors import InvalidValue, near
 from miinb.tasks import TASKS
 
 #: What can stand for a value in completion: names of running deployments, or of commands.
@@ -257,8 +257,9 @@ def read_value(option: Option, text: str) -> Any:
     """
     shown = option.flags[-1] if option.flags else option.name
     if option.choices and text not in option.choices:
-        near = did_you_mean(text, option.choices)
-        raise InvalidValue(f"{shown}: {text!r} is none of {', '.join(option.choices)}.", hint=near)
+        nearest = near(text, option.choices)
+        hint = f"Did you mean {nearest!r}?" if nearest else ""
+        raise InvalidValue(f"{shown}: {text!r} is none of {', '.join(option.choices)}.", hint=hint)
     if option.read is None:
         raise InvalidValue(f"{shown} takes no value.")
     try:

@@ -68,9 +68,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def escaped(text: str) -> str:
+    """Untrusted text as HTML."""
+    return escape(printable(text))
+
+
 def pre(text: str) -> str:
     """Untrusted text as HTML that shows exactly its characters."""
-    return f'<pre style="{_PRE}">{escape(printable(text))}</pre>'
+    return f'<pre style="{_PRE}">{escaped(text)}</pre>'
 
 
 def box(html: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.notebook.compare_panel import ComparePanel
 from miinb.notebook.controls import GENERATING
 from miinb.notebook.encoder_panel import EncoderPanel
 from miinb.notebook.text_panel import TextPanel
@@ -15,7 +16,11 @@ from miinb.predictions import PREDICTIONS
 if TYPE_CHECKING:
     from miinb.session import Session
 
-PANELS: dict[str, Callable[[Session], WorkPanel]] = {"text": TextPanel, "encoder": EncoderPanel}
+PANELS: dict[str, Callable[[Session], WorkPanel]] = {
+    "text": TextPanel,
+    "encoder": EncoderPanel,
+    "compare": ComparePanel,
+}
 #: Kinds of the contract that are not built yet.
 LATER = ("image",)
 #: What a deployment must serve for a panel; the others take any.

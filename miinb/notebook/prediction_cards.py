@@ -7,11 +7,10 @@ apart, over the page's own background; the label or the number stands beside eac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, printable
-from miinb.notebook.cards import QUIET, Card, Html, card, duration, grid
+from miinb.notebook.cards import QUIET, Card, Html, card, duration, escaped, grid
 from miinb.predictions import Answer, Entity, Fill, Label
 
 if TYPE_CHECKING:
@@ -76,11 +75,11 @@ def _short(text: str, most: int = LINE) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return f'<div style="{_FLOW}">{escape(printable(text))}</div>'
+    return f'<div style="{_FLOW}">{escaped(text)}</div>'
 
 
 def _quiet(text: str) -> str:
-    return f'<div style="{QUIET}">{escape(printable(text))}</div>'
+    return f'<div style="{QUIET}">{escaped(text)}</div>'
 
 
 # Scores
@@ -153,9 +152,9 @@ def _entities(text: str, entities: Sequence[Entity]) -> Card:
     for start, end, group in placed:
         kind = _kind(group[0])
         scores = ", ".join(f"{one.entity} {one.score:.3f}" for one in group)
-        parts += [_escaped(shown[place:start]), _mark(shown[start:end], kind, styles[kind], scores)]
+        parts += [escaped(shown[place:start]), _mark(shown[start:end], kind, styles[kind], scores)]
         place = end
-    parts.append(_escaped(shown[place:]))
+    parts.append(escaped(shown[place:]))
     html = f'<div style="{_FLOW};line-height:1.9">{"".join(parts)}</div>'
     if len(text) > TEXT:
         html += _quiet(f"… {len(text) - TEXT:,} more characters")
@@ -208,20 +207,16 @@ def _mark(text: str, label: str, style: str, title: str) -> str:
     """A marked piece of text. Its label is not selected with it, so that a copy is the text alone."""
     look = f"{style};border-radius:3px;padding:.1em .2em;box-decoration-break:clone;-webkit-box-decoration-break:clone"
     badge = "font-size:.7em;font-weight:600;opacity:.85;margin-left:.4em;user-select:none;-webkit-user-select:none"
-    name = f'<span style="{badge}">{_escaped(label)}</span>' if label else ""
-    return f'<span style="{look}" title="{_escaped(title)}">{_escaped(text)}{name}</span>'
+    name = f'<span style="{badge}">{escaped(label)}</span>' if label else ""
+    return f'<span style="{look}" title="{escaped(title)}">{escaped(text)}{name}</span>'
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:
     items = "".join(
-        f'<span style="{style};border-radius:3px;padding:.05em .4em;margin-right:.8em">{_escaped(name)}</span>'
+        f'<span style="{style};border-radius:3px;padding:.05em .4em;margin-right:.8em">{escaped(name)}</span>'
         for name, style in entries
     )
     return f'<div style="{QUIET};margin:.4em 0">{items}</div>'
-
-
-def _escaped(text: str) -> str:
-    return escape(printable(text))
 
 
 def _span(start: int | None, end: int | None) -> str:
@@ -234,16 +229,16 @@ def _span(start: int | None, end: int | None) -> str:
 def _answers(given: Any, answers: Sequence[Answer]) -> Card:
     """The question, the best answer in its context, and the others as a table."""
     question, context = (given["question"], given["context"]) if isinstance(given, Mapping) else ("", str(given))
-    html = [f"<div><b>{_escaped(_short(question, TEXT))}</b></div>"]
+    html = [f"<div><b>{escaped(_short(question, TEXT))}</b></div>"]
     plain = [_short(question, TEXT)]
     if not answers:
         return "".join([*html, _quiet("No answer was found.")]), "\n".join([*plain, "No answer was found."])
     best = answers[0]
     before, found, after = _surroundings(context, best)
     mark = _mark(found, f"{best.score:.4f}", _style(0), f"score {best.score:.6f}") if found else ""
-    html.append(f'<div style="{_FLOW}">{_escaped(before)}{mark}{_escaped(after)}</div>')
+    html.append(f'<div style="{_FLOW}">{escaped(before)}{mark}{escaped(after)}</div>')
     if not found:
-        html.append(f"<div>{_escaped(_said(best))} &nbsp; {best.score:.4f}</div>")
+        html.append(f"<div>{escaped(_said(best))} &nbsp; {best.score:.4f}</div>")
     plain.append(f"{before}[{found}]{after}" if found else before)
     rows = [(_said(one), f"{one.score:.4f}", _bar(one.score), _span(one.start, one.end)) for one in answers[1:]]
     if rows:

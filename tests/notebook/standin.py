@@ -21,6 +21,7 @@ class Answer:
     usage: Usage
     timing: Timing
     dropped_messages: int = 0
+    token_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -33,8 +34,8 @@ class Answer:
 
 
 class Stream:
-    def __init__(self, words: list[str], delay_s: float, gate: threading.Event | None) -> None:
-        self._words, self._delay_s, self._gate = words, delay_s, gate
+    def __init__(self, words: list[str], delay_s: float, gate: threading.Event | None, e2e_s: float) -> None:
+        self._words, self._delay_s, self._gate, self.e2e_s = words, delay_s, gate, e2e_s
         self.cancelled = threading.Event()
         self.result: Any = None
 
@@ -50,8 +51,9 @@ class Stream:
             sent.append(word)
             yield Chunk(word, (i,))
         reason = "cancelled" if self.cancelled.is_set() else "length"
-        timing = Timing(ttft_s=0.0352, tpot_s=0.0113, e2e_s=0.51)
-        self.result = Answer(["".join(sent)], [reason], Usage(5, len(sent)), timing)
+        timing = Timing(ttft_s=0.0352, tpot_s=0.0113, e2e_s=self.e2e_s)
+        ids = tuple(hash(word) for word in sent)
+        self.result = Answer(["".join(sent)], [reason], Usage(5, len(sent)), timing, token_ids=(ids,))
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -68,12 +70,13 @@ class StandIn:
     words: list[str] = field(default_factory=lambda: ["Once ", "upon ", "a ", "time"])
     delay_s: float = 0.0
     gate: threading.Event | None = None
+    e2e_s: float = 0.51
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, prompt: str, **params: Any) -> Stream:
         parse_generation(params)
         self.calls.append(("stream", prompt, params))
-        return Stream(self.words, self.delay_s, self.gate)
+        return Stream(self.words, self.delay_s, self.gate, self.e2e_s)
 
     def generate(self, prompts: str | list[str], **params: Any) -> Answer:
         parse_generation(params)
