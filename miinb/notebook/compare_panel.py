@@ -172,7 +172,7 @@ class ComparePanel(WorkPanel):
             "prompt",
         )
         self.run = button("Compare", "compare", "Ask both models", self.compare, button_style="primary", icon="play")
-        self.halt.tooltip = "End the answers; the texts so far stay"
+        self.halt = self._halt("End the answers; the texts so far stay")
         self.controls = GenerationControls()
         self._history = History(self._lock, lambda: self._busy, lambda pair: pair.prompt, self._go_back)
         self.past, self.previous, self.next = self._history.controls

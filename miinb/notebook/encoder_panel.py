@@ -132,7 +132,7 @@ class EncoderPanel(WorkPanel):
         self.deployment = self._choice.control
         self.inputs = TaskInputs()
         self.run = button("Predict", "predict", "Ask the model", self.predict, button_style="primary", icon="play")
-        self.halt.tooltip = "Give the request up"
+        self.halt = self._halt("Give the request up")
         self.clear = button("Clear", "clear", "Empty text and answer; the history stays", self.reset)
         self._history = History(self._lock, lambda: self._busy, lambda asked: asked.given.title, self._go_back)
         self.past, self.previous, self.next = self._history.controls

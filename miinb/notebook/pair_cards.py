@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from miinb.commands.screen import Table, printable
 from miinb.notebook import cards
-from miinb.notebook.cards import QUIET, Card, Html, duration, escaped, grid
+from miinb.notebook.cards import QUIET, Card, duration, escaped, grid
 
 if TYPE_CHECKING:
     from miinb.results import Result
@@ -135,7 +135,7 @@ def times_card(sides: Sides, names: Sequence[str], speed: str) -> Card:
         most = max(values)
         for name, value, color in zip(names, values, _BARS, strict=True):
             share = value / most if most else 0.0
-            rows.append((what, name, duration(value), _bar(share, color)))
+            rows.append((what, name, duration(value), cards.bar(share, "16em", color)))
             plain.append((what, name, duration(value), "█" * round(share * 20)))
     columns = ("time", "deployment", "", "")
     words = " ".join(part for part in (difference_words(sides), speed) if part)
@@ -153,12 +153,6 @@ def _measures(sides: Sides) -> list[tuple[str, tuple[float, float]]]:
         if min(values) > 0:
             found.append((what, values))
     return found
-
-
-def _bar(share: float, color: str) -> Html:
-    frame = "display:inline-block;width:16em;border-radius:2px;background:rgba(128,128,128,.16);line-height:1"
-    look = f"display:inline-block;height:.75em;border-radius:2px;background:{color};width:{max(share * 100, 0.5):.1f}%"
-    return Html(f'<span style="{frame}"><span style="{look}"></span></span>')
 
 
 def pair_card(prompt: str, sides: Sides, names: Sequence[str], *, speed: str | None, foot: str) -> Card:

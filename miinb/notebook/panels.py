@@ -9,6 +9,7 @@ from miinb.errors import InvalidValue, did_you_mean
 from miinb.notebook.compare_panel import ComparePanel
 from miinb.notebook.controls import GENERATING
 from miinb.notebook.encoder_panel import EncoderPanel
+from miinb.notebook.server_card import ServerCard
 from miinb.notebook.text_panel import TextPanel
 from miinb.notebook.work_panel import WorkPanel
 from miinb.predictions import PREDICTIONS
@@ -20,6 +21,7 @@ PANELS: dict[str, Callable[[Session], WorkPanel]] = {
     "text": TextPanel,
     "encoder": EncoderPanel,
     "compare": ComparePanel,
+    "server": ServerCard,
 }
 #: Kinds of the contract that are not built yet.
 LATER = ("image",)

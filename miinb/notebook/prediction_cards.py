@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, printable
-from miinb.notebook.cards import QUIET, Card, Html, card, duration, escaped, grid
+from miinb.notebook.cards import QUIET, Card, Html, bar, card, duration, escaped, grid
 from miinb.predictions import Answer, Entity, Fill, Label
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ def _bar(score: float) -> Html:
     """A score from 0 to 1 as a bar of 10 em; nothing for what is no share (logits)."""
     if not 0 <= score <= 1:
         return Html("")
-    look = f"display:inline-block;height:.75em;border-radius:2px;background:rgba({_BLUE},.7)"
-    frame = "display:inline-block;width:10em;border-radius:2px;background:rgba(128,128,128,.16);line-height:1"
-    return Html(f'<span style="{frame}"><span style="{look};width:{max(score * 100, 0.5):.1f}%"></span></span>')
+    return bar(score, color=f"rgba({_BLUE},.7)")
 
 
 def _blocks(score: float) -> str:

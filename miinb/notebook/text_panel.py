@@ -99,6 +99,7 @@ class TextPanel(WorkPanel):
             "prompt",
         )
         self.run = button("Generate", "generate", "Ask the model", self.generate, button_style="primary", icon="play")
+        self.halt = self._halt("End the answer; the text so far stays")
         self.again = button(
             "Regenerate", "regenerate", "The same prompt again (another seed unless locked)", self.regenerate
         )

@@ -16,6 +16,7 @@ from IPython import get_ipython
 from IPython.display import display
 
 import miinb
+from miinb import cell
 from miinb.commands.screen import printable
 from miinb.errors import MiinbError
 from miinb.notebook import cards
@@ -49,7 +50,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     closed, the widgets do not. `close()` ends what runs and frees all widgets.
 
     A panel of a kind says in `_card` what it shows, in `_set_busy` which controls work when, and puts `output`,
-    `status`, `halt`, `pinning` and its own controls into `children`. What begins with "_" is called with the lock held.
+    `status`, `pinning` and its own controls into `children`. What begins with "_" is called with the lock held.
 
     Args:
         session: the deployment that it begins with.
@@ -68,9 +69,6 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self.output = named(W.HTML(layout={"width": "auto"}), "output")
         self.status = named(W.HTML(), "status")
         self.files = named(W.HTML(), "files")
-        self.halt = button(
-            "Stop", "stop", "End the answer; the text so far stays", self.stop, icon="stop", disabled=True
-        )
         self.pinning = button(
             "Pin", "pin", "Keep this answer in the notebook, below the panel", self.pin, icon="thumb-tack"
         )
@@ -139,11 +137,15 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self.stop()
         self.wait(_END_S)
         self._closing()
-        children = self.children
+        children = (*self.children, self.output, self.status, self.files, self.pinning)  # a panel may leave some out
         super().close()
         for child in children:
             close_tree(child)
         self.layout.close()
+
+    def _halt(self, tooltip: str, *, text: str = "Stop", css: str = "stop") -> Any:
+        """A button that ends the running request."""
+        return button(text, css, tooltip, self.stop, icon="stop", disabled=True)
 
     # The worker
 
@@ -166,7 +168,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
 
     def _work(self, work: Callable[[], str]) -> None:
         try:
-            said = work()
+            with cell.quiet():
+                said = work()
         except (Exception, KeyboardInterrupt) as error:
             said = said_of(error)
         with self._lock:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miinb.config import parse_generation
-from miinb.messages import Chunk, RankStatus, Status, Timing, Usage
+from miinb.messages import Chunk, Phase, Plan, PlanLine, RankStatus, Status, Timing, Usage
 
 
 @dataclass
@@ -71,6 +71,11 @@ class StandIn:
     delay_s: float = 0.0
     gate: threading.Event | None = None
     e2e_s: float = 0.51
+    in_flight: int = 0
+    persist: bool = False
+    gpu: int | None = None
+    phase: Phase | None = None
+    log: str = "==> rank-0.log <==\nloaded"
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, prompt: str, **params: Any) -> Stream:
@@ -91,7 +96,7 @@ class StandIn:
         return answer
 
     def status(self) -> Status:
-        rank = RankStatus(0, 0, 12, "ready", memory_bytes=3 << 29)
+        rank = RankStatus(0, 0, 12, "ready", self.gpu, memory_bytes=3 << 29, weights_bytes=1 << 29)
         return Status(
             name=self.name,
             state=self.state,
@@ -102,11 +107,28 @@ class StandIn:
             device="cpu",
             address="unix:/run/tiny/rpc.sock",
             pid=11,
-            persist=False,
+            persist=self.persist,
             uptime_s=75.0,
+            in_flight=self.in_flight,
             requests=3,
-            ranks=(rank,),
+            ranks=() if self.state in ("stopped", "lost") else (rank,),
+            phase=self.phase,
         )
 
     def stop(self) -> None:
         self.state = "stopped"
+
+    def restart(self) -> None:
+        self.calls.append(("restart", None, {}))
+        if self.gate is not None:
+            self.gate.wait(10)
+        self.state = "ready"
+
+    def keep(self) -> None:
+        self.persist = True
+
+    def logs(self, n: int = 50, rank: int | None = None) -> str:
+        return self.log
+
+    def plan(self) -> Plan:
+        return Plan("optimized", "cpu", "fp32", lines=(PlanLine("attention", "fused", self.model),))
