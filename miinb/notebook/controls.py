@@ -96,6 +96,11 @@ class DeploymentChoice:
         """The names that are offered besides the chosen one."""
         return [name for name in self.control.options if name != self.control.value]
 
+    @property
+    def alike(self) -> list[str]:
+        """Those of them that serve the task of the chosen one."""
+        return [name for name in self.others if self._known.get(name) == self.task]
+
     def refresh(self) -> None:
         """Offer what runs now; the choice stays."""
         chosen = self._last

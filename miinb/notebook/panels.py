@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.notebook.bench_panel import BenchPanel
 from miinb.notebook.compare_panel import ComparePanel
 from miinb.notebook.controls import GENERATING
 from miinb.notebook.encoder_panel import EncoderPanel
@@ -21,6 +22,7 @@ PANELS: dict[str, Callable[[Session], WorkPanel]] = {
     "text": TextPanel,
     "encoder": EncoderPanel,
     "compare": ComparePanel,
+    "bench": BenchPanel,
     "server": ServerCard,
 }
 #: Kinds of the contract that are not built yet.
