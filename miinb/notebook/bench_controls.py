@@ -28,7 +28,9 @@ class WorkloadControls:
 
     def __init__(self) -> None:
         whole = W.BoundedIntText
-        self.prompt_tokens = control(whole, "prompt_tokens", _HELP["prompt_tokens"], value=_PROMPT_TOKENS, min=1, max=_MOST)
+        self.prompt_tokens = control(
+            whole, "prompt_tokens", _HELP["prompt_tokens"], value=_PROMPT_TOKENS, min=1, max=_MOST
+        )
         self.new_tokens = control(whole, "new_tokens", _HELP["new_tokens"], value=64, min=1, max=_MOST)
         self.batch_size = control(whole, "batch_size", _HELP["batch_size"], value=1, min=1, max=1024)
         self.requests = control(

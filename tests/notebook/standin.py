@@ -132,3 +132,8 @@ class StandIn:
 
     def plan(self) -> Plan:
         return Plan("optimized", "cpu", "fp32", lines=(PlanLine("attention", "fused", self.model),))
+
+    def panel(self, kind: str | None = None) -> Any:
+        from miinb.notebook.panels import panel
+
+        return panel(self, kind)  # type: ignore[arg-type]

@@ -7,11 +7,13 @@ from typing import Any
 
 import ipywidgets as W
 import pytest
+from panel_checks import count_traffic
 from standin import StandIn
 
 import miinb
+from miinb.commands import actions
 from miinb.errors import InvalidValue, QueueFull
-from miinb.notebook.panels import panel
+from miinb.notebook.panels import PANELS, panel
 from miinb.notebook.text_panel import TextPanel
 
 
@@ -193,5 +195,20 @@ def test_without_a_front_end_it_is_a_static_card(shown: TextPanel, capsys: pytes
 def test_unknown_panels_name_the_near_one(session: StandIn) -> None:
     with pytest.raises(InvalidValue, match="'text'"):
         panel(session, "txt")
+    with pytest.raises(InvalidValue, match="'compare'"):
+        panel(session, "comparison")
     with pytest.raises(InvalidValue, match="not there yet"):
         panel(session, "image")
+
+
+def test_the_command_offers_every_kind() -> None:
+    assert tuple(PANELS) == actions.PANELS
+
+
+def test_400_tokens_are_at_most_60_kilobytes(
+    shown: TextPanel, session: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.words, session.delay_s = ["words "] * 400, 0.005
+    sent = count_traffic(monkeypatch)
+    answered(shown)
+    assert sum(sent) < 60_000
