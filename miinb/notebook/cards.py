@@ -75,7 +75,12 @@ def escaped(text: str) -> str:
 
 def pre(text: str) -> str:
     """Untrusted text as HTML that shows exactly its characters."""
-    return f'<pre style="{_PRE}">{escaped(text)}</pre>'
+    return preformatted(escaped(text))
+
+
+def preformatted(html: str) -> str:
+    """HTML that is safe already, in the look of `pre`."""
+    return f'<pre style="{_PRE}">{html}</pre>'
 
 
 def box(html: str) -> str:
@@ -191,7 +196,7 @@ def status_facts(status: Status) -> list[tuple[str, Any]]:
         ("engine", f"{status.engine}, {status.dtype} on {status.device}{cache}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
         ("memory", size_words(memory) if memory else ""),
-        ("up", duration(status.uptime_s) + (", persistent" if status.persist else "")),
+        ("up", duration(max(round(status.uptime_s), 0)).replace(".00 s", " s") + (", persistent" * status.persist)),
         ("requests", work),
         (
             "phase",

@@ -15,7 +15,7 @@ import ipywidgets as W
 
 from miinb.errors import MiinbError
 from miinb.notebook import cards
-from miinb.notebook.controls import GENERATING, DeploymentChoice, GenerationControls, button, control, named, save_link
+from miinb.notebook.controls import GENERATING, DeploymentChoice, GenerationControls, button, named, save_link, tick
 from miinb.notebook.history import History
 from miinb.notebook.pair_cards import Side, Sides, marks_of, pair_card, speed_words, text_html, times_card
 from miinb.notebook.streaming import Throttle
@@ -155,10 +155,8 @@ class ComparePanel(WorkPanel):
         second = choice((first.others or [session.name])[0], "Second", "second")
         self._choices = (first, second)
         self.first, self.second = first.control, second.control
-        self.together = control(
-            W.Checkbox, "at the same time", "Off: one after the other, so that neither slows the other"
-        )
-        self.blind = control(W.Checkbox, "blind", "Shuffle the sides, and hide names and times until you have voted")
+        self.together = tick("at the same time", "Off: one after the other, so that neither slows the other")
+        self.blind = tick("blind", "Shuffle the sides, and hide names and times until you have voted")
 
     def _make_controls(self) -> None:
         self.prompt = named(

@@ -49,6 +49,14 @@ def control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
     return named(kind(description=name, tooltip=tooltip, style=_STYLE, layout=_LAYOUT, **traits), css)
 
 
+def tick(name: str, tooltip: str, **traits: Any) -> Any:
+    """A checkbox as wide as its words, for a row among other controls; its class is the name with dashes."""
+    css = name.replace("_", "-").replace(" ", "-")
+    made = W.Checkbox(description=name, tooltip=tooltip, indent=False, layout={"width": "auto"}, **traits)
+    made.layout.margin = "2px 1.2em 2px 2px"
+    return named(made, css)
+
+
 class DeploymentChoice:
     """Which deployment is asked, of those that run.
 

@@ -10,7 +10,7 @@ import ipywidgets as W
 
 from miinb.commands.options import PREDICTION_HELP, words
 from miinb.errors import InvalidValue
-from miinb.notebook.controls import control, named
+from miinb.notebook.controls import control, named, tick
 from miinb.tasks import TASKS, TaskOption
 
 #: Options that are always in sight; the others wait in an accordion.
@@ -46,7 +46,7 @@ def _widget(name: str, option: TaskOption, begin: Any) -> Any:
         choices = ((_MODELS_OWN,) if option.default is None else ()) + option.choices
         return control(W.Dropdown, name, tooltip, options=choices, value=begin or choices[0])
     if bool in option.kinds:
-        return control(W.Checkbox, name, tooltip, value=begin)
+        return tick(name, tooltip, value=begin)
     if list in option.kinds:
         return control(W.Text, name, f"{tooltip}; a,b", value=",".join(begin or ()), placeholder="a,b")
     if begin is not None:
@@ -66,9 +66,12 @@ class TaskOptions:
         self._known = TASKS[task].options
         self._begin = {name: option.default for name, option in self._known.items()} | BEGIN[task]
         self.controls = {name: _widget(name, option, self._begin[name]) for name, option in self._known.items()}
+        for widget in self.controls.values():
+            if not isinstance(widget, W.Checkbox):
+                widget.style.description_width = "initial"  # some names are long
         main = [self.controls[name] for name in MAIN[task]]
         others = [widget for name, widget in self.controls.items() if name not in MAIN[task]]
-        wrap = {"flex_flow": "row wrap"}
+        wrap = {"flex_flow": "row wrap", "align_items": "center"}
         more = W.Accordion([W.Box(others, layout=wrap)], titles=("More options",), selected_index=None)
         self.box = W.VBox([W.Box(main, layout=wrap), named(more, "more-options")])
 
@@ -153,7 +156,7 @@ class TaskInputs:
             ),
             "context",
         )
-        self.lines = control(W.Checkbox, "each line", "Each line is a text of its own; off: all of it is one")
+        self.lines = tick("each line is a text", "Each line is a text of its own; off: all of it is one")
         self.box = W.VBox()
         self._task = ""
 

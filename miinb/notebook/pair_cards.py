@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: A difference of times below this is none.
 _SAME = 0.02
+#: A mark goes back to the beginning of its word by so many characters at most: some scripts have no spaces.
+_LONGEST_WORD = 16
 _BARS = ("rgba(86,180,233,.8)", "rgba(230,159,0,.8)")
 _FLOW = "white-space:pre-wrap;overflow-wrap:anywhere"
 #: The mark is not selected with the text, so that a copy is the text alone.
@@ -118,14 +120,21 @@ def text_html(side: Side, mark: int | None = None) -> str:
         return f'<div style="{_FLOW}">⚠ {escaped(side.error)}</div>'
     if mark is None:
         return cards.pre(side.text)
-    before, rest = side.text[:mark], side.text[mark:]
+    start = _word_start(side.text, mark)
+    before, rest = side.text[:start], side.text[start:]
     found = re.match(r"\s*\S+", rest)
     word = found[0] if found else rest
     after = rest[len(word) :]
     shown = escaped(word) if word else '<span style="opacity:.72">(ends here)</span>'
     sign = f'<span style="{_SIGN}">≠</span>'
     marked = f'<span class="miinb-difference" title="first difference" style="{_MARKED}">{sign}{shown}</span>'
-    return f'<div style="{_FLOW}">{escaped(before)}{marked}{escaped(after)}</div>'
+    return cards.preformatted(f"{escaped(before)}{marked}{escaped(after)}")
+
+
+def _word_start(text: str, place: int) -> int:
+    """Where the word around a character begins: a whole word is found more easily than its end."""
+    start = max(text.rfind(space, 0, place) for space in " \n\t") + 1
+    return start if place < len(text) and not text[place].isspace() and place - start <= _LONGEST_WORD else place
 
 
 def times_card(sides: Sides, names: Sequence[str], speed: str) -> Card:

@@ -63,7 +63,8 @@ def memory_html(status: Status) -> str:
 
 def server_card(status: Status) -> cards.Card:
     """A deployment at this moment, with its memory and, while it starts, how far it is."""
-    facts = [fact for fact in cards.status_facts(status) if fact[0] not in ("memory", "phase")]
+    apart = ("memory", "phase", *(("processes", "requests", "up") if status.state in ENDED else ()))
+    facts = [fact for fact in cards.status_facts(status) if fact[0] not in apart]
     body = []
     said = SAID.get(status.state, "")
     if status.phase is not None and status.state == "starting":
@@ -75,7 +76,8 @@ def server_card(status: Status) -> cards.Card:
     words = [f'<div style="margin:.3em 0">{escaped(said)}</div>'] if said else []
     title = f"Deployment {status.name}"
     html, _ = cards.card(title, status.state, facts=facts, body=[*words, *body])
-    _, text = cards.card(title, status.state, facts=cards.status_facts(status), foot=said)
+    words_of_memory = [fact for fact in cards.status_facts(status) if fact[0] == "memory"]
+    _, text = cards.card(title, status.state, facts=[*facts, *words_of_memory], foot=said)
     return html, text
 
 
@@ -89,6 +91,8 @@ class ServerCard(WorkPanel):
         every_s: seconds between two looks.
         for_s: seconds after which it looks no more.
     """
+
+    _view_count: int | None  # a trait of every widget: how often a front end shows it
 
     def __init__(self, session: Session, *, every_s: float = 1.0, for_s: float = 600.0) -> None:
         super().__init__(session)
@@ -305,7 +309,8 @@ class ServerCard(WorkPanel):
             accordion.unobserve_all()
 
     def _ipython_display_(self) -> None:
-        self._view_count = 0  # from now on the front end counts
+        if self._view_count is None:
+            self._view_count = 0  # from now on the front end counts
         super()._ipython_display_()
         self.watch()
 

@@ -93,6 +93,23 @@ def test_the_first_difference_is_marked_by_a_sign(make: Make) -> None:
         assert marked[2] == word
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "marked"),
+    [
+        ("a little frog", 3, "little"),
+        ("a little frog", 8, " frog"),
+        ("frog", 0, "frog"),
+        ("x" * 40 + " end", 30, "x" * 10),
+        ("frog", 4, "(ends here)"),
+    ],
+)
+def test_whole_words_are_marked(text: str, place: int, marked: str) -> None:
+    html = pair_cards.text_html(side(text), place)
+    shown = re.sub(r"<[^>]*>", "", html)
+    assert shown.replace("≠", "").replace("(ends here)", "") == text
+    assert f"≠{marked}" in shown
+
+
 def test_an_answer_that_ends_earlier_says_so() -> None:
     html = pair_cards.text_html(side("Once"), 4)
     assert "(ends here)" in html

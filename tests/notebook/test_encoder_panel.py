@@ -208,3 +208,10 @@ def test_a_real_deployment_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert shown.predictions is not None
         assert [one.entity for one in shown.predictions[0]]
         shown.close()
+        measured = session.panel("bench")
+        measured.workload.loads.value, measured.workload.batch_size.value = "1,2", 2
+        measured.run.click()
+        assert measured.wait(60)
+        assert "Done: " in measured.status.value
+        assert list(measured.runs.summary["batch_size"]) == [2, 2]
+        measured.close()
