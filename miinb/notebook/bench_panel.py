@@ -86,6 +86,7 @@ class BenchPanel(WorkPanel):
             tasks=(*GENERATING, *PREDICTIONS),
             on_change=self._chosen,
         )
+        self._choices = (self._choice,)
         self.deployment = self._choice.control
         self.beside = named(
             W.Dropdown(
@@ -191,7 +192,6 @@ class BenchPanel(WorkPanel):
         self.halt.disabled = not busy
         self.pinning.disabled = self.saving.disabled = busy or self.runs is None
         if not busy:
-            self._choice.refresh()
             self._chosen()
 
     def _show(self) -> None:
@@ -203,9 +203,6 @@ class BenchPanel(WorkPanel):
 
     def _empty_card(self) -> cards.Card:
         return cards.card("Bench panel", facts=[("deployment", self.deployment.value)], foot="Nothing measured yet.")
-
-    def _closing(self) -> None:
-        self._choice.close()
 
     def __repr__(self) -> str:
         return f"BenchPanel({self.deployment.value!r}, runs={self.runs is not None})"

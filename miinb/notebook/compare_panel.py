@@ -210,7 +210,7 @@ class ComparePanel(WorkPanel):
             self._history.add(pair)
             self._show_pair(pair)
             together = self.together.value
-            self._begin(lambda: self._answers(pair, together), "Asking both …" if together else "Asking …")
+            self._begin(lambda: self._answers(pair, together), "Asking both …")
 
     def vote(self, vote: str) -> None:
         """Vote on the shown pair: "left", "right", "tie" or "both bad". Once; then names and times are shown."""
@@ -239,7 +239,8 @@ class ComparePanel(WorkPanel):
             with self._lock:
                 if self._stop.is_set():
                     break
-                self._say(f"Asking the {('first', 'second')[number]} …")
+                # Of a blind pair the time that one of them takes would tell which it is.
+                self._say("Asking both …" if pair.blind else f"Asking {pair.sides[number].deployment} …")
             self._answer(pair, number)
         return pair.summary()
 
@@ -290,9 +291,6 @@ class ComparePanel(WorkPanel):
         self._history.set_busy(busy)
         for widget in self.ballot.values():
             widget.disabled = busy or pair is None or not pair.complete or bool(pair.vote)
-        if not busy:
-            for choice in self._choices:
-                choice.refresh()
 
     def _show(self) -> None:
         self._show_pair(self.history[-1])
@@ -335,8 +333,6 @@ class ComparePanel(WorkPanel):
     def _closing(self) -> None:
         self._history.close()
         self.controls.close()
-        for choice in self._choices:
-            choice.close()
 
     def __repr__(self) -> str:
         return f"ComparePanel({self.first.value!r}, {self.second.value!r}, votes={len(self._votes)})"

@@ -86,6 +86,8 @@ class DeploymentChoice:
     ) -> None:
         self._tasks, self._on_change = tasks, on_change
         self._known = {chosen: own_task}
+        self._running: dict[str, str] = {}
+        self.look()
         names = self._names(chosen)
         layout = {"width": "18em"}
         self.control = named(
@@ -109,8 +111,15 @@ class DeploymentChoice:
         """Those of them that serve the task of the chosen one."""
         return [name for name in self.others if self._known.get(name) == self.task]
 
+    def look(self) -> None:
+        """Ask which deployments run. Takes seconds where one is lost: not for a callback."""
+        try:
+            self._running = {one.name: one.task for one in miinb.deployments() if one.task in self._tasks}
+        except (MiinbError, OSError):
+            self._running = {}
+
     def refresh(self) -> None:
-        """Offer what runs now; the choice stays."""
+        """Offer what ran at the last look; the choice stays."""
         chosen = self._last
         if tuple(names := self._names(chosen)) != tuple(self.control.options):
             self._last = ""  # new options choose the first of them for a moment
@@ -127,11 +136,7 @@ class DeploymentChoice:
             self._on_change()
 
     def _names(self, own: str) -> list[str]:
-        try:
-            running = {one.name: one.task for one in miinb.deployments() if one.task in self._tasks}
-        except MiinbError:
-            running = {}
-        self._known = {own: self._known[own], **running}
+        self._known = {own: self._known[own], **self._running}
         return sorted(self._known)
 
 

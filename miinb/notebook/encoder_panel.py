@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 #: A file that is longer is not put into the notebook: it would travel with each update.
 _MOST_BYTES = 100_000
+#: What is surely longer is not even written.
+_MOST_NUMBERS = 10_000
+_TOO_LONG = "Too long for a link: panel.predictions.frame has the table."
 
 
 @dataclass
@@ -60,10 +63,12 @@ class Asked:
         if self.predictions is None:
             return ""
         links = []
+        if _numbers(self.predictions) > _MOST_NUMBERS:
+            return _TOO_LONG
         for make, name in ((self.to_json, "predictions.json"), (self.to_csv, "predictions.csv")):
             text = make()
             if len(text) > _MOST_BYTES:
-                return "Too long for a link: panel.predictions.frame has the table."
+                return _TOO_LONG
             links.append(save_link(text, name, f"Save .{name.rpartition('.')[2]}"))
         return " &nbsp; ".join(links)
 
@@ -94,6 +99,13 @@ class Asked:
             numbers = pandas.concat(vectors, keys=frame["input"], names=["input", "vector"]).reset_index()
             frame = frame.drop(columns="embedding").merge(numbers, on="input")
         return str(frame.to_csv(index=False))
+
+
+def _numbers(predictions: Predictions) -> int:
+    """How many numbers the answers have, about."""
+    if predictions.task == "feature-extraction":
+        return sum(int(one.embedding.size) for (one,) in predictions)
+    return sum(1 for _ in predictions.each())
 
 
 class EncoderPanel(WorkPanel):
@@ -129,6 +141,7 @@ class EncoderPanel(WorkPanel):
             tasks=tuple(PREDICTIONS),
             on_change=self._chosen,
         )
+        self._choices = (self._choice,)
         self.deployment = self._choice.control
         self.inputs = TaskInputs()
         self.run = button("Predict", "predict", "Ask the model", self.predict, button_style="primary", icon="play")
@@ -214,8 +227,6 @@ class EncoderPanel(WorkPanel):
         self.halt.disabled = not busy
         self.pinning.disabled = busy or not self.history
         self._history.set_busy(busy)
-        if not busy:
-            self._choice.refresh()
 
     def _chosen(self) -> None:
         """Show the inputs and options of the chosen deployment's task."""
@@ -254,7 +265,6 @@ class EncoderPanel(WorkPanel):
 
     def _closing(self) -> None:
         self._history.close()
-        self._choice.close()
         self.inputs.close()
         for options in self._options.values():
             close_tree(options.box)

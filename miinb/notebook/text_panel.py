@@ -87,6 +87,7 @@ class TextPanel(WorkPanel):
             own_task="text-generation",
             tasks=GENERATING,
         )
+        self._choices = (self._choice,)
         self.deployment = self._choice.control
         self.prompt = named(
             W.Textarea(
@@ -165,8 +166,6 @@ class TextPanel(WorkPanel):
         self.halt.disabled = not busy
         self.again.disabled = self.pinning.disabled = busy or not self.history
         self._history.set_busy(busy)
-        if not busy:
-            self._choice.refresh()
 
     def _show(self) -> None:
         self._show_answer(self.history[-1])
@@ -200,7 +199,6 @@ class TextPanel(WorkPanel):
 
     def _closing(self) -> None:
         self._history.close()
-        self._choice.close()
         self.controls.close()
 
     def __repr__(self) -> str:

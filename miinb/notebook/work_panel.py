@@ -20,7 +20,7 @@ from miinb import cell
 from miinb.commands.screen import printable
 from miinb.errors import MiinbError
 from miinb.notebook import cards
-from miinb.notebook.controls import button, close_tree, named
+from miinb.notebook.controls import DeploymentChoice, button, close_tree, named
 
 if TYPE_CHECKING:
     from miinb.session import Session
@@ -50,7 +50,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     closed, the widgets do not. `close()` ends what runs and frees all widgets.
 
     A panel of a kind says in `_card` what it shows, in `_set_busy` which controls work when, and puts `output`,
-    `status`, `pinning` and its own controls into `children`. What begins with "_" is called with the lock held.
+    `status`, `pinning` and its own controls into `children`; what
+    chooses a deployment goes into `_choices`. What begins with "_" is called with the lock held.
 
     Args:
         session: the deployment that it begins with.
@@ -64,6 +65,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self._worker: threading.Thread | None = None
         self._stop = threading.Event()
         self._cancel: Callable[[], object] | None = None
+        self._choices: tuple[DeploymentChoice, ...] = ()
         self._pins: list[cards.Card] = []
         self._pin_display: Any = None
         self.output = named(W.HTML(layout={"width": "auto"}), "output")
@@ -137,6 +139,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self.stop()
         self.wait(_END_S)
         self._closing()
+        for choice in self._choices:
+            choice.close()
         children = (*self.children, self.output, self.status, self.files, self.pinning)  # a panel may leave some out
         super().close()
         for child in children:
@@ -172,10 +176,14 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
                 said = work()
         except (Exception, KeyboardInterrupt) as error:
             said = said_of(error)
+        for choice in self._choices:
+            choice.look()
         with self._lock:
             self._cancel = self._worker = None
             try:
                 self._show()
+                for choice in self._choices:
+                    choice.refresh()
                 self._set_busy(False)
             except Exception as error:  # the panel must not stay busy for a bug in what it shows
                 said = said_of(error)
