@@ -178,8 +178,8 @@ class TaskInputs:
             pair = {"question": self.question.value, "context": self.context.value}
             return Given(pair, pair) if all(text.strip() for text in pair.values()) else None
         text, lines = self.text.value, self.lines.value
-        texts = [line for line in text.splitlines() if line.strip()] if lines else [text]
-        return Given({"text": text, "lines": lines}, texts) if text.strip() else None
+        inputs = [line for line in text.splitlines() if line.strip()] if lines else text
+        return Given({"text": text, "lines": lines}, inputs) if text.strip() else None
 
     def load(self, fields: Mapping[str, Any]) -> None:
         """Write the fields of an earlier request."""
