@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from miinb.messages import Phase
@@ -18,6 +19,8 @@ _BAR = "{desc} {bar} {elapsed}"
 _COUNT = "{desc}: {n_fmt} done, {elapsed}"
 _PHASES = ("start", "load", "compile", "verify", "capture", "ready")
 
+#: Whether work shows no lines: that of a panel has its own place for them.
+_quiet: ContextVar[bool] = ContextVar("miinb_quiet", default=False)
 #: Streams that cells have opened and may have left open.
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
@@ -39,6 +42,16 @@ def _cell_ended(result: Any) -> None:
         for stream in list(_open_streams):
             stream.cancel()
     _open_streams.clear()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No lines of progress in this thread: what runs for a widget has no cell of its own to show them in."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 @contextmanager
@@ -79,6 +92,8 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
 
 def _shows_progress() -> bool:
     """Whether a line can be written anew: in a notebook and on a terminal."""
+    if _quiet.get():
+        return False
     in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
     return in_notebook or sys.stderr.isatty()
 

@@ -155,3 +155,15 @@ def test_errors_are_a_tree() -> None:
 def test_every_public_name_is_there() -> None:
     for name in miinb.__all__:
         assert getattr(miinb, name) is not None
+
+
+def test_panels_and_what_they_have() -> None:
+    from miinb.notebook.panels import PANELS
+
+    named = {words[0]: words[1:] for _, words in column("kind")}
+    assert set(named) == set(PANELS)
+    for kind, words in named.items():
+        cls = PANELS[kind]
+        for word in [*words, "pin", "snapshot", "stop", "wait", "close"]:
+            name = word.removesuffix("()")
+            assert hasattr(cls, name) or f"self.{name}" in inspect.getsource(cls), (kind, name)

@@ -20,24 +20,36 @@ from miinb.bench.environment import environment
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.bench.summary import encodes
 from miinb.bench.workload import Job, Offsets, Point, configure, generation_params, points, tokenizer_offsets
-from miinb.errors import DeadlineExceeded, MiinbError
+from miinb.errors import Cancelled, DeadlineExceeded, MiinbError
 
 if TYPE_CHECKING:
     from miinb.config import BenchConfig
 
 #: Called after each request: done, total, its record.
 Progress = Callable[[int, int, Record], None]
+#: Called after each point (a concurrency or a rate) with the run so far.
+OnPoint = Callable[[Runs], object]
 
 JOIN_S = 10.0
 
 
-def bench(session: Any, workload: Any = None, *, progress: Progress | None = None, **fields: Any) -> Runs:
+def bench(
+    session: Any,
+    workload: Any = None,
+    *,
+    progress: Progress | None = None,
+    on_point: OnPoint | None = None,
+    stop: threading.Event | None = None,
+    **fields: Any,
+) -> Runs:
     """Measure one session under a workload.
 
     Args:
         session: a running `Session`.
         workload: prompts, or a `BenchConfig`; see `miinb.bench.workload.configure`.
-        progress: called after each request; None shows a progress bar.
+        progress: called after each request, by the thread that sent it; None shows a progress bar.
+        on_point: called after each concurrency or rate with the run so far, where a request has succeeded.
+        stop: ends the run as the Stop button does, once it is set (by another thread).
         fields: fields of `BenchConfig` (concurrency, requests, prompt_tokens, new_tokens, price, ...).
 
     Returns:
@@ -46,11 +58,20 @@ def bench(session: Any, workload: Any = None, *, progress: Progress | None = Non
     Raises:
         UnknownOption, InvalidValue: a field does not exist or has a wrong value.
         MiinbError: every request failed; the first error is in the text.
+        Cancelled: `stop` was set before the first request was done.
     """
-    return compare([session], workload, progress=progress, **fields)
+    return compare([session], workload, progress=progress, on_point=on_point, stop=stop, **fields)
 
 
-def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress | None = None, **fields: Any) -> Runs:
+def compare(
+    sessions: Sequence[Any],
+    workload: Any = None,
+    *,
+    progress: Progress | None = None,
+    on_point: OnPoint | None = None,
+    stop: threading.Event | None = None,
+    **fields: Any,
+) -> Runs:
     """Measure several sessions under one workload: same prompts, seeds and lengths, alternating, one at a time.
 
     The arms are named by their engine ("baseline", "baseline-best", "optimized"), or by the session's name where two
@@ -60,19 +81,22 @@ def compare(sessions: Sequence[Any], workload: Any = None, *, progress: Progress
     Args:
         sessions: running sessions, or names of running deployments.
         workload: as for `bench`.
-        progress: as for `bench`.
+        progress, on_point, stop: as for `bench`.
         fields: fields of `BenchConfig`.
     """
     config = configure(workload, fields)
     arms = arms_of.label(sessions)
     predicting.check(config, str(arms[0].session.task or "text-generation"))
-    run = _Run(config, arms, progress)
+    run = _Run(config, arms, progress, on_point, stop or threading.Event())
     try:
         run.measure()
     except KeyboardInterrupt:
         if not run.records:
             raise  # nothing to keep
         run.interrupted = True
+    if run.stop.is_set() and not run.records:
+        raise Cancelled("The benchmark was stopped before its first request was done.")
+    run.interrupted |= run.stop.is_set() and len(run.records) < run.total
     return run.result()
 
 
@@ -81,13 +105,14 @@ class _Run:
     config: BenchConfig
     arms: list[Arm]
     progress: Progress | None
+    on_point: OnPoint | None
+    stop: threading.Event
     run_id: str = field(default_factory=new_run_id)
     created: str = field(default_factory=utc_now)
     interrupted: bool = False
     records: list[Record] = field(default_factory=list)
     answers: dict[int, Answered] = field(default_factory=dict)  # by seq
     t_start: float = field(default_factory=time.perf_counter)
-    stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     streams: set[Any] = field(default_factory=set)
     total: int = 0
@@ -123,6 +148,8 @@ class _Run:
                     self._block(arm, point, number, jobs)
                 for arm in self.arms:
                     arm.note_memory()
+                if self.on_point is not None and any(self._counts(record) for record in self.records):
+                    self.on_point(self.result())
         finally:
             if bar is not None:
                 bar.close()
@@ -140,17 +167,21 @@ class _Run:
             ]
             try:
                 while wait(futures, timeout=0.2).not_done:
-                    pass
+                    if self.stop.is_set():
+                        self._cancel()
             except KeyboardInterrupt:
                 self.stop.set()
-                with self.lock:
-                    streams = list(self.streams)
-                for stream in streams:
-                    stream.cancel()
+                self._cancel()
                 wait(futures, timeout=JOIN_S)
                 raise
         for future in futures:
             future.result()
+
+    def _cancel(self) -> None:
+        with self.lock:
+            streams = list(self.streams)
+        for stream in streams:
+            stream.cancel()
 
     def _worker(
         self, arm: Arm, point: Point, number: int, queue: Iterator[Job], t_block: float, open_loop: bool
@@ -241,7 +272,7 @@ class _Run:
         """The run as frames; compares the outputs and notes what a reader must know."""
         if self.config.check != "none" and not self.config.do_sample and len(self.arms) > 1:
             compare_outputs(self.records, self.answers, exact=self.config.check == "exact")
-        ok = [r for r in self.records if r.status == "ok" and not r.warmup]
+        ok = [r for r in self.records if self._counts(r)]
         failed = [r for r in self.records if r.status in ("error", "timeout")]
         if failed and not ok:
             raise MiinbError(
@@ -261,6 +292,10 @@ class _Run:
         }
         rows = [{name: getattr(r, name) for name in Record.__slots__} for r in self.records]
         return Runs(rows, {self.run_id: env})
+
+    @staticmethod
+    def _counts(record: Record) -> bool:
+        return record.status == "ok" and not record.warmup
 
     def _warnings(self, ok: Sequence[Record]) -> list[str]:
         found = [text for arm in self.arms for text in arm.warnings]

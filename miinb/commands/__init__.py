@@ -165,7 +165,8 @@ COMMANDS: dict[str, Command] = {
             "panel",
             "show a panel of widgets",
             actions.panel,
-            (Option("kind", "default: text", choices=("text",), positional=True), _WHICH),
+            (Option("kind", "default: by the task", choices=actions.PANELS, positional=True), _WHICH),
+            example="panel compare -d chat",
         ),
         Command("models", "show families, tasks and what is optimized", measuring.models),
         Command(

@@ -11,7 +11,7 @@ from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, given
 from miinb.commands.screen import Table
 from miinb.config import DeploymentConfig
 from miinb.errors import InvalidRequest, InvalidValue
-from miinb.tasks import find_task
+from miinb.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
     from miinb.messages import Plan
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from miinb.session import Session
 
 Values = Mapping[str, Any]
+
+#: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets: the names stand here too, held by a test).
+PANELS = ("text", "encoder", "compare", "bench", "server")
 
 
 def start(context: Context, values: Values, body: str | None) -> Session:
@@ -253,4 +256,13 @@ def panel(context: Context, values: Values, body: str | None) -> Any:
     """A panel of widgets for a deployment."""
     if not context.in_notebook:
         raise InvalidValue("panel: panels need a notebook.", hint="There: %load_ext miinb, then %mii panel.")
-    return context.session(values["deployment"]).panel(values["kind"])
+    kind, name = values["kind"], values["deployment"]
+    if kind == "compare" and not (name or context.default or context.settings.default_session):
+        name = _first_generating()  # it asks two: that several run is no question
+    return context.session(name).panel(kind)
+
+
+def _first_generating() -> str | None:
+    import miinb
+
+    return next((one.name for one in miinb.deployments() if one.task in TASKS and TASKS[one.task].streams), None)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, near
 from miinb.tasks import TASKS
 
 #: What can stand for a value in completion: names of running deployments, or of commands.
@@ -207,7 +207,8 @@ PLANNED = (
 )
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
 BENCH = options_of(BenchConfig, _BENCH_HELP)
-_PREDICTION_HELP = {
+#: What each option of `predict` does, for help and tooltips.
+PREDICTION_HELP = {
     "top_k": "the best so many",
     "function_to_apply": "what makes scores of logits",
     "aggregation_strategy": "join tokens to names; how a name gets its label",
@@ -229,7 +230,7 @@ _PREDICTION_HELP = {
 def prediction_options() -> tuple[Option, ...]:
     """The options of `predict`, each with the tasks that know it; a task refuses the others'."""
     made = []
-    for name, text in _PREDICTION_HELP.items():
+    for name, text in PREDICTION_HELP.items():
         tasks = [task for task in TASKS.values() if name in task.options]
         known = tasks[0].options[name]
         read = None if bool in known.kinds else words if list in known.kinds else int if int in known.kinds else str
@@ -256,7 +257,9 @@ def read_value(option: Option, text: str) -> Any:
     """
     shown = option.flags[-1] if option.flags else option.name
     if option.choices and text not in option.choices:
-        raise InvalidValue(f"{shown}: {text!r} is none of {', '.join(option.choices)}.")
+        nearest = near(text, option.choices)
+        hint = f"Did you mean {nearest!r}?" if nearest else ""
+        raise InvalidValue(f"{shown}: {text!r} is none of {', '.join(option.choices)}.", hint=hint)
     if option.read is None:
         raise InvalidValue(f"{shown} takes no value.")
     try:

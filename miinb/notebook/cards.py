@@ -68,14 +68,32 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def escaped(text: str) -> str:
+    """Untrusted text as HTML."""
+    return escape(printable(text))
+
+
 def pre(text: str) -> str:
     """Untrusted text as HTML that shows exactly its characters."""
-    return f'<pre style="{_PRE}">{escape(printable(text))}</pre>'
+    return preformatted(escaped(text))
+
+
+def preformatted(html: str) -> str:
+    """HTML that is safe already, in the look of `pre`."""
+    return f'<pre style="{_PRE}">{html}</pre>'
 
 
 def box(html: str) -> str:
     """Safe HTML in a card's frame."""
     return f'<div class="miinb-card" style="{_BOX}">{html}</div>'
+
+
+def bar(share: float, width: str = "10em", color: str = "rgba(86,180,233,.8)") -> Html:
+    """A share from 0 to 1 as a bar; the number has to stand beside it."""
+    frame = f"display:inline-block;width:{width};border-radius:2px;background:rgba(128,128,128,.16);line-height:1"
+    part = min(max(share * 100, 0.5), 100.0)
+    look = f"display:inline-block;height:.75em;border-radius:2px;background:{color};width:{part:.1f}%"
+    return Html(f'<span style="{frame}"><span style="{look}"></span></span>')
 
 
 def state(word: str) -> str:
@@ -151,7 +169,7 @@ def session_card(session: Session) -> Card:
     chip = session.state
     if chip not in ("stopped", "failed", "lost"):
         try:
-            facts = _status_facts(session.status())
+            facts = status_facts(session.status())
         except Exception:  # a card never fails: the deployment may end at this moment
             chip = session.state
     title = f"Session {session.name}"
@@ -167,7 +185,8 @@ def _task(session: Session) -> str:
         return ""
 
 
-def _status_facts(status: Status) -> list[tuple[str, Any]]:
+def status_facts(status: Status) -> list[tuple[str, Any]]:
+    """What a status says, as named facts."""
     cache = f", KV cache in {status.kv_dtype}" if status.kv_dtype != "auto" else ""
     memory = sum(rank.memory_bytes for rank in status.ranks)
     work = f"{status.requests} done, {status.in_flight} in flight, {status.queued} waiting"
@@ -177,7 +196,7 @@ def _status_facts(status: Status) -> list[tuple[str, Any]]:
         ("engine", f"{status.engine}, {status.dtype} on {status.device}{cache}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
         ("memory", size_words(memory) if memory else ""),
-        ("up", duration(status.uptime_s) + (", persistent" if status.persist else "")),
+        ("up", duration(max(round(status.uptime_s), 0)).replace(".00 s", " s") + (", persistent" * status.persist)),
         ("requests", work),
         (
             "phase",
@@ -188,7 +207,7 @@ def _status_facts(status: Status) -> list[tuple[str, Any]]:
 
 def status_card(status: Status) -> Card:
     """A deployment at this moment."""
-    return card(f"Deployment {status.name}", status.state, facts=[*_status_facts(status), ("address", status.address)])
+    return card(f"Deployment {status.name}", status.state, facts=[*status_facts(status), ("address", status.address)])
 
 
 def plan_card(plan: Plan) -> Card:

@@ -1,17 +1,22 @@
-"""Parts of panels: named controls with tooltips, the parameters of a generation, links that save text."""
+"""Parts of panels: named controls with tooltips, which deployment, a generation's parameters, links that save text."""
 
 from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import ipywidgets as W
 
+import miinb
 from miinb.commands.options import escapes
+from miinb.errors import MiinbError
+from miinb.tasks import TASKS
 
+#: Tasks whose answers are text.
+GENERATING = tuple(task.name for task in TASKS.values() if task.streams)
 _LAYOUT = {"width": "19em"}
 _STYLE = {"description_width": "10em"}
 
@@ -38,10 +43,101 @@ def save_link(text: str, filename: str, label: str) -> str:
     return f'<a {name} href="{href}">{escape(label)}</a>'
 
 
-def _control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
+def control(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
     """A labeled control; its class is the name with dashes."""
     css = name.replace("_", "-").replace(" ", "-")
     return named(kind(description=name, tooltip=tooltip, style=_STYLE, layout=_LAYOUT, **traits), css)
+
+
+def tick(name: str, tooltip: str, **traits: Any) -> Any:
+    """A checkbox as wide as its words, for a row among other controls; its class is the name with dashes."""
+    css = name.replace("_", "-").replace(" ", "-")
+    made = W.Checkbox(description=name, tooltip=tooltip, indent=False, layout={"width": "auto"}, **traits)
+    made.layout.margin = "2px 1.2em 2px 2px"
+    return named(made, css)
+
+
+class DeploymentChoice:
+    """Which deployment is asked, of those that run.
+
+    Args:
+        chosen: the first; it is offered as long as it is chosen, whatever became of it.
+        label: the control's description.
+        css: its hook.
+        tooltip: what it is for.
+        own_task: of the first.
+        tasks: deployments of other tasks are not offered.
+        on_change: called when the user has chosen another one.
+
+    Attributes:
+        control: the widget.
+    """
+
+    def __init__(
+        self,
+        chosen: str,
+        label: str,
+        css: str,
+        tooltip: str,
+        *,
+        own_task: str,
+        tasks: Sequence[str],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tasks, self._on_change = tasks, on_change
+        self._known = {chosen: own_task}
+        self._running: dict[str, str] = {}
+        self.look()
+        names = self._names(chosen)
+        layout = {"width": "18em"}
+        self.control = named(
+            W.Dropdown(options=names, value=chosen, description=label, tooltip=tooltip, layout=layout), css
+        )
+        self._last = chosen
+        self.control.observe(self._changed, "value")
+
+    @property
+    def task(self) -> str:
+        """Of the chosen deployment."""
+        return self._known[self.control.value]
+
+    @property
+    def others(self) -> list[str]:
+        """The names that are offered besides the chosen one."""
+        return [name for name in self.control.options if name != self.control.value]
+
+    @property
+    def alike(self) -> list[str]:
+        """Those of them that serve the task of the chosen one."""
+        return [name for name in self.others if self._known.get(name) == self.task]
+
+    def look(self) -> None:
+        """Ask which deployments run. Takes seconds where one is lost: not for a callback."""
+        try:
+            self._running = {one.name: one.task for one in miinb.deployments() if one.task in self._tasks}
+        except (MiinbError, OSError):
+            self._running = {}
+
+    def refresh(self) -> None:
+        """Offer what ran at the last look; the choice stays."""
+        chosen = self._last
+        if tuple(names := self._names(chosen)) != tuple(self.control.options):
+            self._last = ""  # new options choose the first of them for a moment
+            self.control.options = names
+            self.control.value = self._last = chosen
+
+    def close(self) -> None:
+        """Detach the observer."""
+        self.control.unobserve_all()
+
+    def _changed(self, change: Any) -> None:
+        if self._last and change["new"] and change["new"] != self._last:
+            self._last = change["new"]
+            self._on_change()
+
+    def _names(self, own: str) -> list[str]:
+        self._known = {own: self._known[own], **self._running}
+        return sorted(self._known)
 
 
 class GenerationControls:
@@ -53,25 +149,25 @@ class GenerationControls:
 
     def __init__(self) -> None:
         whole, real, most = W.BoundedIntText, W.BoundedFloatText, 1 << 20
-        self.max_new_tokens = _control(whole, "max_new_tokens", "Most new tokens", value=128, min=1, max=most)
-        self.do_sample = _control(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one")
-        self.temperature = _control(
+        self.max_new_tokens = control(whole, "max_new_tokens", "Most new tokens", value=128, min=1, max=most)
+        self.do_sample = control(W.Checkbox, "do_sample", "Draw tokens at random; off: the most likely one")
+        self.temperature = control(
             real, "temperature", "Above 1 more random, below 1 less", value=1.0, min=0.01, max=100, step=0.1
         )
-        self.top_p = _control(
+        self.top_p = control(
             real, "top_p", "Draw among tokens of this total probability", value=1.0, min=0.01, max=1, step=0.05
         )
-        self.top_k = _control(whole, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=most)
-        self.repetition_penalty = _control(
+        self.top_k = control(whole, "top_k", "Draw among so many tokens; 0: all", value=0, min=0, max=most)
+        self.repetition_penalty = control(
             real, "repetition_penalty", "Above 1: fewer repetitions", value=1.0, min=0.01, max=100, step=0.05
         )
-        self.seed = _control(whole, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
-        self.lock = _control(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer")
-        self.stop = _control(
+        self.seed = control(whole, "seed", "Same seed, same answer", value=0, min=0, max=(1 << 31) - 1)
+        self.lock = control(W.Checkbox, "lock seed", "Keep the seed; off: a new one for each answer")
+        self.stop = control(
             W.Textarea, "stop strings", "Texts that end the answer; \\n is a line end", rows=2, placeholder="one a line"
         )
-        self.chat = _control(W.Checkbox, "chat", "Ask through the model's chat template")
-        self.system = _control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
+        self.chat = control(W.Checkbox, "chat", "Ask through the model's chat template")
+        self.system = control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
         columns = (
             (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),

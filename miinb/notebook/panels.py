@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import ipywidgets as W
-
 from miinb.errors import InvalidValue, did_you_mean
+from miinb.notebook.bench_panel import BenchPanel
+from miinb.notebook.compare_panel import ComparePanel
+from miinb.notebook.controls import GENERATING
+from miinb.notebook.encoder_panel import EncoderPanel
+from miinb.notebook.server_card import ServerCard
 from miinb.notebook.text_panel import TextPanel
+from miinb.notebook.work_panel import WorkPanel
+from miinb.predictions import PREDICTIONS
 
 if TYPE_CHECKING:
     from miinb.session import Session
 
-PANELS = {"text": TextPanel}
+PANELS: dict[str, Callable[[Session], WorkPanel]] = {
+    "text": TextPanel,
+    "encoder": EncoderPanel,
+    "compare": ComparePanel,
+    "bench": BenchPanel,
+    "server": ServerCard,
+}
 #: Kinds of the contract that are not built yet.
-LATER = ("image", "encoder", "compare", "bench", "server")
+LATER = ("image",)
+#: What a deployment must serve for a panel; the others take any.
+TASKS_OF: dict[str, Sequence[str]] = {"text": GENERATING, "encoder": tuple(PREDICTIONS), "compare": GENERATING}
+#: Kinds that are chosen by the task.
+OWN = ("text", "encoder")
 
 
-def panel(session: Session, kind: str | None = None) -> W.Widget:
+def panel(session: Session, kind: str | None = None) -> WorkPanel:
     """A panel for a session.
 
     Args:
         session: the deployment.
-        kind: "text"; None chooses by the deployment's task.
+        kind: "text", "encoder", "compare", "bench" or "server"; None chooses "text" or "encoder" by the task.
 
     Raises:
-        InvalidValue: there is no such panel, or none for this task yet.
+        InvalidValue: there is no such panel, or it is none for this task.
     """
-    if kind is None and session.task in ("text-generation", "conversational"):
-        kind = "text"
+    there = f"There is: {', '.join(PANELS)}."
     if kind is None:
-        raise InvalidValue(f"There is no panel for the task {session.task!r} yet.", hint="There is: text.")
+        kind = next((one for one in OWN if session.task in TASKS_OF[one]), None)
+    if kind is None:
+        raise InvalidValue(f"There is no panel for the task {session.task!r} yet.", hint=there)
     if kind in LATER:
-        raise InvalidValue(f"The panel {kind!r} is not there yet.", hint="There is: text.")
+        raise InvalidValue(f"The panel {kind!r} is not there yet.", hint=there)
     if kind not in PANELS:
         raise InvalidValue(f"There is no panel {kind!r}.", hint=did_you_mean(kind, PANELS))
+    if kind in TASKS_OF and session.task not in TASKS_OF[kind]:
+        own = next((one for one in OWN if session.task in TASKS_OF[one]), "server")
+        raise InvalidValue(f"panel: {kind!r} is not for {session.task}.", hint=f"{session.name} has {own!r}.")
     return PANELS[kind](session)

@@ -10,11 +10,11 @@ import pytest
 from stand_in import Predicting, StandIn
 
 from miinb.bench import charts, predicting, presets
-from miinb.bench.records import Record
+from miinb.bench.records import Record, Runs
 from miinb.bench.runner import bench, compare
 from miinb.bench.workload import configure
 from miinb.config import BenchConfig
-from miinb.errors import DeadlineExceeded, InvalidValue, MiinbError, UnknownOption
+from miinb.errors import Cancelled, DeadlineExceeded, InvalidValue, MiinbError, UnknownOption
 
 
 def test_one_row_a_request_with_equal_work() -> None:
@@ -253,3 +253,40 @@ def test_inputs_are_no_longer_than_the_model_takes_unless_asked_for() -> None:
     assert predicting.fitted(BenchConfig.parse({}), 0) == BenchConfig.parse({})
     for fields in ({"prompt_tokens": 100}, {"prompts": ["a"]}):
         assert predicting.fitted(BenchConfig.parse(fields), 64) == BenchConfig.parse(fields)
+
+
+def test_each_point_is_told_with_the_run_so_far() -> None:
+    seen: list[Runs] = []
+    whole = bench(StandIn(), concurrency=[1, 2, 3], requests=3, new_tokens=2, warmup=1, on_point=seen.append)
+    assert [len(runs.summary) for runs in seen] == [1, 2, 3]
+    assert seen[-1].summary["seq_s"].equals(whole.summary["seq_s"])
+    assert not seen[0].env[next(iter(seen[0].env))]["interrupted"]
+
+
+def test_stop_ends_the_run_and_keeps_what_was_measured() -> None:
+    stop = threading.Event()
+
+    def after_two(done: int, total: int, record: Record) -> None:
+        if done == 2:
+            stop.set()
+
+    runs = bench(StandIn(), requests=50, new_tokens=2, warmup=0, progress=after_two, stop=stop)
+    (env,) = runs.env.values()
+    assert env["interrupted"]
+    assert env["done"] == len(runs.requests) < env["total"] == 50
+    assert "interrupted after 2 of 50 requests" in env["warnings"]
+
+
+def test_stop_ends_a_stream_that_runs() -> None:
+    stop = threading.Event()
+    slow = StandIn(token_s=0.01)
+    threading.Timer(0.3, stop.set).start()
+    runs = bench(slow, requests=4, new_tokens=2000, warmup=0, progress=lambda *_: None, stop=stop)
+    assert set(runs.requests["status"]) == {"cancelled"}
+
+
+def test_stop_before_the_first_request() -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Cancelled):
+        bench(StandIn(), requests=4, new_tokens=2, progress=lambda *_: None, stop=stop)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miinb.config import parse_generation
-from miinb.messages import Chunk, RankStatus, Status, Timing, Usage
+from miinb.messages import Chunk, Phase, Plan, PlanLine, RankStatus, Status, Timing, Usage
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Answer:
     usage: Usage
     timing: Timing
     dropped_messages: int = 0
+    token_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def text(self) -> str:
@@ -33,8 +34,8 @@ class Answer:
 
 
 class Stream:
-    def __init__(self, words: list[str], delay_s: float, gate: threading.Event | None) -> None:
-        self._words, self._delay_s, self._gate = words, delay_s, gate
+    def __init__(self, words: list[str], delay_s: float, gate: threading.Event | None, e2e_s: float) -> None:
+        self._words, self._delay_s, self._gate, self.e2e_s = words, delay_s, gate, e2e_s
         self.cancelled = threading.Event()
         self.result: Any = None
 
@@ -50,8 +51,9 @@ class Stream:
             sent.append(word)
             yield Chunk(word, (i,))
         reason = "cancelled" if self.cancelled.is_set() else "length"
-        timing = Timing(ttft_s=0.0352, tpot_s=0.0113, e2e_s=0.51)
-        self.result = Answer(["".join(sent)], [reason], Usage(5, len(sent)), timing)
+        timing = Timing(ttft_s=0.0352, tpot_s=0.0113, e2e_s=self.e2e_s)
+        ids = tuple(hash(word) for word in sent)
+        self.result = Answer(["".join(sent)], [reason], Usage(5, len(sent)), timing, token_ids=(ids,))
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -68,12 +70,18 @@ class StandIn:
     words: list[str] = field(default_factory=lambda: ["Once ", "upon ", "a ", "time"])
     delay_s: float = 0.0
     gate: threading.Event | None = None
+    e2e_s: float = 0.51
+    in_flight: int = 0
+    persist: bool = False
+    gpu: int | None = None
+    phase: Phase | None = None
+    log: str = "==> rank-0.log <==\nloaded"
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, prompt: str, **params: Any) -> Stream:
         parse_generation(params)
         self.calls.append(("stream", prompt, params))
-        return Stream(self.words, self.delay_s, self.gate)
+        return Stream(self.words, self.delay_s, self.gate, self.e2e_s)
 
     def generate(self, prompts: str | list[str], **params: Any) -> Answer:
         parse_generation(params)
@@ -88,7 +96,7 @@ class StandIn:
         return answer
 
     def status(self) -> Status:
-        rank = RankStatus(0, 0, 12, "ready", memory_bytes=3 << 29)
+        rank = RankStatus(0, 0, 12, "ready", self.gpu, memory_bytes=3 << 29, weights_bytes=1 << 29)
         return Status(
             name=self.name,
             state=self.state,
@@ -99,11 +107,33 @@ class StandIn:
             device="cpu",
             address="unix:/run/tiny/rpc.sock",
             pid=11,
-            persist=False,
+            persist=self.persist,
             uptime_s=75.0,
+            in_flight=self.in_flight,
             requests=3,
-            ranks=(rank,),
+            ranks=() if self.state in ("stopped", "lost") else (rank,),
+            phase=self.phase,
         )
 
     def stop(self) -> None:
         self.state = "stopped"
+
+    def restart(self) -> None:
+        self.calls.append(("restart", None, {}))
+        if self.gate is not None:
+            self.gate.wait(10)
+        self.state = "ready"
+
+    def keep(self) -> None:
+        self.persist = True
+
+    def logs(self, n: int = 50, rank: int | None = None) -> str:
+        return self.log
+
+    def plan(self) -> Plan:
+        return Plan("optimized", "cpu", "fp32", lines=(PlanLine("attention", "fused", self.model),))
+
+    def panel(self, kind: str | None = None) -> Any:
+        from miinb.notebook.panels import panel
+
+        return panel(self, kind)  # type: ignore[arg-type]

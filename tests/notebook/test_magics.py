@@ -313,6 +313,9 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
         ("%mii start m --dtype b", {"bf16"}),
         ("%mii plot th", {"throughput"}),
         ("%mii help ben", {"bench"}),
+        ("%mii panel ", {"text", "encoder", "compare", "bench", "server"}),
+        ("%mii panel se", {"server"}),
+        ("%mii panel compare -d ", {"tiny"}),
         ("%%mii ti", {"tiny"}),
         ("%%mii tiny --seed 1 --top", {"--top-k", "--top-p"}),
         ("%%mii --out", {"--output"}),
@@ -321,6 +324,38 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
 def test_completion(shell: Shell, text: str, expected: set[str]) -> None:
     with provisionalcompleter():
         assert {found.text for found in shell.Completer.completions(text, len(text))} == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("", "TextPanel"),
+        ("text", "TextPanel"),
+        ("compare", "ComparePanel"),
+        ("bench", "BenchPanel"),
+        ("server", "ServerCard"),
+    ],
+)
+def test_panels_of_every_kind(shell: Shell, kind: str, name: str) -> None:
+    with capture_output():
+        shown = shell.run(f"%mii panel {kind}")
+    assert type(shown).__name__ == name
+    shown.close()
+
+
+def test_panels_by_the_task_and_of_several_deployments(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["labels"] = StandIn("labels", task="text-classification")
+    deployments["zebra"] = StandIn("zebra")
+    with capture_output():
+        found = [shell.run(f"%mii panel {words}") for words in ("-d labels", "encoder -d labels", "compare")]
+    assert [type(one).__name__ for one in found] == ["EncoderPanel", "EncoderPanel", "ComparePanel"]
+    assert (found[2].first.value, found[2].second.value) == ("tiny", "zebra")
+    for one in found:
+        one.close()
+    with pytest.raises(InvalidValue, match="'text' is not for text-classification"):
+        shell.run("%mii panel text -d labels")
+    with pytest.raises(InvalidValue, match="Did you mean 'compare'"):
+        shell.run("%mii panel compar")
 
 
 def test_an_option_is_offered_once_unless_it_may_be_repeated(shell: Shell) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import ipywidgets as W
 import pytest
+from encoder_standin import EncoderStandIn
+from panel_checks import count_traffic
 from standin import StandIn
 
 import miinb
+from miinb.commands import actions
 from miinb.errors import InvalidValue, QueueFull
-from miinb.notebook.panels import panel
+from miinb.notebook.panels import PANELS, panel
 from miinb.notebook.text_panel import TextPanel
 
 
@@ -193,5 +196,43 @@ def test_without_a_front_end_it_is_a_static_card(shown: TextPanel, capsys: pytes
 def test_unknown_panels_name_the_near_one(session: StandIn) -> None:
     with pytest.raises(InvalidValue, match="'text'"):
         panel(session, "txt")
+    with pytest.raises(InvalidValue, match="'compare'"):
+        panel(session, "comparison")
     with pytest.raises(InvalidValue, match="not there yet"):
         panel(session, "image")
+
+
+def test_the_command_offers_every_kind() -> None:
+    assert tuple(PANELS) == actions.PANELS
+
+
+@pytest.mark.parametrize("kind", ["encoder", "compare", "server"])
+def test_clicks_from_many_threads_are_one_request(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    session = EncoderStandIn(gate=gate) if kind == "encoder" else StandIn(gate=gate)
+    monkeypatch.setitem(vars(miinb), "deployments", lambda: [session.status()])
+    made = panel(session, kind)
+    if kind == "encoder":
+        made.inputs.text.value = "Hi"
+    if kind == "compare":
+        made.prompt.value = "Hi"
+    click = made.again.click if kind == "server" else made.run.click
+    clicks = [threading.Thread(target=click) for _ in range(8)]
+    for one in clicks:
+        one.start()
+    for one in clicks:
+        one.join(10)
+    gate.set()
+    assert made.wait(10)
+    asked = session.asked if isinstance(session, EncoderStandIn) else session.calls
+    assert len(asked) == (2 if kind == "compare" else 1)
+    made.close()
+
+
+def test_400_tokens_are_at_most_60_kilobytes(
+    shown: TextPanel, session: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.words, session.delay_s = ["words "] * 400, 0.005
+    sent = count_traffic(monkeypatch)
+    answered(shown)
+    assert sum(sent) < 60_000

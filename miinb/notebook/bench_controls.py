@@ -1,0 +1,98 @@
+"""Controls of the bench panel: the workload's fields, with the names of `BenchConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as W
+
+from miinb.bench.summary import encodes
+from miinb.commands.options import BENCH, floats, integers
+from miinb.config import BenchConfig
+from miinb.errors import InvalidValue
+from miinb.notebook.controls import control, named
+
+_HELP = {option.name: option.help[:1].upper() + option.help[1:] for option in BENCH}
+_MOST = 1 << 20
+_PROMPT_TOKENS = BenchConfig.model_fields["prompt_tokens"].default
+#: How the requests come; the words are the fields of `BenchConfig`.
+LOADS = ("concurrency", "rate")
+
+
+class WorkloadControls:
+    """The fields of one benchmark.
+
+    Attributes:
+        box: the widget that holds them.
+    """
+
+    def __init__(self) -> None:
+        whole = W.BoundedIntText
+        self.prompt_tokens = control(
+            whole, "prompt_tokens", _HELP["prompt_tokens"], value=_PROMPT_TOKENS, min=1, max=_MOST
+        )
+        self.new_tokens = control(whole, "new_tokens", _HELP["new_tokens"], value=64, min=1, max=_MOST)
+        self.batch_size = control(whole, "batch_size", _HELP["batch_size"], value=1, min=1, max=1024)
+        self.requests = control(
+            W.Text, "requests", "Requests at each load; empty: enough for it", placeholder="enough for the load"
+        )
+        self.load = control(
+            W.Dropdown,
+            "load",
+            "So many requests in flight, or so many arrivals a second",
+            options=LOADS,
+            value=LOADS[0],
+        )
+        self.loads = control(W.Text, "loads", "One point each: 1,4,16", value="1,4", placeholder="1,4,16")
+        self.warmup = control(whole, "warmup", _HELP["warmup"], value=2, min=0, max=1000)
+        self.seed = control(whole, "seed", _HELP["seed"], value=0, min=0, max=(1 << 31) - 1)
+        self.price = control(W.Text, "price", f"{_HELP['price']}; empty: no cost", placeholder="no price")
+        columns = (
+            (self.prompt_tokens, self.new_tokens, self.batch_size, self.requests),
+            (self.load, self.loads, self.warmup),
+            (self.seed, self.price),
+        )
+        grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
+        self.box = named(grid, "workload")
+        self._task = ""
+
+    def set_task(self, task: str) -> None:
+        """Show the fields that this task has."""
+        self._task = task
+        for widget, there in ((self.new_tokens, not encodes(task)), (self.batch_size, encodes(task))):
+            widget.layout.display = "" if there else "none"
+
+    def values(self) -> dict[str, Any]:
+        """Fields for `Session.bench`.
+
+        Raises:
+            InvalidValue: a number is none.
+        """
+        fields: dict[str, Any] = {"warmup": self.warmup.value, "seed": self.seed.value}
+        if self.prompt_tokens.value != _PROMPT_TOKENS:  # what is not asked for is made to fit a short model
+            fields["prompt_tokens"] = self.prompt_tokens.value
+        own = self.batch_size if encodes(self._task) else self.new_tokens
+        fields[own.description] = own.value
+        read = integers if self.load.value == "concurrency" else floats
+        fields[self.load.value] = _read("loads", self.loads.value, read, "1,4,16")
+        if self.requests.value.strip():
+            fields["requests"] = _read("requests", self.requests.value, int, "8")
+        if self.price.value.strip():
+            fields["price"] = _read("price", self.price.value, float, "2.5")
+        return fields
+
+    def set_busy(self, busy: bool) -> None:
+        """Turn the fields on and off."""
+        for column in self.box.children:
+            for widget in column.children:
+                widget.disabled = busy
+
+
+def _read(name: str, text: str, read: Any, example: str) -> Any:
+    try:
+        found = read(text)
+    except ValueError:
+        found = None
+    if found is None or found == []:
+        raise InvalidValue(f"{name}: {text!r} cannot be read.", hint=f"Write it like {example}.")
+    return found

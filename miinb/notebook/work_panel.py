@@ -1,0 +1,234 @@
+"""What every panel has: one worker, a line that says where it stands, pins that stay in the notebook, a clean end.
+
+A click may come in any thread (Jupyter runs callbacks in subshell threads): callbacks take the panel's lock, start or
+cancel the worker, and return. The worker owns the request; it changes traits at most ten times a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as W
+from IPython import get_ipython
+from IPython.display import display
+
+import miinb
+from miinb import cell
+from miinb.commands.screen import printable
+from miinb.errors import MiinbError
+from miinb.notebook import cards
+from miinb.notebook.controls import DeploymentChoice, button, close_tree, named
+
+if TYPE_CHECKING:
+    from miinb.session import Session
+
+#: The layout of a row of controls: it wraps where the notebook is narrow.
+ROW = {"flex_flow": "row wrap", "align_items": "center"}
+_END_S = 10.0
+
+
+class Snapshot:
+    """A static card."""
+
+    def __init__(self, html: str, text: str) -> None:
+        self.html, self.text = html, text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return cards.bundle((self.html, self.text))
+
+
+class WorkPanel(W.VBox):  # type: ignore[misc]
+    """A panel that asks deployments in a thread of its own, one request at a time.
+
+    Display it once. `pin()` writes what it shows as static output below the panel: it stays when the notebook is
+    closed, the widgets do not. `close()` ends what runs and frees all widgets.
+
+    A panel of a kind says in `_card` what it shows, in `_set_busy` which controls work when, and puts `output`,
+    `status`, `pinning` and its own controls into `children`; what
+    chooses a deployment goes into `_choices`. What begins with "_" is called with the lock held.
+
+    Args:
+        session: the deployment that it begins with.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.add_class("miinb-panel")
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {session.name: session}
+        self._worker: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._cancel: Callable[[], object] | None = None
+        self._choices: tuple[DeploymentChoice, ...] = ()
+        self._pins: list[cards.Card] = []
+        self._pin_display: Any = None
+        self.output = named(W.HTML(layout={"width": "auto"}), "output")
+        self.status = named(W.HTML(), "status")
+        self.files = named(W.HTML(), "files")
+        self.pinning = button(
+            "Pin", "pin", "Keep this answer in the notebook, below the panel", self.pin, icon="thumb-tack"
+        )
+        self._say("Ready.")
+
+    # What a kind of panel says of itself
+
+    def _card(self) -> cards.Card | None:
+        """What is shown, static; None while there is nothing."""
+        raise NotImplementedError
+
+    def _empty_card(self) -> cards.Card:
+        """What stands for the panel while there is nothing to show."""
+        return cards.card(type(self).__name__, foot="No answer yet.")
+
+    def _summary(self) -> str:
+        """One line about what is shown."""
+        return ""
+
+    def _set_busy(self, busy: bool) -> None:
+        """Turn controls on and off: those that would do nothing now are off."""
+
+    def _show(self) -> None:
+        """Bring what the panel shows up to date, as the worker has ended."""
+
+    def _closing(self) -> None:
+        """Detach observers, and close widgets that are not among the children."""
+
+    # What the buttons of all panels do; each may be called from any thread, and from code
+
+    def stop(self, _: Any = None) -> None:
+        """End the running request; what came so far stays."""
+        with self._lock:
+            self._stop.set()
+            if self._cancel is not None:
+                self._cancel()
+                self._say("Stopping …")
+
+    def pin(self, _: Any = None) -> None:
+        """Write what is shown as static output below the panel."""
+        with self._lock:
+            card = self._card()
+            if card is None:
+                self._say("There is nothing to pin yet.")
+                return
+            self._pins.append(card)
+            self._show_pins()
+            self._say(" · ".join(part for part in (self._summary(), "pinned below the panel") if part))
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until the running request is complete; False when the time is over first."""
+        worker = self._worker
+        if worker is not None:
+            worker.join(timeout_s)
+        return self._worker is None
+
+    def snapshot(self) -> Snapshot:
+        """What is shown as a static object; display it in any cell."""
+        with self._lock:
+            return Snapshot(*(self._card() or self._empty_card()))
+
+    def close(self) -> None:
+        """End what runs and free every widget of the panel."""
+        if self.comm is None:
+            return
+        self.stop()
+        self.wait(_END_S)
+        self._closing()
+        for choice in self._choices:
+            choice.close()
+        children = (*self.children, self.output, self.status, self.files, self.pinning)  # a panel may leave some out
+        super().close()
+        for child in children:
+            close_tree(child)
+        self.layout.close()
+
+    def _halt(self, tooltip: str, *, text: str = "Stop", css: str = "stop") -> Any:
+        """A button that ends the running request."""
+        return button(text, css, tooltip, self.stop, icon="stop", disabled=True)
+
+    # The worker
+
+    @property
+    def _busy(self) -> bool:
+        return self._worker is not None
+
+    def _begin(self, work: Callable[[], str], said: str) -> None:
+        """Start the worker.
+
+        Args:
+            work: runs in its thread, without the lock; gives the line to show at the end, or raises.
+            said: the line to show until then.
+        """
+        self._stop.clear()
+        self._set_busy(True)
+        self._say(said)
+        self._worker = threading.Thread(target=self._work, args=(work,), name="miinb-panel", daemon=True)
+        self._worker.start()
+
+    def _work(self, work: Callable[[], str]) -> None:
+        try:
+            with cell.quiet():
+                said = work()
+        except (Exception, KeyboardInterrupt) as error:
+            said = said_of(error)
+        for choice in self._choices:
+            choice.look()
+        with self._lock:
+            self._cancel = self._worker = None
+            try:
+                self._show()
+                for choice in self._choices:
+                    choice.refresh()
+                self._set_busy(False)
+            except Exception as error:  # the panel must not stay busy for a bug in what it shows
+                said = said_of(error)
+            self._say(said)
+
+    def _cancel_with(self, cancel: Callable[[], object]) -> None:
+        """What Stop calls from now on; at once where it came before there was something to stop. Takes the lock."""
+        with self._lock:
+            self._cancel = cancel
+            if self._stop.is_set():
+                cancel()
+
+    def _session(self, name: str) -> Session:
+        """The session of a deployment; joins it if it is not known yet. Of the worker: without the lock."""
+        session = self._sessions.get(name)
+        if session is None:
+            session = self._sessions[name] = miinb.attach(name)
+        return session
+
+    # What is shown
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<div role="status" aria-live="polite">{escape(printable(text))}</div>'
+
+    def _show_pins(self) -> None:
+        html = "".join(card[0] for card in self._pins)
+        text = "\n\n".join(card[1] for card in self._pins)
+        data = {"text/html": html, "text/plain": text}
+        if self._pin_display is not None:
+            self._pin_display.update(data, raw=True)
+
+    def _ipython_display_(self) -> None:
+        """The widgets, and below them the place for what is pinned; without a front end a static card."""
+        if getattr(get_ipython(), "kernel", None) is None:
+            print(self.snapshot())
+            return
+        display(self._repr_mimebundle_(), raw=True)
+        self._pin_display = display({"text/html": "", "text/plain": ""}, raw=True, display_id=True)
+        self._show_pins()
+
+
+def said_of(error: BaseException) -> str:
+    """An error as the line of a panel."""
+    if isinstance(error, MiinbError):
+        return f"{type(error).__name__}: {error.line()}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    return f"Unexpected {type(error).__name__}: {error}"  # a bug; the user has to see it

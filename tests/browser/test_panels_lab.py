@@ -1,0 +1,144 @@
+"""The panels in a real JupyterLab: what is asked, what comes, what is seen."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab import CHROMIUM, FLAGS, Lab, Notebook
+from playwright.sync_api import Page, sync_playwright
+
+from miinb.demo import tiny_encoder, tiny_model
+
+pytestmark = pytest.mark.browser
+
+PROBE = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
+CELLS = [
+    "%load_ext miinb\n"
+    f"names = %mii start {tiny_encoder('token-classification')} --name names --threads 1\n"
+    f"a = %mii start {tiny_model()} --name first --dtype fp32 --threads 1\n"
+    f"b = %mii start {tiny_model()} --name second --dtype fp32 --threads 1 --engine baseline",
+    "%mii panel encoder -d names",
+    "%mii panel compare -d first",
+    "%mii panel bench -d first",
+    "card = %mii panel server -d second\ncard",
+    "%mii stop --all",
+    "print('views', card._view_count, 'looks', card._looker is not None)",
+]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    lab = Lab()
+    try:
+        lab.write("panels.ipynb", CELLS)
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser.new_page(viewport={"width": 1200, "height": 1600})
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def notebook(lab: Lab, page: Page) -> Iterator[Notebook]:
+    notebook = Notebook(lab, page, "panels.ipynb")
+    notebook.run(0)
+    assert not [one for one in notebook.outputs(0) if one["output_type"] == "error"], notebook.text(0)
+    yield notebook
+    notebook.run(5)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def picture(notebook: Notebook, tmp_path: Path, name: str) -> None:
+    """What the panel looks like, for a person; kept where MIINB_PICTURES names a folder."""
+    folder = Path(os.environ.get("MIINB_PICTURES", tmp_path))
+    notebook.find("panel").screenshot(path=str(folder / f"{name}.png"))
+
+
+def says(notebook: Notebook, words: str) -> Callable[[], bool]:
+    return lambda: words in notebook.find("status").inner_text()
+
+
+def test_entities_are_marked(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.run(1)
+    notebook.find("panel").wait_for(timeout=30_000)
+    notebook.find("text").locator("textarea").fill(f"Ada lives in London. {PROBE}")
+    notebook.find("predict").click()
+    until(says(notebook, "in all"), "no answer")
+    assert "Ada lives in" in notebook.find("output").inner_text()
+    assert "<script>window.pwned=1</script>" in notebook.find("output").inner_text()
+    notebook.find("pin").click()
+    until(lambda: "Ada lives in" in notebook.text(1), "nothing was pinned")
+    picture(notebook, tmp_path, "encoder")
+    tree = notebook.find("panel").aria_snapshot()
+    for words in ('textbox "Text"', 'combobox "aggregation_strategy"', 'button "Predict"', "status:"):
+        assert re.search(words.replace(' "', ' ".*'), tree), words  # an icon is part of a button's name
+    assert notebook.page.evaluate("window.pwned") is None
+
+
+def test_two_answers_stand_side_by_side_and_a_blind_vote_counts(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.run(2)
+    notebook.find("compare").wait_for(timeout=30_000)
+    notebook.find("prompt").locator("textarea").fill("Once upon a time")
+    notebook.find("compare").click()
+    until(lambda: "second is" in notebook.find("status").inner_text(), "no comparison", 60)
+    assert "The answers" in notebook.find("output").inner_text()
+    picture(notebook, tmp_path, "compare")
+    notebook.find("blind").locator("input").check()
+    notebook.find("prompt").locator("textarea").fill(f"Once {PROBE}")
+    notebook.find("compare").click()
+    until(says(notebook, "Which is better?"), "no blind comparison", 60)
+    seen = notebook.find("left").inner_text() + notebook.find("right").inner_text()
+    assert "first" not in seen
+    picture(notebook, tmp_path, "compare-blind")
+    notebook.find("vote-tie").click()
+    until(says(notebook, "Your vote: tie"), "the vote was lost")
+    assert notebook.page.evaluate("window.pwned") is None
+
+
+def test_a_benchmark_draws_its_chart(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.run(3)
+    notebook.find("run").wait_for(timeout=30_000)
+    notebook.find("new-tokens").locator("input").fill("8")
+    notebook.find("loads").locator("input").fill("1,2")
+    notebook.find("requests").locator("input").fill("4")
+    notebook.find("run").click()
+    until(says(notebook, "Done: "), "no result", 90)
+    assert "tokens/s" in notebook.find("output").inner_text()
+    assert "tokens/s" in (notebook.find("chart").get_attribute("alt") or "")
+    picture(notebook, tmp_path, "bench")
+
+
+def test_the_server_card_restarts_its_deployment_and_stops_it(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.run(4)
+    notebook.find("refresh").wait_for(timeout=30_000)
+    assert "views 1 looks True" in notebook.run(6)[0]["text"]
+    notebook.page.get_by_text("Logs", exact=True).last.click()
+    until(lambda: "rank" in notebook.find("logs").inner_text(), "no logs")
+    picture(notebook, tmp_path, "server")
+    notebook.find("restart").click()
+    until(lambda: "Phase:" in notebook.find("output").inner_text(), "no phases")
+    until(says(notebook, "runs again"), "no restart", 90)
+    notebook.find("stop").click()
+    notebook.find("yes").click()
+    until(says(notebook, "has stopped"), "it runs on", 60)
+    picture(notebook, tmp_path, "server-stopped")
+    assert notebook.find("stop").is_disabled()
+    notebook.page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    until(lambda: "views 0" in notebook.run(6)[0]["text"], "the front end counts no views")

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import re
+import threading
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from panel_checks import check_controls, count_traffic, html_of, nothing_left, until
+
+import miinb
+from miinb.errors import MiinbError
+from miinb.notebook.bench_panel import ALONE, BenchPanel
+from miinb.notebook.panels import panel
+from tests.bench.stand_in import Predicting, StandIn
+
+Make = Callable[..., BenchPanel]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    made: list[BenchPanel] = []
+
+    def one(session: Any, *others: Any) -> BenchPanel:
+        known = {each.name: each for each in (session, *others)}
+        monkeypatch.setitem(vars(miinb), "deployments", lambda: [each.status() for each in known.values()])
+        monkeypatch.setitem(vars(miinb), "attach", known.__getitem__)
+        made.append(panel(session, "bench"))
+        made[-1].workload.new_tokens.value = 2
+        return made[-1]
+
+    yield one
+    for shown in made:
+        shown.close()
+
+
+def measured(shown: BenchPanel) -> None:
+    shown.run.click()
+    assert shown.wait(60)
+
+
+def test_a_run_has_its_table_its_chart_and_its_file(make: Make, tmp_path: Path) -> None:
+    session = StandIn(token_s=0.001)
+    shown = make(session)
+    shown.workload.loads.value = "1, 2"
+    shown.workload.requests.value = "3"
+    shown.workload.price.value = "2.5"
+    shown.workload.prompt_tokens.value = 16
+    tables: list[str] = []
+    shown.output.observe(lambda change: tables.append(change["new"]), "value")
+    measured(shown)
+    assert "Done: 10 of 10 requests" in shown.status.value
+    assert shown.bar.value == shown.bar.max == 10
+    assert shown.runs is not None
+    assert list(shown.runs.summary["concurrency"]) == [1, 2]
+    (env,) = shown.runs.env.values()
+    assert env["workload"]["price"] == 2.5
+    assert env["workload"]["prompt_tokens"] == 16
+    assert len([html for html in tables if "miinb-runs" in html]) >= 2  # each point
+    image = re.search(r'<img class="miinb-chart" alt="([^"]+)"[^>]*base64,([^"]+)"', shown.output.value)
+    assert image
+    assert b64decode(image[2]).startswith(b"\x89PNG")
+    assert "tokens/s" in image[1]
+    assert "summary.csv" in shown.files.value
+    shown.pin()
+    assert "miinb-runs" in shown.snapshot().html
+    assert "TTFT ms" in shown.snapshot().text
+    shown.folder.value = str(tmp_path / "kept")
+    shown.saving.click()
+    assert shown.wait(10)
+    assert "Saved to" in shown.status.value
+    assert len(miinb.load_runs(tmp_path / "kept").requests) == 10
+
+
+def test_rates_seed_and_requests_reach_the_workload(make: Make) -> None:
+    shown = make(StandIn())
+    shown.workload.load.value = "rate"
+    shown.workload.loads.value = "50, 100"
+    shown.workload.seed.value = 7
+    measured(shown)
+    assert shown.runs is not None
+    (env,) = shown.runs.env.values()
+    assert env["workload"]["rate"] == [50.0, 100.0]
+    assert env["workload"]["seed"] == 7
+
+
+def test_cancel_keeps_what_was_measured(make: Make) -> None:
+    session = StandIn(token_s=0.02)
+    shown = make(session)
+    shown.workload.loads.value = "1"
+    shown.workload.requests.value = "500"
+    shown.run.click()
+    until(lambda: shown.bar.value >= 3)
+    assert " of 502 requests · about " in shown.status.value
+    assert shown.run.disabled
+    assert shown.workload.seed.disabled
+    shown.halt.click()
+    assert shown.wait(20)
+    assert "Cancelled: " in shown.status.value
+    assert shown.runs is not None
+    assert 3 <= len(shown.runs.requests) < 500
+    assert not shown.run.disabled
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "words"),
+    [
+        ("loads", "1,many", "loads: &#x27;1,many&#x27; cannot be read. Write it like 1,4,16."),
+        ("loads", "", "cannot be read"),
+        ("requests", "<b>", "requests: &#x27;&lt;b&gt;&#x27; cannot be read"),
+        ("price", "cheap", "price: &#x27;cheap&#x27;"),
+        ("requests", "1", "1 requests cannot keep 4 in flight"),
+    ],
+)
+def test_wrong_fields_are_said(make: Make, field: str, text: str, words: str) -> None:
+    shown = make(StandIn())
+    getattr(shown.workload, field).value = text
+    measured(shown)
+    assert words in shown.status.value
+    assert not shown.run.disabled
+    shown.pin()
+    assert "nothing to pin" in shown.status.value
+    shown.save()
+    assert "no run to save" in shown.status.value
+
+
+def test_encoders_have_a_batch_size_and_no_new_tokens(make: Make) -> None:
+    session = Predicting(name="labels")
+    shown = make(session, StandIn(name="stories"))
+    assert shown.workload.new_tokens.layout.display == "none"
+    assert shown.workload.batch_size.layout.display == ""
+    shown.workload.batch_size.value = 3
+    shown.workload.loads.value = "1"
+    session_calls = session.calls
+    shown._sessions["labels"] = session
+    measured(shown)
+    assert "tokenizer is not on this machine" in shown.status.value
+    assert not session_calls
+    shown.deployment.value = "stories"
+    assert shown.workload.new_tokens.layout.display == ""
+
+
+def test_two_deployments_do_the_same_work(make: Make) -> None:
+    shown = make(StandIn("baseline"), StandIn("optimized"), Predicting(name="labels"))
+    assert shown.beside.options == (ALONE, "optimized")
+    shown.beside.value = "optimized"
+    shown.workload.loads.value = "1"
+    measured(shown)
+    assert shown.runs is not None
+    assert list(shown.runs.summary["arm"]) == ["baseline", "optimized"]
+    assert "speed-up" in shown.output.value
+
+
+def test_errors_are_a_line_and_no_markup(make: Make) -> None:
+    probe = "<img src=x onerror=alert(1)>"
+    shown = make(StandIn(name=probe, fail_every=1, error=MiinbError(probe)))
+    measured(shown)
+    assert "Every request of the benchmark failed" in shown.status.value
+    assert "&lt;img" in shown.status.value
+    assert "<img" not in html_of(shown)
+    shown = make(StandIn(name=probe, fail_every=4, error=MiinbError(probe)), StandIn(name="other"))
+    shown.beside.value = "other"  # of one engine: the arms have the names of their deployments
+    measured(shown)
+    assert "&lt;img" in shown.output.value
+    assert shown.output.value.count("<img") == shown.output.value.count('<img class="miinb-chart"') == 1
+
+
+def test_updates_are_few(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = make(StandIn())
+    shown.workload.loads.value = "1"
+    shown.workload.requests.value = "400"
+    sent = count_traffic(monkeypatch)
+    measured(shown)
+    assert len(sent) < 120
+    assert sum(sent) < 400_000  # the chart is a picture
+
+
+def test_controls_are_named(make: Make) -> None:
+    shown = make(StandIn())
+    check_controls(shown, 16)
+    assert "Nothing measured yet" in shown.snapshot().html
+
+
+def test_close_ends_what_runs_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = StandIn(token_s=0.02)
+    monkeypatch.setitem(vars(miinb), "deployments", lambda: [session.status()])
+    with nothing_left():
+        shown = panel(session, "bench")
+        shown.run.click()
+        until(lambda: session.calls)
+        shown.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("miinb-bench")]
