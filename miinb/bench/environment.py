@@ -61,4 +61,6 @@ def hardware_words(host: Mapping[str, Any]) -> str:
     if not facts:
         return ""
     cores = int(facts.get("cores", 0))
-    return ", ".join([facts["model"], f"{cores} core{'s' * (cores != 1)}", *facts.get("flags", [])[-3:], "no GPU"])  # the latest
+    return ", ".join(
+        [facts["model"], f"{cores} core{'s' * (cores != 1)}", *facts.get("flags", [])[-3:], "no GPU"]
+    )  # the latest
