@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from miinb.bench.display import STYLE, table_html
 from miinb.bench.objectives import ATTAIN, rejudged
 from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
 from miinb.bench.records import NAN, Runs
@@ -18,9 +19,6 @@ from miinb.bench_fields import read_slo, slo_words
 from miinb.errors import InvalidValue
 from miinb.tasks import TASKS
 from miinb.wording import number
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["CostTable", "table", "usd_per_1k_images", "usd_per_1k_texts", "usd_per_mtok"]
 
@@ -48,10 +46,47 @@ class CostTable(pd.DataFrame):  # type: ignore[misc, unused-ignore]
         return str(self.attrs.get("answer", ""))
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\n{self.answer}"
+        return f"{narrow(self).to_string(index=False)}\n{self.answer}"
 
     def _repr_html_(self) -> str:
-        return f"{super()._repr_html_()}<p>{html.escape(self.answer)}</p>"
+        answer = f"<p>{html.escape(self.answer)}</p>"
+        return f'{STYLE}<div class="miinb-runs">{table_html(narrow(self))}{answer}</div>'
+
+
+def narrow(costs: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a cost table that most readers want, as text; those that say nothing are left out."""
+    if not {"cost_usd", "per"} <= set(costs.columns):
+        return pd.DataFrame(costs).astype(str)  # a part that a user took of it
+    rows = [_shown(row, costs) for _, row in costs.iterrows()]
+    frame = pd.DataFrame(rows)
+    return frame[[name for name in frame.columns if (frame[name] != "").any()]]
+
+
+def _shown(row: pd.Series, among: pd.DataFrame) -> dict[str, str]:
+    many = {name: among[name].nunique() > 1 if name in among else False for name in ("model", "per", "batch_size")}
+    rate = row.get("rate_rps", NAN)
+    marks = [text for text, there in (("cheapest", row["cheapest"]), ("misses the limits", not row["within"])) if there]
+    return {
+        "model": str(row["model"]).rsplit("/", 1)[-1] if many["model"] else "",
+        "plan": f"{row['arm']} ({_machine(row)})",
+        "load": f"{rate:g}/s" if pd.notna(rate) else _number(row, "concurrency"),
+        "texts": _number(row, "batch_size") if many["batch_size"] else "",
+        "throughput": f"{number(row['throughput'])} {row['unit']}",
+        **{f"{text} ms": _ms(row, f"{name}_p50_s") for name, text in (("ttft", "TTFT"), ("tpot", "TPOT"))},
+        "total ms": _ms(row, "e2e_p50_s"),
+        "SLO met": f"{row['slo_share']:.0%}" if pd.notna(row.get("slo_share", NAN)) else "",
+        "$": number(row["cost_usd"], ""),
+        "per": str(row["per"]) if pd.notna(row["cost_usd"]) else "",
+        "": ", ".join(marks),
+    }
+
+
+def _number(row: pd.Series, name: str) -> str:
+    return f"{row[name]:g}" if pd.notna(row.get(name, NAN)) else ""
+
+
+def _ms(row: pd.Series, name: str) -> str:
+    return number(row.get(name, NAN) * 1e3, "")
 
 
 def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: float = ATTAIN) -> CostTable:
@@ -82,9 +117,10 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
     known = summary["slo_share"].notna()
     rows = summary[[*_PLAN, *_LOAD, *_TIMES]].copy()
     kinds = [_kind(str(task)) for task in summary["task"]]
-    rows["throughput"] = [summary.loc[i, _KINDS[kind][1]] for i, kind in enumerate(kinds)]
+    plain: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in summary.to_dict("records")]
+    rows["throughput"] = [float(row[_KINDS[kind][1]]) for row, kind in zip(plain, kinds, strict=True)]
     rows["unit"] = [_KINDS[kind][3] for kind in kinds]
-    rows["cost_usd"] = [summary.loc[i, _KINDS[kind][0]] for i, kind in enumerate(kinds)]
+    rows["cost_usd"] = [float(row[_KINDS[kind][0]]) for row, kind in zip(plain, kinds, strict=True)]
     rows["per"] = [_KINDS[kind][2] for kind in kinds]
     rows["within"] = ~known | (summary["slo_share"] >= attain)
     rows["cheapest"] = False
@@ -96,7 +132,8 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
         answers.append(_answer(mine, asked, attain))
         if bool(mine["within"].iloc[0]) and pd.notna(mine["_order"].iloc[0]):
             rows.loc[mine.index[0], "cheapest"] = True
-    kept = [name for name in rows.columns if name != "_order" and rows[name].notna().any()]
+    always = ("cost_usd", "slo_share")
+    kept = [name for name in rows.columns if name != "_order" and (name in always or rows[name].notna().any())]
     found = CostTable(rows[kept].reset_index(drop=True))
     found.attrs = {"answer": " ".join(answers), "definitions": summary.attrs["definitions"]}
     return found
@@ -130,13 +167,17 @@ def _answer(rows: pd.DataFrame, slo: Mapping[str, float], attain: float) -> str:
 
 def _words(row: pd.Series, among: pd.DataFrame) -> str:
     """A plan and its load: "optimized (bf16, 2 GPUs) at concurrency 16"."""
-    gpus = int(row["n_gpus"])
-    machine = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "no GPU"
-    parts: Sequence[str] = [part for part in (str(row["dtype"] or ""), machine) if part]
     model = f"{str(row['model']).rsplit('/', 1)[-1]} by " if among["model"].nunique() > 1 else ""
     rate = pd.notna(row["rate_rps"])
     load = row["rate_rps"] if rate else row["concurrency"]
     at = f" at {load_words('rate' if rate else 'concurrency', load)}" if pd.notna(load) else ""
     size = float(row["batch_size"]) if pd.notna(row["batch_size"]) else NAN
     batch = f", {size:g} texts a request" if among["batch_size"].nunique() > 1 and size == size else ""
-    return f"{model}{row['arm']} ({', '.join(parts)}){at}{batch}"
+    return f"{model}{row['arm']} ({_machine(row)}){at}{batch}"
+
+
+def _machine(row: pd.Series) -> str:
+    """Precision and devices of a plan: "bf16, 2 GPUs"."""
+    gpus = int(row["n_gpus"])
+    devices = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "no GPU"
+    return ", ".join(part for part in (str(row["dtype"] or ""), devices) if part)

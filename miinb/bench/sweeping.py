@@ -67,9 +67,8 @@ class Sweep:
         elif slo_share < MOST:
             self._stop(arm, good, "slo", f"{slo_share:.0%} of the requests met the objectives at {here}")
         elif good is not None and throughput / good.throughput - 1 < GAIN:
-            gain = throughput / good.throughput - 1
-            change = f"gained {gain:.1%}" if gain >= 0 else f"lost {-gain:.1%}"
-            self._stop(arm, good, "throughput", f"throughput {change} from {good.load:g} to {here}")
+            change = f"{throughput / good.throughput - 1:+.1%}".replace("-0.0%", "+0.0%")
+            self._stop(arm, good, "throughput", f"throughput {change} at {here}")
         else:
             self._good[arm] = _Seen(point, load, throughput)
 
@@ -84,7 +83,7 @@ class Sweep:
 
 
 def saturation_words(arm: str, found: dict[str, Any]) -> str:
-    """One line: "optimized: saturated at concurrency 16 (throughput gained 2.1% from 16 to concurrency 32)"."""
+    """One line: "optimized: saturated at concurrency 16 (throughput +2.1% at concurrency 32)"."""
     if found["why"] == "limit":
         return f"{arm}: {found['reason']}"
     if found["load"] is None:

@@ -94,7 +94,7 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
         frame: runs, requests or a summary.
         ax: axes to draw on; None makes a figure.
         metric: "e2e_s", "ttft_s" or "tpot_s".
-        slo_s: a latency objective in seconds to draw as a line.
+        slo_s: a latency objective in seconds to draw as a line; None takes that of the runs.
     """
     _check_metric(metric)
     column = f"{metric.removesuffix('_s')}_p50_s"
@@ -104,6 +104,8 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     for name, style, line in _lines(rows):
         x, y = line[column].to_numpy(dtype=float) * scale, line["tok_s_per_gpu"].to_numpy(dtype=float)
         ax.plot(x, y, label=name, **style)
+        full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
+        ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
         for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
             load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else f"{row['concurrency']:.0f}"
             ax.annotate(
@@ -114,20 +116,13 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
                 fontsize=8.5,
                 color=style["color"],
             )
-            where = frames.load_label(row)
+            where = frames.load_label(row) + (" (saturated)" if row.get("saturated") is True else "")
             _hidden_value(ax, f"{name}, {where}: {number(at_y)} tokens/s at {number(at_x)} {unit}")
-    plain_log_ticks(ax, float(rows[column].min()) * scale / 1.4, float(rows[column].max()) * scale * 1.4)
+    slo_s = frames.objective_of(rows, metric) if slo_s is None else slo_s
+    ends = [float(rows[column].min()), float(rows[column].max()), *([slo_s] if slo_s else [])]
+    plain_log_ticks(ax, min(ends) * scale / 1.4, max(ends) * scale * 1.4)
     if slo_s is not None:
-        ax.axvline(slo_s * scale, color="#D55E00", linewidth=1.2, linestyle="--")
-        ax.annotate(
-            *(f"objective {number(slo_s * scale)} {unit}", (slo_s * scale, 1)),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -10),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="#D55E00",
-        )
+        _objective(ax, slo_s * scale, f"objective {number(slo_s * scale)} {unit}")
     ax.set_ylim(0, float(rows["tok_s_per_gpu"].max()) * 1.15)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
@@ -137,7 +132,27 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     ax.legend(fontsize=8.5, frameon=False, loc="best")
     loads = "requests per second" if rows["rate_rps"].notna().any() else "requests in flight"
     return _finish(
-        ax, rows, "Throughput against latency", f"Up and left is better; points are labeled with the {loads}"
+        *(ax, rows, "Throughput against latency"),
+        f"Up and left is better; points are labeled with the {loads}{_saturation_words(rows)}",
+    )
+
+
+def _saturation_words(rows: pd.DataFrame) -> str:
+    marked = "saturated" in rows and (rows["saturated"] == True).any()  # noqa: E712  # None where nothing was swept
+    return "; a ring marks where the arm is saturated" if marked else ""
+
+
+def _objective(ax: Any, at: float, text: str) -> None:
+    """A dashed line at a latency that is the limit."""
+    ax.axvline(at, color="#D55E00", linewidth=1.2, linestyle="--")
+    ax.annotate(
+        *(text, (at, 1)),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, -10),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#D55E00",
     )
 
 
