@@ -42,6 +42,9 @@ WORDS = " ".join(
     )
 ).split()
 
+#: Fewest requests of a load in a sweep by default: whether one gains 5 % on another cannot be told from a few.
+SWEPT = 16
+
 _HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
 #: Prompts for a first measurement: stories, which both default models continue.
 STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
@@ -144,7 +147,8 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
     in_flight = 1 if config.rate is not None or config.sweep else max(config.concurrency)
     if "requests" not in given:
         all_prompts = math.ceil(len(config.prompts or ()) / config.batch_size)
-        return config.model_copy(update={"requests": max(config.requests, 2 * in_flight, all_prompts)})
+        least = SWEPT if config.sweep else config.requests
+        return config.model_copy(update={"requests": max(least, 2 * in_flight, all_prompts)})
     if config.requests < in_flight:
         raise InvalidValue(
             f"requests: {config.requests} requests cannot keep {in_flight} in flight.",

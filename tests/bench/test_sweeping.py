@@ -79,11 +79,11 @@ def test_a_sweep_of_two_sessions_marks_its_points() -> None:
     found = env["saturation"]["optimized"]
     marked = again.summary[again.summary["saturated"] == True]  # noqa: E712
     assert list(marked["concurrency"]) == ([] if found["why"] == "limit" else [found["load"]])
-    assert list(again.summary["n"])[:1] == [8]
+    assert list(again.summary["n"])[:1] == [16]
 
 
 def test_a_sweep_where_all_fails_says_what_failed() -> None:
-    with pytest.raises(MiinbError, match=r"MiinbError 8"):
+    with pytest.raises(MiinbError, match=r"MiinbError 16"):
         bench(StandIn(fail_every=1), sweep=True, new_tokens=2, warmup=0, progress=lambda *_: None)
 
 

@@ -65,19 +65,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
                 at = float(np.percentile(values, q))
                 ax.plot([at], [q / 100], "o", color=style["color"], markersize=5)
                 _hidden_value(ax, f"{name} p{q}: {number(at)} {unit}")
-    for q, va in ((50, "center"), (95, "top"), (99, "bottom")):
-        if rows["n"].max() < FEWEST[q]:
-            continue
-        ax.axhline(q / 100, color=GRID, linewidth=0.8, zorder=0)
-        ax.annotate(
-            *(f"p{q}", (1, q / 100)),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=8,
-            color=SOFT,
-            va=va,
-        )
+    _percentile_lines(ax, int(rows["n"].max()))
     ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_ylabel("Share of requests", fontsize=9, color=INK)
@@ -91,6 +79,23 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     if len(rows) < len(every):
         what += f"; {rows['point'].nunique()} of {every['point'].nunique()} loads are drawn"
     return _finish(ax, rows, f"Distribution: {frames.METRICS[metric].lower()}", what)
+
+
+def _percentile_lines(ax: Any, n: int) -> None:
+    """Lines at the percentiles that n requests have."""
+    for q, va in ((50, "center"), (95, "top"), (99, "bottom")):
+        if n < FEWEST[q]:
+            continue
+        ax.axhline(q / 100, color=GRID, linewidth=0.8, zorder=0)
+        ax.annotate(
+            *(f"p{q}", (1, q / 100)),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=SOFT,
+            va=va,
+        )
 
 
 def _some_loads(rows: pd.DataFrame) -> pd.DataFrame:
