@@ -59,18 +59,25 @@ class Sweep:
             throughput: of any unit that is the same at all loads; NaN when no request succeeded.
             slo_share: share of the requests that met the objectives; NaN without objectives.
         """
-        if arm in self.saturation:
+        if self.saturation.get(arm, {}).get("why", "throughput") != "throughput":
             return
         good, here = self._good[arm], load_words(self.kind, load)
-        if not throughput > 0:
+        known = throughput > 0
+        missed = known and slo_share < MOST
+        # A load that did not gain may have been bad luck: those that other arms still need show it.
+        worth = good is None or throughput >= good.throughput * (1 + GAIN) ** math.log2(load / good.load)
+        if known and worth and not missed:
+            self._good[arm] = _Seen(point, load, throughput)
+            self.saturation.pop(arm, None)
+        elif arm in self.saturation:
+            return
+        elif not known:
             self._stop(arm, good, "failed", f"no request succeeded at {here}")
-        elif slo_share < MOST:
+        elif missed:
             self._stop(arm, good, "slo", f"{slo_share:.0%} of the requests met the objectives at {here}")
-        elif good is not None and throughput / good.throughput - 1 < GAIN:
+        elif good is not None:
             change = f"{throughput / good.throughput - 1:+.1%}".replace("-0.0%", "+0.0%")
             self._stop(arm, good, "throughput", f"throughput {change} at {here}")
-        else:
-            self._good[arm] = _Seen(point, load, throughput)
 
     def _stop(self, arm: str, good: _Seen | None, why: str, reason: str) -> None:
         self.saturation[arm] = {

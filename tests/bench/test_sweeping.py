@@ -41,10 +41,18 @@ def test_exactly_five_percent_is_still_worth_it() -> None:
 
 def test_all_arms_get_the_same_points_until_the_last_one_is_saturated() -> None:
     sweep = Sweep("concurrency", 2, 1000, ["slow", "fast"])
-    loads = run(sweep, {"slow": [10, 10, 90, 90, 90], "fast": [10, 20, 40, 80, 80]})
+    loads = run(sweep, {"slow": [10, 10, 11, 11.5, 12], "fast": [10, 20, 40, 80, 80]})
     assert loads == [2, 4, 8, 16, 32]
-    assert sweep.saturation["slow"]["load"] == 2  # what came later does not move it
+    assert sweep.saturation["slow"]["load"] == 2  # less than 5 % for each doubling after it
     assert sweep.saturation["fast"]["load"] == 16
+
+
+def test_a_load_that_was_bad_luck_is_seen_by_those_after_it() -> None:
+    sweep = Sweep("concurrency", 1, 1000, ["slow", "fast"])
+    loads = run(sweep, {"slow": [10, 9, 30, 30, 30], "fast": [10, 20, 40, 80, 80]})
+    assert loads == [1, 2, 4, 8, 16]
+    assert (sweep.saturation["slow"]["load"], sweep.saturation["slow"]["point"]) == (4, 2)
+    assert sweep.saturation["slow"]["reason"] == "throughput +0.0% at concurrency 8"
 
 
 def test_missed_objectives_and_failures_saturate_too() -> None:
