@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from miinb.bench_fields import most
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from miinb.config import BenchConfig
 
 
-def check(config: BenchConfig, arms: Sequence[Arm], offsets: Offsets | None) -> None:
+def check(config: BenchConfig, arms: Sequence[Arm], offsets: Offsets | None, *, encodes: bool = False) -> None:
     """Refuse what a deployment's context cannot hold.
 
     Args:
-        config: the benchmark, of a task that generates text.
+        config: the benchmark.
         arms: its arms, whose plans tell the longest prompt and answer together (0: not known).
+        encodes: of an encoder task, which writes nothing.
         offsets: the tokenizer; without it the length of given prompts is not known here, and the server refuses them.
 
     Raises:
@@ -28,24 +29,27 @@ def check(config: BenchConfig, arms: Sequence[Arm], offsets: Offsets | None) -> 
     tightest = min((arm for arm in arms if arm.plan.max_length > 0), key=lambda arm: arm.plan.max_length, default=None)
     if tightest is None:
         return
-    limit, new = tightest.plan.max_length, most(config.new_tokens)
+    limit, new = tightest.plan.max_length, 0 if encodes else most(config.new_tokens)
+    and_new = f" and {new} new ones" if new else ""
     context = f"do not fit the context of {tightest.session.name} ({limit} tokens)"
     if config.prompts is None:
         if most(config.prompt_tokens) + new > limit:
             raise InvalidValue(
-                f"prompt_tokens: prompts of {most(config.prompt_tokens)} tokens and {new} new ones {context}.",
+                f"prompt_tokens: prompts of {most(config.prompt_tokens)} tokens{and_new} {context}.",
                 hint=_hint(limit, new),
             )
         return
     for place, prompt in enumerate(config.prompts if offsets else ()):
+        if isinstance(prompt, Mapping):
+            continue  # a question's context is read in windows
         tokens = len(offsets(prompt)) if offsets else 0
         if tokens + new > limit:
-            raise InvalidValue(
-                f"prompts[{place}]: {tokens} tokens and {new} new ones {context}.", hint=_hint(limit, new)
-            )
+            raise InvalidValue(f"prompts[{place}]: {tokens} tokens{and_new} {context}.", hint=_hint(limit, new))
 
 
 def _hint(limit: int, new: int) -> str:
+    if new == 0:
+        return f"At most {limit} tokens."
     if new >= limit:
         return f"Use new_tokens below {limit}."
     return f"With {new} new tokens a prompt may have {limit - new}; or use fewer new_tokens."

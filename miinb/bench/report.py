@@ -88,15 +88,16 @@ def _answers(runs: Runs) -> list[str]:
     """What most readers look for: how much faster each arm is, whether its answers are the same, what is cheapest."""
     lines = []
     arms = list(dict.fromkeys(runs.summary["arm"]))
-    if "baseline" in arms and len(arms) > 1:
-        table = runs.compare()
+    table = runs.compare() if "baseline" in arms else pd.DataFrame()
+    if len(table):
         for arm, rows in table.groupby("arm", sort=False):
             shown = rows[rows["verdict"].str.contains("faster")]  # the interval leaves no doubt
             best = (shown if len(shown) else rows).sort_values("speedup", ascending=False).iloc[0]
             at = f" at {_load(best)}" if len(rows) > 1 and _load(best) else ""
             words = f"{arm}: {best['verdict']}{at}" + (", the most of its loads" if at else "")
             lines.append(words + _same(rows))
-    if runs.summary["usd_per_mtok"].notna().any() or runs.summary["slo_share"].notna().any():
+    known = runs.summary[runs.summary["n"] > 0]
+    if known["price_usd_per_gpu_hour"].notna().any() or known["slo_share"].notna().any():
         lines.append(runs.cost().answer)
     return [f"<div class='miinb-answer'>{html.escape(line)}</div>" for line in lines]
 
@@ -119,7 +120,8 @@ def _same(rows: pd.DataFrame) -> str:
 
 
 def _cost(runs: Runs) -> str:
-    if not runs.summary["price_usd_per_gpu_hour"].notna().any():
+    known = runs.summary[runs.summary["n"] > 0]
+    if not known["price_usd_per_gpu_hour"].notna().any():
         return ""
     return table_html(narrow_costs(runs.cost()))
 
@@ -145,7 +147,7 @@ def setup(runs: Runs) -> pd.DataFrame:
                     "load s": number(float(facts.get("load_s") or NAN), ""),
                 }
             )
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=None if rows else ["arm"])
     return frame[[name for name in frame.columns if (frame[name] != "").any()]]
 
 

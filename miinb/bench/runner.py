@@ -126,8 +126,7 @@ class _Run:
         self.offsets = tokenizer_offsets(folder)
         if self.predicts:
             self.config = predicting.fitted(self.config, min(arm.plan.max_length for arm in self.arms))
-        else:
-            lengths.check(self.config, self.arms, self.offsets)
+        lengths.check(self.config, self.arms, self.offsets, encodes=self.predicts)
         make = predicting.maker(self.task, folder, self.config) if self.predicts else None
         plan = self._points(make)
         bar = None if self.progress else _bar(self.total)

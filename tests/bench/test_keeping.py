@@ -135,3 +135,13 @@ def test_a_report_begins_with_its_answers_and_escapes_what_models_say(tmp_path: 
     assert "<b>mine" not in text
     assert "<img src=x" not in text
     assert text.index("faster") < text.index("<table")
+
+
+def test_a_report_of_failures_alone_is_still_a_report(tmp_path: Path) -> None:
+    runs = make("a", n=2)
+    runs.requests["status"], runs.requests["error"] = "error", "QueueFull: no place"
+    runs.env["a"]["workload"] = {"price": 1.0, "slo": {"e2e": 1.0}}
+    runs.requests["slo_met"] = False
+    text = runs.report(tmp_path / "report.html").read_text()
+    assert "2 (QueueFull 2)" in text
+    assert "Cheapest" not in text

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from stand_in import StandIn
+from stand_in import Predicting, StandIn
 
+from miinb.bench import lengths
+from miinb.bench.arms import label
 from miinb.bench.prompts import prompts_of
 from miinb.bench.runner import bench, compare
 from miinb.bench.workload import Endless, configure, points
 from miinb.config import BenchConfig
 from miinb.errors import InvalidValue
+from miinb.messages import Plan
 
 
 def quiet(*_: object) -> None:
@@ -138,6 +141,26 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_sent(monkey
     assert "a prompt may have 95" in failure.value.hint
     assert not session.calls
     bench(session, ["a" * 95], new_tokens=5, warmup=0, progress=quiet)
+
+
+class ShortPredicting(Predicting):
+    """An encoder's session whose context is short."""
+
+    def plan(self) -> Plan:
+        return dataclasses.replace(StandIn.plan(self), max_length=100)
+
+
+def test_encoders_have_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ShortPredicting()
+    count = lambda folder: lambda text, second=None: [(0, 1)] * len(text)  # noqa: E731
+    monkeypatch.setattr("miinb.bench.runner.tokenizer_offsets", count)
+    with pytest.raises(InvalidValue, match=r"prompts\[1\]: 101 tokens do not fit .* \(100 tokens\)") as failure:
+        bench(session, ["a" * 100, "b" * 101], warmup=0, progress=quiet)
+    assert failure.value.hint == "At most 100 tokens."
+    assert not session.calls
+    bench(session, ["a" * 100], warmup=0, progress=quiet)
+    pairs = [{"question": "who?", "context": "x" * 500}]  # read in windows
+    lengths.check(configure(pairs), label([session]), lambda text, second=None: [(0, 1)] * 500, encodes=True)
 
 
 def test_by_the_clock_both_arms_take_the_same_jobs() -> None:
