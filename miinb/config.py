@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from miinb.bench_fields import Tokens, read_slo, read_tokens
 from miinb.errors import InvalidRequest, near
 from miinb.frozen import Frozen, InvalidValueError
 
@@ -292,24 +294,35 @@ class BenchConfig(Frozen):
 
     Attributes:
         prompts: the prompts themselves (of encoder tasks the inputs); None makes synthetic ones of `prompt_tokens`.
+        prompt_tokens, new_tokens: a number, or a range ("64-512", (64, 512)) that each request draws from, by the seed.
         new_tokens, do_sample, temperature: of tasks that generate text.
         batch_size: of encoder tasks: inputs of one request.
         requests: requests of each point and arm; by default at least two for each one in flight, and every prompt once.
+        duration_s: instead of requests: each point and arm sends for so long, and waits for what it has sent.
+        repeat: passes over each point, with new prompts and arrivals; the summary has the medians over the passes.
         warmup: requests before each point that do not count; unless 0, at least one for each one in flight.
         concurrency: closed loop: so many requests are always in flight (one point each).
         rate: open loop: requests a second, Poisson arrivals (one point each); excludes concurrency.
+        sweep: "concurrency" (or True) or "rate": doubles the load from 1 (or from the one that is given) until every
+            arm is saturated, or past `sweep_limit`.
+        slo: limits in seconds, "ttft=0.5,tpot=0.05,e2e=2" or a mapping; what meets all of them is goodput.
         check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none".
         price: US dollars per GPU-hour (or per machine-hour without a GPU), the user's; None leaves cost empty.
     """
 
     prompts: Annotated[list[str] | list[dict[str, str]] | None, BeforeValidator(_stop_list)] = None
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    prompt_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-    new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
+    prompt_tokens: Annotated[Tokens, BeforeValidator(partial(read_tokens, name="prompt_tokens"))] = 128
+    new_tokens: Annotated[Tokens, BeforeValidator(partial(read_tokens, name="new_tokens"))] = 64
     requests: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    duration_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    repeat: Annotated[int, Field(ge=1, le=100)] = 1
     warmup: Annotated[int, Field(ge=0, le=1000)] = 2
     concurrency: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], BeforeValidator(_number_list)] = [1]  # noqa: RUF012
     rate: Annotated[list[Annotated[float, Field(gt=0)]] | None, BeforeValidator(_number_list)] = None
+    sweep: Literal["concurrency", "rate"] | None = None
+    sweep_limit: Annotated[float, Field(gt=0, le=4096)] = 256.0
+    slo: Annotated[dict[str, float] | None, BeforeValidator(read_slo)] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     price: Annotated[float, Field(ge=0)] | None = None
     check: Literal["exact", "close", "none"] = "exact"
@@ -317,3 +330,12 @@ class BenchConfig(Frozen):
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sweep(cls, values: Any) -> Any:
+        """`sweep=True` sweeps the rate where one is given, else the concurrency; False is none."""
+        if isinstance(values, dict) and isinstance(values.get("sweep"), bool):
+            kind = "rate" if values.get("rate") is not None else "concurrency"
+            return {**values, "sweep": kind if values["sweep"] else None}
+        return values

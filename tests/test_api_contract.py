@@ -13,7 +13,7 @@ import pytest
 
 import miinb
 from miinb import compat, errors
-from miinb.config import EngineOptions, GenerationParams
+from miinb.config import BenchConfig, EngineOptions, GenerationParams
 
 TEXT = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
 BLOCKS = [node for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) for node in ast.parse(block).body]
@@ -84,8 +84,8 @@ def test_module_functions(name: str) -> None:
     assert real(getattr(miinb, name)) == written(FUNCTIONS[name])
 
 
-@pytest.mark.parametrize("cls", [GenerationParams, EngineOptions])
-def test_fields_and_their_defaults(cls: type[GenerationParams | EngineOptions]) -> None:
+@pytest.mark.parametrize("cls", [GenerationParams, EngineOptions, BenchConfig])
+def test_fields_and_their_defaults(cls: type[GenerationParams | EngineOptions | BenchConfig]) -> None:
     named = {
         node.targets[0].id: value(node.value)
         for node in CLASSES[cls.__name__].body
@@ -109,6 +109,21 @@ def test_encoder_tasks_with_their_answers_and_options() -> None:
 
     named = {words[0]: (words[1], set(words[2:])) for _, words in column("task")}
     assert named == {name: (cls.__name__, set(TASKS[name].options)) for name, cls in PREDICTIONS.items()}
+
+
+def test_what_runs_can_do() -> None:
+    from miinb.bench import cost
+    from miinb.bench.records import Runs
+    from miinb.commands import keeping
+
+    (text,) = (line for line in TEXT.splitlines() if line.startswith("* `Runs.cost("))
+    (node,) = ast.parse(f"def {text.split('`')[1].removeprefix('Runs.')}: ...").body
+    assert isinstance(node, ast.FunctionDef)
+    plain = {name: value for name, value in real(Runs.cost).items() if name != "self"}
+    assert plain == written(node)
+    assert {name: value for name, value in real(cost.table).items() if name != "runs"} == plain
+    actions = TEXT.split("`runs` does `", 1)[1].split("`", 1)[0].split()
+    assert sorted(actions) == sorted(keeping.RUNS)
 
 
 def test_mii_config_keys() -> None:

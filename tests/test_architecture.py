@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
-CORE = ("errors", "config", "messages", "tasks", "models", "wording")
+CORE = ("errors", "bench_fields", "config", "messages", "tasks", "models", "wording")
 KERNEL_SIDE = (
     "client",
     "results",
@@ -39,7 +39,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
     "frozen": ("errors",),
-    "config": ("errors", "frozen"),
+    "bench_fields": ("errors", "frozen"),
+    "config": ("errors", "frozen", "bench_fields"),
     "messages": ("config", "errors"),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),

@@ -11,7 +11,7 @@ import pytest
 
 import miinb
 from miinb import cli, commands
-from miinb.commands import measuring
+from miinb.commands import keeping
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
@@ -59,7 +59,7 @@ def test_values_have_the_types_of_their_fields() -> None:
 def test_charts_of_the_command_are_the_charts_that_exist() -> None:
     from miinb.bench import charts
 
-    assert set(measuring.CHARTS) == set(charts.KINDS)
+    assert set(keeping.CHARTS) == set(charts.KINDS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pandas as pd
 
 from miinb.bench.environment import hardware_words
 from miinb.bench.summary import encodes, ratio_text
-from miinb.wording import number
+from miinb.bench.sweeping import saturation_words
+from miinb.bench_fields import slo_words
+from miinb.wording import number, size_words
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -27,30 +29,98 @@ STYLE = (
 def narrow(summary: pd.DataFrame) -> pd.DataFrame:
     """The columns that most readers want, as text; those that say nothing are left out."""
     many_models, many_runs = summary["model"].nunique() > 1, summary["run_id"].nunique() > 1
-    rows = [_row(row, many_models=many_models, many_runs=many_runs) for _, row in summary.iterrows()]
+    many_sizes = summary["batch_size"].nunique() > 1
+    rows = [
+        _row(row, many_models=many_models, many_runs=many_runs, many_sizes=many_sizes) for _, row in summary.iterrows()
+    ]
     frame = pd.DataFrame(rows)
-    return frame[[name for name in frame.columns if (frame[name] != "").any()]] if rows else frame
+    return _without_empty(frame)
 
 
-def _row(row: pd.Series, *, many_models: bool, many_runs: bool) -> dict[str, str]:
-    load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else _whole(row["concurrency"])
+def _row(row: pd.Series, *, many_models: bool, many_runs: bool, many_sizes: bool) -> dict[str, str]:
+    load = _load(row)
     return {
         "run": str(row["name"] or row["run_id"]) if many_runs else "",
         "model": str(row["model"]) if many_models else "",
         "arm": str(row["arm"]),
         "dtype": str(row["dtype"] or ""),
-        "load": load,
+        "load": f"{load} (saturated)" if row["saturated"] is True else load,
+        "texts": _whole(row["batch_size"]) if many_sizes else "",
         "n": _whole(row["n"]),
-        "failed": _whole(row["n_failed"]),
+        "failed": f"{row['n_failed']:.0f} ({row['failures']})" if row["n_failed"] else "0",
+        "stopped": _whole(row["n_cancelled"]) if row["n_cancelled"] else "",
         "TTFT ms": _ms(row["ttft_p50_s"]),
         "TPOT ms": _ms(row["tpot_p50_s"]),
         "total ms": _ms(row["e2e_p50_s"]),
-        "texts/s": number(row["seq_s"], ""),
-        "tokens/s": number(row["output_tok_s"], ""),
-        "$/Mtok": number(row["usd_per_mtok"], ""),
+        "texts/s": _spread(row, "seq_s"),
+        "tokens/s": _spread(row, "output_tok_s"),
+        "SLO met": f"{row['slo_share']:.0%}" if pd.notna(row["slo_share"]) else "",
+        "goodput/s": number(row["goodput_req_s"], ""),
+        "$/Mtok": "" if encodes(str(row["task"])) else number(row["usd_per_mtok"], ""),
+        "$/1k texts": number(row["usd_per_1k_texts"], ""),
+        "$/1k images": number(row["usd_per_1k_images"], ""),
+        "memory": _size(row["peak_mem_bytes"]),
+        "load s": number(row["load_s"], ""),
         "speed-up": _speedup(row),
         "same answers": _answers(row),
     }
+
+
+def _load(row: pd.Series) -> str:
+    return f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else _whole(row["concurrency"])
+
+
+def _spread(row: pd.Series, name: str) -> str:
+    """A rate; of several passes with the width of their values around the median."""
+    spread = row[f"{name}_spread"]
+    return number(row[name], "") + (f" (±{spread / 2:.1%})" if pd.notna(spread) and pd.notna(row[name]) else "")
+
+
+def _size(count: float) -> str:
+    return size_words(int(count)) if math.isfinite(count) else ""
+
+
+#: Measures with percentiles: how the tables name them.
+MEASURES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "total"}
+SPREAD_TITLE = "Percentiles: p50 / p90 / p95 / p99"
+QUANTILES = (50, 90, 95, 99)
+FEW = "p90 needs 10 samples, p95 20 and p99 100: a dash stands where they are too few; ITL has a sample for each gap."
+
+
+def percentiles(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row per row of the summary and measure, in seconds: p50, p90, p95, p99, NaN where samples are too few."""
+    rows = [
+        {
+            **{name: row[name] for name in ("run_id", "arm", "model", "concurrency", "rate_rps", "point")},
+            "measure": f"{metric}_s",
+            "samples": row["n_gaps"] if metric == "itl" else row["n"],
+            **{f"p{q}": row[f"{metric}_p{q}_s"] for q in QUANTILES},
+        }
+        for _, row in summary.iterrows()
+        for metric in MEASURES
+        if pd.notna(row[f"{metric}_p50_s"])
+    ]
+    frame = pd.DataFrame(rows)
+    frame.attrs = {**summary.attrs, "few": FEW}
+    return frame
+
+
+def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """The percentiles of each arm and load as text, "12 / 15 / 19 / -" a measure."""
+    shown = {metric: f"{name} ms" for metric, name in MEASURES.items()}
+    many_models, many_runs = summary["model"].nunique() > 1, summary["run_id"].nunique() > 1
+    rows = []
+    for _, row in summary[summary["n"] > 0].iterrows():
+        cells = {metric: [_ms(row[f"{metric}_p{q}_s"]) or "-" for q in QUANTILES] for metric in MEASURES}
+        known = {shown[metric]: " / ".join(texts) if texts[0] != "-" else "" for metric, texts in cells.items()}
+        which = {"run": str(row["name"] or row["run_id"]) if many_runs else ""}
+        which |= {"model": str(row["model"]) if many_models else "", "arm": str(row["arm"]), "load": _load(row)}
+        rows.append({**which, **known})
+    return _without_empty(pd.DataFrame(rows))
+
+
+def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[[name for name in frame.columns if (frame[name] != "").any()]]
 
 
 def _speedup(row: pd.Series) -> str:
@@ -83,7 +153,12 @@ def notes(runs: Runs) -> list[str]:
     for run_id, env in runs.env.items():
         hardware = hardware_words(env.get("host", {}))
         lines.append(" · ".join(part for part in (f"run {run_id}", env.get("name") or "", hardware) if part))
+        if slo := env.get("workload", {}).get("slo"):
+            lines.append(f"objectives: {slo_words(slo)}")
+        lines += [saturation_words(arm, found) for arm, found in (env.get("saturation") or {}).items()]
         lines += [f"note: {text}" for text in env.get("warnings", ())]
+    if (runs.summary["passes"] > 1).any():
+        lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
     return lines
 
 
@@ -91,14 +166,23 @@ def runs_text(runs: Runs) -> str:
     """The narrow table and its notes as text."""
     table = narrow(runs.summary)
     body = table.to_string(index=False) if len(table) else "no requests"
-    return "\n".join([f"{_count(runs)} (medians over successful requests)", body, *notes(runs)])
+    spread = spread_table(runs.summary)
+    more = [SPREAD_TITLE, spread.to_string(index=False), FEW] if len(spread) else []
+    return "\n".join([f"{_count(runs)} (medians over successful requests)", body, *more, *notes(runs)])
 
 
 def runs_html(runs: Runs) -> str:
     """The narrow table and its notes as HTML; every text is escaped."""
     footer = "".join(f'<div class="miinb-note">{html.escape(line)}</div>' for line in notes(runs))
     title = html.escape(f"{_count(runs)}, medians over successful requests")
-    return f'{STYLE}<div class="miinb-runs"><b>{title}</b>{table_html(narrow(runs.summary))}{footer}</div>'
+    more = f"<b>{SPREAD_TITLE}</b>{spread_html(runs.summary)}"
+    return f'{STYLE}<div class="miinb-runs"><b>{title}</b>{table_html(narrow(runs.summary))}{more}{footer}</div>'
+
+
+def spread_html(summary: pd.DataFrame) -> str:
+    """The table of percentiles and what its dashes mean; "" where nothing was measured."""
+    frame = spread_table(summary)
+    return f'{table_html(frame)}<div class="miinb-note">{html.escape(FEW)}</div>' if len(frame) else ""
 
 
 def table_html(frame: pd.DataFrame) -> str:

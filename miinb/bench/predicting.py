@@ -15,6 +15,7 @@ from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.records import Record
 from miinb.bench.summary import encodes
 from miinb.bench.workload import Job, Maker, Offsets
+from miinb.bench_fields import most
 from miinb.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def check(config: BenchConfig, task: str) -> None:
     for name in sorted(config.model_fields_set & {*wrong}):
         hint = "Its answers have no length." if encodes(task) else "Use concurrency: the server batches by itself."
         raise InvalidValue(f"{name}: not for {task}.", hint=hint)
+    if encodes(task) and (wrong_slo := [name for name in config.slo or () if name != "e2e"]):
+        raise InvalidValue(f"slo: {wrong_slo[0]} means nothing for {task}.", hint="Its answers have e2e alone.")
     pairs = task == "question-answering"
     if any(isinstance(prompt, Mapping) != pairs for prompt in config.prompts or ()):
         kind = 'dictionaries of "question" and "context"' if pairs else "texts"
@@ -44,7 +47,8 @@ def fitted(config: BenchConfig, max_length: int) -> BenchConfig:
         config: the benchmark's.
         max_length: most tokens of a sequence; 0: not known.
     """
-    if "prompt_tokens" in config.model_fields_set or config.prompts or not 0 < max_length < config.prompt_tokens:
+    asked = "prompt_tokens" in config.model_fields_set or config.prompts
+    if asked or not 0 < max_length < most(config.prompt_tokens):
         return config
     return config.model_copy(update={"prompt_tokens": max_length})
 
@@ -56,13 +60,13 @@ def maker(task: str, folder: Path | None, config: BenchConfig) -> Maker:
         InvalidValue: the deployment's tokenizer is elsewhere and no prompts were given.
     """
     if config.prompts:
-        return lambda rng: None  # not called
+        return lambda rng, tokens: None  # not called
     if folder is None:
         raise InvalidValue("The deployment's tokenizer is not on this machine.", hint="Give prompts.")
     made = Inputs(folder, task)
 
-    def make(rng: random.Random) -> Any:
-        return made.text(config.prompt_tokens, rng)
+    def make(rng: random.Random, tokens: int) -> Any:
+        return made.text(tokens, rng)
 
     return make
 

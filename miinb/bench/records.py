@@ -23,13 +23,18 @@ from miinb.errors import InvalidValue, did_you_mean
 if TYPE_CHECKING:
     from _typeshed import StrPath
 
+    from miinb.bench.cost import CostTable
+
 NAN = math.nan
 
 #: What each measure means; carried by every frame and every file.
 DEFINITIONS: dict[str, str] = {
     "ttft_s": "time to first token: submit to the first non-empty chunk, on the client's clock",
     "tpot_s": "time per output token: (e2e_s - ttft_s) / (output_tokens - 1)",
-    "itl": "inter-token latency: the raw gaps between chunks; itl_p50_s and itl_max_s are those of one request",
+    "itl": (
+        "inter-token latency: the raw gaps between chunks (itl_s of a request has all of them); percentiles of the "
+        "summary are over the gaps of all requests, itl_p50_s and itl_max_s of a request over its own"
+    ),
     "e2e_s": "submit to the end of the answer, on the client's clock; with rate, from the planned arrival",
     "queue_s": "waiting for the scheduler",
     "preprocess_s": "tokenizing (and other work before the model)",
@@ -39,6 +44,20 @@ DEFINITIONS: dict[str, str] = {
         "over rows with status 'ok' that are no warm-up; p99 is empty below 100 samples, p95 and p5 below 20, "
         "p90 below 10"
     ),
+    "passes": (
+        "with repeat: rates and percentiles are medians over the passes, smallest and largest values and counts are "
+        "of all passes together; *_spread is (largest - smallest) / median over the passes"
+    ),
+    "slo_share": (
+        "share of the requests, failed ones among them, that met every objective of slo; one that does not apply "
+        "(TPOT of a single token) is met"
+    ),
+    "goodput_req_s": "requests that met every objective of slo / duration_s",
+    "saturated": (
+        "of a sweep: the last load that was worth it, after which throughput gained less than 5 % or most requests "
+        "missed an objective"
+    ),
+    "failures": "kinds of errors with their numbers, those that the user stopped left out",
     "duration_s": "first submit to last end of a point's measured requests, summed over its blocks",
     "seq_s": "encoder tasks: texts of the successful requests / duration_s",
     "output_tok_s": (
@@ -50,6 +69,7 @@ DEFINITIONS: dict[str, str] = {
         "price_usd_per_gpu_hour * n_gpus / 3600 / output_tok_s * 1e6; empty without the user's price; a machine "
         "without a GPU counts as one"
     ),
+    "usd_per_1k_texts": "the same of a thousand texts of encoder tasks, usd_per_1k_images of a thousand images",
     "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap, "
     "requests that ran together drawn together",
     "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
@@ -81,10 +101,12 @@ class Record:
     rate_rps: float = NAN
     point: int = 0  # which workload point (one concurrency or rate) of the run
     block: int = 0  # arms alternate block by block
+    pass_no: int = 0  # which pass over the point (repeat)
     prompt_id: str = ""
     prompt_tokens: float = NAN
     cached_tokens: float = NAN
     output_tokens: float = NAN
+    asked_tokens: float = NAN  # how many new ones the request wanted
     images: float = NAN
     steps: float = NAN
     width_px: float = NAN
@@ -99,6 +121,7 @@ class Record:
     tpot_s: float = NAN
     itl_p50_s: float = NAN
     itl_max_s: float = NAN
+    itl_s: list[float] | None = None  # every gap between two chunks
     model_s: float = NAN
     postprocess_s: float = NAN
     e2e_s: float = NAN
@@ -106,6 +129,7 @@ class Record:
     warmup: bool = False
     status: Literal["ok", "cancelled", "timeout", "error"] = "ok"
     error: str | None = None
+    slo_met: bool | None = None  # every objective; None where none was set
     finish_reason: str | None = None
     output_sha256: str | None = None
     equal: bool | None = None  # same text as the baseline's answer
@@ -140,6 +164,7 @@ def requests_frame(rows: Iterable[Mapping[str, Any]], env: Mapping[str, Any]) ->
             frame[field.name] = pd.to_numeric(frame[field.name]).astype("float64")
     frame["t_submit"] = pd.to_datetime(frame["t_submit"].replace("", None), utc=True)
     frame["warmup"] = frame["warmup"].astype(bool)
+    frame["pass_no"] = pd.to_numeric(frame["pass_no"]).fillna(0).astype(int)  # files of earlier versions have none
     frame.attrs = {"definitions": dict(DEFINITIONS), "env": dict(env)}
     return frame
 
@@ -197,6 +222,23 @@ class Runs:
 
         return comparison(self.requests, self.summary, baseline)
 
+    def cost(self, slo: Any = None, *, price: float | None = None, attain: float = 0.9) -> CostTable:
+        """Throughput and cost by plan and load; its `.answer` says which is the cheapest under the limits `slo`.
+
+        Raises:
+            InvalidValue: see `miinb.bench.cost.table`.
+        """
+        from miinb.bench.cost import table
+
+        return table(self, slo, price=price, attain=attain)
+
+    @property
+    def percentiles(self) -> pd.DataFrame:
+        """One row per run, arm, point and measure: p50, p90, p95, p99, empty where the samples are too few."""
+        from miinb.bench.display import percentiles
+
+        return percentiles(self.summary)
+
     def save(self, path: StrPath) -> Path:
         """Append these runs to the directory `path`, one folder of JSON Lines a run; `load_runs` reads it back."""
         from miinb.bench.store import save
@@ -208,6 +250,12 @@ class Runs:
         from miinb.bench.store import write_csv
 
         return write_csv(self, Path(path))
+
+    def to_jsonl(self, path: StrPath) -> Path:
+        """Write the requests as JSON Lines and, beside it, `.meta.json`; `load_runs` reads both back."""
+        from miinb.bench.store import write_jsonl
+
+        return write_jsonl(self, Path(path))
 
     def to_parquet(self, path: StrPath) -> Path:
         """Write the requests as Parquet (needs pyarrow)."""
@@ -259,7 +307,7 @@ def rows_of(runs: Runs) -> list[dict[str, Any]]:
 
 
 def load_runs(path: StrPath) -> Runs:
-    """The runs that `Runs.save` wrote: a directory of runs, or the folder of one.
+    """The runs that `Runs.save` wrote: a directory of runs, or the folder of one; or the file of `Runs.to_jsonl`.
 
     Raises:
         InvalidValue: there is no run at `path`.

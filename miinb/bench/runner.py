@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,24 +13,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from miinb.bench import arms as arms_of
-from miinb.bench import predicting
+from miinb.bench import lengths, predicting
 from miinb.bench.arms import Arm
 from miinb.bench.checks import Answered, TextAnswer, compare_outputs
 from miinb.bench.environment import environment
+from miinb.bench.measures import fill
+from miinb.bench.objectives import met
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
-from miinb.bench.summary import encodes
-from miinb.bench.workload import Job, Offsets, Point, configure, generation_params, points, tokenizer_offsets
+from miinb.bench.summary import encodes, failure_kinds, summarize
+from miinb.bench.sweeping import Sweep
+from miinb.bench.turns import Turn, turns
+from miinb.bench.workload import (
+    Endless,
+    Job,
+    Maker,
+    Offsets,
+    Point,
+    configure,
+    generation_params,
+    point_at,
+    points,
+    tokenizer_offsets,
+)
 from miinb.errors import Cancelled, DeadlineExceeded, MiinbError
 
 if TYPE_CHECKING:
     from miinb.config import BenchConfig
 
-#: Called after each request: done, total, its record.
+#: Called after each request: done, total (0 where it is not known), its record.
 Progress = Callable[[int, int, Record], None]
 #: Called after each point (a concurrency or a rate) with the run so far.
 OnPoint = Callable[[Runs], object]
 
 JOIN_S = 10.0
+#: Most jobs that are made before a block of `duration_s` begins.
+MOST_RESERVED = 20_000
 
 
 def bench(
@@ -96,7 +113,7 @@ def compare(
         run.interrupted = True
     if run.stop.is_set() and not run.records:
         raise Cancelled("The benchmark was stopped before its first request was done.")
-    run.interrupted |= run.stop.is_set() and len(run.records) < run.total
+    run.interrupted |= run.stop.is_set() and (not run.total or len(run.records) < run.total)
     return run.result()
 
 
@@ -115,8 +132,9 @@ class _Run:
     t_start: float = field(default_factory=time.perf_counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     streams: set[Any] = field(default_factory=set)
-    total: int = 0
+    total: int = 0  # 0: not known (a sweep, or a closed loop by the clock)
     offsets: Offsets | None = None
+    sweep: Sweep | None = None
 
     @property
     def task(self) -> str:
@@ -134,37 +152,61 @@ class _Run:
         self.offsets = tokenizer_offsets(folder)
         if self.predicts:
             self.config = predicting.fitted(self.config, min(arm.plan.max_length for arm in self.arms))
+        lengths.check(self.config, self.arms, self.offsets, encodes=self.predicts)
         make = predicting.maker(self.task, folder, self.config) if self.predicts else None
-        plan = points(self.config, self.offsets, make)
-        self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)
+        plan = self._points(make)
         bar = None if self.progress else _bar(self.total)
         if bar is not None:
             self.progress = lambda done, total, record: bar.update()
         try:
             for point in plan:
-                for number, arm, jobs in _turns(point, self.arms):
+                for turn in turns(point, self.arms):
                     if self.stop.is_set():
                         return
-                    self._block(arm, point, number, jobs)
+                    self._block(turn)
                 for arm in self.arms:
                     arm.note_memory()
+                self._note_load(point)
                 if self.on_point is not None and any(self._counts(record) for record in self.records):
                     self.on_point(self.result())
         finally:
             if bar is not None:
                 bar.close()
 
-    def _block(self, arm: Arm, point: Point, number: int, jobs: Sequence[Job]) -> None:
+    def _points(self, make: Maker | None) -> Iterable[Point]:
+        """The points that the configuration names, or those of its sweep; sets `total` where it is known."""
+        config = self.config
+        if config.sweep:
+            start = (config.rate or [1.0])[0] if config.sweep == "rate" else float(config.concurrency[0])
+            self.sweep = Sweep(config.sweep, start, config.sweep_limit, [arm.label for arm in self.arms])
+            loads = enumerate(self.sweep.loads())
+            return (point_at(config, index, str(config.sweep), load, self.offsets, make) for index, load in loads)
+        plan = points(config, self.offsets, make)
+        if config.duration_s is None or config.rate:
+            self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)
+        return plan
+
+    def _note_load(self, point: Point) -> None:
+        """Tell the sweep what each arm did at this load."""
+        if self.sweep is None:
+            return
+        rows = summarize(Runs(self._rows(point.index), {self.run_id: {}}).requests)
+        for arm in self.arms:
+            row = rows[rows["arm"] == arm.label].iloc[0]
+            rate = row["output_tok_s"] if row["output_tok_s"] > 0 else row["req_s"]  # tokens where they are known
+            self.sweep.seen(arm.label, point.index, point.load, float(rate), float(row["slo_share"]))
+
+    def _block(self, turn: Turn) -> None:
         """Send the jobs of a block and wait for all of them; an interrupt cancels those in flight."""
-        warm = bool(jobs) and jobs[0].warmup
-        closed = point.rate is None or warm
-        workers = min(point.concurrency or len(jobs), len(jobs)) if closed else min(len(jobs), 1024)
-        queue = iter(jobs)
-        t_block = time.perf_counter()
+        point, jobs = turn.point, turn.jobs
+        if isinstance(jobs, Endless):
+            jobs.reserve(self._expected(turn))
+            workers = point.concurrency or 1
+        else:
+            workers = min((point.concurrency or len(jobs)) if turn.closed else 1024, len(jobs))
+        turn.start(time.perf_counter(), self.config.duration_s)
         with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="miinb-bench") as pool:
-            futures: list[Future[None]] = [
-                pool.submit(self._worker, arm, point, number, queue, t_block, not closed) for _ in range(workers)
-            ]
+            futures: list[Future[None]] = [pool.submit(self._worker, turn) for _ in range(workers)]
             try:
                 while wait(futures, timeout=0.2).not_done:
                     if self.stop.is_set():
@@ -183,19 +225,27 @@ class _Run:
         for stream in streams:
             stream.cancel()
 
-    def _worker(
-        self, arm: Arm, point: Point, number: int, queue: Iterator[Job], t_block: float, open_loop: bool
-    ) -> None:
-        while not self.stop.is_set():
+    def _expected(self, turn: Turn) -> int:
+        """About how many jobs a block of `duration_s` takes, by what the warm-up took; more are made when needed."""
+        in_flight = turn.point.concurrency or 1
+        mine = [r.e2e_s for r in self.records if r.arm == turn.arm.label and r.point == turn.point.index]
+        known = [seconds for seconds in mine if seconds > 0]
+        rounds = (self.config.duration_s or 0.0) / float(np.median(known)) if known else 3.0
+        return min(int(1.25 * rounds * in_flight) + in_flight, MOST_RESERVED)
+
+    def _worker(self, turn: Turn) -> None:
+        while not self.stop.is_set() and time.perf_counter() < turn.ends_at:
             with self.lock:
-                job = next(queue, None)
+                job = next(turn.queue, None)
             if job is None:
                 return
-            planned = t_block + job.offset_s if open_loop else None
+            planned = None if turn.closed else turn.t_block + job.offset_s
             if planned is not None and self.stop.wait(max(planned - time.perf_counter(), 0.0)):
                 return
-            record = self._record(arm, point, number, job)
-            answer = self._send(arm, job, record, planned)
+            record = self._record(turn, job)
+            answer = self._send(turn.arm, job, record, planned)
+            if self.config.slo and not job.warmup:
+                record.slo_met = met(record, self.config.slo)
             with self.lock:
                 record.seq = len(self.records)
                 self.records.append(record)
@@ -205,17 +255,20 @@ class _Run:
                 if self.progress is not None:
                     self.progress(done, self.total, record)
 
-    def _record(self, arm: Arm, point: Point, number: int, job: Job) -> Record:
+    def _record(self, turn: Turn, job: Job) -> Record:
+        point = turn.point
         return Record(
             run_id=self.run_id,
             seq=-1,
-            arm=arm.label,
-            **arm.columns,
+            arm=turn.arm.label,
+            **turn.arm.columns,
             concurrency=float("nan") if point.concurrency is None else point.concurrency,
             rate_rps=float("nan") if point.rate is None else point.rate,
             point=point.index,
-            block=number,
+            block=turn.number,
+            pass_no=turn.pass_no,
             prompt_id=job.prompt_id,
+            asked_tokens=float("nan") if self.predicts else job.new_tokens,
             seed=job.seed,
             warmup=job.warmup,
         )
@@ -261,7 +314,7 @@ class _Run:
         finally:
             with self.lock:
                 self.streams.discard(stream)
-        _fill(record, stream.result, arrivals, t_first, t_submit)
+        fill(record, stream.result, arrivals, t_first, t_submit)
         if record.finish_reason == "cancelled":
             record.status = "cancelled"
             return None
@@ -275,9 +328,8 @@ class _Run:
         ok = [r for r in self.records if self._counts(r)]
         failed = [r for r in self.records if r.status in ("error", "timeout")]
         if failed and not ok:
-            raise MiinbError(
-                f"Every request of the benchmark failed ({len(failed)} of them).", hint=failed[0].error or ""
-            )
+            kinds = failure_kinds(r.error for r in failed)
+            raise MiinbError(f"Every request of the benchmark failed ({kinds}).", hint=failed[0].error or "")
         env = {
             "run_id": self.run_id,
             "name": self.config.run,
@@ -285,13 +337,18 @@ class _Run:
             "workload": self.config.model_dump(),
             "host": environment(),
             "arms": {arm.label: arm.facts() for arm in self.arms},
+            "saturation": self.sweep.saturation if self.sweep else {},
             "interrupted": self.interrupted,
             "done": len(self.records),
-            "total": self.total,
+            "total": self.total or None,
             "warnings": self._warnings(ok),
         }
-        rows = [{name: getattr(r, name) for name in Record.__slots__} for r in self.records]
-        return Runs(rows, {self.run_id: env})
+        return Runs(self._rows(), {self.run_id: env})
+
+    def _rows(self, point: int | None = None) -> list[dict[str, Any]]:
+        """The records (of one point) as rows."""
+        mine = [r for r in self.records if point is None or r.point == point]
+        return [{name: getattr(r, name) for name in Record.__slots__} for r in mine]
 
     @staticmethod
     def _counts(record: Record) -> bool:
@@ -300,26 +357,18 @@ class _Run:
     def _warnings(self, ok: Sequence[Record]) -> list[str]:
         found = [text for arm in self.arms for text in arm.warnings]
         if self.interrupted:
-            found.append(f"interrupted after {len(self.records)} of {self.total} requests")
+            of = f" of {self.total}" if self.total else ""
+            found.append(f"interrupted after {len(self.records)}{of} requests")
         for arm in self.arms:
             mine = [r for r in ok if r.arm == arm.label]
-            short = sum(r.output_tokens != self.config.new_tokens for r in mine)
+            short = sum(r.output_tokens != r.asked_tokens for r in mine)
             if short and not self.predicts:
-                found.append(f"{arm.label}: {short} of {len(mine)} answers have not {self.config.new_tokens} tokens")
+                found.append(f"{arm.label}: {short} of {len(mine)} answers have not the tokens asked for")
         prompts = self.config.prompts
-        if prompts and len({str(prompt) for prompt in prompts}) < self.config.requests:
+        most_sent = max((sum(r.arm == arm.label for r in ok) for arm in self.arms), default=0)
+        if prompts and len({str(prompt) for prompt in prompts}) < most_sent:
             found += [] if self.predicts else ["prompts repeat: a prefix cache can help"]
         return found
-
-
-def _turns(point: Point, arms: Sequence[Arm]) -> Iterator[tuple[int, Arm, Sequence[Job]]]:
-    """(block number, arm, jobs): every arm's warm-up, then the blocks; the order turns around from block to block."""
-    if point.warmup:
-        for arm in arms:
-            yield -1, arm, point.warmup
-    for number, jobs in enumerate(point.blocks):
-        for arm in arms if (point.index + number) % 2 == 0 else tuple(reversed(arms)):
-            yield number, arm, jobs
 
 
 def _status(failure: BaseException, stopped: bool) -> Any:
@@ -328,31 +377,8 @@ def _status(failure: BaseException, stopped: bool) -> Any:
     return "timeout" if isinstance(failure, DeadlineExceeded) else "error"
 
 
-def _fill(record: Record, result: Any, arrivals: list[float], t_first: float | None, t_submit: float) -> None:
-    """The measures of a complete answer; TTFT, TPOT and ITL by this process's clock."""
-    usage, timing = result.usage, result.timing
-    record.prompt_tokens = usage.prompt_tokens
-    record.cached_tokens = usage.cached_tokens
-    record.output_tokens = usage.output_tokens
-    record.queue_s = timing.queue_s
-    record.preprocess_s = timing.tokenize_s
-    record.model_s = timing.model_s
-    record.postprocess_s = timing.detokenize_s
-    record.chunk_count = len(arrivals)
-    record.finish_reason = result.finish_reasons[0] if result.finish_reasons else None
-    if t_first is None and arrivals:
-        t_first = arrivals[0]
-    if t_first is not None:
-        record.ttft_s = t_first - t_submit
-        if usage.output_tokens > 1:
-            record.tpot_s = (record.e2e_s - record.ttft_s) / (usage.output_tokens - 1)
-    if len(arrivals) > 1:
-        gaps = np.diff(np.asarray(arrivals))
-        record.itl_p50_s, record.itl_max_s = float(np.median(gaps)), float(gaps.max())
-
-
 def _bar(total: int) -> Any:
     """A progress bar where someone looks: a notebook, or a terminal on stderr."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="bench", unit="request", leave=False, disable=None)
+    return tqdm(total=total or None, desc="bench", unit="request", leave=False, disable=None)

@@ -53,6 +53,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def load(path: Path) -> Runs:
     """The runs at `path`: a folder of one run, or a directory that holds such folders."""
+    if path.is_file():
+        return _load_jsonl(path)
     folders = [path] if (path / REQUESTS).is_file() else sorted(p.parent for p in path.glob(f"*/{REQUESTS}"))
     if not folders:
         raise InvalidValue(f"There are no saved runs in {path}.", hint="Give the directory that Runs.save wrote.")
@@ -65,12 +67,39 @@ def load(path: Path) -> Runs:
     return Runs(rows, {str(facts.get("run_id", name)): facts for name, facts in env.items()})
 
 
+def _load_jsonl(path: Path) -> Runs:
+    """The file that `write_jsonl` wrote; without its `.meta.json` the environment is not known."""
+    if path.suffix != ".jsonl":
+        raise InvalidValue(f"{path} is no .jsonl file.", hint="Give one of Runs.to_jsonl, or the folder of Runs.save.")
+    rows = [row for row in _read_lines(path) if "run_id" in row and "arm" in row]
+    if not rows:
+        raise InvalidValue(f"There are no saved runs in {path}.", hint="Give a file that Runs.to_jsonl wrote.")
+    meta = _meta(path)
+    env = json.loads(meta.read_text()).get("env", {}) if meta.is_file() else {}
+    return Runs([{**dict.fromkeys(Record.__slots__), **row} for row in rows], env)
+
+
+def write_jsonl(runs: Runs, path: Path) -> Path:
+    """The requests as JSON Lines, fields without a value left out; `<path>.meta.json` as for CSV."""
+    rows = ({key: value for key, value in row.items() if value is not None} for row in rows_of(runs))
+    write_atomically(path, "".join(_to_json(row) + "\n" for row in rows))
+    _write_meta(runs, path)
+    return path
+
+
 def write_csv(runs: Runs, path: Path) -> Path:
     """The requests as CSV; `<path>.meta.json` holds the definitions and the environment."""
     runs.requests.to_csv(path, index=False)
-    meta = {"definitions": DEFINITIONS, "env": runs.env}
-    write_atomically(path.with_name(path.name + ".meta.json"), _to_json(meta, indent=1))
+    _write_meta(runs, path)
     return path
+
+
+def _meta(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _write_meta(runs: Runs, path: Path) -> None:
+    write_atomically(_meta(path), _to_json({"definitions": DEFINITIONS, "env": runs.env}, indent=1))
 
 
 def write_parquet(runs: Runs, path: Path) -> Path:

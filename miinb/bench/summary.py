@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from miinb.bench.cost import usd_per_1k_images, usd_per_mtok
+from miinb.bench.objectives import judged
+from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
 from miinb.bench.records import DEFINITIONS, NAN
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.tasks import TASKS
@@ -18,17 +20,22 @@ POINT = ["run_id", "arm", "point"]
 #: Fewest samples for which a percentile is given.
 FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
 RESAMPLES = 2000
+#: Of what the passes' spread is told.
+SPREAD = ("req_s", "seq_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
 
 SUMMARY_COLUMNS: tuple[str, ...] = (
     *("run_id", "name", "arm", "model", "task", "engine", "dtype", "tp", "replicas", "n_gpus", "batch_size"),
-    *("concurrency", "rate_rps", "prompt_tokens", "new_tokens", "n", "n_failed", "n_warmup", "duration_s"),
+    *("concurrency", "rate_rps", "prompt_tokens", "new_tokens", "n", "n_failed", "n_cancelled", "failures", "n_warmup"),
+    *("passes", "duration_s"),
     *("e2e_mean_s", "e2e_std_s", "e2e_min_s", "e2e_p5_s", "e2e_p50_s", "e2e_p90_s", "e2e_p95_s", "e2e_p99_s"),
     *("e2e_max_s", "ttft_min_s", "ttft_p5_s", "ttft_p50_s", "ttft_p90_s", "ttft_p95_s", "ttft_p99_s", "ttft_max_s"),
     *("tpot_min_s", "tpot_p5_s", "tpot_p50_s", "tpot_p90_s", "tpot_p95_s", "tpot_p99_s", "tpot_max_s"),
+    *("itl_min_s", "itl_p5_s", "itl_p50_s", "itl_p90_s", "itl_p95_s", "itl_p99_s", "itl_max_s", "n_gaps"),
     *("queue_p50_s", "preprocess_p50_s", "model_p50_s", "postprocess_p50_s"),
     *("req_s", "seq_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
+    *("slo_share", "goodput_req_s", "saturated", *(f"{name}_spread" for name in SPREAD)),
     *("cached_share", "peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
-    *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_images"),
+    *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_texts", "usd_per_1k_images"),
     *(
         "speedup",
         "speedup_lo",
@@ -83,10 +90,7 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
     first = group.iloc[0]
     facts = env.get("arms", {}).get(first["arm"], {})
     ok, no_warmup = measured(group), group[~group["warmup"]]
-    duration = _duration(no_warmup)
-    encoded = encodes(str(first["task"]))
-    prompt = ok["prompt_tokens"].sum()
-    output = prompt if encoded else ok["output_tokens"].sum()
+    failed = no_warmup[no_warmup["status"].isin(["error", "timeout"])]  # not those that the user stopped
     n_gpus = int(facts.get("n_gpus") or 0)
     row: dict[str, Any] = {
         "name": env.get("name"),
@@ -96,27 +100,81 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_tokens": ok["prompt_tokens"].median() if len(ok) else NAN,
         "new_tokens": ok["output_tokens"].median() if len(ok) else NAN,
         "n": len(ok),
-        "n_failed": int(no_warmup["status"].isin(["error", "timeout"]).sum()),  # not those that the user stopped
+        "n_failed": len(failed),
+        "n_cancelled": int((no_warmup["status"] == "cancelled").sum()),
+        "failures": failure_kinds(failed["error"]),
         "n_warmup": int(group["warmup"].sum()),
-        "duration_s": duration,
+        "duration_s": _duration(no_warmup),
         "e2e_mean_s": ok["e2e_s"].mean(),
         "e2e_std_s": ok["e2e_s"].std(),
-        **{
-            f"{part}_p50_s": percentile(ok[f"{part}_s"], 50) for part in ("queue", "preprocess", "model", "postprocess")
-        },
+        "cached_share": _share(ok["cached_tokens"], ok["prompt_tokens"]),
+        "saturated": _saturated(first, env),
+        **{name: facts.get(name, NAN) for name in ("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s")},
+        "created": env.get("created"),
+    }
+    for metric in ("e2e", "ttft", "tpot"):
+        row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
+    gaps = _gaps(ok)
+    row |= {"itl_min_s": gaps.min(), "itl_max_s": gaps.max(), "n_gaps": len(gaps)}
+    row |= _over_passes(no_warmup)
+    return row | _cost(row, env) | _equality(ok)
+
+
+def _over_passes(rows: pd.DataFrame) -> dict[str, Any]:
+    """Rates and percentiles: of the one pass, or their medians over the passes with the spread."""
+    if rows.empty:
+        return {"passes": 0, **_rates(rows)}
+    found = pd.DataFrame([_rates(part) for _, part in rows.groupby("pass_no", sort=True)])
+    middle = {str(name): float(value) for name, value in found.median().items()}
+    if len(found) == 1:
+        return {"passes": 1, **middle}
+    width = found.max() - found.min()
+    return {"passes": len(found), **middle, **{f"{name}_spread": _ratio(width[name], middle[name]) for name in SPREAD}}
+
+
+def _rates(rows: pd.DataFrame) -> dict[str, float]:
+    """Rates and percentiles of the requests of one pass."""
+    ok, duration = measured(rows), _duration(rows)
+    encoded = len(rows) > 0 and encodes(str(rows["task"].iloc[0]))
+    prompt = ok["prompt_tokens"].sum()
+    output = prompt if encoded else ok["output_tokens"].sum()
+    asked = judged(rows)["slo_met"].dropna()
+    found: dict[str, float] = {
         "req_s": _rate(len(ok), duration),
         "seq_s": _rate(ok["batch_size"].sum(), duration) if encoded else NAN,
         "output_tok_s": _rate(output, duration),
         "total_tok_s": _rate(prompt if encoded else output + prompt, duration),
         "img_s": _rate(ok["images"].sum(), duration) if ok["images"].notna().any() else NAN,
-        "cached_share": ok["cached_tokens"].sum() / prompt if prompt > 0 and ok["cached_tokens"].notna().any() else NAN,
-        **{name: facts.get(name, NAN) for name in ("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s")},
-        "created": env.get("created"),
+        "slo_share": float(asked.astype(bool).mean()) if len(asked) else NAN,
+        "goodput_req_s": float(asked.astype(bool).sum()) / duration if len(asked) and duration > 0 else NAN,
     }
-    for metric in ("e2e", "ttft", "tpot"):
-        row |= {f"{metric}_p{q}_s": percentile(ok[f"{metric}_s"], q) for q in FEWEST}
-        row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
-    return row | _cost(row, env) | _equality(ok)
+    for part in ("queue", "preprocess", "model", "postprocess"):
+        found[f"{part}_p50_s"] = percentile(ok[f"{part}_s"], 50)
+    for metric, values in (("itl", _gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
+        found |= {f"{metric}_p{q}_s": percentile(values, q) for q in FEWEST}
+    return found
+
+
+def _gaps(rows: pd.DataFrame) -> pd.Series:
+    """The gaps between chunks of all requests."""
+    known = [gaps for gaps in rows["itl_s"] if isinstance(gaps, (list, tuple, np.ndarray))]
+    return pd.Series(np.concatenate(known) if known else [], dtype=float)
+
+
+def failure_kinds(errors: Iterable[Any]) -> str:
+    """Errors by their kind: "QueueFull 3, DeadlineExceeded 1"; "" of none."""
+    kinds = Counter(str(error).partition(":")[0] if error else "unknown" for error in errors)
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+
+
+def _share(part: pd.Series, whole: pd.Series) -> float:
+    return part.sum() / whole.sum() if whole.sum() > 0 and part.notna().any() else NAN
+
+
+def _saturated(first: pd.Series, env: Mapping[str, Any]) -> bool | None:
+    """Whether this is the point where a sweep found the arm saturated; None without a sweep."""
+    found = (env.get("saturation") or {}).get(first["arm"])
+    return None if found is None else bool(found["why"] != "limit" and found["point"] == first["point"])
 
 
 def _cost(row: Mapping[str, Any], env: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +186,7 @@ def _cost(row: Mapping[str, Any], env: Mapping[str, Any]) -> dict[str, Any]:
         "price_usd_per_gpu_hour": NAN if price is None else float(price),
         "price_source": None if price is None else "user",
         "usd_per_mtok": usd_per_mtok(row["output_tok_s"], price, gpus),
+        "usd_per_1k_texts": usd_per_1k_texts(row["seq_s"], price, gpus),
         "usd_per_1k_images": usd_per_1k_images(row["img_s"], price, gpus),
     }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from miinb.bench.prompts import fields_of, prompts_of
+from miinb.bench_fields import Tokens
 from miinb.config import BenchConfig, GenerationParams
 from miinb.errors import InvalidValue
 
@@ -16,10 +19,9 @@ if TYPE_CHECKING:
 
 #: Pieces of a text (or of two) as (start, end) offsets, special tokens as empty ones: what sizes a synthetic prompt.
 Offsets = Callable[..., list[tuple[int, int]]]
-#: Makes an input of an encoder task.
-Maker = Callable[[random.Random], Any]
+#: Makes an input of an encoder task, of so many tokens.
+Maker = Callable[[random.Random, int], Any]
 
-PROMPT_COLUMNS = ("prompt", "text", "query")
 #: Where no tokenizer is at hand: English words a token, about.
 WORDS_PER_TOKEN = 0.75
 WORDS = " ".join(
@@ -40,6 +42,9 @@ WORDS = " ".join(
     )
 ).split()
 
+#: Fewest requests of a load in a sweep by default: whether one gains 5 % on another cannot be told from a few.
+SWEPT = 16
+
 _HEROES = ("brave cat", "clever fox", "shy bear", "young owl", "quiet mouse", "happy dog", "little bird", "gentle frog")
 #: Prompts for a first measurement: stories, which both default models continue.
 STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
@@ -49,7 +54,7 @@ STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
 class Job:
     """One request to send. `offset_s` is its planned arrival after the block's start (open loop), else 0.
 
-    `prompt` is a text; of encoder tasks a list of inputs.
+    `prompt` is a text; of encoder tasks a list of inputs. `new_tokens` is how long its answer has to be.
     """
 
     prompt: Any
@@ -57,22 +62,61 @@ class Job:
     seed: int
     warmup: bool = False
     offset_s: float = 0.0
+    new_tokens: int = 0
+
+
+class Endless(Sequence[Job]):
+    """Jobs without an end, for a block that ends by the clock: made when they are needed, and kept for the next arm."""
+
+    def __init__(self, make: Callable[[], Job]) -> None:
+        self._make = make
+        self._made: list[Job] = []
+
+    def reserve(self, count: int) -> None:
+        """Make so many now: a tokenizer that sizes prompts must not work while the clock runs."""
+        while len(self._made) < count:
+            self._made.append(self._make())
+
+    def __iter__(self) -> Iterator[Job]:
+        for place in itertools.count():
+            self.reserve(place + 1)
+            yield self._made[place]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._made[place]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One load of a workload: closed loop with `concurrency` requests in flight, or Poisson arrivals at `rate`."""
+    """One load of a workload: closed loop with `concurrency` requests in flight, or Poisson arrivals at `rate`.
+
+    Arms alternate block by block. `passes` has the pass that each block belongs to.
+    """
 
     index: int
     concurrency: int | None
     rate: float | None
     warmup: tuple[Job, ...]
-    blocks: tuple[tuple[Job, ...], ...]  # arms alternate block by block
+    blocks: tuple[Sequence[Job], ...]
+    passes: tuple[int, ...] = ()
+
+    @property
+    def load(self) -> float:
+        """The concurrency or the rate."""
+        return float(self.concurrency or self.rate or 0)
 
     @property
     def label(self) -> str:
         """The load in words."""
-        return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
+        return load_words("concurrency" if self.rate is None else "rate", self.load)
+
+
+def load_words(kind: str, load: float) -> str:
+    """ "concurrency 8", "2.5 requests/s"."""
+    return f"{load:g} requests/s" if kind == "rate" else f"concurrency {load:g}"
 
 
 def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> BenchConfig:
@@ -80,17 +124,18 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
 
     Args:
         workload: None (synthetic prompts), a prompt, a list of prompts, a pandas Series or DataFrame with a column
-            "prompt", a mapping of BenchConfig's fields, or a BenchConfig.
+            "prompt", a file (.jsonl, .csv, .txt), a mapping of BenchConfig's fields, or a BenchConfig.
         fields: fields of BenchConfig; they win over `workload`.
 
     Raises:
         UnknownOption, InvalidValue: a field does not exist or has a value that it cannot have.
     """
-    values = _values(workload) | dict(fields or {})
+    values = fields_of(workload) | dict(fields or {})
+    if "prompts" in values:
+        values["prompts"] = prompts_of(values["prompts"])
     config = BenchConfig.parse(values)
+    _check_loads(config)
     given = config.model_fields_set
-    if config.rate is not None and "concurrency" in given:
-        raise InvalidValue("rate and concurrency exclude each other.", hint="rate is an open loop; leave one out.")
     if config.do_sample and "check" in given and config.check != "none":
         raise InvalidValue(
             "check: sampled answers of two engines differ by design.", hint="Use do_sample=False to compare answers."
@@ -99,105 +144,155 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
         raise InvalidValue("prompts: the list is empty.")
     if config.prompts is not None and "prompt_tokens" in given:
         raise InvalidValue("prompt_tokens: prompts were given and have their own length.")
-    most = 1 if config.rate is not None else max(config.concurrency)
+    in_flight = 1 if config.rate is not None or config.sweep else max(config.concurrency)
     if "requests" not in given:
         all_prompts = math.ceil(len(config.prompts or ()) / config.batch_size)
-        return config.model_copy(update={"requests": max(config.requests, 2 * most, all_prompts)})
-    if config.requests < most:
+        least = SWEPT if config.sweep else config.requests
+        return config.model_copy(update={"requests": max(least, 2 * in_flight, all_prompts)})
+    if config.requests < in_flight:
         raise InvalidValue(
-            f"requests: {config.requests} requests cannot keep {most} in flight.", hint=f"Use requests={2 * most}."
+            f"requests: {config.requests} requests cannot keep {in_flight} in flight.",
+            hint=f"Use requests={2 * in_flight}.",
         )
     return config
 
 
-def _values(workload: Any) -> dict[str, Any]:
-    if workload is None:
-        return {}
-    if isinstance(workload, BenchConfig):
-        return workload.model_dump(exclude_unset=True)
-    if isinstance(workload, str):
-        return {"prompts": [workload]}
-    if isinstance(workload, Mapping):
-        question = {"question", "context"} <= set(workload)  # an input, no fields of BenchConfig
-        return {"prompts": [dict(workload)]} if question else dict(workload)
-    if hasattr(workload, "columns"):
-        if {"question", "context"} <= set(workload.columns):
-            return {"prompts": workload[["question", "context"]].astype(str).to_dict("records")}
-        return {"prompts": [str(text) for text in workload[_prompt_column(list(workload.columns))]]}
-    if isinstance(workload, Iterable):
-        prompts = list(workload)
-        if all(isinstance(text, str) for text in prompts) or all(isinstance(text, Mapping) for text in prompts):
-            return {"prompts": prompts}
-    raise InvalidValue(
-        f"workload: cannot take prompts from {type(workload).__name__}.",
-        hint="Give a prompt, a list of prompts, a frame with a column 'prompt', or BenchConfig's fields.",
-    )
-
-
-def _prompt_column(columns: list[Any]) -> Any:
-    found = [name for name in PROMPT_COLUMNS if name in columns] or (columns if len(columns) == 1 else [])
-    if not found:
+def _check_loads(config: BenchConfig) -> None:
+    """Refuse loads, lengths of time and sweeps that exclude each other."""
+    given = config.model_fields_set
+    if config.rate is not None and "concurrency" in given:
+        raise InvalidValue("rate and concurrency exclude each other.", hint="rate is an open loop; leave one out.")
+    if config.duration_s is not None and "requests" in given:
+        raise InvalidValue("duration_s and requests exclude each other.", hint="Give the time or the number.")
+    if not config.sweep:
+        if "sweep_limit" in given:
+            raise InvalidValue("sweep_limit: acts only with sweep=True.")
+        return
+    other = "concurrency" if config.sweep == "rate" else "rate"
+    if other in given and getattr(config, other) is not None:
+        raise InvalidValue(f"{other}: not in a sweep of the {config.sweep}.", hint=f'Use sweep="{other}".')
+    loads = config.rate or [1.0] if config.sweep == "rate" else config.concurrency
+    if len(loads) > 1:
         raise InvalidValue(
-            "workload: no column of the frame is named 'prompt'.", hint=f"Columns: {', '.join(map(str, columns))}."
+            f"{config.sweep}: a sweep finds its loads itself.", hint="Give the one that it begins with, or no sweep."
         )
-    return found[0]
+    if loads[0] > config.sweep_limit:
+        raise InvalidValue(f"sweep_limit: {config.sweep_limit:g} is below the first load ({loads[0]:g}).")
 
 
 def points(config: BenchConfig, offsets: Offsets | None = None, make: Maker | None = None) -> list[Point]:
     """The loads of a configuration with their requests; the same for every arm, and for every run of the same seed.
-
-    Synthetic prompts differ from each other and from point to point, so that no prefix cache can help. Prompts that
-    the user gives are used in order, and again when there are more requests.
 
     Args:
         config: the benchmark.
         offsets: the model's tokenizer for synthetic prompts; None sizes them by words.
         make: makes an input of an encoder task: requests are then lists of `config.batch_size` inputs.
     """
-    loads = [(None, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
-    return [_point(config, index, c, rate, _asked(config, offsets, make)) for index, (c, rate) in enumerate(loads)]
+    loads: list[tuple[str, float]] = [("rate", rate) for rate in config.rate or ()]
+    loads = loads or [("concurrency", concurrency) for concurrency in config.concurrency]
+    return [point_at(config, index, kind, load, offsets, make) for index, (kind, load) in enumerate(loads)]
 
 
-def _asked(config: BenchConfig, offsets: Offsets | None, make: Maker | None) -> Callable[[random.Random, int], Any]:
-    """What request number n asks: of the prompts that were given, or made."""
-    given = config.prompts
-
-    def one(rng: random.Random, number: int) -> Any:
-        if given:
-            return given[number % len(given)]
-        return make(rng) if make else synthetic_prompt(config.prompt_tokens, rng, offsets)
-
-    def many(rng: random.Random, number: int) -> list[Any]:
-        return [one(rng, number * config.batch_size + place) for place in range(config.batch_size)]
-
-    return many if make else one
-
-
-def _point(
+def point_at(
     config: BenchConfig,
     index: int,
-    concurrency: int | None,
-    rate: float | None,
-    asked: Callable[[random.Random, int], Any],
+    kind: str,
+    load: float,
+    offsets: Offsets | None = None,
+    make: Maker | None = None,
 ) -> Point:
-    rng = random.Random(f"{config.seed}/{index}")
+    """One load ("concurrency" or "rate") with its requests.
+
+    Synthetic prompts differ from each other and from point to point, so that no prefix cache can help. Prompts that
+    the user gives are used in order, and again when there are more requests. Lengths that are drawn, and the pattern of
+    the arrivals, are those of the seed at every load: loads then differ by the load alone.
+    """
+    concurrency, rate = (int(load), None) if kind == "concurrency" else (None, load)
+    source = _Source(config, index, rate, offsets, make)
     n_warmup = max(config.warmup, concurrency or 1) if config.warmup else 0
-    arrival = 0.0
-    jobs: list[Job] = []
-    for number in range(n_warmup + config.requests):
-        warm = number < n_warmup
-        which = number if warm or not config.prompts else number - n_warmup
-        prompt = asked(rng, which)
-        prompt_id = f"p{which % len(config.prompts)}" if config.prompts else f"s{index}-{number}"
-        arrival += rng.expovariate(rate) if rate and not warm else 0.0
-        seed = (config.seed + number) % (1 << 62)
-        jobs.append(Job(prompt, prompt_id, seed, warm, 0.0 if warm else arrival))
-    rest = jobs[n_warmup:]
+    warmup = tuple(source.job(warm=True) for _ in range(n_warmup))
+    source.warmed_up()
+    blocks: list[Sequence[Job]] = []
+    passes: list[int] = []
+    for number in range(config.repeat):
+        made = _blocks(config, source, concurrency or 1)
+        blocks += made
+        passes += [number] * len(made)
+    return Point(index, concurrency, rate, warmup, tuple(blocks), tuple(passes))
+
+
+def _blocks(config: BenchConfig, source: _Source, in_flight: int) -> list[Sequence[Job]]:
+    """The blocks of one pass."""
+    source.begin_pass()
+    if config.duration_s is not None and source.rate is None:
+        return [Endless(source.job)]
+    if config.duration_s is not None:
+        jobs = [source.job()]
+        while (job := source.job()).offset_s < config.duration_s:
+            jobs.append(job)
+        return [tuple(jobs)]
+    count = config.requests
+    if config.sweep:  # the same time for every load, about; a closed loop ramps up and down once
+        count = max(count, math.ceil(4 * (source.rate or in_flight)))
+    rest = [source.job() for _ in range(count)]
     half = len(rest) // 2
     # Two blocks an arm (A B B A) cancel a slow drift of the machine; a short block would only measure ramps.
-    split = rate is None and half >= 4 * (concurrency or 1)
-    blocks = (tuple(rest[:half]), tuple(rest[half:])) if split else (tuple(rest),)
-    return Point(index, concurrency, rate, tuple(jobs[:n_warmup]), blocks)
+    split = source.rate is None and half >= 4 * in_flight
+    return [tuple(rest[:half]), tuple(rest[half:])] if split else [tuple(rest)]
+
+
+class _Source:
+    """Makes the jobs of a point, one after another."""
+
+    def __init__(
+        self, config: BenchConfig, index: int, rate: float | None, offsets: Offsets | None, make: Maker | None
+    ) -> None:
+        self.config, self.index, self.rate = config, index, rate
+        self._offsets, self._make = offsets, make
+        self._texts = random.Random(f"{config.seed}/{index}")
+        self._lengths = random.Random(f"{config.seed}/lengths")
+        self._arrivals = random.Random(f"{config.seed}/arrivals")
+        self._number = 0  # of all jobs
+        self._place = 0  # in the pass, or in the warm-up
+        self._at = 0.0
+
+    def warmed_up(self) -> None:
+        """Lengths begin anew, so that those of a point do not depend on how many warm it up."""
+        self._lengths = random.Random(f"{self.config.seed}/lengths")
+
+    def begin_pass(self) -> None:
+        """A pass takes given prompts from the first one on, and its arrivals begin at 0."""
+        self._place, self._at = 0, 0.0
+
+    def job(self, *, warm: bool = False) -> Job:
+        """The next one."""
+        given = self.config.prompts
+        new_tokens = _drawn(self.config.new_tokens, self._lengths)
+        prompt = self._prompt()
+        prompt_id = f"p{self._place % len(given)}" if given else f"s{self.index}-{self._number}"
+        if self.rate and not warm:
+            self._at += self._arrivals.expovariate(1.0) / self.rate
+        seed = (self.config.seed + self._number) % (1 << 62)
+        self._number += 1
+        self._place += 1
+        return Job(prompt, prompt_id, seed, warm, self._at, new_tokens)
+
+    def _prompt(self) -> Any:
+        if self._make is None:
+            return self._one(self._place)
+        size = self.config.batch_size
+        return [self._one(self._place * size + place) for place in range(size)]
+
+    def _one(self, place: int) -> Any:
+        if given := self.config.prompts:
+            return given[place % len(given)]
+        tokens = _drawn(self.config.prompt_tokens, self._lengths)
+        return self._make(self._texts, tokens) if self._make else synthetic_prompt(tokens, self._texts, self._offsets)
+
+
+def _drawn(tokens: Tokens, rng: random.Random) -> int:
+    """The number itself, or one of the range, each as likely."""
+    return tokens if isinstance(tokens, int) else rng.randint(*tokens)
 
 
 def synthetic_prompt(tokens: int, rng: random.Random, offsets: Offsets | None) -> str:
@@ -218,8 +313,8 @@ def synthetic_prompt(tokens: int, rng: random.Random, offsets: Offsets | None) -
 def generation_params(config: BenchConfig, job: Job) -> dict[str, Any]:
     """The arguments of one request: equal work for every arm, whatever the model would like to stop at."""
     params: dict[str, Any] = {
-        "max_new_tokens": config.new_tokens,
-        "min_new_tokens": config.new_tokens,
+        "max_new_tokens": job.new_tokens,
+        "min_new_tokens": job.new_tokens,
         "ignore_eos": True,
         "seed": job.seed,
     }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from miinb.commands import actions, measuring, predicting
+from miinb.commands import actions, keeping, measuring, predicting
 from miinb.commands.context import Context, Settings
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PLANNED, PREDICTION, Option, words
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
@@ -41,7 +42,13 @@ _NO_STREAM = Option("no_stream", "show the answer when it is complete", read=Non
 _SEVERAL = Option("deployments", "compare these: A,B", read=words, short="s", names="deployments")
 _JSON = Option("json", "print JSON", read=None)
 _JSON_LINES = Option("json", "print a line of JSON for each input", read=None)
-_TO = Option("to", "the folder")
+_LOAD = Option("load", "of the runs that were saved in this folder (or exported to this .jsonl file)")
+#: Where the prompts of a benchmark come from besides the cell, and where it goes.
+_KEPT = (
+    Option("prompts", "a file of prompts: .jsonl or .csv (column prompt, or the task's inputs), .txt (a line each)"),
+    Option("save", "keep the run in this folder"),
+    Option("report", "write tables and charts to this HTML file"),
+)
 #: Where the inputs of predict come from besides the line and the cell.
 _PLACES = (
     Option("question", "of the context that is the text (question-answering)"),
@@ -128,38 +135,45 @@ COMMANDS: dict[str, Command] = {
             "bench",
             "measure a deployment, or compare several",
             measuring.bench,
-            (_WHICH, _SEVERAL, *BENCH),
+            (_WHICH, _SEVERAL, *BENCH, *_KEPT),
             body="the prompts, one a line, or parts between lines of ---",
-            example="bench -s fast,plain --concurrency 1,8",
+            example="bench -s fast,plain --sweep concurrency --slo ttft=0.5,tpot=0.05",
         ),
         Command(
             "compare",
             "bench on the deployments that are named",
             measuring.compare,
-            (Option("names", "the deployments", positional=True, many=True, names="deployments"), *BENCH),
+            (Option("names", "the deployments", positional=True, many=True, names="deployments"), *BENCH, *_KEPT),
             body="the prompts, as for bench",
             example="compare fast plain",
         ),
         Command(
             "plot",
             "draw a benchmark run",
-            measuring.plot,
+            keeping.plot,
             (
-                Option("kind", "which chart", choices=measuring.CHARTS, positional=True),
+                Option("kind", "which chart", choices=keeping.CHARTS, positional=True),
                 Option("run", "of this run (default: the last)", names="runs"),
+                _LOAD,
+                Option("metric", "which time (latency, ecdf, frontier)", choices=("e2e_s", "ttft_s", "tpot_s")),
                 Option("save", "write it to this file: .png, .svg, .pdf"),
             ),
             example="plot latency",
         ),
         Command(
             "runs",
-            "list, show, save, load or drop benchmark runs",
-            measuring.runs,
+            "list, show, price, report, save, export, merge, load or drop benchmark runs",
+            keeping.runs,
             (
-                Option("what", "default: list", choices=("list", "show", "save", "load", "drop"), positional=True),
-                Option("name", "the run (default: the last)", positional=True, names="runs"),
-                _TO,
+                Option("what", "default: list", choices=keeping.RUNS, positional=True),
+                Option("names", "the runs (default: the last)", positional=True, many=True, names="runs"),
+                Option("to", "the folder, of export and report the file"),
+                _LOAD,
+                Option("format", "of export (default: the file's ending)", choices=keeping.FORMATS),
+                *(replace(option, help=f"cost: {option.help}") for option in BENCH if option.name in ("slo", "price")),
+                Option("attain", "cost: share of the requests that has to meet --slo (default: 0.9)", float),
             ),
+            example="runs cost --slo ttft=0.5,tpot=0.05 --price 2.5",
         ),
         Command(
             "panel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import Context
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-#: Kinds of charts; `bench.charts` has one for each (it loads matplotlib, so the names stand here too, held by a test).
-CHARTS = (
-    "latency",
-    "throughput",
-    "cost",
-    "frontier",
-    "ecdf",
-    "batch_scaling",
-    "parallel_scaling",
-    "time_split",
-    "memory",
-    "waterfall",
-    "images",
-)
-
 
 def bench(context: Context, values: Values, body: str | None) -> Runs:
     """Measure one deployment, or compare several on the same work."""
@@ -41,11 +27,20 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
     fields = given(values, BENCH)
     if body is not None and body.strip():
         fields["prompts"] = _prompts(body)
+    if values["prompts"]:
+        if "prompts" in fields:
+            raise InvalidValue("bench: prompts in the cell and in a file.", hint="Give them in one place.")
+        fields["prompts"] = Path(values["prompts"])
     if context.settings.price_usd_per_gpu_hour:
         fields.setdefault("price", context.settings.price_usd_per_gpu_hour)
     sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
-    runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, fields)
+    runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
     context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
+    for place, write in (("save", runs.save), ("report", runs.report)):
+        if values[place]:
+            written = write(values[place])
+            if not values.get("quiet"):
+                context.screen.show(f"{'Saved to' if place == 'save' else 'Report:'} {written}")
     return runs
 
 
@@ -67,51 +62,6 @@ def compare(context: Context, values: Values, body: str | None) -> Runs:
     if len(names) < 2:
         raise InvalidValue("compare: name two deployments or more.", hint=f"{context.prog} compare A B")
     return bench(context, {**values, "deployments": names}, body)
-
-
-def plot(context: Context, values: Values, body: str | None) -> Any:
-    """A chart of a benchmark run; the figure."""
-    kind = values["kind"] or "latency"
-    measured = context.run(values["run"])
-    if not values["save"] and not context.in_notebook:
-        raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
-    from miinb.bench import charts
-
-    figure = charts.draw(kind, measured).get_figure()
-    if values["save"]:
-        charts.save(figure, values["save"])
-        if not values.get("quiet"):
-            context.screen.show(f"Saved {values['save']}.")
-    return figure
-
-
-def runs(context: Context, values: Values, body: str | None) -> Any:
-    """List, show, save, load or drop benchmark runs."""
-    import miinb
-
-    what, name = values["what"] or "list", values["name"]
-    if what == "list":
-        rows = [
-            (key, len(run.requests), ", ".join(map(str, run.requests["arm"].unique())))
-            for key, run in context.runs.items()
-        ]
-        note = "" if rows else f"There is no benchmark run yet. Make one: {context.prog} bench"
-        return Table(("run", "requests", "arms"), rows, title="Benchmark runs" if rows else "", note=note)
-    if what == "load":
-        if not values["to"]:
-            raise InvalidValue("runs load: from where?", hint=f"{context.prog} runs load NAME --to FOLDER")
-        context.runs[name or values["to"]] = loaded = miinb.load_runs(values["to"])
-        return loaded
-    run = context.run(name)
-    if what == "show":
-        return run
-    if what == "drop":
-        context.runs = {key: kept for key, kept in context.runs.items() if kept is not run}
-        return "Dropped."
-    if not values["to"]:
-        raise InvalidValue("runs save: where to?", hint=f"{context.prog} runs save NAME --to FOLDER")
-    run.save(values["to"])
-    return f"Saved to {values['to']}."
 
 
 def models(context: Context, values: Values, body: str | None) -> Any:

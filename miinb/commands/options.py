@@ -148,13 +148,18 @@ _GENERATION_HELP = {
     "speculative": "do not guess tokens for this request",
 }
 _BENCH_HELP = {
-    "prompt_tokens": "length of the synthetic prompts",
-    "new_tokens": "tokens of every answer (equal work for all)",
+    "prompt_tokens": "length of the synthetic prompts: 256, or a range: 64-512",
+    "new_tokens": "tokens of every answer (equal work for all): 128, or a range: 32-256",
     "batch_size": "encoder tasks: inputs of one request",
     "requests": "requests at each load",
+    "duration_s": "instead of --requests: seconds at each load",
+    "repeat": "passes over each load; medians and their spread are shown",
     "warmup": "requests before the clock starts",
     "concurrency": "requests in flight: 1,4,16",
     "rate": "arrivals a second instead: 1,2",
+    "sweep": "double the concurrency or the rate until all are saturated",
+    "sweep_limit": "no load of a sweep is above it",
+    "slo": "limits in seconds that make goodput: ttft=0.5,tpot=0.05,e2e=2",
     "seed": "seed of the synthetic prompts and of the arrivals",
     "price": "US dollars an hour of one GPU (or of the machine without one)",
     "check": "compare the answers of the deployments",
@@ -170,6 +175,9 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "eos_token_id": integers,
     "concurrency": integers,
     "rate": floats,
+    "prompt_tokens": str,  # the configuration reads ranges and objectives
+    "new_tokens": str,
+    "slo": str,
 }
 _SHORT = {"max_new_tokens": "n"}
 

@@ -108,7 +108,9 @@ def _load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) ->
     )
     for name, *shapes in sorted(report["mismatched_keys"])[:1]:
         found, wanted = (list(shape) for shape in shapes)
-        raise BrokenCheckpoint(f"{name} has shape {found}, config.json asks for {wanted}.", hint="Fetch the model again.")
+        raise BrokenCheckpoint(
+            f"{name} has shape {found}, config.json asks for {wanted}.", hint="Fetch the model again."
+        )
     missing = sorted(report["missing_keys"])
     if info.task == "feature-extraction":  # its answers are the last hidden states, which a pooler does not touch
         missing = [name for name in missing if "pooler" not in name.split(".")]

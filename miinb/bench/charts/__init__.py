@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from miinb.bench.charts.bars import cost, images, latency, memory, throughput, time_split, waterfall
+from miinb.bench.charts.bars import cost, images, latency, memory, throughput, time_split
 from miinb.bench.charts.curves import batch_scaling, ecdf, frontier, parallel_scaling
+from miinb.bench.charts.steps import waterfall
 from miinb.bench.charts.style import alt_text, png, save, svg
 from miinb.errors import InvalidValue, did_you_mean
 

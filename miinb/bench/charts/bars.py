@@ -1,4 +1,4 @@
-"""Charts of bars: latency, throughput, cost, time split, memory, waterfall, images."""
+"""Charts of bars: latency, throughput, cost, time split, memory, images."""
 
 from __future__ import annotations
 
@@ -175,10 +175,10 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
         ax.barh(range(len(rows)), values * scale, left=left, height=0.66, color=color, label=text)
         left += values.to_numpy() * scale
     for y, value in enumerate(total):
-        _value(ax, value * scale, y, f"{number(value * scale)} {unit}", f"{names[y]}: ")
+        value_label(ax, value * scale, y, f"{number(value * scale)} {unit}", f"{names[y]}: ")
     ax.set_yticks(range(len(rows)), names)
     ax.invert_yaxis()
-    _room(ax)
+    leave_room(ax)
     ax.set_xlabel(f"Memory of the ranks ({unit})", fontsize=9, color=INK)
     ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
     _legend(ax, 3)
@@ -201,48 +201,6 @@ def images(frame: Any, *, ax: Any = None) -> Any:
     per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
     return bars.finish(ax, f"Images per second{per}", "Images over the time of all requests")
-
-
-def waterfall(frame: Any, *, ax: Any = None) -> Any:
-    """What each step saves: arms in the order they ran, each with one change more than the one before.
-
-    Raises:
-        InvalidValue: fewer than three arms, or more than one load or model.
-    """
-    rows = frames.require(frames.summary_of(frame, "waterfall"), ["e2e_p50_s"], "waterfall", "")
-    if len(rows) < 3 or rows["arm"].duplicated().any():
-        raise InvalidValue(
-            "charts.waterfall: draws three or more arms at one load, each a step after the one before.",
-            hint="Compare sessions that differ by one option each, or use charts.latency.",
-        )
-    values = rows["e2e_p50_s"].to_numpy(dtype=float)
-    scale, unit = time_unit(float(values.max()))
-    values = values * scale
-    labels = frames.arm_labels(rows)
-    names = [labels[arm] for arm in rows["arm"]]
-    ax = new_axes(ax, 2.2 + 0.45 * len(rows))
-    for y, value in enumerate(values):
-        ends = y in (0, len(values) - 1)
-        before = values[y - 1] if y else 0.0
-        style = arm_style(rows["arm"].iloc[y], [rows["arm"].iloc[y]]) if ends else {}
-        if ends:
-            ax.barh(y, value, height=0.66, **style)
-        else:
-            ax.barh(y, value - before, left=before, height=0.66, color="#009E73" if value <= before else "#D55E00")
-        change = f" ({value - before:+.3g} {unit})" if y else ""
-        _value(ax, max(value, before), y, f"{number(value)} {unit}{change}", f"{names[y]}: ")
-    ax.set_yticks(range(len(rows)), names)
-    ax.invert_yaxis()
-    _room(ax)
-    ax.set_xlabel(f"Median {unit_word(unit)} per request", fontsize=9, color=INK)
-    ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
-    return finish(
-        ax,
-        title="What each step saves",
-        subtitle=frames.subtitle(rows),
-        caption=frames.caption(rows, "Median; a step in green saves time, in orange it costs"),
-        footer=frames.footer(rows),
-    )
 
 
 class Bars:
@@ -289,7 +247,7 @@ class Bars:
         if self.dots:
             plain_log_ticks(ax, float(self.values.min()) * scale / 3, float(self.values.max()) * scale * 12)
         else:
-            _room(ax)
+            leave_room(ax)
         ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
         return ax
 
@@ -315,7 +273,7 @@ class Bars:
         ratio = self._ratio(index)
         shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
         text = "  ·  ".join(part for part in (shown, ratio, self.notes.get(index, "")) if part)
-        _value(ax, end, y, text, f"{labels[arm]}: ", bold=bool(ratio))
+        value_label(ax, end, y, text, f"{labels[arm]}: ", bold=bool(ratio))
 
     def _ratio(self, index: Any) -> str:
         """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""
@@ -343,7 +301,7 @@ class Bars:
         )
 
 
-def _value(ax: Any, x: float, y: float, text: str, whose: str, *, bold: bool = False) -> None:
+def value_label(ax: Any, x: float, y: float, text: str, whose: str, *, bold: bool = False) -> None:
     """A label at the end of a bar; `whose` goes into the alternative text alone."""
     label = ax.annotate(
         *(text, (x, y)),
@@ -358,7 +316,7 @@ def _value(ax: Any, x: float, y: float, text: str, whose: str, *, bold: bool = F
     label.miinb_whose = whose
 
 
-def _room(ax: Any) -> None:
+def leave_room(ax: Any) -> None:
     """A linear x axis from 0 that leaves room for the longest label behind its bar."""
     figure_in = ax.figure.get_figwidth()
     plot_in = figure_in - 1.7 if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import number
 
 STYLES = ("-", "--", "-.", ":")
+LOG_FROM = 20.0  # spread of times from which a linear axis hides the short ones
 
 
 def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
@@ -40,12 +41,16 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     """
     _check_metric(metric)
     requests = frames.requests_of(frame, "ecdf")
-    rows = frames.summary_of(requests, "ecdf")
+    every = frames.summary_of(requests, "ecdf")
+    rows = _some_loads(every)
     ok = frames.require(measured(requests), [metric], "ecdf", "Try another metric.")
     scale, unit = time_unit(float(ok[metric].max()))
     arms, labels, groups = frames.arms_in(rows), frames.arm_labels(rows), frames.categories(rows)
     styles = {group: STYLES[i % len(STYLES)] for i, group in enumerate(dict.fromkeys(groups))}
     ax = new_axes(ax)
+    wide = ok[metric].quantile(0.99) > LOG_FROM * ok[metric].min() > 0
+    if wide:
+        plain_log_ticks(ax, float(ok[metric].min()) * scale / 1.2, float(ok[metric].max()) * scale * 1.2)
     for (_, row), group_key in zip(rows.iterrows(), groups, strict=True):
         mine = ok[(ok["run_id"] == row["run_id"]) & (ok["arm"] == row["arm"]) & (ok["point"] == row["point"])]
         values = np.sort(mine[metric].dropna().to_numpy(dtype=float)) * scale
@@ -60,8 +65,26 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
                 at = float(np.percentile(values, q))
                 ax.plot([at], [q / 100], "o", color=style["color"], markersize=5)
                 _hidden_value(ax, f"{name} p{q}: {number(at)} {unit}")
+    _percentile_lines(ax, int(rows["n"].max()))
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.set_ylabel("Share of requests", fontsize=9, color=INK)
+    ax.set_xlabel(f"{frames.METRICS[metric]} ({unit}{', log axis' * bool(wide)})", fontsize=9, color=INK)
+    ax.xaxis.grid(True, color="#eeeeee", linewidth=0.7)
+    if len(rows) <= 2:
+        ax.legend(fontsize=8.5, frameon=False, loc="lower right")
+    else:
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1.0))
+    what = "Dots mark percentiles with enough requests"
+    if len(rows) < len(every):
+        what += f"; {rows['point'].nunique()} of {every['point'].nunique()} loads are drawn"
+    return _finish(ax, rows, f"Distribution: {frames.METRICS[metric].lower()}", what)
+
+
+def _percentile_lines(ax: Any, n: int) -> None:
+    """Lines at the percentiles that n requests have."""
     for q, va in ((50, "center"), (95, "top"), (99, "bottom")):
-        if rows["n"].max() < FEWEST[q]:
+        if n < FEWEST[q]:
             continue
         ax.axhline(q / 100, color=GRID, linewidth=0.8, zorder=0)
         ax.annotate(
@@ -73,18 +96,15 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
             color=SOFT,
             va=va,
         )
-    ax.set_ylim(0, 1.02)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    ax.set_ylabel("Share of requests", fontsize=9, color=INK)
-    ax.set_xlabel(f"{frames.METRICS[metric]} ({unit})", fontsize=9, color=INK)
-    ax.xaxis.grid(True, color="#eeeeee", linewidth=0.7)
-    if len(rows) <= 2:
-        ax.legend(fontsize=8.5, frameon=False, loc="lower right")
-    else:
-        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.06, 1.0))
-    return _finish(
-        ax, rows, f"Distribution: {frames.METRICS[metric].lower()}", "Dots mark percentiles with enough requests"
-    )
+
+
+def _some_loads(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of as many points as there are line styles: the first, the last, and some between."""
+    points = list(dict.fromkeys(rows["point"]))
+    if rows["run_id"].nunique() > 1 or len(points) <= len(STYLES):
+        return rows
+    kept = {points[round(i * (len(points) - 1) / (len(STYLES) - 1))] for i in range(len(STYLES))}
+    return rows[rows["point"].isin(kept)]
 
 
 def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float | None = None) -> Any:
@@ -94,41 +114,32 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
         frame: runs, requests or a summary.
         ax: axes to draw on; None makes a figure.
         metric: "e2e_s", "ttft_s" or "tpot_s".
-        slo_s: a latency objective in seconds to draw as a line.
+        slo_s: a latency objective in seconds to draw as a line; None takes that of the runs.
     """
     _check_metric(metric)
     column = f"{metric.removesuffix('_s')}_p50_s"
     rows = frames.require(frames.summary_of(frame, "frontier"), [column], "frontier", "Try another metric.")
     scale, unit = time_unit(float(rows[column].max()))
     ax = new_axes(ax, 4.6)
+    marks: list[tuple[str, float, float, str]] = []
     for name, style, line in _lines(rows):
         x, y = line[column].to_numpy(dtype=float) * scale, line["tok_s_per_gpu"].to_numpy(dtype=float)
         ax.plot(x, y, label=name, **style)
+        full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
+        ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
         for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
             load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else f"{row['concurrency']:.0f}"
-            ax.annotate(
-                *(load, (at_x, at_y)),
-                xytext=(-5, 4),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8.5,
-                color=style["color"],
-            )
-            where = frames.load_label(row)
+            marks.append((load, at_x, at_y, style["color"]))
+            where = frames.load_label(row) + (" (saturated)" if row.get("saturated") is True else "")
             _hidden_value(ax, f"{name}, {where}: {number(at_y)} tokens/s at {number(at_x)} {unit}")
-    plain_log_ticks(ax, float(rows[column].min()) * scale / 1.4, float(rows[column].max()) * scale * 1.4)
+    slo_s = frames.objective_of(rows, metric) if slo_s is None else slo_s
+    ends = [float(rows[column].min()), float(rows[column].max()), *([slo_s] if slo_s else [])]
+    margin = max(1.4, (max(ends) / min(ends)) ** 0.1)
+    plain_log_ticks(ax, min(ends) * scale / margin, max(ends) * scale * margin)
     if slo_s is not None:
-        ax.axvline(slo_s * scale, color="#D55E00", linewidth=1.2, linestyle="--")
-        ax.annotate(
-            *(f"objective {number(slo_s * scale)} {unit}", (slo_s * scale, 1)),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -10),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="#D55E00",
-        )
+        _objective(ax, slo_s * scale, f"objective {number(slo_s * scale)} {unit}")
     ax.set_ylim(0, float(rows["tok_s_per_gpu"].max()) * 1.15)
+    _label_points(ax, marks)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
     per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
@@ -137,7 +148,61 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     ax.legend(fontsize=8.5, frameon=False, loc="best")
     loads = "requests per second" if rows["rate_rps"].notna().any() else "requests in flight"
     return _finish(
-        ax, rows, "Throughput against latency", f"Up and left is better; points are labeled with the {loads}"
+        *(ax, rows, "Throughput against latency"),
+        f"Up and left is better; points are labeled with the {loads}{_saturation_words(rows)}",
+    )
+
+
+def _saturation_words(rows: pd.DataFrame) -> str:
+    marked = "saturated" in rows and (rows["saturated"] == True).any()  # noqa: E712  # None where nothing was swept
+    return "; a ring marks where the arm is saturated" if marked else ""
+
+
+#: Where a point's label may stand: offset in points, horizontal and vertical alignment.
+_PLACES = (
+    ((-5, 4), "right", "bottom"),
+    ((5, -4), "left", "top"),
+    ((5, 4), "left", "bottom"),
+    ((-5, -4), "right", "top"),
+)
+
+
+def _label_points(ax: Any, marks: Sequence[tuple[str, float, float, str]]) -> None:
+    """Each point's label where no earlier label or point is; none where all places are taken."""
+    figure_in, box = ax.figure.get_size_inches(), ax.get_position()
+    size = (box.width * figure_in[0] * 72, box.height * figure_in[1] * 72)  # in points, about: layout comes later
+    points = [np.array(ax.transLimits.transform(ax.transScale.transform((x, y)))) * size for _, x, y, _ in marks]
+    taken = [(point[0] - 3, point[1] - 3, point[0] + 3, point[1] + 3) for point in points]
+    for (text, x, y, color), point in zip(marks, points, strict=True):
+        width, height = 5.2 * len(text), 8.5
+        for (dx, dy), ha, va in _PLACES:
+            left = point[0] + dx - (width if ha == "right" else 0)
+            low = point[1] + dy - (height if va == "top" else 0)
+            here = (left, low, left + width, low + height)
+            if low < 0 or any(_overlap(here, other) for other in taken):
+                continue
+            taken.append(here)
+            ax.annotate(
+                *(text, (x, y)), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8.5, color=color
+            )
+            break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _objective(ax: Any, at: float, text: str) -> None:
+    """A dashed line at a latency that is the limit."""
+    ax.axvline(at, color="#D55E00", linewidth=1.2, linestyle="--")
+    ax.annotate(
+        *(text, (at, 1)),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, -10),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#D55E00",
     )
 
 
@@ -184,7 +249,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, a
     ticks = sorted(set(rows[by]))
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
-    ax.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.33)
+    ax.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.4)
     ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
     ax.minorticks_off()
     plain_numbers(ax.yaxis)

@@ -69,6 +69,16 @@ def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) 
     return rows
 
 
+def objective_of(frame: pd.DataFrame, metric: str) -> float | None:
+    """The limit of a latency that all runs of the frame were measured with, in seconds."""
+    env = frame.attrs.get("env", {})
+    found = {
+        (env.get(run_id, {}).get("workload", {}).get("slo") or {}).get(metric.removesuffix("_s"))
+        for run_id in frame["run_id"].dropna().unique()
+    }
+    return found.pop() if len(found) == 1 else None
+
+
 def arms_in(frame: pd.DataFrame) -> list[str]:
     """The arms in drawing order: the baselines, then as they ran."""
     arms = list(dict.fromkeys(frame["arm"]))

@@ -36,7 +36,7 @@ PARTS = {
 }
 INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
 WIDTH_IN = 7.4
-WRAP = 136
+WRAP = 122
 DPI = 144
 
 

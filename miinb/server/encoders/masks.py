@@ -15,7 +15,6 @@ from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.encoders.variants import Variants, texts_of
 from miinb.server.encoders.windows import fitted
 
-
 #: Most characters of an answer's texts: each fill has the whole text with it.
 MAX_CHARACTERS = 1 << 26
 #: What a fill takes besides its text, in characters.

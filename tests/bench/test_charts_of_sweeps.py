@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from test_charts import TWO, make, words
+
+from miinb.bench import charts
+from miinb.bench.records import Runs
+
+STEPS = {"baseline": 2.0, "fused": 1.5, "graphs": 0.6, "lookup": 0.65, "int8": 0.4}
+
+
+def swept(loads: tuple[int, ...] = (1, 2, 4, 8)) -> Runs:
+    runs = make(TWO, loads=loads)
+    found = {"kind": "concurrency", "point": 2, "load": 4, "why": "throughput", "reason": "throughput +1.0%"}
+    runs.env["r1"]["saturation"] = {"optimized": found, "baseline": {**found, "why": "limit"}}
+    runs.env["r1"]["workload"]["slo"] = {"e2e": 1.0, "ttft": 0.3}
+    runs.requests.attrs["env"] = runs.env
+    return runs
+
+
+def rings(ax: object) -> list[tuple[float, float]]:
+    lines = [line for line in ax.lines if line.get_markersize() == 13]  # type: ignore[attr-defined]
+    return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_the_frontier_marks_saturation_and_the_objective_of_the_runs() -> None:
+    runs = swept()
+    ax = charts.frontier(runs)
+    row = runs.summary[(runs.summary["arm"] == "optimized") & (runs.summary["concurrency"] == 4)].iloc[0]
+    (ring,) = rings(ax)
+    assert ring == pytest.approx((row["e2e_p50_s"], row["tok_s_per_gpu"]))
+    assert "objective 1.00 s" in words(ax)
+    assert "a ring marks where the arm is saturated" in words(ax)
+    assert "concurrency 4 (saturated)" in charts.alt_text(ax)
+    assert "objective 300 ms" in words(charts.frontier(runs, metric="ttft_s"))
+    assert "objective" not in words(charts.frontier(runs, metric="tpot_s"))
+    assert "objective 2.00 s" in words(charts.frontier(runs, slo_s=2.0))
+    assert not rings(charts.frontier(make(TWO, loads=(1, 4))))
+
+
+def test_labels_of_near_points_do_not_cover_each_other() -> None:
+    runs = swept((1, 2, 4, 8))
+    runs.requests["e2e_s"] = 1.0
+    runs.requests["t_rel_s"] = 0.0
+    ax = charts.frontier(runs)
+    ax.figure.canvas.draw()
+    labels = [text for text in ax.texts if text.get_text() in ("1", "2", "4", "8")]
+    boxes = [label.get_window_extent() for label in labels]
+    assert labels
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_the_waterfall_goes_down_to_its_floor() -> None:
+    runs = make(STEPS)
+    ax = charts.waterfall(runs, floor_s=0.25)
+    assert "floor 0.250 s" in words(ax)
+    assert "dashed: the least that the hardware allows" in words(ax)
+    ends = [(round(bar.get_x(), 3), round(bar.get_x() + bar.get_width(), 3)) for bar in ax.patches if bar.get_width()]
+    assert ends == [(0, 2.0), (1.5, 2.0), (0.6, 1.5), (0.6, 0.65), (0, 0.4), (0.4, 0.65)]
+    assert "floor" not in words(charts.waterfall(runs))
+    runs.env["r1"]["arms"] = {"int8": {"floor_s": 0.01}}  # seconds a token, of 20
+    runs.requests.attrs["env"] = runs.env
+    assert "floor 0.200 s" in words(charts.waterfall(Runs(runs.requests.to_dict("records"), runs.env)))
+
+
+def test_a_distribution_of_many_loads_shows_some_and_says_so() -> None:
+    runs = make(TWO, loads=(1, 2, 4, 8, 16, 32, 64))
+    ax = charts.ecdf(runs)
+    assert len(ax.get_legend().get_texts()) == 8
+    assert "4 of 7 loads are drawn" in words(ax)
+    assert ax.get_xscale() == "linear"
+    runs.requests.loc[::3, "e2e_s"] = 100.0
+    wide = charts.ecdf(runs)
+    assert wide.get_xscale() == "log"
+    assert "log axis" in wide.get_xlabel()
+
+
+def test_every_kind_takes_any_frame_and_the_axes_that_it_is_given() -> None:
+    runs = make(STEPS, images=1.0)
+    many = make(TWO, loads=(1, 4))
+    more = make(TWO, run_id="r2")
+    more.requests["tp"] = 2
+    frames = dict.fromkeys(charts.KINDS, runs) | {"batch_scaling": many, "parallel_scaling": make(TWO) + more}
+    for kind, found in frames.items():
+        forms = [found, found.requests] + ([] if kind in ("ecdf", "time_split") else [found.summary])
+        for form in forms:
+            ax = Figure().add_subplot()
+            assert charts.draw(kind, form, ax=ax) is ax, kind
+            assert charts.alt_text(ax)
+
+
+def test_captions_stay_inside_the_figure() -> None:
+    runs = swept((1, 2, 4, 8, 16))
+    cpu = {"model": "Intel(R) Xeon(R) Processor W", "cores": 128, "flags": ["AVX512-BF16", "AMX-BF16", "AMX-INT8"]}
+    runs.env["r1"]["host"] = {"cpu": cpu, "gpus": [], "versions": {"torch": "2.13.0+cpu", "transformers": "5.24.0"}}
+    ax = charts.frontier(Runs(runs.requests.to_dict("records"), runs.env))
+    ax.figure.canvas.draw()
+    (caption,) = [text for text in ax.texts if text.get_gid() == "miinb-caption"]
+    assert caption.get_window_extent().x1 <= ax.figure.bbox.x1
+
+
+def test_one_request_and_failures_alone() -> None:
+    one = make({"optimized": 1.0}, n=1)
+    for kind in ("latency", "throughput", "ecdf", "frontier", "time_split"):
+        assert charts.alt_text(charts.draw(kind, one))
+    one.requests["status"] = "error"
+    failed = Runs(one.requests.to_dict("records"), one.env)
+    assert "error" not in repr(failed)
+    assert failed.summary.iloc[0]["n_failed"] == 1
+    assert np.isnan(failed.summary.iloc[0]["req_s"])
+    assert failed.percentiles.empty

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from stand_in import StandIn
+from test_records import make
+
+import miinb
+from miinb import commands
+from miinb.commands.context import Context
+from miinb.errors import InvalidValue
+
+
+def do(context: Context, *words: str, body: str | None = None) -> Any:
+    command = commands.find(words[0])
+    return commands.execute(context, command, commands.parse(command, words[1:], prog=context.prog), body)
+
+
+@pytest.fixture
+def context() -> Context:
+    return Context(prog="%mii", runs={"a": make("a"), "b": make("b")})
+
+
+def test_runs_are_listed_shown_merged_and_dropped(context: Context) -> None:
+    assert [row[0] for row in do(context, "runs").rows] == ["a", "b"]
+    assert do(context, "runs", "show", "a") is context.runs["a"]
+    assert len(do(context, "runs", "show", "a", "b")) == 2
+    assert len(do(context, "runs", "merge", "a", "b")) == 2
+    assert list(context.runs) == ["a", "b", "a+b"]
+    do(context, "runs", "drop", "a", "b")
+    assert list(context.runs) == ["a+b"]
+    with pytest.raises(InvalidValue, match="no run 'c'"):
+        do(context, "runs", "drop", "c")
+    with pytest.raises(InvalidValue, match="two runs or more"):
+        do(context, "runs", "merge", "a+b")
+
+
+def test_runs_are_saved_and_found_again(context: Context, tmp_path: Path) -> None:
+    do(context, "runs", "save", "a", "b", "--to", str(tmp_path))
+    other = Context(prog="miinb")
+    assert [row[0] for row in do(other, "runs", "--load", str(tmp_path)).rows] == ["a", "b"]
+    assert len(do(other, "runs", "show", "b", "--load", str(tmp_path))) == 1
+    assert len(do(other, "runs", "load", "mine", "--to", str(tmp_path))) == 2
+    assert list(other.runs) == ["mine"]
+    with pytest.raises(InvalidValue, match="no runs here") as failure:
+        do(Context(prog="miinb"), "runs", "show")
+    assert "--save FOLDER" in failure.value.hint
+
+
+@pytest.mark.parametrize(("name", "read"), [("x.jsonl", lambda p: pd.read_json(p, lines=True)), ("x.csv", pd.read_csv)])
+def test_runs_are_exported(context: Context, tmp_path: Path, name: str, read: Any) -> None:
+    do(context, "runs", "export", "a", "b", "--to", str(tmp_path / name))
+    assert len(read(tmp_path / name)) == 20
+    assert set(json.loads((tmp_path / f"{name}.meta.json").read_text())["env"]) == {"a", "b"}
+    with pytest.raises(InvalidValue, match="which format"):
+        do(context, "runs", "export", "--to", str(tmp_path / "x.xlsx"))
+
+
+def test_json_lines_are_read_back(tmp_path: Path) -> None:
+    runs = make("a") + make("b")
+    back = miinb.load_runs(runs.to_jsonl(tmp_path / "runs.jsonl"))
+    pd.testing.assert_frame_equal(back.requests, runs.requests.reset_index(drop=True), check_dtype=False)
+    assert back.env == json.loads(json.dumps(runs.env))
+    (tmp_path / "runs.jsonl.meta.json").unlink()
+    assert len(miinb.load_runs(tmp_path / "runs.jsonl")) == 2
+    (tmp_path / "other.jsonl").write_text('{"prompt": "x"}\n')
+    for path in (tmp_path / "other.jsonl", runs.to_csv(tmp_path / "runs.csv")):
+        with pytest.raises(InvalidValue):
+            miinb.load_runs(path)
+
+
+def test_the_answer_on_cost_is_a_command(context: Context) -> None:
+    table = do(context, "runs", "cost", "a", "--slo", "e2e=1.5", "--price", "3.6", "--attain", "1")
+    assert table.answer.startswith("Cheapest with total at most 1.5 s for 100% of the requests: optimized")
+    context.settings.price_usd_per_gpu_hour = 2.0
+    assert "$" in do(context, "runs", "cost").answer
+    with pytest.raises(InvalidValue, match="no objective 'e2f'"):
+        do(context, "runs", "cost", "--slo", "e2f=1")
+
+
+def test_a_bench_by_command_with_all_that_is_new(tmp_path: Path) -> None:
+    session = StandIn(name="one")
+    session.state = "ready"
+    session.bench = lambda **fields: miinb.bench.runner.bench(session, progress=lambda *_: None, **fields)
+    context = Context(prog="%mii", sessions={"one": session})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "first"}\n{"prompt": "second"}\n')
+    words = ["bench", "-d", "one", "--prompts", str(prompts), "--new-tokens", "2-4", "--repeat", "2", "--warmup", "0"]
+    words += ["--slo", "e2e=60", "--requests", "2", "--run", "mine", "--save", str(tmp_path / "kept")]
+    runs = do(context, *words, "--report", str(tmp_path / "report.html"))
+    assert session.prompts == ["first", "second"] * 2
+    assert runs.summary.iloc[0]["slo_share"] == 1.0
+    assert miinb.load_runs(tmp_path / "kept").select("mine").requests["itl_s"].notna().all()
+    assert "SLO met" in (tmp_path / "report.html").read_text()
+    with pytest.raises(InvalidValue, match="in the cell and in a file"):
+        do(context, *words, body="hello")
+    do(context, "bench", "-d", "one", "--sweep", "concurrency", "--sweep-limit", "1", "--new-tokens", "2")
+    assert list(context.runs) == ["mine", "run-2"]
+
+
+def test_plots_take_a_metric_and_a_folder(context: Context, tmp_path: Path) -> None:
+    context.runs["a"].save(tmp_path / "kept")
+    target = tmp_path / "chart.svg"
+    do(
+        Context(prog="miinb"),
+        "plot",
+        "latency",
+        "--load",
+        str(tmp_path / "kept"),
+        "--metric",
+        "ttft_s",
+        "--save",
+        str(target),
+    )
+    assert "first token" in target.read_text()
+    with pytest.raises(InvalidValue, match="memory has no metric"):
+        do(context, "plot", "memory", "--metric", "ttft_s")
+
+
+def test_a_report_begins_with_its_answers_and_escapes_what_models_say(tmp_path: Path) -> None:
+    runs = make("a", n=3)
+    runs.env["a"]["workload"]["price"] = 2.0
+    runs.env["a"]["arms"] = {"optimized": {"model": "<script>alert(1)</script>", "load_s": 1.5, "peak_mem_bytes": 5e8}}
+    runs.env["a"]["name"] = "<b>mine</b>"
+    runs.requests.loc[0, ["status", "error"]] = ["error", "<img src=x>: <script>"]
+    text = runs.report(tmp_path / "report.html").read_text()
+    assert "optimized: 2.0x faster" in text
+    assert "Cheapest: optimized" in text
+    assert "500 MB" in text
+    assert "<script" not in text
+    assert "<b>mine" not in text
+    assert "<img src=x" not in text
+    assert text.index("faster") < text.index("<table")
+
+
+def test_a_report_of_failures_alone_is_still_a_report(tmp_path: Path) -> None:
+    runs = make("a", n=2)
+    runs.requests["status"], runs.requests["error"] = "error", "QueueFull: no place"
+    runs.env["a"]["workload"] = {"price": 1.0, "slo": {"e2e": 1.0}}
+    runs.requests["slo_met"] = False
+    text = runs.report(tmp_path / "report.html").read_text()
+    assert "2 (QueueFull 2)" in text
+    assert "Cheapest" not in text
