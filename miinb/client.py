@@ -176,9 +176,10 @@ class Client:
     def predict(
         self,
         inputs: Any,
+        advance: Callable[[int], object] = lambda count: None,
+        /,
         *,
         timeout_s: float | None = None,
-        advance: Callable[[int], object] = lambda count: None,
         **options: Any,
     ) -> Predictions:
         """Predictions of an encoder task, one list for each input, in order.
@@ -186,8 +187,8 @@ class Client:
         Args:
             inputs: a text, a dictionary of the task's inputs ({"question": ..., "context": ...}), or any number of
                 them: a list, tuple, generator, pandas Series or numpy array. Many go in several calls.
-            timeout_s: limit of the whole request, seconds.
             advance: called with the number of inputs that have been answered since, where there are several calls.
+            timeout_s: limit of the whole request, seconds.
             options: the task's own (`top_k`, ...).
 
         Raises:

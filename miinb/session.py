@@ -233,10 +233,8 @@ class Session:
             RequestError: the request was refused or failed; the message says which input's (`inputs[1500]`).
             Interrupted: the Stop button was pressed.
         """
-        if "advance" in options:  # the client's own
-            raise InvalidRequest(f"{self.task} has no option 'advance'.")
         with cell.counting("predict") as advance:
-            return self._client.predict(inputs, advance=advance, **options)
+            return self._client.predict(inputs, advance, **options)
 
     def stream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> Stream:
         """Chunks of the answer to a prompt or a conversation; `.cancel()` ends it, `.result` holds the whole."""

@@ -270,6 +270,48 @@ def test_running_calls_end_while_the_frontend_drains_and_new_ones_are_refused(fr
     assert not path_of(frontend).exists()
 
 
+def test_all_calls_of_a_list_end_while_the_frontend_drains(tmp_path: Path) -> None:
+    begun: list[str] = []
+
+    async def run() -> None:
+        async def answer(data: bytes, left_s: float) -> bytes:
+            begun.append(codec.request_id(data))
+            await asyncio.sleep(0.02)
+            return data
+
+        async def ask(*requests: str) -> list[bool]:
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "predict.sock"))
+            failed = []
+            for request in requests:
+                data = codec.encode_predict([{"query": "a"}], {}, request)
+                writer.write(REQUEST.pack(len(data), 10.0) + data)
+                length, wrong = ANSWER.unpack(await reader.readexactly(ANSWER.size))
+                await reader.readexactly(length)
+                failed.append(bool(wrong))
+                if request == "first":
+                    connected.set()
+                    await stopping.wait()
+            writer.close()
+            return failed
+
+        server, connected, stopping = DirectServer(answer, most=9), asyncio.Event(), asyncio.Event()
+        await server.start(tmp_path / "predict.sock")
+        other = asyncio.ensure_future(ask("first", "new"))
+        await connected.wait()
+        calls = asyncio.ensure_future(ask("list", "list", "list"))
+        while "list" not in begun:
+            await asyncio.sleep(0)
+        stop = asyncio.ensure_future(server.stop(30.0))
+        await asyncio.sleep(0)
+        stopping.set()
+        assert await calls == [False, False, False]
+        assert await other == [False, True]
+        await stop
+
+    asyncio.run(run())
+    assert begun == ["first", "list", "list", "list"]
+
+
 def test_a_second_sigterm_tells_the_running_calls(fresh: Any) -> None:
     frontend = fresh()
     with frontend.client() as client, ThreadPoolExecutor(1) as pool:

@@ -18,7 +18,8 @@ import pytest
 from miinb import errors
 from miinb.asking import task_inputs
 from miinb.client import Client
-from miinb.predicting import CALL_BYTES, CALL_INPUTS, MAX_CALLS, cut
+from miinb.messages import PredictedEvent
+from miinb.predicting import CALL_BYTES, CALL_INPUTS, MAX_CALLS, PredictCalls, cut
 from miinb.predictions import Label
 from miinb.queries import query
 from miinb.rpc import codec
@@ -42,10 +43,35 @@ def client(server: PredictServer) -> Iterator[Client]:
     client.close()
 
 
+def test_a_list_waits_for_room_in_a_full_queue_and_a_single_call_does_not() -> None:
+    refusals = iter([True, False, True, True])
+    answer = codec.encode_predicted(PredictedEvent([[{"label": "A", "score": 1.0}]], 0.0, 0.0, 0.0, 0.0, b"", 0))
+
+    class Call:
+        def result(self) -> bytes:
+            if next(refusals, False):
+                raise errors.QueueFull("2 requests wait already.")
+            return answer
+
+        def cancel(self) -> None:
+            pass
+
+    rows: list[dict[str, Any]] = []
+    calls = PredictCalls(lambda data, left_s: Call(), rows.append)
+    with pytest.raises(errors.QueueFull):
+        calls.run([{"query": "a"}], {}, 10.0, alone=True)
+    inputs = [{"query": "a"}] * (CALL_INPUTS + 1)
+    assert len(calls.run(inputs, {}, 10.0, alone=False).outputs) == 2
+    assert [row["status"] for row in rows] == ["error", "ok", "ok"]
+    refusals = iter([True] * 1000)
+    with pytest.raises(errors.QueueFull):
+        calls.run(inputs, {}, 0.2, alone=False)
+
+
 def test_a_long_list_goes_in_calls_and_keeps_its_order(server: PredictServer, client: Client) -> None:
     answered: list[int] = []
     server.least = 2
-    found = client.predict(TEXTS, advance=answered.append)
+    found = client.predict(TEXTS, answered.append)
     assert found == [[Label("length", float(len(text)))] for text in TEXTS]
     assert found.inputs == TEXTS
     assert sum(server.calls) == sum(answered) == len(TEXTS)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miinb import models
+from miinb import encoder_planner, models
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, loading
 from miinb.engine.encoder import Encoder, EncoderBatch
@@ -110,7 +110,14 @@ def test_a_head_whose_weights_are_missing(folders: dict[str, Path]) -> None:
         base.serving(base.task("fill-mask"))
     assert e.value.hint == "It serves feature-extraction; use a model trained for fill-mask."
     classifier = models.inspect(folders["text-classification"])
-    assert classifier.serving("token-classification").encoder is not None, "the same tensors make one"
+    tokens = classifier.serving("token-classification")
+    assert tokens.encoder is not None, "the same tensors make one"
+    choice = Plan("optimized", "cpu", "fp32")
+    assert (
+        "was this head trained for token-classification"
+        in encoder_planner.head(choice, tokens, "token-classification").warnings[0]
+    )
+    assert not encoder_planner.head(choice, classifier, "text-classification").warnings
     with pytest.raises(MissingHead, match=r"qa_outputs"):
         classifier.serving("question-answering")
     with pytest.raises(UnsupportedModel, match="does not serve text-generation"):
@@ -127,6 +134,13 @@ def test_tensors_that_nobody_knows_or_that_do_not_fit(folders: dict[str, Path], 
     ):
         with pytest.raises(error, match=words):
             load(edit(folder, tmp_path / place, change), "text-classification")
+
+
+def test_half_a_head_is_damage(folders: dict[str, Path], tmp_path: Path) -> None:
+    half = edit(folders["text-classification"], tmp_path / "half", lambda tensors: tensors.pop("classifier.bias"))
+    with pytest.raises(MissingHead, match=r"only a part of the head .*: classifier\.bias is missing") as caught:
+        models.inspect(half).serving("text-classification")
+    assert "damaged" in caught.value.hint
 
 
 @pytest.mark.parametrize("task", HEADS)
