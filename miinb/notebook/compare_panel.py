@@ -15,7 +15,16 @@ import ipywidgets as W
 
 from miinb.errors import MiinbError
 from miinb.notebook import cards
-from miinb.notebook.controls import GENERATING, DeploymentChoice, GenerationControls, button, named, save_link, tick
+from miinb.notebook.controls import (
+    GENERATING,
+    DeploymentChoice,
+    GenerationControls,
+    button,
+    named,
+    prompt_area,
+    save_link,
+    tick,
+)
 from miinb.notebook.history import History
 from miinb.notebook.pair_cards import Side, Sides, marks_of, pair_card, speed_words, text_html, times_card
 from miinb.notebook.streaming import Throttle
@@ -159,16 +168,7 @@ class ComparePanel(WorkPanel):
         self.blind = tick("blind", "Shuffle the sides, and hide names and times until you have voted")
 
     def _make_controls(self) -> None:
-        self.prompt = named(
-            W.Textarea(
-                description="Prompt",
-                tooltip="The text that both models continue",
-                placeholder="Once upon a time",
-                rows=4,
-                layout={"width": "auto"},
-            ),
-            "prompt",
-        )
+        self.prompt = prompt_area("The text that both models continue")
         self.run = button("Compare", "compare", "Ask both models", self.compare, button_style="primary", icon="play")
         self.halt = self._halt("End the answers; the texts so far stay")
         self.controls = GenerationControls()

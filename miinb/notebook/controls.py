@@ -35,6 +35,12 @@ def button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None], *
     return made
 
 
+def prompt_area(tooltip: str) -> Any:
+    """Where a prompt is written."""
+    example = {"placeholder": "Once upon a time", "rows": 4, "layout": {"width": "auto"}}
+    return named(W.Textarea(description="Prompt", tooltip=tooltip, **example), "prompt")
+
+
 def save_link(text: str, filename: str, label: str) -> str:
     """HTML of a link that saves this text; the text travels inside it."""
     data = base64.b64encode(text.encode("utf-8", "replace")).decode()

@@ -11,7 +11,15 @@ import ipywidgets as W
 
 from miinb.commands.screen import printable
 from miinb.notebook import cards
-from miinb.notebook.controls import GENERATING, DeploymentChoice, GenerationControls, button, named, save_link
+from miinb.notebook.controls import (
+    GENERATING,
+    DeploymentChoice,
+    GenerationControls,
+    button,
+    named,
+    prompt_area,
+    save_link,
+)
 from miinb.notebook.history import History
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
@@ -89,16 +97,7 @@ class TextPanel(WorkPanel):
         )
         self._choices = (self._choice,)
         self.deployment = self._choice.control
-        self.prompt = named(
-            W.Textarea(
-                description="Prompt",
-                tooltip="The text that the model continues",
-                placeholder="Once upon a time",
-                rows=4,
-                layout={"width": "auto"},
-            ),
-            "prompt",
-        )
+        self.prompt = prompt_area("The text that the model continues")
         self.run = button("Generate", "generate", "Ask the model", self.generate, button_style="primary", icon="play")
         self.halt = self._halt("End the answer; the text so far stays")
         self.again = button(
