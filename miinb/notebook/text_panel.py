@@ -16,7 +16,6 @@ from miinb.notebook.controls import (
     DeploymentChoice,
     GenerationControls,
     button,
-    named,
     prompt_area,
     save_link,
 )
