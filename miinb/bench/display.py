@@ -60,7 +60,7 @@ def _row(row: pd.Series, *, many_models: bool, many_runs: bool, many_sizes: bool
         "$/1k texts": number(row["usd_per_1k_texts"], ""),
         "$/1k images": number(row["usd_per_1k_images"], ""),
         "memory": _size(row["peak_mem_bytes"]),
-        "load s": number(row["load_s"], ""),
+        "loading s": number(row["load_s"], ""),
         "speed-up": _speedup(row),
         "same answers": _answers(row),
     }

@@ -56,7 +56,12 @@ def ratio(suite: str, row: pd.Series, base: pd.Series | None) -> float:
 
 
 def floor_share(suite: str, facts: Mapping[str, Any], row: pd.Series) -> float:
-    """The least time of a request over its own; NaN where the suite has no floor."""
+    """The least time of a request over its own; NaN where the suite has no floor.
+
+    On a CPU the floor is that of fp32's products: other precisions have instructions that go below it, and none here.
+    """
+    if facts.get("device") == "cpu" and row["dtype"] != "fp32":
+        return NAN
     return float(facts.get("floor_s") or NAN) / float(row["e2e_p50_s"])
 
 
