@@ -72,7 +72,7 @@ def write_report(runs: Runs, path: Path) -> Path:
 
 def _measures(runs: Runs) -> pd.DataFrame:
     """The narrow table without what "What runs" tells."""
-    return narrow(runs.summary).drop(columns=["memory", "load s"], errors="ignore")
+    return narrow(runs.summary).drop(columns=["memory", "loading s"], errors="ignore")
 
 
 def _section(title: str, body: str) -> str:
@@ -144,7 +144,7 @@ def setup(runs: Runs) -> pd.DataFrame:
                     "weights": _size(sizes["weights"]),
                     "KV cache": _size(sizes["kv_cache"]),
                     "most memory": _size(sizes["peak_mem"]),
-                    "load s": number(float(facts.get("load_s") or NAN), ""),
+                    "loading s": number(float(facts.get("load_s") or NAN), ""),
                 }
             )
     frame = pd.DataFrame(rows, columns=None if rows else ["arm"])

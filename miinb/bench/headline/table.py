@@ -60,7 +60,7 @@ def _row(suite: str, env: Mapping[str, Any], row: pd.Series) -> dict[str, str]:
             "of weights": number(peak / weights, ""),
             "KV GB": number((facts.get("kv_cache_bytes") or NAN) / 1e9, ""),
             "planned GB": number((facts.get("kv_planned_bytes") or NAN) / 1e9, ""),
-            "load s": number(facts.get("load_s") or NAN, ""),
+            "loading s": number(facts.get("load_s") or NAN, ""),
         }
     if suite in AT_ONCE:
         rate, floor = tok_s(env, row), facts.get("floor_tok_s") or NAN
