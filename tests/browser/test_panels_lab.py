@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab import CHROMIUM, FLAGS, Lab, Notebook
-from playwright.sync_api import Page, sync_playwright
+from lab import Lab, Notebook
+from playwright.sync_api import Page
 
 from miinb.demo import tiny_encoder, tiny_model
 
@@ -39,14 +39,6 @@ def lab() -> Iterator[Lab]:
         yield lab
     finally:
         lab.close()
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser.new_page(viewport={"width": 1200, "height": 1600})
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,12 @@ class PlainText:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> PlainText | None:
         """Of a tokenizer; None where it has no such normalizer, or added tokens that this way could miss or invent."""
+        if type(tokenizer.normalizer).__name__ != "BertNormalizer":
+            return None  # before a vocabulary of any size is written out
         values = json.loads(tokenizer.to_str())
-        normalizer, added = values["normalizer"] or {}, values["added_tokens"]
-        lowercase = bool(normalizer.get("lowercase"))
+        added, lowercase = values["added_tokens"], bool(values["normalizer"]["lowercase"])
         tokens = [token["content"] for token in added]
-        if normalizer.get("type") != "BertNormalizer" or any(token["normalized"] for token in added):
+        if any(token["normalized"] for token in added):
             return None
         if lowercase and any(token == token.lower() for token in tokens):
             return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,13 +65,14 @@ class EncoderText:
         self.keep_end = config.get("truncation_side") == "left"
         self.has_types = "token_type_ids" in config.get("model_input_names", ())
         self.has_words = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
-        self.prefix, self.anchor, self.suffix = _parts(tokenizer)
+        vocab = tokenizer.get_vocab()
+        self.prefix, self.anchor, self.suffix = _parts(tokenizer, vocab)
         self._plain = PlainText.of(tokenizer)
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
         self.pieces: dict[int, Piece] = {}
-        self._highest = max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
+        self._highest = max(vocab.values(), default=-1)  # ids may have gaps
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
         self._task: asyncio.Task[None] | None = None  # tokenizes what waits; None: nothing does
 
@@ -195,12 +197,12 @@ class EncoderText:
         return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
 
 
-def _parts(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+def _parts(tokenizer: Tokenizer, vocab: Iterable[str]) -> tuple[list[int], list[int], list[int]]:
     """The special tokens before a text, the tokens of some ordinary text, and the special tokens behind it.
 
     Not every tokenizer has a token for "a" (of a DNA, say): then its own words are tried.
     """
-    for word in ("a", *tokenizer.get_vocab()):
+    for word in chain(("a",), vocab):
         probe = tokenizer.encode(word)
         added = probe.special_tokens_mask
         if 0 in added:
