@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def _read(path: Path) -> list[Any]:
     if ending == ".jsonl":
         found = _json_lines(text, path)
     elif ending == ".csv":
-        table = list(csv.reader(text.splitlines(keepends=True)))
+        table = list(csv.reader(io.StringIO(text, newline="")))
         if short := next((n for n, row in enumerate(table, 1) if row and len(row) != len(table[0])), 0):
             raise InvalidValue(
                 f"prompts: row {short} of {path} has {len(table[short - 1])} cells, not {len(table[0])}."
@@ -85,7 +86,7 @@ def _read(path: Path) -> list[Any]:
             {column: [row[i] for row in rows] for i, column in enumerate(table[0])} if table else {}, path
         )
     elif ending == ".txt":
-        found = [line for line in text.splitlines() if line.strip()]
+        found = [line for line in text.split("\n") if line.strip()]  # at no other character, as `predict` reads them
     else:
         raise InvalidValue(f"prompts: {path} is none of {', '.join(ENDINGS)}.")
     if not found:

@@ -201,3 +201,9 @@ def test_passes_have_new_prompts_and_take_turns() -> None:
     assert runs.summary["passes"].eq(3).all()
     given = bench(StandIn(), ["a", "b"], repeat=2, warmup=0, requests=2, new_tokens=2, progress=quiet)
     assert list(given.requests["prompt_id"]) == ["p0", "p1", "p0", "p1"]
+
+
+@pytest.mark.parametrize(("name", "head"), [("p.txt", ""), ("p.csv", "prompt\n")])
+def test_a_prompt_may_hold_what_is_a_line_end_elsewhere(tmp_path: Path, name: str, head: str) -> None:
+    (tmp_path / name).write_text(f"{head}one\u2028two\nthree\x0cfour\n", encoding="utf-8")
+    assert prompts_of(tmp_path / name) == ["one\u2028two", "three\x0cfour"]
