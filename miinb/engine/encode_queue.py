@@ -50,6 +50,7 @@ class Job:
     token_ids: Ids
     type_ids: Ids | None
     lengths: Numbers
+    longest: int
     order: Numbers | None
     token_starts: Numbers
     row_starts: Numbers
@@ -70,6 +71,9 @@ class Job:
 
     def store(self, piece: Piece, values: NDArray[np.float32], ids: NDArray[np.int32] | None) -> None:
         """Take over the results of some sequences, [rows of theirs, columns]."""
+        if piece.whole:
+            self.values, self.ids, self.done = values, ids, piece.count
+            return
         if self.values is None:
             shape = (int(self.row_starts[-1]), values.shape[1])
             self.values = np.empty(shape, np.float32)
@@ -93,6 +97,11 @@ class Piece:
     job: Job
     first: int
     count: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether they are the job's, all and in their order."""
+        return self.count == self.job.sequences and self.job.order is None
 
     @property
     def sequences(self) -> Place:
@@ -124,6 +133,7 @@ class EncodeStep:
         type_ids: [T]; None: all are 0.
         lengths: [S] tokens of each sequence.
         starts: [S + 1] where each sequence begins, and the end.
+        longest: of `lengths`.
         rows: [L] indexes into T whose outputs are wanted.
         row_counts: rows of each piece.
     """
@@ -133,12 +143,27 @@ class EncodeStep:
     type_ids: Ids | None
     lengths: Numbers
     starts: Numbers
+    longest: int
     rows: Numbers
     row_counts: list[int]
 
     @classmethod
+    def of_whole(cls, piece: Piece) -> EncodeStep:
+        """A job is packed as it is."""
+        job = piece.job
+        kind = ROWS[job.reduction.task]
+        if kind == "first":
+            rows = job.token_starts[:-1]
+        else:
+            rows = job.wanted.astype(np.int64) if kind == "wanted" else np.arange(len(job.token_ids))
+        starts, counts = job.token_starts, [len(rows)]
+        return cls([piece], job.token_ids, job.type_ids, job.lengths, starts, job.longest, rows, counts)
+
+    @classmethod
     def of_pieces(cls, pieces: list[Piece]) -> EncodeStep:
         """Pack them."""
+        if len(pieces) == 1 and pieces[0].whole:
+            return cls.of_whole(pieces[0])
         tokens = [piece.within(piece.job.token_starts) for piece in pieces]
         lengths = _joined([piece.job.lengths[piece.sequences] for piece in pieces])
         starts = _starts(lengths)
@@ -156,7 +181,7 @@ class EncodeStep:
             rows, counts = np.arange(len(token_ids)), [len(part) for part in parts]
         else:
             rows, counts = _wanted_rows(pieces, starts)
-        return cls(pieces, token_ids, type_ids, lengths, starts, rows, counts)
+        return cls(pieces, token_ids, type_ids, lengths, starts, int(lengths.max()), rows, counts)
 
     def groups(self) -> Iterator[tuple[list[int], Reduction]]:
         """Pieces that are reduced together: their numbers, and how."""
@@ -221,14 +246,15 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
         PromptTooLong: a sequence is longer than the model takes.
     """
     lengths, token_ids = np.asarray(request.lengths, np.int64), np.asarray(request.token_ids, np.int32)
+    longest = max(request.lengths, default=0)
     told = len(request.type_ids) and bounds.token_types  # transformers' models without types do not read them either
     type_ids = np.asarray(request.type_ids, np.int32) if told else None
     starts = _starts(lengths)
-    if len(lengths) and int(lengths.min()) < 1:
+    if min(request.lengths, default=1) < 1:
         raise InvalidRequest("lengths: a sequence has no tokens.")
     if starts[-1] != len(token_ids):
         raise InvalidRequest(f"lengths: {starts[-1]} tokens in all, but {len(token_ids)} are given.")
-    if len(lengths) and (longest := int(lengths.max())) > bounds.max_length:
+    if longest > bounds.max_length:
         raise PromptTooLong(f"A sequence has {longest} tokens, but the model takes {bounds.max_length}.")
     _check_below("token_ids", token_ids, bounds.vocab_size)
     if type_ids is not None:
@@ -247,7 +273,7 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
     if reduction.one_a_sequence:
         row_starts = np.arange(len(lengths) + 1)
     order = np.argsort(lengths, kind="stable") if bounds.by_length else None
-    return Job(request, reduction, token_ids, type_ids, lengths, order, starts, row_starts, wanted)
+    return Job(request, reduction, token_ids, type_ids, lengths, longest, order, starts, row_starts, wanted)
 
 
 def _check_below(name: str, values: Ids, limit: int) -> None:

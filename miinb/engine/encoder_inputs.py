@@ -96,7 +96,7 @@ class EncoderInputs:
     def write(self, step: EncodeStep) -> None:
         """Write a step for `send`: in the sizes of the first graph that holds it, or in its own."""
         tokens, sequences, count = len(step.token_ids), len(step.lengths), len(step.rows)
-        own = Sizes(tokens, int(step.lengths.max()), sequences, count)
+        own = Sizes(tokens, step.longest, sequences, count)
         large = islice(self.graphs, bisect_left(self.graphs, own), None)
         sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
@@ -105,7 +105,10 @@ class EncoderInputs:
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids
         starts[: sequences + 1] = step.starts
-        np.subtract(self._counting[:tokens], np.repeat(step.starts[:-1], step.lengths), out=positions[:tokens])
+        if sequences == 1:
+            positions[:tokens] = self._counting[:tokens]
+        else:
+            np.subtract(self._counting[:tokens], np.repeat(step.starts[:-1], step.lengths), out=positions[:tokens])
         rows[:count] = step.rows
         if sizes != own:  # what was here before may be of a larger step
             token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[count:] = 0

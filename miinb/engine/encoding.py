@@ -43,6 +43,8 @@ from miinb.messages import (
 
 log = logging.getLogger(__name__)
 
+#: So many results of a step have a place of their own in pinned memory.
+FEW_NUMBERS = 1 << 14
 #: An answer of more bytes would not fit a frame to the frontend.
 MAX_ANSWER_BYTES = 192 << 20
 
@@ -66,11 +68,20 @@ class Reducing(Protocol):
         """
 
 
-class _Clock:
-    """When the GPU begins and ends a step. Two are used in turns: to make one takes longer than to read it."""
+class _Turn:
+    """When the GPU begins and ends a step, and where its results come to. Two are used in turns.
+
+    To make one takes longer than to read it.
+    """
 
     def __init__(self) -> None:
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._memory = torch.empty(FEW_NUMBERS, pin_memory=True)
+
+    def place(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Pinned fp32 of this shape; None: it holds not so much."""
+        size = math.prod(shape)
+        return self._memory[:size].view(shape) if size <= FEW_NUMBERS else None
 
 
 @dataclass(slots=True)
@@ -78,16 +89,16 @@ class _Flight:
     """A launched step whose results have not been read."""
 
     step: EncodeStep
-    results: list[tuple[list[int], Reduced]]  # on the host once the clock has stopped
+    results: list[tuple[list[int], Reduced]]  # on the host once the turn has ended
     t_launch: float
-    clock: _Clock | None
+    turn: _Turn | None
 
     def wait(self) -> float:
         """Seconds that it took."""
-        if self.clock is None:
+        if self.turn is None:
             return time.monotonic() - self.t_launch
-        self.clock.end.synchronize()
-        return float(self.clock.begin.elapsed_time(self.clock.end)) / 1000
+        self.turn.end.synchronize()
+        return float(self.turn.begin.elapsed_time(self.turn.end)) / 1000
 
 
 class EncodeExecutor:
@@ -136,7 +147,7 @@ class EncodeExecutor:
         self._jobs: dict[int, Job] = {}
         self._events: list[Event | EncodedEvent] = []
         self._flight: _Flight | None = None
-        self._clocks = [_Clock(), _Clock()] if self._on_gpu else []  # of this step, and of the one before it
+        self._turns = [_Turn(), _Turn()] if self._on_gpu else []  # of this step, and of the one before it
         self._counts = {"served": 0, "steps": 0, "tokens": 0, "sequences": 0}
 
     def submit(self, request: SequenceRequest) -> None:
@@ -225,19 +236,19 @@ class EncodeExecutor:
     @torch.inference_mode()
     def _compute(self, step: EncodeStep, now: float) -> _Flight:
         self.inputs.write(step)
-        clock = self._clocks[self._counts["steps"] % 2] if self._on_gpu else None
-        if clock is not None:
-            clock.begin.record()
+        turn = self._turns[self._counts["steps"] % 2] if self._on_gpu else None
+        if turn is not None:
+            turn.begin.record()
         batch = self.inputs.send()
-        results = self._results(step, batch)
-        if clock is not None:
-            clock.end.record()
+        results = self._results(step, batch, turn)
+        if turn is not None:
+            turn.end.record()
         self._counts["steps"] += 1
         self._counts["tokens"] += len(step.token_ids)
         self._counts["sequences"] += len(step.lengths)
-        return _Flight(step, results, now, clock)
+        return _Flight(step, results, now, turn)
 
-    def _results(self, step: EncodeStep, batch: EncoderBatch) -> list[tuple[list[int], Reduced]]:
+    def _results(self, step: EncodeStep, batch: EncoderBatch, turn: _Turn | None) -> list[tuple[list[int], Reduced]]:
         """Numbers of pieces, and their results on the way to the host."""
         assert self.model is not None
         groups = list(step.groups())
@@ -245,7 +256,8 @@ class EncodeExecutor:
             ((numbers, reduction),) = groups
             reduced = self.reducing.reduced(batch, reduction)
             if reduced is not None:
-                return [(numbers, self._to_host(reduced, len(step.lengths if reduction.one_a_sequence else step.rows)))]
+                rows = len(step.lengths if reduction.one_a_sequence else step.rows)
+                return [(numbers, self._to_host(reduced, rows, turn))]
         outputs = self.model.outputs(batch)
         results = []
         rows = sequences = 0
@@ -260,12 +272,20 @@ class EncodeExecutor:
             results.append((numbers, self._to_host(reduced, len(reduced.numbers))))
         return results
 
-    def _to_host(self, reduced: Reduced, rows: int) -> Reduced:
-        """The first rows of results on the host; of a GPU they are there once the stream has come to this point."""
+    def _to_host(self, reduced: Reduced, rows: int, turn: _Turn | None = None) -> Reduced:
+        """The first rows of results on the host; of a GPU they are there once the stream has come to this point.
+
+        Args:
+            reduced: the results.
+            rows: how many count.
+            turn: has a place for them, as they are the step's only ones.
+        """
         numbers = reduced.numbers[:rows]
         if self._ahead or self._on_gpu:
-            # Pinned memory, which PyTorch keeps for the next one: contiguous tensors are copied without a wait.
-            place = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._on_gpu)
+            place = None if turn is None else turn.place(numbers.shape)
+            if place is None:
+                # Pinned memory, which PyTorch keeps for the next one: contiguous tensors are copied without a wait.
+                place = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=self._on_gpu)
             numbers = place.copy_(numbers, non_blocking=True)
         return Reduced(numbers, reduced.has_ids)
 

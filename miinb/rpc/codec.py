@@ -242,6 +242,8 @@ def request_id(data: bytes) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):  # most often
+        return value
     if hasattr(value, "fields"):  # Struct
         return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "values") and not callable(value.values):  # ListValue
@@ -251,6 +253,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_OUTPUTS = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps makes one a call
+
+
 def encode_predicted(event: PredictedEvent) -> bytes:
     """The answer of a predict request as bytes.
 
@@ -258,7 +263,7 @@ def encode_predicted(event: PredictedEvent) -> bytes:
         NonFinite: an output is NaN or infinite, which JSON cannot say.
     """
     try:
-        outputs = json.dumps(event.outputs, ensure_ascii=False, allow_nan=False)
+        outputs = _OUTPUTS.encode(event.outputs)
     except ValueError as error:
         raise errors.NonFinite("The model produced NaN or infinity for this input.") from error
     predictions = pb.Predictions(

@@ -21,6 +21,9 @@ from miinb.rpc import codec, failures
 
 REQUEST = struct.Struct("<Id")
 ANSWER = struct.Struct("<IB")
+#: What is asked of the socket at once, at least and at most.
+RECEIVE_BYTES = 1 << 14
+LARGE_BYTES = 1 << 20
 #: Connections that wait for their next call; more are closed after theirs.
 MAX_IDLE = 64
 
@@ -77,9 +80,11 @@ class DirectCall:
         self._socket.settimeout(left_s)
         self._socket.sendall(REQUEST.pack(len(self._data), left_s) + self._data)
         self._connections.look(self._socket, self._spin_s)
-        length, failed = ANSWER.unpack(self._receive(ANSWER.size))
+        received = self._receive(ANSWER.size)
+        length, failed = ANSWER.unpack_from(received)
         self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
-        return bool(failed), self._receive(length)
+        missing = ANSWER.size + length - len(received)
+        return bool(failed), received[ANSWER.size :] + (self._receive(missing) if missing > 0 else b"")
 
     def _left_s(self) -> float:
         left_s = self._end - time.monotonic()
@@ -88,18 +93,17 @@ class DirectCall:
         return left_s
 
     def _receive(self, size: int) -> bytes:
-        """So many bytes. Raises OSError where the connection ends before."""
-        data = self._socket.recv(size)
-        if len(data) == size:
-            return data
-        parts, missing = [data], size - len(data)
-        while missing:
-            if not parts[-1]:
+        """So many bytes, and more if they are there: the answer's. Raises OSError where the connection ends before."""
+        parts: list[bytes] = []
+        while size > 0:
+            if parts:
+                self._socket.settimeout(self._left_s())
+            data = self._socket.recv(min(max(size, RECEIVE_BYTES), LARGE_BYTES))
+            if not data:
                 raise ConnectionResetError
-            self._socket.settimeout(self._left_s())
-            parts.append(self._socket.recv(min(missing, 1 << 20)))
-            missing -= len(parts[-1])
-        return b"".join(parts)
+            parts.append(data)
+            size -= len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Connections:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,20 +76,14 @@ _KINDS: dict[type, Kind] = {
     CancelRow: Kind.CANCEL,
     FinishedEvent: Kind.FINISHED,
     FailedEvent: Kind.FAILED,
-    EncodeRequest: Kind.ENCODE,
-    EncodedEvent: Kind.ENCODED,
 }
 _CLASSES: dict[Kind, type] = {kind: cls for cls, kind in _KINDS.items() if cls is not EngineInfo}
 #: What of a SequenceRequest is JSON as it is: all but what is packed and what has its own JSON.
 _PLAIN = tuple(f.name for f in dataclasses.fields(SequenceRequest) if f.name not in ("token_ids", "params"))
-#: Fields that are packed, one after another behind the JSON of the others: int32 of a request, bytes of results.
-_PACKED: dict[type, tuple[str, ...]] = {
-    EncodeRequest: ("token_ids", "lengths", "type_ids", "wanted"),
-    EncodedEvent: ("values", "ids"),
-}
-_UNPACKED = {
-    cls: tuple(f.name for f in dataclasses.fields(cls) if f.name not in packed) for cls, packed in _PACKED.items()
-}
+#: EncodeRequest: row_id, t_submit, deadline (infinite: none), bytes of the options' JSON, sizes of the packed fields.
+ENCODE = struct.Struct("<q2d5I")
+#: EncodedEvent: row_id, columns, queue_s, model_s, bytes of values and ids.
+ENCODED = struct.Struct("<qI2d2I")
 
 
 def frame(kind: Kind, *parts: bytes) -> bytes:
@@ -108,8 +103,10 @@ def encode(message: Message) -> bytes:
         return frame(Kind.SUBMIT, LENGTH.pack(len(head)), head, array("i", message.token_ids).tobytes())
     if isinstance(message, EngineStatus):
         return frame(Kind.STATUS, _json(dict(message.values)))
-    if isinstance(message, (EncodeRequest, EncodedEvent)):
-        return _packed_frame(message)
+    if isinstance(message, EncodeRequest):
+        return _encode_frame(message)
+    if isinstance(message, EncodedEvent):
+        return _encoded_frame(message)
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
 
@@ -120,29 +117,56 @@ def _json(values: object) -> bytes:
     return _ENCODER.encode(values).encode("utf-8", "replace")
 
 
-def _packed_frame(message: EncodeRequest | EncodedEvent) -> bytes:
-    """The plain fields and the sizes of the packed ones as JSON, then these."""
-    names = _PACKED[type(message)]
-    plain = {name: getattr(message, name) for name in _UNPACKED[type(message)]}
-    parts = [getattr(message, name) for name in names]
-    if isinstance(message, EncodeRequest):
-        parts = [array("i", part).tobytes() for part in parts]
-    head = _json({"fields": plain, "sizes": [len(part) for part in parts]})
-    return frame(_KINDS[type(message)], LENGTH.pack(len(head)), head, *parts)
+def _encode_frame(request: EncodeRequest) -> bytes:
+    options = _json(dict(request.options)) if request.options else b""
+    packed = [array("i", part).tobytes() for part in _packed_fields(request)]
+    deadline = math.inf if request.deadline is None else request.deadline
+    sizes = (len(options), *map(len, packed))
+    return frame(Kind.ENCODE, ENCODE.pack(request.row_id, request.t_submit, deadline, *sizes), options, *packed)
 
 
-def _unpacked(cls: type, payload: bytes) -> Any:
-    """The message of `_packed_frame`'s payload."""
-    (length,) = LENGTH.unpack_from(payload)
-    at = LENGTH.size + length
-    head = json.loads(payload[LENGTH.size : at])
-    values: dict[str, Any] = dict(head["fields"])
-    for name, size in zip(_PACKED[cls], head["sizes"], strict=True):
-        part, at = payload[at : at + size], at + size
-        values[name] = array("i", part) if cls is EncodeRequest else part
+def _packed_fields(request: EncodeRequest) -> tuple[Sequence[int], ...]:
+    """Those that are int32 on the wire, in its order."""
+    return request.token_ids, request.lengths, request.type_ids, request.wanted
+
+
+def _encode_request(payload: bytes) -> EncodeRequest:
+    row_id, t_submit, deadline, *sizes = ENCODE.unpack_from(payload)
+    options, *packed = _parts(payload, ENCODE.size, sizes)
+    token_ids, lengths, type_ids, wanted = (array("i", part) for part in packed)
+    return EncodeRequest(
+        row_id,
+        token_ids,
+        lengths,
+        t_submit,
+        type_ids,
+        wanted,
+        json.loads(options) if options else {},
+        None if deadline == math.inf else deadline,
+    )
+
+
+def _encoded_frame(event: EncodedEvent) -> bytes:
+    values, ids = event.values, event.ids
+    head = ENCODED.pack(event.row_id, event.columns, event.queue_s, event.model_s, len(values), len(ids))
+    return frame(Kind.ENCODED, head, values, ids)
+
+
+def _encoded_event(payload: bytes) -> EncodedEvent:
+    row_id, columns, queue_s, model_s, *sizes = ENCODED.unpack_from(payload)
+    values, ids = _parts(payload, ENCODED.size, sizes)
+    return EncodedEvent(row_id, columns, values, ids, queue_s, model_s)
+
+
+def _parts(payload: bytes, at: int, sizes: Sequence[int]) -> list[bytes]:
+    """What lies one after another from `at` to the end. Raises ValueError where it is more or less."""
+    found = []
+    for size in sizes:
+        found.append(payload[at : at + size])
+        at += size
     if at != len(payload):
         raise ValueError(f"{len(payload)} bytes where {at} are announced")
-    return cls(**values)
+    return found
 
 
 def tokens_frame(rows: Mapping[int, Sequence[int]]) -> bytes:
@@ -202,8 +226,10 @@ class Decoder:
             ids = array("i")
             ids.frombytes(payload[LENGTH.size + length :])
             return [SequenceRequest(token_ids=ids.tolist(), **head)]
-        if kind in (Kind.ENCODE, Kind.ENCODED):
-            return [_unpacked(_CLASSES[Kind(kind)], payload)]
+        if kind == Kind.ENCODE:
+            return [_encode_request(payload)]
+        if kind == Kind.ENCODED:
+            return [_encoded_event(payload)]
         values = json.loads(payload)
         if kind == Kind.LOGPROBS:
             self._logprobs[values["row_id"]] = tuple(

@@ -9,9 +9,10 @@ from tokenizers import Encoding
 
 from miinb.server.encoders.request import Answers, Asked, Prepared
 from miinb.server.encoders.windows import fitted
+from miinb.server.encoders.words import TokenIds
 
 
-def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
+def prepare(asked: Asked, encodings: Sequence[Encoding | TokenIds]) -> Prepared:
     """See `Prepared`. Raises PromptTooLong."""
     options = asked.options
     sequences = [

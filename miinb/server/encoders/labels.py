@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 from tokenizers import Encoding
@@ -10,6 +11,7 @@ from tokenizers import Encoding
 from miinb.messages import EngineInfo
 from miinb.server.encoders.request import Answers, Asked, Prepared
 from miinb.server.encoders.windows import fitted
+from miinb.server.encoders.words import TokenIds
 from miinb.tasks import FEW_LABELS
 
 
@@ -18,7 +20,7 @@ def names_of(info: EngineInfo, count: int) -> Sequence[str]:
     return info.labels if len(info.labels) == count else tuple(f"LABEL_{number}" for number in range(count))
 
 
-def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
+def prepare(asked: Asked, encodings: Sequence[Encoding | TokenIds]) -> Prepared:
     """See `Prepared`. Raises PromptTooLong."""
     options, top_k = asked.options, asked.options["top_k"]
     sequences = [
@@ -31,15 +33,15 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
         reduction["top_k"] = min(top_k, known or top_k)
 
     def finish(values: np.ndarray, ids: np.ndarray | None) -> Answers:
-        if ids is None:  # all labels
-            ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k]
-            values = np.take_along_axis(values, ids, axis=1)
-        names = names_of(asked.info, known or int(ids.max()) + 1)
-        return Answers(
-            [
-                [{"label": names[i], "score": score} for i, score in zip(row_ids, scores, strict=True)]
-                for row_ids, scores in zip(ids.tolist(), values.tolist(), strict=True)
+        names = names_of(asked.info, known or (values.shape[1] if ids is None else int(ids.max()) + 1))
+        if ids is None:  # all labels, which are few most often: numpy would not be faster
+            named = [zip(scores, names, strict=True) for scores in values.tolist()]
+            rows = [sorted(row, key=itemgetter(0), reverse=True)[:top_k] for row in named]
+        else:
+            rows = [
+                [(score, names[i]) for i, score in zip(best, scores, strict=True)]
+                for best, scores in zip(ids.tolist(), values.tolist(), strict=True)
             ]
-        )
+        return Answers([[{"label": name, "score": score} for score, name in row] for row in rows])
 
     return Prepared(sequences, finish, options=reduction)

@@ -14,6 +14,7 @@ from miinb.server.encoders.request import Answers, Asked, Prepared, find_task
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.encoders.variants import Variants, texts_of
 from miinb.server.encoders.windows import fitted
+from miinb.server.encoders.words import TokenIds
 
 #: Most characters of an answer's texts: each fill has the whole text with it.
 MAX_CHARACTERS = 1 << 26
@@ -21,7 +22,7 @@ MAX_CHARACTERS = 1 << 26
 _FILL = 200
 
 
-def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
+def prepare(asked: Asked, encodings: Sequence[Encoding | TokenIds]) -> Prepared:
     """See `Prepared`. Raises InvalidRequest, PromptTooLong, UnsupportedModel."""
     text, options = asked.text, asked.options
     mask = text.special_id("mask_token")

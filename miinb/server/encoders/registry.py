@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-from tokenizers import Encoding
+from typing import Any, NamedTuple
 
 from miinb.server.encoders import embeddings, entities, labels, masks, spans
 from miinb.server.encoders.request import Asked, Prepared
 
 
 class EncoderTask(NamedTuple):
-    """How a task is prepared; `offsets`: of its tokens in the text are needed."""
+    """How a task is prepared, from `tokenizers.Encoding`; without `offsets` also from `words.TokenIds`."""
 
-    prepare: Callable[[Asked, Sequence[Encoding]], Prepared]
+    prepare: Callable[[Asked, Sequence[Any]], Prepared]
     offsets: bool = False
 
 

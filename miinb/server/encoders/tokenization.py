@@ -12,6 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from miinb.errors import InvalidRequest
 from miinb.server.encoders.plain_text import PlainText
+from miinb.server.encoders.words import TokenIds, Words
 from miinb.server.text import read_json, special_tokens
 
 #: One text, or a pair.
@@ -19,7 +20,7 @@ Text = str | tuple[str, str]
 
 #: Texts up to so many characters are tokenized in the event loop: to hand them to a thread takes longer (130 us) ...
 INLINE_CHARACTERS = 150
-#: ... and up to so many where no other request waits for the loop.
+#: ... and up to so many where no other request waits for the loop, or where their words suffice.
 ALONE_CHARACTERS = 1500
 #: Up to so many tokens become text without the pool of threads that the library keeps for a batch.
 INLINE_TOKENS = 256
@@ -68,6 +69,7 @@ class EncoderText:
         vocab = tokenizer.get_vocab()
         self.prefix, self.anchor, self.suffix = _parts(tokenizer, vocab)
         self._plain = PlainText.of(tokenizer)
+        self._words = Words.of(tokenizer, self.prefix, self.suffix)
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
         self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
@@ -91,17 +93,21 @@ class EncoderText:
         """Whether the tokenizer has tokens that a model of this vocabulary has not."""
         return self._highest >= vocab_size
 
-    async def encode(self, texts: Sequence[Text], *, offsets: bool, alone: bool = False) -> list[Encoding]:
+    async def encode(
+        self, texts: Sequence[Text], *, offsets: bool, alone: bool = False
+    ) -> Sequence[Encoding] | Sequence[TokenIds]:
         """Tokens of texts, special ones included.
 
         Long texts run in a thread, one batch after another: what comes meanwhile is the next batch.
 
         Args:
             texts: texts or pairs.
-            offsets: of the tokens in the text are needed.
+            offsets: of the tokens in the text are needed, and all else that an `Encoding` has.
             alone: no other request is being served.
         """
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
+        if not offsets and size <= ALONE_CHARACTERS and (quick := self._from_words(texts)) is not None:
+            return quick
         if size <= (ALONE_CHARACTERS if alone else INLINE_CHARACTERS):
             return self._encode(texts, offsets)
         if size > LARGE_CHARACTERS:
@@ -111,6 +117,21 @@ class EncoderText:
         if self._task is None:
             self._task = asyncio.ensure_future(self._run())
         return await done
+
+    def _from_words(self, texts: Sequence[Text]) -> list[TokenIds] | None:
+        """The tokens of texts whose words suffice; None: some text has to be tokenized as a whole."""
+        if self._words is None:
+            return None
+        found = []
+        try:
+            for text in texts:
+                tokens = self._words.tokens(text) if isinstance(text, str) else None
+                if tokens is None:
+                    return None
+                found.append(tokens)
+        except Exception:  # who tokenizes the whole says why it cannot be read
+            return None
+        return found
 
     async def _run(self) -> None:
         """Tokenize what waits, batch after batch, until nothing does.
