@@ -122,6 +122,8 @@ async def _computed(prepared: Prepared, row_id: int, replica: Replica, t_sent: f
     done: asyncio.Future[Event | EncodedEvent] = asyncio.get_running_loop().create_future()
     try:
         replica.submit(request, lambda event: None if done.done() else done.set_result(event))
+        if len(request.token_ids) <= LARGE_TOKENS:
+            prepared.meanwhile()
         event = await done
     finally:
         replica.cancel(row_id)

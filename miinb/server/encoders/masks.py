@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import Encoding
 from miinb.errors import InvalidRequest, RequestError, UnsupportedModel
 from miinb.server.encoders.request import Answers, Asked, Prepared, find_task
 from miinb.server.encoders.tokenization import EncoderText
-from miinb.server.encoders.variants import Variants, texts_of
+from miinb.server.encoders.variants import Change, Variants, texts_of, words_of
 from miinb.server.encoders.windows import fitted
 from miinb.server.encoders.words import TokenIds
 
@@ -29,7 +30,7 @@ def prepare(asked: Asked, encodings: Sequence[Encoding | TokenIds]) -> Prepared:
     if mask is None:
         raise UnsupportedModel("The model's tokenizer has no mask token, so there is nothing to fill.")
     sequences: list[Sequence[int]] = []
-    masks: list[list[int]] = []  # places in each sequence
+    masked: list[_Masked] = []
     wanted: list[int] = []
     at = 0
     for place, encoding in enumerate(encodings):
@@ -39,31 +40,36 @@ def prepare(asked: Asked, encodings: Sequence[Encoding | TokenIds]) -> Prepared:
         if not found:
             raise _no_mask(asked, place, cut=mask in whole)
         sequences.append(ids)
-        masks.append(found)
+        masked.append(_Masked.of(text, ids, found))
         wanted += [at + i for i in found]
         at += len(ids)
     reduction: dict[str, Any] = {"top_k": min(options["top_k"], asked.info.vocab_size)}
     if options["targets"] is not None:
         targets = target_ids(asked)
         reduction = {"top_k": min(options["top_k"], len(targets)), "targets": targets}
-    _check_size(asked, masks, reduction["top_k"])
+    _check_size(asked, masked, reduction["top_k"])
 
     def finish(values: np.ndarray, ids: np.ndarray | None) -> Answers:
         if ids is None:  # targets in their order, or the whole vocabulary
             raise RequestError("The replica's answer lacks the tokens.")
-        return Answers(_fills(text, sequences, masks, ids.tolist(), values.tolist()))
+        return Answers(_fills(text, masked, ids.tolist(), values.tolist()))
 
-    return Prepared(sequences, finish, wanted=wanted, options=reduction)
+    def meanwhile() -> None:
+        for one in masked:
+            _ = one.variants.own
+
+    return Prepared(sequences, finish, wanted=wanted, options=reduction, meanwhile=meanwhile)
 
 
-def _check_size(asked: Asked, masks: Sequence[Sequence[int]], top_k: int) -> None:
+def _check_size(asked: Asked, masked: Sequence[_Masked], top_k: int) -> None:
     """Refuse an answer that would fill the frontend's memory. Raises InvalidRequest."""
     (name,) = find_task(asked.info).inputs
-    texts = zip(asked.inputs, masks, strict=True)
-    size = sum(len(found) * top_k * (len(values[name]) + _FILL) for values, found in texts)
+    texts = zip(asked.inputs, masked, strict=True)
+    size = sum(len(one.masks) * top_k * (len(values[name]) + _FILL) for values, one in texts)
     if size > MAX_CHARACTERS:
+        fills = sum(len(one.masks) for one in masked) * top_k
         raise InvalidRequest(
-            f"top_k: {sum(map(len, masks)) * top_k} fills, each with its whole text, are about {size >> 20} MB.",
+            f"top_k: {fills} fills, each with its whole text, are about {size >> 20} MB.",
             hint=f"At most {MAX_CHARACTERS >> 20} MB are made at once: give a smaller top_k, or fewer masks in a call.",
         )
 
@@ -113,43 +119,57 @@ def target_ids(asked: Asked) -> list[int]:
     return list(found)
 
 
+@dataclass(slots=True)
+class _Masked:
+    """A text with masks.
+
+    Attributes:
+        variants: of its tokens without padding.
+        masks: their places.
+    """
+
+    variants: Variants
+    masks: list[int]
+
+    @classmethod
+    def of(cls, text: EncoderText, ids: Sequence[int], masks: list[int]) -> _Masked:
+        """The text of one mask is plain; with several it shows the special tokens: the other masks are among them."""
+        pad = text.special_id("pad_token")
+        if pad in ids:
+            before = list(accumulate((token == pad for token in ids), initial=0))  # pads before each place
+            masks = [place - before[place] for place in masks]
+            ids = [token for token in ids if token != pad]
+        return cls(Variants(text, ids, skip_special_tokens=len(masks) == 1), masks)
+
+    def changes(self, best: Iterable[Sequence[int]], pad: int | None) -> list[Change]:
+        """Each mask's tokens in its place, mask by mask."""
+        rows = zip(self.masks, best, strict=True)
+        return [(place, None if token == pad else token) for place, tokens in rows for token in tokens]
+
+
 def _fills(
-    text: EncoderText,
-    sequences: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[int]],
-    tokens: Sequence[Sequence[int]],
-    scores: Sequence[Sequence[float]],
+    text: EncoderText, masked: Sequence[_Masked], tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
 ) -> list[list[Any]]:
     """One list of fills an input, or with several masks one list of such lists.
 
-    The sequence of one mask is plain text; with several it shows the special tokens, as the other masks are among them.
+    Args:
+        text: the tokenizer.
+        masked: the inputs.
+        tokens: the best of each mask.
+        scores: theirs.
     """
-    pad = text.special_id("pad_token")
-    single: list[Variants] = []
-    several: list[Variants] = []
-    row = 0
-    for ids, places in zip(sequences, masks, strict=True):
-        kept = [token for token in ids if token != pad] if pad in ids else ids
-        before = list(accumulate((token == pad for token in ids), initial=0))  # pads before each place
-        changes: list[tuple[int, int | None]] = []
-        for place in places:
-            changes += [(place - before[place], None if token == pad else token) for token in tokens[row]]
-            row += 1
-        (single if len(places) == 1 else several).append(Variants(kept, changes))
-    chosen = sorted({token for best in tokens for token in best})
-    words = dict(zip(chosen, text.decode([[token] for token in chosen], skip_special_tokens=False), strict=True))
-    plain = chain.from_iterable(texts_of(text, single, skip_special_tokens=True))
-    marked = chain.from_iterable(texts_of(text, several, skip_special_tokens=False))
-    rows = iter(zip(tokens, scores, strict=True))
+    pad, rows = text.special_id("pad_token"), iter(tokens)
+    asked = [(one.variants, one.changes(islice(rows, len(one.masks)), pad)) for one in masked]
+    words = words_of(text, {token for best in tokens for token in best})
+    best = iter(zip(tokens, scores, strict=True))
     answers: list[list[Any]] = []
-    for places in masks:
-        texts = plain if len(places) == 1 else marked
+    for one, texts in zip(masked, map(iter, texts_of(asked)), strict=True):
         fills = [
             [
                 {"score": score, "token": token, "token_str": words[token], "sequence": next(texts)}
-                for token, score in zip(*next(rows), strict=True)
+                for token, score in zip(*next(best), strict=True)
             ]
-            for _ in places
+            for _ in one.masks
         ]
-        answers.append(fills[0] if len(places) == 1 else fills)
+        answers.append(fills[0] if len(one.masks) == 1 else fills)
     return answers

@@ -55,6 +55,7 @@ class Prepared:
         type_ids: of all sequences, packed; empty: all 0.
         wanted: places in the packed tokens.
         options: of the reduction (docs/internals.md).
+        meanwhile: does what of `finish` can be done before there are results.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -62,6 +63,7 @@ class Prepared:
     type_ids: Sequence[int] = ()
     wanted: Sequence[int] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    meanwhile: Callable[[], None] = lambda: None
 
 
 def checked_inputs(inputs: Sequence[Mapping[str, Any]], task: Task) -> None:

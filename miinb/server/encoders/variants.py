@@ -8,47 +8,109 @@ once behind another. Where a sequence has tokens that are a part of a character,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, islice
+from typing import NamedTuple
 
 from miinb.server.encoders.tokenization import EncoderText, Piece
 
+#: A place in a sequence, and the token that it has instead of its own (None: it is left out).
+Change = tuple[int, int | None]
 #: The kinds of decoders that take token by token.
 _BY_TOKEN = ("WordPiece", "ByteLevel", "Metaspace")
 #: What a decoder makes of bytes that are no character.
 _PART = "\ufffd"
 
 
-@dataclass(slots=True)
+class _Own(NamedTuple):
+    """What a sequence's own tokens say.
+
+    Attributes:
+        text: of its tokens, each as one behind another.
+        bounds: where each token's text begins, and the end.
+        shown: places of its first two tokens that are shown.
+    """
+
+    text: str
+    bounds: list[int]
+    shown: list[int]
+
+
 class Variants:
-    """A sequence of token ids, and what is put into it: one token (None: nothing) in one place at a time."""
+    """A sequence of token ids, whose texts with changes are asked for.
 
-    ids: Sequence[int]
-    changes: Sequence[tuple[int, int | None]]
+    Args:
+        text: the tokenizer.
+        ids: the sequence.
+        skip_special_tokens: they are not shown.
+    """
 
-    def sequence(self, change: tuple[int, int | None]) -> list[int]:
+    def __init__(self, text: EncoderText, ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self.text = text
+        self.ids = ids
+        self.skip_special_tokens = skip_special_tokens
+        self.hidden = text.special_ids if skip_special_tokens else frozenset[int]()
+
+    def sequence(self, change: Change) -> list[int]:
         """The token ids of one variant."""
         place, token = change
         return [*self.ids[:place], *(() if token is None else (token,)), *self.ids[place + 1 :]]
 
+    @cached_property
+    def own(self) -> _Own | None:
+        """What its texts have in common; can be made before the changes are known. None: they have to be decoded."""
+        if not _by_token(self.text):
+            return None
+        hidden, pieces = self.hidden, pieces_of(self.text, set(self.ids) - self.hidden)
+        parts = ["" if token in hidden else pieces[token].behind for token in self.ids]
+        shown = (place for place, token in enumerate(self.ids) if token not in hidden)
+        text = "".join(parts)
+        return None if _PART in text else _Own(text, [0, *accumulate(map(len, parts))], [*islice(shown, 2)])
 
-def texts_of(text: EncoderText, variants: Sequence[Variants], *, skip_special_tokens: bool) -> list[list[str]]:
-    """The texts of each sequence's variants, which have at least one, as `text.decode` gives them."""
-    if type(text.tokenizer.decoder).__name__ not in _BY_TOKEN:
-        every = [one.sequence(change) for one in variants for change in one.changes]
-        each = iter(text.decode(every, skip_special_tokens=skip_special_tokens))
-        return [[next(each) for _ in one.changes] for one in variants]
-    tokens = {token for one in variants for token in one.ids}
-    tokens |= {token for one in variants for _, token in one.changes if token is not None}
-    shown = tokens - text.special_ids if skip_special_tokens else tokens
-    pieces = _Pieces(text, pieces_of(text, shown))
+    def text_of(self, change: Change) -> str | None:
+        """The text of a variant, whose token's piece is known; None if it has to be decoded."""
+        own = self.own
+        if own is None:
+            return None
+        place, token = change
+        pieces = self.text.pieces
+        piece = None if token is None or token in self.hidden else pieces[token]
+        begin = next((i for i in own.shown if i != place), len(self.ids))
+        if piece is not None and _PART in piece.behind:
+            return None
+        if piece is not None and place < begin:
+            made = piece.first + own.text[own.bounds[place + 1] :]
+        elif begin == len(self.ids):
+            return None
+        else:
+            head, rest = pieces[self.ids[begin]].first, own.text[own.bounds[begin + 1] : own.bounds[place]]
+            made = head + rest + ("" if piece is None else piece.behind) + own.text[own.bounds[max(place, begin) + 1] :]
+        return self.text.cleaned(made)
+
+
+def texts_of(asked: Sequence[tuple[Variants, Sequence[Change]]]) -> list[list[str]]:
+    """The texts of each sequence's variants, as `EncoderText.decode` gives them."""
     found: list[list[str]] = []
-    for one in variants:
-        made = pieces.texts(one)
-        left = [one.sequence(change) for change, known in zip(one.changes, made, strict=True) if known is None]
-        decoded = iter(text.decode(left, skip_special_tokens=skip_special_tokens))
+    for one, changes in asked:
+        if _by_token(one.text):
+            pieces_of(one.text, {token for _, token in changes if token is not None} - one.hidden)
+        made = [one.text_of(change) for change in changes]
+        left = [one.sequence(change) for change, known in zip(changes, made, strict=True) if known is None]
+        decoded = iter(one.text.decode(left, skip_special_tokens=one.skip_special_tokens) if left else ())
         found.append([next(decoded) if known is None else known for known in made])
     return found
+
+
+def words_of(text: EncoderText, tokens: Collection[int]) -> dict[int, str]:
+    """The text of each token alone."""
+    if _by_token(text):
+        return {token: text.cleaned(piece.first) for token, piece in pieces_of(text, tokens).items()}
+    chosen = sorted(tokens)
+    return dict(zip(chosen, text.decode([[token] for token in chosen], skip_special_tokens=False), strict=True))
+
+
+def _by_token(text: EncoderText) -> bool:
+    return type(text.tokenizer.decoder).__name__ in _BY_TOKEN
 
 
 def pieces_of(text: EncoderText, tokens: Collection[int]) -> dict[int, Piece]:
@@ -62,33 +124,3 @@ def pieces_of(text: EncoderText, tokens: Collection[int]) -> dict[int, Piece]:
             behind = pair[len(before) :] if pair.startswith(before) else _PART
             text.pieces[token] = Piece(first, behind)
     return {token: text.pieces[token] for token in tokens}
-
-
-@dataclass(slots=True)
-class _Pieces:
-    """Texts put together from what each token adds; a token that is skipped is not among them."""
-
-    text: EncoderText
-    known: dict[int, Piece]
-
-    def texts(self, one: Variants) -> list[str | None]:
-        """The texts of a sequence's variants; None for those that are not known from pieces."""
-        known = self.known
-        parts = [known[token].behind if token in known else "" for token in one.ids]
-        inner, bounds = "".join(parts), [0, *accumulate(map(len, parts))]
-        if _PART in inner:
-            return [None] * len(one.changes)
-        texts: list[str | None] = []
-        for place, token in one.changes:
-            shown = token is not None and token in known
-            piece = known[token].behind if token is not None and shown else ""
-            begin = next((i for i, other in enumerate(one.ids) if i != place and other in known), len(parts))
-            if _PART in piece or (not shown and begin == len(parts)):
-                texts.append(None)
-            elif token is not None and shown and place < begin:
-                texts.append(known[token].first + inner[bounds[place + 1] :])
-            else:
-                head, rest = known[one.ids[begin]].first, inner[bounds[begin + 1] : bounds[place]]
-                tail = max(place, begin) + 1
-                texts.append(head + rest + piece + inner[bounds[tail] :])
-        return [known if known is None else self.text.cleaned(known) for known in texts]

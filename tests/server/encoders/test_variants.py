@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from miinb.server.encoders.tokenization import EncoderText
-from miinb.server.encoders.variants import Variants, texts_of
+from miinb.server.encoders.variants import Change, Variants, texts_of, words_of
 from tests.tiny_tokenizers import encoder_tokenizer, sentence_piece
 
 
@@ -45,16 +45,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EncoderText]:
 def test_texts_are_those_of_the_decoder(texts: dict[str, EncoderText], kind: str, skip: bool) -> None:
     text, draw = texts[kind], random.Random(7)
     numbers = range(text.tokenizer.get_vocab_size())
-    variants = []
+    asked: list[tuple[Variants, list[Change]]] = []
     for _ in range(60):
         ids = draw.choices(numbers, k=draw.randint(1, 12))
         ids = [draw.choice([*text.special_ids]), *ids] if draw.random() < 0.5 else ids
         changes = [(draw.randrange(len(ids)), draw.choice([*numbers, None])) for _ in range(12)]
-        variants.append(Variants(ids, changes))
-    found = texts_of(text, variants, skip_special_tokens=skip)
-    for one, made in zip(variants, found, strict=True):
-        wanted = text.decode([one.sequence(change) for change in one.changes], skip_special_tokens=skip)
-        assert made == wanted, (one, made, wanted)
+        asked.append((Variants(text, ids, skip_special_tokens=skip), changes))
+    for (one, changes), made in zip(asked, texts_of(asked), strict=True):
+        wanted = text.decode([one.sequence(change) for change in changes], skip_special_tokens=skip)
+        assert made == wanted, (one.ids, changes, made, wanted)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_words_are_those_of_the_decoder(texts: dict[str, EncoderText], kind: str) -> None:
+    text = texts[kind]
+    numbers = range(text.tokenizer.get_vocab_size())
+    wanted = text.decode([[number] for number in numbers], skip_special_tokens=False)
+    assert words_of(text, numbers) == dict(zip(numbers, wanted, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
@@ -70,6 +77,6 @@ def test_a_text_with_many_masks_is_not_decoded_for_each_fill(
 
     monkeypatch.setattr(EncoderText, "decode", count)
     ids = text.tokenizer.encode("one two three " * 50).ids
-    changes = [(place, token) for place in range(1, len(ids) - 1) for token in ids[1:6]]
-    texts_of(text, [Variants(ids, changes)], skip_special_tokens=False)
+    changes: list[Change] = [(place, token) for place in range(1, len(ids) - 1) for token in ids[1:6]]
+    texts_of([(Variants(text, ids, skip_special_tokens=False), changes)])
     assert decoded <= 2 * len(ids)
