@@ -100,7 +100,6 @@ class Supervisor:
             log(details)
             message = f"The supervisor failed: {error}."
             self._fail({"error": "StartError", "message": message, "hint": "", "details": details})
-            raise
         finally:
             self.children.end(self.children, self.grace_s)
             self.control.close()

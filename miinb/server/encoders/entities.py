@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding
 
-from miinb.errors import InvalidRequest, PromptTooLong
+from miinb.errors import InvalidRequest, PromptTooLong, did_you_mean
 from miinb.messages import EngineInfo
 from miinb.server.encoders.labels import names_of
 from miinb.server.encoders.request import Answers, Asked, Prepared
@@ -40,6 +40,7 @@ def prepare(asked: Asked, encodings: Sequence[Encoding]) -> Prepared:
     room = asked.limit - around
     if stride is not None:
         _check_stride(options, room)
+    _check_labels(options["ignore_labels"], asked.info.labels)
     sequences: list[Sequence[int]] = []
     pieces: list[Piece] = []
     for place, encoding in enumerate(encodings):
@@ -75,6 +76,19 @@ def _check_stride(options: Mapping[str, Any], room: int) -> None:
         )
     if options["stride"] >= room:
         raise InvalidRequest(f"stride: {options['stride']} is not below the {room} tokens of a window.")
+
+
+def _check_labels(ignored: Sequence[Any], labels: Sequence[str]) -> None:
+    """Refuse what would leave out nothing. "O" most models have, and it is the default."""
+    known = ["O", *labels, *map(_tag, labels)]
+    for name in ignored if labels else ():
+        if name not in known:
+            raise InvalidRequest(f"ignore_labels: the model has no {name!r:.60}.", hint=did_you_mean(str(name), labels))
+
+
+def _tag(label: str) -> str:
+    """What the labels of an entity's first and further tokens have in common."""
+    return label[2:] if label.startswith(("B-", "I-")) else label
 
 
 @dataclass(slots=True)
@@ -240,7 +254,7 @@ def _add_groups(
         return
     labels = scores.argmax(axis=1)
     score = np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
-    tags = [name[2:] if name.startswith(("B-", "I-")) else name for name in names]
+    tags = [_tag(name) for name in names]
     tag = np.array([tags.index(one) for one in tags])[labels]
     starts_anew = np.array([name.startswith("B-") for name in names])[labels]
     new = starts_anew | tokens.first[units]

@@ -20,7 +20,7 @@ def fitted(ids: Sequence[int], text: EncoderText, limit: int, *, place: int, tru
     if not truncation or room < 1:
         raise PromptTooLong(
             f"inputs[{place}]: it has {len(ids)} tokens, but the model takes {limit}.",
-            hint="Shorten it, or give truncation=True.",
+            hint="Shorten it, or have it cut: truncation=True (--truncation on a command line).",
         )
     begin, end = len(text.prefix), len(ids) - len(text.suffix)
     begin, end = (end - room, end) if text.keep_end else (begin, begin + room)
