@@ -37,6 +37,7 @@ LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
 MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
+CLOSE_S = 3.0  # a channel that has not closed by then is left to itself
 SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
 
 CHANNEL_OPTIONS = (
@@ -90,7 +91,10 @@ class Client:
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
         self._direct.close()
-        self._channel.close()
+        # gRPC waits for the calls that it knows of, for ever where the Stop button has hit it as it began one.
+        closing = threading.Thread(target=self._channel.close, name="miinb-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
     def _check_open(self) -> None:
         if self._closed is not None:

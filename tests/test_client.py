@@ -229,6 +229,23 @@ def test_a_closed_client_says_so(frontend: FrontendProcess) -> None:
             ask()
 
 
+def test_a_stop_button_that_hits_the_begin_of_a_call_does_not_keep_a_client_from_closing(
+    frontend: FrontendProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client_module, "CLOSE_S", 0.5)
+    client = Client(frontend.address)
+    with monkeypatch.context() as patched:  # gRPC knows of the call, and nothing will ever end it
+        patched.setattr("grpc._channel._run_channel_spin_thread", interrupted)
+        with pytest.raises(KeyboardInterrupt), client.stream("a") as stream:
+            next(stream)
+    begin = time.monotonic()
+    client.close()
+    assert time.monotonic() - begin < 5.0
+
+
 def test_miis_query(client: Client) -> None:
     request = {"query": ["DeepSpeed is", "the fox"]}
     reply = query(client, request, {"max_new_tokens": 200, "do_sample": True})
