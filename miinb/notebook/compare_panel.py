@@ -265,11 +265,11 @@ class ComparePanel(WorkPanel):
     def _read(self, pair: Pair, number: int, stream: Any) -> None:
         """The answer's text, shown while it grows; not of a blind pair, where the speed would tell which it is."""
         side = pair.sides[number]
-        throttle, tokens, began = Throttle(_HZ), 0, time.monotonic()
+        throttle, tokens, began = Throttle(_HZ, frugal=True), 0, time.monotonic()
         for chunk in stream:
             side.text += chunk.text
             tokens += len(chunk.token_ids)
-            if not pair.blind and throttle.due(side.text):
+            if not pair.blind and throttle.due(side.text, tokens):
                 with self._lock:
                     self._show_side(pair, number)
                     if not self._stop.is_set():

@@ -16,20 +16,48 @@ from miinb.notebook import cards
 _BYTES_PER_S = 300_000
 
 
-class Throttle:
-    """Says when the next update is due: some ten times a second, less often for long texts."""
+#: Of frugal updates: what one costs besides the text, and what an answer may cost at its begin and for each token.
+UPDATE_BYTES = 700
+FREE_BYTES = 8_000
+BYTES_PER_TOKEN = 110
 
-    def __init__(self, hz: float = 10.0) -> None:
+
+class Throttle:
+    """Says when the next update is due: some ten times a second, less often for long texts and for few new tokens.
+
+    Args:
+        hz: most updates a second.
+        frugal: all updates of an answer together are small, however long it takes (`bytes_for`): those of widgets.
+    """
+
+    def __init__(self, hz: float = 10.0, *, frugal: bool = False) -> None:
         self._least = 1.0 / hz
         self._next = 0.0
+        self._frugal = frugal
+        self._spent = 0
 
-    def due(self, text: str) -> bool:
-        """Whether to send this text now; its length sets the time of the next one."""
+    def due(self, text: str, tokens: int = 0) -> bool:
+        """Whether to send this text now; its length sets the time of the next one.
+
+        Args:
+            text: all of the answer so far.
+            tokens: how many it has.
+        """
         now = time.monotonic()
         if now < self._next:
             return False
+        if self._frugal:
+            spent = self._spent + UPDATE_BYTES + len(text.encode("utf-8", "replace"))
+            if spent > bytes_for(tokens):
+                return False
+            self._spent = spent
         self._next = now + max(self._least, 2 * len(text) / _BYTES_PER_S)
         return True
+
+
+def bytes_for(tokens: int) -> int:
+    """What the updates of an answer of so many tokens may cost together."""
+    return FREE_BYTES + BYTES_PER_TOKEN * tokens
 
 
 class LiveDisplay:

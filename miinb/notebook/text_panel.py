@@ -143,11 +143,11 @@ class TextPanel(WorkPanel):
     def _answer(self, answer: Answer) -> str:
         stream = self._session(answer.deployment).stream(answer.request, **answer.parameters)
         self._cancel_with(stream.cancel)
-        throttle, tokens, began = Throttle(), 0, time.monotonic()
+        throttle, tokens, began = Throttle(frugal=True), 0, time.monotonic()
         for chunk in stream:
             answer.text += chunk.text
             tokens += len(chunk.token_ids)
-            if throttle.due(answer.text):
+            if throttle.due(answer.text, tokens):
                 with self._lock:
                     self._show_text(answer)
                     if not self._stop.is_set():

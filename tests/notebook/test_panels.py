@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets as W
@@ -14,6 +16,7 @@ from standin import StandIn
 import miinb
 from miinb.commands import actions
 from miinb.errors import InvalidValue, QueueFull
+from miinb.notebook import streaming
 from miinb.notebook.panels import PANELS, panel
 from miinb.notebook.text_panel import TextPanel
 
@@ -229,10 +232,17 @@ def test_clicks_from_many_threads_are_one_request(kind: str, monkeypatch: pytest
     made.close()
 
 
+@pytest.mark.parametrize("tokens_a_second", [10, 80, 1000])
 def test_400_tokens_are_at_most_60_kilobytes(
-    shown: TextPanel, session: StandIn, monkeypatch: pytest.MonkeyPatch
+    shown: TextPanel, session: StandIn, monkeypatch: pytest.MonkeyPatch, tokens_a_second: int
 ) -> None:
-    session.words, session.delay_s = ["words "] * 400, 0.005
+    session.words, session.delay_s = ["words "] * 400, 0.0005
+    ticks = itertools.count()  # the clock is read at each token
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) / tokens_a_second)
+    monkeypatch.setattr(streaming, "time", clock)
+    updates: list[Any] = []
     sent = count_traffic(monkeypatch)
+    shown.output.observe(updates.append, "value")
     answered(shown)
     assert sum(sent) < 60_000
+    assert len(updates) > min(20, 4000 / tokens_a_second)
