@@ -54,48 +54,53 @@ def quiet() -> Iterator[None]:
         _quiet.reset(token)
 
 
+def bar(**options: Any) -> Any:
+    """A bar of tqdm's, with its options: replaced text in a notebook and on a terminal, nothing elsewhere."""
+    if _quiet.get() or not (_in_notebook() or sys.stderr.isatty()):
+        options["disable"] = True
+    elif _in_notebook():
+        from miinb.notebook.bars import CellBar
+
+        return CellBar(**options)
+    from tqdm.std import tqdm
+
+    return tqdm(**options)
+
+
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[Phase], None]]:
-    """A progress bar of the start's phases: a widget in a notebook, text in a terminal, nothing in a pipe."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(_PHASES), leave=False, disable=not _shows_progress(), bar_format=_BAR) as bar:
+    """A bar of the start's phases."""
+    with bar(total=len(_PHASES), leave=False, bar_format=_BAR) as shown:
 
         def on_phase(phase: Phase) -> None:
             if phase.name in _PHASES:
-                bar.n = _PHASES.index(phase.name) + min(1.0, phase.done / max(1, phase.total))
-            bar.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
+                shown.n = _PHASES.index(phase.name) + min(1.0, phase.done / max(1, phase.total))
+            shown.set_description(f"{name}: {phase.name} {phase.text}".strip(), refresh=True)
 
         yield on_phase
-        bar.n = len(_PHASES)  # a full bar goes away, that of a failed start stays
+        shown.n = len(_PHASES)
 
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int], None]]:
     """A line that counts what is done, of work that takes longer than a second; nothing in a pipe."""
-    bar: Any = None
+    line: Any = None
 
     def advance(count: int) -> None:
-        nonlocal bar
-        if bar is None:
-            from tqdm.auto import tqdm
-
-            bar = tqdm(desc=what, delay=1.0, leave=False, disable=not _shows_progress(), bar_format=_COUNT)
-        bar.update(count)
+        nonlocal line
+        if line is None:
+            line = bar(desc=what, delay=1.0, leave=False, bar_format=_COUNT)
+        line.update(count)
 
     try:
         yield advance
     finally:
-        if bar is not None:
-            bar.close()
+        if line is not None:
+            line.close()
 
 
-def _shows_progress() -> bool:
-    """Whether a line can be written anew: in a notebook and on a terminal."""
-    if _quiet.get():
-        return False
-    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
-    return in_notebook or sys.stderr.isatty()
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules and "IPKernelApp" in str(getattr(_shell(), "config", ""))
 
 
 def _shell() -> Any:

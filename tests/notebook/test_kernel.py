@@ -149,3 +149,15 @@ def test_cards_of_the_real_objects(kernel: Kernel) -> None:
 
 def test_the_kernel_never_loads_torch(kernel: Kernel) -> None:
     assert kernel.text("import sys; print('torch' in sys.modules)") == "False\n"
+
+
+def test_bars_are_replaced_text_and_go_away(kernel: Kernel) -> None:
+    kernel.run("from miinb import cell")
+    seen = kernel.run("with cell.bar(total=3, desc='<work>', leave=False, mininterval=0) as bar:\n    bar.update(2)")
+    texts = [content["data"]["text/plain"] for kind, content in seen if kind.endswith("display_data")]
+    assert kinds(seen)[0] == "display_data"
+    assert "0/3" in texts[0]
+    assert "2/3" in texts[1]
+    assert texts[-1] == ""
+    assert "&lt;work&gt;" in seen[0][1]["data"]["text/html"]
+    assert kinds(kernel.run("with cell.quiet(), cell.bar(total=3) as bar:\n    bar.update(2)")) == ["reply"]
