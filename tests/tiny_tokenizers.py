@@ -66,7 +66,7 @@ def _save(tokenizer: object, folder: Path, chat: bool) -> Path:
 def encoder_tokenizer(kind: str, folder: Path) -> Path:
     """An encoder's tokenizer: that of "bert" (WordPiece), "roberta" (byte-level BPE) or "xlm-roberta" (Unigram)."""
     import transformers
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     if kind == "bert":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -86,7 +86,9 @@ def encoder_tokenizer(kind: str, folder: Path) -> Path:
         )
         tokenizer.train_from_iterator(TEXT, trainer)
         model = json.loads(tokenizer.to_str())["model"]
-        made = transformers.RobertaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+        merges = [tuple(pair) for pair in model["merges"]]
+        mask = AddedToken("<mask>", lstrip=True, special=True)  # as that of the real ones
+        made = transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges, mask_token=mask)
     else:
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         tokenizer = Tokenizer(models.Unigram())
@@ -96,7 +98,8 @@ def encoder_tokenizer(kind: str, folder: Path) -> Path:
         )
         tokenizer.train_from_iterator(TEXT, trainer)
         vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
-        made = transformers.XLMRobertaTokenizer(vocab=[tuple(entry) for entry in vocab])
+        mask = AddedToken("<mask>", lstrip=True, special=True)
+        made = transformers.XLMRobertaTokenizer(vocab=[tuple(entry) for entry in vocab], mask_token=mask)
     made.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"  # with what is in the class, as an exported folder has it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": made.model_input_names}))

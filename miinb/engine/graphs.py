@@ -85,7 +85,7 @@ class Recorder:
         self._measure()
 
     def _measure(self) -> None:
-        self.bytes = torch.cuda.memory_reserved() - self._before  # other processes may use the GPU too
+        self.bytes = max(0, torch.cuda.memory_reserved() - self._before)  # other processes may use the GPU too
 
 
 @dataclass(slots=True)

@@ -84,7 +84,9 @@ class DirectCall:
         length, failed = ANSWER.unpack_from(received)
         self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
         missing = ANSWER.size + length - len(received)
-        return bool(failed), received[ANSWER.size :] + (self._receive(missing) if missing > 0 else b"")
+        if missing < 0:  # not a server of this kind
+            raise ConnectionResetError
+        return bool(failed), received[ANSWER.size :] + (self._receive(missing) if missing else b"")
 
     def _left_s(self) -> float:
         left_s = self._end - time.monotonic()

@@ -149,5 +149,8 @@ def encode_failure(error: BaseException, log: Callable[[str, BaseException], Non
 
 def decode_failure(data: bytes) -> MiinbError:
     """The error that these bytes say."""
-    name, text, hint = json.loads(data)
+    try:
+        name, text, hint = json.loads(data)
+    except ValueError:
+        return unavailable()
     return errors.from_name(name, text, hint=hint)

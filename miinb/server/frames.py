@@ -184,6 +184,10 @@ def _logprobs_frame(event: TokensEvent) -> bytes:
     return frame(Kind.LOGPROBS, _json({"row_id": event.row_id, "logprobs": rows}))
 
 
+#: What reading bytes that no peer of ours sends raises.
+_UNREADABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError, struct.error, MiinbError)
+
+
 class Decoder:
     """Turns received bytes into messages. Holds the log-probabilities that wait for their TOKENS frame."""
 
@@ -210,7 +214,15 @@ class Decoder:
                 break
             try:
                 messages.extend(self._message(kind, bytes(memoryview(buffer)[at + HEADER.size : end])))
-            except (LookupError, ValueError, TypeError, AttributeError, struct.error, MiinbError) as error:
+            except (
+                LookupError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                struct.error,
+                MiinbError,
+            ) as error:
                 raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
             at = end
         del buffer[:at]
@@ -253,6 +265,8 @@ class Decoder:
         while at < end:
             row_id, first = values[at], at + 2
             at = first + values[at + 1]
+            if at < first:
+                raise ValueError(f"{at - first} tokens")
             logprobs = waiting.pop(row_id, ()) if waiting else ()
             events.append(TokensEvent(row_id, values[first:at], logprobs))
         return events

@@ -211,3 +211,17 @@ def test_asyncio_side_and_synchronous_side_talk(tmp_path: Path) -> None:
 
     asyncio.run(frontend())
     assert seen == [INFO, TokensEvent(1, request.token_ids)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frames.frame(frames.Kind.TOKENS, array("i", [1, -2]).tobytes()),
+        frames.frame(frames.Kind.STATUS, b"[" * 100_000),
+        frames.frame(frames.Kind.ENCODE, b"\x01"),
+        frames.frame(frames.Kind.ENCODED, frames.encode(EncodedEvent(1, 2, b"12345678"))[frames.HEADER.size : -1]),
+    ],
+)
+def test_frames_that_no_rank_sends_end_the_connection(data: bytes) -> None:
+    with pytest.raises(ConnectionError):
+        frames.Decoder().feed(data)

@@ -80,15 +80,15 @@ def _check_stride(options: Mapping[str, Any], room: int) -> None:
 
 def _check_labels(ignored: Sequence[Any], labels: Sequence[str]) -> None:
     """Refuse what would leave out nothing. "O" most models have, and it is the default."""
-    known = ["O", *labels, *map(_tag, labels)]
+    known = {"O", *labels, *map(_group, labels)}
     for name in ignored if labels else ():
         if name not in known:
             raise InvalidRequest(f"ignore_labels: the model has no {name!r:.60}.", hint=did_you_mean(str(name), labels))
 
 
-def _tag(label: str) -> str:
-    """What the labels of an entity's first and further tokens have in common."""
-    return label[2:] if label.startswith(("B-", "I-")) else label
+def _group(label: str) -> str:
+    """How the group of a label's tokens is called: "PER" of "B-PER"."""
+    return label.split("-", 1)[-1]
 
 
 @dataclass(slots=True)
@@ -254,14 +254,14 @@ def _add_groups(
         return
     labels = scores.argmax(axis=1)
     score = np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
-    tags = [_tag(name) for name in names]
+    tags = [name[2:] if name.startswith(("B-", "I-")) else name for name in names]
     tag = np.array([tags.index(one) for one in tags])[labels]
     starts_anew = np.array([name.startswith("B-") for name in names])[labels]
     new = starts_anew | tokens.first[units]
     new[1:] |= tag[1:] != tag[:-1]
     begins = np.flatnonzero(new)
     ends = np.append(begins[1:], len(units))
-    groups = [name.split("-", 1)[-1] for name in names]
+    groups = [_group(name) for name in names]
     wanted = np.array([group not in ignored for group in groups])
     mean = np.add.reduceat(score, begins) / (ends - begins).astype(score.dtype)
     edges = np.append(units, len(tokens.words))  # where units begin, and where the last ends

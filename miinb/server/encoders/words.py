@@ -6,12 +6,15 @@ came from: for a text of 128 tokens that takes ten times as long as looking its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from tokenizers import Tokenizer
 
+#: White space that byte-level tokenizers make tokens of their own from, together with what stands around it.
+_WHITE = re.compile(r"\s\s|[^\S ]")
 #: Words that are kept; then it begins anew. Longer words than these characters are not kept.
 MOST_WORDS = 1 << 16
 LONGEST_WORD = 64
@@ -84,7 +87,7 @@ class Words:
         Raises:
             Exception: the tokenizer's, which cannot read a word.
         """
-        if self._keeps_spaces and "  " in text:
+        if self._keeps_spaces and _WHITE.search(text):
             return None
         first, *others = text.split(" ")
         middle = chain.from_iterable(map(self._others.__getitem__, others))

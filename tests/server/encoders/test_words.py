@@ -92,6 +92,14 @@ def test_what_stands_around_a_word_may_matter(text: EncoderText) -> None:
     assert changed(pre_tokenizer=pre_tokenizers.ByteLevel(use_regex=False)) is None
 
 
+@pytest.mark.parametrize("given", ["one\n <mask> two", "\n \t<mask>", " \xa0 \xa0", "one\u2028 two", "one \n two"])
+def test_white_space_that_a_token_takes_with_it_is_looked_at_as_a_whole(text: EncoderText, given: str) -> None:
+    quick = Words.of(text.tokenizer, text.prefix, text.suffix)
+    assert quick is not None
+    found = quick.tokens(given)
+    assert (found is None) == ("<mask>" in text.tokenizer.get_vocab())
+
+
 def test_few_words_are_kept(text: EncoderText, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "MOST_WORDS", 5)
     quick = Words.of(text.tokenizer, text.prefix, text.suffix)
