@@ -52,6 +52,8 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert (values["tensor_parallel"], values["idle_timeout_s"], values["prefix_cache"]) == (2, 5.0, False)
     values = commands.parse(commands.find("bench"), ["-s", "a,b", "--concurrency", "1,4"], prog="miinb")
     assert (values["deployments"], values["concurrency"]) == (["a", "b"], [1, 4])
+    values = commands.parse(commands.find("plot"), ["--run", "a,b", "ecdf"], prog="miinb")
+    assert (values["kind"], values["run"]) == ("ecdf", ["a", "b"])
     words = ["--stop", r"\n", "--stop", r"a\\n", "--logit-bias", "5=-1", "--presence-penalty", "-0.5"]
     values = commands.parse(commands.find("gen"), words, prog="miinb")
     assert values["stop"] == ["\n", r"a\n"]

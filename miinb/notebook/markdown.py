@@ -15,12 +15,13 @@ from miinb.notebook.cards import escaped, pre
 #: MathJax skips these: formulas can hold links.
 _CLASSES = "miinb-markdown tex2jax_ignore mathjax_ignore"
 _SHADED = "margin:.4em 0;padding:.3em .6em;background:rgba(128,128,128,.12)"
-_FENCE = re.compile(r" {0,3}(```+|~~~+)[^`]*$")
-_HEADING = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*$")
+# None of these looks at a character more than a bounded number of times: a model may write thousands of marks.
+_FENCE = re.compile(r" {0,3}(`{3,}+|~{3,}+)[^`]*$")
+_HEADING = re.compile(r" {0,3}#{1,6}\s(.*)$")
 _RULE = re.compile(r" {0,3}([-*_])(\s*\1){2,}\s*$")
 _ITEM = re.compile(r"\s*([-*+]|\d{1,9}[.)])\s+(.*)$")
-_CODE = re.compile(r"(`+)(.+?)(?<!`)\1(?!`)")
-_BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
+_TICKS = re.compile(r"`+")
+_BOLD = re.compile(r"\*\*(?=\S)(.{1,500}?)(?<=\S)\*\*")
 _ITALIC = re.compile(r"\*(?=[^\s*])([^*]+?)(?<=\S)\*|(?<!\w)_(?=\S)([^_]+?)(?<=\S)_(?!\w)")
 
 
@@ -70,7 +71,7 @@ def _block(kind: str, lines: list[str]) -> str:
         return "<hr>"
     if kind == "heading":
         heads = [match for line in lines if (match := _HEADING.match(line))]
-        return "".join(f"<p><b>{_inline(head[2])}</b></p>" for head in heads)
+        return "".join(f"<p><b>{_inline(head[1].strip().rstrip('#').rstrip())}</b></p>" for head in heads)
     if kind in ("ol", "ul"):
         items = [match for line in lines if (match := _ITEM.match(line))]
         start = f' start="{int(items[0][1][:-1])}"' if kind == "ol" else ""
@@ -85,15 +86,20 @@ def _lines(lines: list[str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """A line's marks; inside code there are none."""
+    """A line's marks; inside code there are none. Code ends at as many ticks as it began with."""
     parts, end = [], 0
-    for code in _CODE.finditer(text):
-        parts.append(_emphasis(text[end : code.start()]))
-        parts.append(f"<code>{escaped(code[2])}</code>")
-        end = code.end()
+    runs = list(_TICKS.finditer(text))
+    for place, opened in enumerate(runs):
+        if opened.start() < end:
+            continue
+        closed = next((run for run in runs[place + 1 :] if len(run[0]) == len(opened[0])), None)
+        if closed is not None:
+            parts.append(_emphasis(text[end : opened.start()]))
+            parts.append(f"<code>{escaped(text[opened.end() : closed.start()])}</code>")
+            end = closed.end()
     return "".join([*parts, _emphasis(text[end:])])
 
 
 def _emphasis(text: str) -> str:
-    made = _BOLD.sub(r"<b>\1</b>", escaped(text))
-    return _ITALIC.sub(lambda match: f"<i>{match[1] or match[2]}</i>", made)
+    parts = [_ITALIC.sub(lambda match: f"<i>{match[1] or match[2]}</i>", part) for part in _BOLD.split(escaped(text))]
+    return "".join(f"<b>{part}</b>" if place % 2 else part for place, part in enumerate(parts))  # every second was bold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -101,3 +102,15 @@ def test_code_is_exactly_as_it_was_written() -> None:
     assert "<p>after</p>" in html
     assert ">not closed</pre>" in html
     assert html.count("<pre") == 2
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["`", "` `` ", "**a ", "*a ", "_a ", "~", "# ", "#", "- ", "> ", "**", "a`", "1. "],
+)
+@pytest.mark.parametrize("shape", ["{}", "# a{}b", "~~~{}`", "a{} \tb"])
+def test_no_text_takes_long(piece: str, shape: str) -> None:
+    began = time.process_time()
+    rendered(shape.format(piece * 10_000))
+    rendered(shape.format(" " * 40_000))
+    assert time.process_time() - began < 2.0
