@@ -6,9 +6,9 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from miinb import commands
+from miinb.commands.settings import load
 from miinb.errors import ConfigError, MiinbError
 
 
@@ -56,20 +56,15 @@ def _run(words: list[str]) -> int:
         print(commands.help_text("miinb", command.name))
         return 0
     values = commands.parse(command, words[1:], prog="miinb")
-    value = commands.execute(commands.Context(), command, values)
-    if values.get("json"):
+    context = commands.Context()
+    if command.name not in ("help", "doctor"):  # these two help where a setting is wrong
+        context.settings, context.sources = load()
+    value = commands.execute(context, command, values)
+    if commands.wants_json(values):
         print(commands.as_json(value))
-    elif value is not None and not command.streams:
-        commands.PlainScreen().show(_described(value))
+    elif value is not None and not commands.is_shown(command, values):
+        commands.PlainScreen().show(commands.described(value))
     return 0
-
-
-def _described(value: Any) -> str:
-    """The plain-text form that the value shows in a notebook, else its text."""
-    bundle = getattr(value, "_repr_mimebundle_", None)
-    data = bundle() if bundle is not None else {}
-    data = data[0] if isinstance(data, tuple) else data
-    return str(data.get("text/plain") or value)
 
 
 if __name__ == "__main__":

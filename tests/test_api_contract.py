@@ -142,6 +142,13 @@ def test_commands_are_those_of_the_table() -> None:
     assert set(line.strip("`.").split()) == set(COMMANDS)
 
 
+def test_settings_and_their_defaults() -> None:
+    from miinb.commands.settings import Settings
+
+    named = {name: ast.literal_eval(words[-1]) for _, words in column("setting") for name in words[:-1]}
+    assert named == Settings().model_dump()
+
+
 def test_charts() -> None:
     from miinb.bench import charts
 

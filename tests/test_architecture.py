@@ -98,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.encoders.engine_side": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.headline.profile": ("bench", "engine", "config", "messages", "errors"),
     "notebook": (*CORE, *KERNEL_SIDE, "cell", "bench", "commands", "demo", "rpc"),
-    "commands": (*CORE, *KERNEL_SIDE, "bench", "demo"),
+    "commands": (*CORE, "frozen", *KERNEL_SIDE, "bench", "demo"),
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
     "__main__": ("cli",),
     "demo": (*CORE, *KERNEL_SIDE, "cell", "bench"),

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import miinb
-from miinb import cli, commands
+from miinb import cli, commands, registry
 from miinb.commands import keeping
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
@@ -50,6 +52,8 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert (values["tensor_parallel"], values["idle_timeout_s"], values["prefix_cache"]) == (2, 5.0, False)
     values = commands.parse(commands.find("bench"), ["-s", "a,b", "--concurrency", "1,4"], prog="miinb")
     assert (values["deployments"], values["concurrency"]) == (["a", "b"], [1, 4])
+    values = commands.parse(commands.find("plot"), ["--run", "a,b", "ecdf"], prog="miinb")
+    assert (values["kind"], values["run"]) == ("ecdf", ["a", "b"])
     words = ["--stop", r"\n", "--stop", r"a\\n", "--logit-bias", "5=-1", "--presence-penalty", "-0.5"]
     values = commands.parse(commands.find("gen"), words, prog="miinb")
     assert values["stop"] == ["\n", r"a\n"]
@@ -85,9 +89,50 @@ def test_exit_codes_and_messages(words: list[str], code: int, text: str, capsys:
     assert text in (shown.out if not words or code == 0 else shown.err)
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["gpus", "--json"]) == 0
-    assert isinstance(json.loads(capsys.readouterr().out), list)
+@pytest.mark.parametrize(
+    ("command", "kind", "first"),
+    [
+        ("gpus", list, ""),
+        ("env", dict, "python"),
+        ("doctor", list, "what"),
+        ("config", list, "setting"),
+    ],
+)
+def test_json(capsys: pytest.CaptureFixture[str], command: str, kind: type, first: str) -> None:
+    assert cli.main([command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert isinstance(told, kind)
+    assert not first or first in (told if kind is dict else told[0])
+
+
+def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", "--markdown"]) == 0
+    page = Path(__file__).parent.parent / "docs" / "commands.md"
+    assert page.read_text() == capsys.readouterr().out, "python -m miinb help --markdown > docs/commands.md"
+
+
+def test_help_tells_defaults() -> None:
+    assert "most new tokens of an answer (default: 128)" in " ".join(commands.help_text("miinb", "gen").split())
+    assert "(default: 50)" in commands.help_text("miinb", "logs")
+
+
+def test_a_status_is_written_over_the_last_one_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Output(io.StringIO):
+        terminal = True
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+    output = Output()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setenv("COLUMNS", "10")
+    place = commands.PlainScreen().place()
+    place.show("one\n" + "x" * 25)  # four lines of this terminal
+    place.show("two \x1b[2J")
+    assert output.getvalue() == "one\n" + "x" * 25 + "\n\x1b[4F\x1b[Jtwo ␛[2J\n"
+    output.terminal = False
+    commands.PlainScreen().place().show("three")
+    assert output.getvalue().endswith("[2J\nthree\n")
 
 
 @pytest.fixture
@@ -126,8 +171,27 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
     assert "max_new_tokens" in capsys.readouterr().err
     assert "compiled" in said("logs") or "ready" in said("logs")
     assert "optimized, fp32 on cpu" in said("status", "cli")
-    assert said("stop") == "Stopped cli.\n"
+    assert json.loads(said(*words, "--format", "json"))["usage"]["output_tokens"] == 12
+    assert said("logs", "--grep", "miinb.worker INFO ready", "-n", "1").count("INFO ready") == 1
+    assert said("logs", "--level", "error") == "\n"
+    assert "INFO ready" in said("logs", "cli", "--follow", "0.2s")
+    assert said("stop", "--grace", "1s") == "Stopped cli.\n"
     assert "No deployment is running" in said("list")
+
+
+def test_force_ends_what_nobody_can_join(
+    state: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["start", str(tiny_model()), "--name", "old", "--dtype", "fp32", "--idle-timeout-s", "90"]) == 0
+    monkeypatch.setattr(registry, "__version__", "9.9")  # as if another version had started it
+    assert cli.main(["stop", "old"]) == 1
+    assert "runs miinb" in capsys.readouterr().err
+    assert cli.main(["stop", "--all"]) == 1
+    assert "miinb stop --all --force" in capsys.readouterr().err
+    assert cli.main(["stop", "old", "--force"]) == 0
+    assert capsys.readouterr().out == "Stopped old.\n"
+    assert registry.entries() == []
+    assert cli.main(["stop", "old", "--force"]) == 1
 
 
 @pytest.mark.parametrize("command", [["models"], ["help"], ["gpus", "--json"]])

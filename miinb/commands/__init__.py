@@ -6,11 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from miinb.commands import actions, keeping, measuring, predicting
-from miinb.commands.context import Context, Settings
-from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION, PLANNED, PREDICTION, Option, words
+from miinb.commands import actions, generating, keeping, measuring, predicting, watching
+from miinb.commands.context import Context
+from miinb.commands.options import (
+    BENCH,
+    DEPLOYMENT,
+    ENGINE,
+    GENERATION,
+    GREEDY,
+    PLANNED,
+    PREDICTION,
+    TIMEOUT,
+    Option,
+    seconds,
+    words,
+)
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
-from miinb.commands.screen import PlainScreen, Screen, Table, as_json
+from miinb.commands.reference import reference
+from miinb.commands.screen import PlainScreen, Screen, Table, as_json, described
+from miinb.commands.settings import Settings
 from miinb.errors import InvalidValue, did_you_mean
 
 __all__ = [
@@ -22,14 +36,17 @@ __all__ = [
     "Settings",
     "Table",
     "as_json",
+    "described",
     "execute",
     "find",
     "help_text",
+    "is_shown",
     "overview",
     "parse",
     "split",
     "suggest",
     "wants_help",
+    "wants_json",
 ]
 
 _WHICH = Option(
@@ -38,7 +55,18 @@ _WHICH = Option(
 _NAME = Option("name", "the deployment", positional=True, names="deployments")
 _PROMPT = Option("prompt", "the text", positional=True, many=True)
 _BATCH = Option("batch", "several texts: one a line, or parts between lines of ---", choices=("lines", "parts"))
-_NO_STREAM = Option("no_stream", "show the answer when it is complete", read=None)
+#: How an answer is asked for and shown.
+_ANSWER = (
+    Option("system", "instructions before the text, through the model's chat template"),
+    TIMEOUT,
+    Option("stream", "show the answer while it grows (the default for one answer)", read=None),
+    Option("no_stream", "show the answer when it is complete", read=None, value=False, field="stream"),
+    Option(
+        "format",
+        "plain text (the default), Markdown (in cells; without HTML, images and formulas), or print JSON",
+        choices=generating.FORMATS,
+    ),
+)
 _SEVERAL = Option("deployments", "compare these: A,B", read=words, short="s", names="deployments")
 _JSON = Option("json", "print JSON", read=None)
 _JSON_LINES = Option("json", "print a line of JSON for each input", read=None)
@@ -59,6 +87,8 @@ _PLACES = (
 
 def _help(context: Context, values: Mapping[str, Any], body: str | None) -> str:
     """All commands, or one of them."""
+    if values["markdown"]:
+        return reference(COMMANDS)
     return help_text(context.prog, values["command"])
 
 
@@ -69,14 +99,25 @@ COMMANDS: dict[str, Command] = {
             "start",
             "start a deployment of a model",
             actions.start,
-            (Option("model", "a folder or a hub name", positional=True), *DEPLOYMENT, *ENGINE),
-            body="the options as a JSON object",
+            (
+                Option("model", "a folder or a hub name", positional=True),
+                Option("config", "take options from this file, JSON or TOML; the cell's and the line's hold over them"),
+                *DEPLOYMENT,
+                *ENGINE,
+            ),
+            body="options as JSON or TOML, by their Python names; engine options in `options`",
             example="start ./SmolLM2-135M-Instruct --name chat",
         ),
         Command("attach", "join a running deployment", actions.attach, (_NAME,), example="attach chat"),
         Command("list", "show the running deployments", actions.list_deployments, (_JSON,)),
         Command("use", "choose the deployment for commands without -d", actions.use, (_NAME,), example="use chat"),
-        Command("status", "show how a deployment is", actions.status, (_NAME, _WHICH, _JSON)),
+        Command(
+            "status",
+            "show how a deployment is",
+            watching.status,
+            (_NAME, _WHICH, Option("watch", "show it anew each second, until stopped", read=None), _JSON),
+            example="status chat --watch",
+        ),
         Command(
             "plan",
             "show what was chosen for a deployment and why, or what would be for a model",
@@ -93,7 +134,13 @@ COMMANDS: dict[str, Command] = {
             "stop",
             "end a deployment",
             actions.stop,
-            (_NAME, _WHICH, Option("all", "end all of them", read=None)),
+            (
+                _NAME,
+                _WHICH,
+                Option("all", "end all of them", read=None),
+                Option("force", "also one that is still starting, or that another version started", read=None),
+                Option("grace", "seconds for the requests in flight, which are canceled otherwise: 10, 1m", seconds),
+            ),
             example="stop chat",
         ),
         Command("restart", "stop a deployment and start it again as it was", actions.restart, (_NAME, _WHICH)),
@@ -101,14 +148,31 @@ COMMANDS: dict[str, Command] = {
         Command(
             "logs",
             "show the end of a deployment's logs",
-            actions.logs,
-            (_NAME, _WHICH, Option("lines", "how many", int, short="n"), Option("rank", "of this rank alone", int)),
+            watching.logs,
+            (
+                _NAME,
+                _WHICH,
+                Option("lines", "so many of each log", int, short="n", default=50),
+                Option("rank", "of this rank alone", int),
+                Option("level", "of this level and above", choices=watching.LEVELS),
+                Option("grep", "only lines in which this regular expression is found"),
+                Option("follow", "then show new lines for so long: 20, 20s, 5m", seconds),
+            ),
+            example="logs chat --level warning --follow 20s",
         ),
         Command(
             "gen",
             "write on after a prompt",
-            actions.gen,
-            (_PROMPT, _WHICH, *GENERATION, _BATCH, _NO_STREAM),
+            generating.gen,
+            (
+                _PROMPT,
+                _WHICH,
+                *GENERATION,
+                GREEDY,
+                _BATCH,
+                Option("chat", "ask through the model's chat template; `chat` also remembers", read=None),
+                *_ANSWER,
+            ),
             body="the prompt",
             example='gen "Once upon a time" -n 40',
             streams=True,
@@ -116,13 +180,13 @@ COMMANDS: dict[str, Command] = {
         Command(
             "chat",
             "talk with a model, turn by turn",
-            actions.chat,
-            (_PROMPT, _WHICH, Option("system", "instructions for the whole conversation"), *GENERATION),
+            generating.chat,
+            (_PROMPT, _WHICH, *GENERATION, GREEDY, *_ANSWER),
             body="what you say",
             example='chat "Who wrote Faust?"',
             streams=True,
         ),
-        Command("reset", "forget the conversation of chat", actions.reset, (_NAME, _WHICH)),
+        Command("reset", "forget the conversation of chat", generating.reset, (_NAME, _WHICH)),
         Command(
             "predict",
             "classify, find entities, answer questions, fill masks, embed",
@@ -153,7 +217,7 @@ COMMANDS: dict[str, Command] = {
             keeping.plot,
             (
                 Option("kind", "which chart", choices=keeping.CHARTS, positional=True),
-                Option("run", "of this run (default: the last)", names="runs"),
+                Option("run", "of this run, or of several: A,B (default: the last)", read=words, names="runs"),
                 _LOAD,
                 Option("metric", "which time (latency, ecdf, frontier)", choices=("e2e_s", "ttft_s", "tpot_s")),
                 Option("save", "write it to this file: .png, .svg, .pdf"),
@@ -195,12 +259,18 @@ COMMANDS: dict[str, Command] = {
             example="check ./SmolLM2-135M-Instruct --dtype bf16",
         ),
         Command("gpus", "show the GPUs and their memory", measuring.gpus, (_JSON,)),
-        Command("env", "show versions and hardware", measuring.env),
-        Command("doctor", "check that this machine is ready", measuring.doctor),
-        Command("config", "show the settings", measuring.settings),
+        Command("env", "show versions and hardware", measuring.env, (_JSON,)),
+        Command("doctor", "check that this machine is ready", measuring.doctor, (_JSON,)),
+        Command("config", "show the settings and where each comes from", measuring.settings, (_JSON,)),
         Command("demo", "the guided first run, on a small real model", measuring.demo),
         Command(
-            "help", "show all commands, or one", _help, (Option("command", "which", positional=True, names="commands"),)
+            "help",
+            "show all commands, or one",
+            _help,
+            (
+                Option("command", "which", positional=True, names="commands"),
+                Option("markdown", "all commands with their options, as a page of Markdown", read=None),
+            ),
         ),
     )
 }
@@ -224,6 +294,16 @@ def overview(prog: str) -> str:
 def help_text(prog: str, name: str | None = None, extra: Sequence[Option] = ()) -> str:
     """Help of one command, or of all."""
     return build(find(name), prog=prog, extra=extra).format_help().rstrip() if name else overview(prog)
+
+
+def wants_json(values: Mapping[str, Any]) -> bool:
+    """Whether the command's value is to be printed as JSON."""
+    return bool(values.get("json")) or values.get("format") == "json"
+
+
+def is_shown(command: Command, values: Mapping[str, Any]) -> bool:
+    """Whether the command has shown its value itself, while it came."""
+    return command.streams or any(values.get(name) is not None for name in ("watch", "follow"))
 
 
 def find(name: str) -> Command:

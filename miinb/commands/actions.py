@@ -1,24 +1,30 @@
-"""What each command on deployments and text does. Every one is a few calls of the Python interface."""
+"""What each command on deployments does. Every one is a few calls of the Python interface."""
 
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import ENDED, Context
-from miinb.commands.options import DEPLOYMENT, ENGINE, GENERATION, given
+from miinb.commands.options import DEPLOYMENT, ENGINE, given
 from miinb.commands.screen import Table
 from miinb.config import DeploymentConfig
-from miinb.errors import InvalidRequest, InvalidValue
-from miinb.tasks import TASKS, find_task
+from miinb.errors import DeploymentNotFound, InvalidValue, MiinbError, VersionMismatch
+from miinb.tasks import TASKS
+from miinb.wording import size_words
 
 if TYPE_CHECKING:
     from miinb.messages import Plan
-    from miinb.results import Result
     from miinb.session import Session
 
 Values = Mapping[str, Any]
+
+#: A text of TOML that begins with a table: "[options]".
+_TABLE = re.compile(r"\[[A-Za-z_.-]+\]\s*(#.*)?$", re.MULTILINE)
 
 #: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets: the names stand here too, held by a test).
 PANELS = ("text", "encoder", "compare", "bench", "server")
@@ -28,13 +34,16 @@ def start(context: Context, values: Values, body: str | None) -> Session:
     """Start a deployment, or find the one that the same command started before."""
     import miinb
 
-    options = _deployment_options(values)
+    options: dict[str, Any] = {}
+    if values["config"]:
+        options = _options_of(_config_text(values["config"]), values["config"])
+    if body and body.strip():
+        options = _over(options, _options_of(body, "the cell"))
+    options = _over(options, _deployment_options(values))
     if context.settings.start_timeout_s:
         options.setdefault("start_timeout_s", context.settings.start_timeout_s)
     if not context.in_notebook:
         options["persist"] = True
-    if body and body.strip():
-        options = _options_of_body(body) | options
     if values["model"]:
         options["model"] = values["model"]
     if "model" not in options:
@@ -58,14 +67,33 @@ def _deployment_options(values: Values) -> dict[str, Any]:
     return options
 
 
-def _options_of_body(body: str) -> dict[str, Any]:
+def _config_text(file: str) -> str:
     try:
-        options = json.loads(body)
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidValue(f"start: {file} cannot be read: {why}.") from None
+
+
+def _options_of(text: str, where: str) -> dict[str, Any]:
+    """The options that a text of JSON or TOML gives; JSON is what begins with a brace or a bracket."""
+    kind = "JSON" if text.lstrip()[:1] in ("{", "[") and not _TABLE.match(text.lstrip()) else "TOML"
+    try:
+        options = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except ValueError as error:
-        raise InvalidValue(f"start: the cell is not JSON: {error}.") from None
+        raise InvalidValue(
+            f"start: {where} is not {kind}: {error}.", hint='JSON: {"model": "..."}; TOML: model = "...".'
+        ) from None
     if not isinstance(options, dict):
-        raise InvalidValue('start: the cell has to be a JSON object: {"model": "...", "dtype": "bf16"}.')
+        raise InvalidValue(f'start: {where} has to be a JSON object: {{"model": "...", "dtype": "bf16"}}.')
     return options
+
+
+def _over(options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Options with others laid over them, the engine's one by one."""
+    both = [part["options"] for part in (options, more) if isinstance(part.get("options"), dict)]
+    engine = {"options": both[0] | both[1]} if len(both) == 2 else {}
+    return options | more | engine
 
 
 def attach(context: Context, values: Values, body: str | None) -> Session:
@@ -120,11 +148,6 @@ def use(context: Context, values: Values, body: str | None) -> str:
     return f"Commands without -d now go to {session.name}."
 
 
-def status(context: Context, values: Values, body: str | None) -> Any:
-    """How a deployment is."""
-    return context.session(values["name"] or values["deployment"]).status()
-
-
 def plan(context: Context, values: Values, body: str | None) -> Plan:
     """What runs in a deployment and why, or what would be chosen for a model; the latter starts nothing."""
     from miinb.preparation import prepare
@@ -143,13 +166,57 @@ def plan(context: Context, values: Values, body: str | None) -> Plan:
 
 
 def stop(context: Context, values: Values, body: str | None) -> str:
-    """End a deployment (or all of them)."""
+    """End a deployment (or all of them); all that can be ended is, whatever becomes of the others."""
     named = values["name"] or values["deployment"]
-    names = context.names() if values["all"] else [context.session(named).name]
-    for name in names:
-        context.session(name).stop()
-        context.forget(name)
-    return f"Stopped {', '.join(names)}." if names else "No deployment is running."
+    if values["all"] and named:
+        raise InvalidValue(f"stop: {named!r} and --all.", hint="Give one of them.")
+    if values["force"] and not (values["all"] or named):
+        raise InvalidValue("stop: --force takes a name.", hint=f"{context.prog} stop NAME --force")
+    done, failed = [], []
+    for name in context.names() if values["all"] else [named]:
+        try:
+            done.append(_stop(context, name, force=values["force"], drain_s=values["grace"] or 0.0))
+        except MiinbError as error:
+            if not values["all"]:
+                raise
+            failed.append(error.of(name))
+    if failed:
+        for text in done:
+            context.screen.show(text)
+        hint = "" if values["force"] else f"{context.prog} stop --all --force ends these too."
+        raise MiinbError(" ".join(error.message for error in failed), hint=hint)
+    return "\n".join(done) or "No deployment is running."
+
+
+def _stop(context: Context, name: str | None, *, force: bool, drain_s: float) -> str:
+    limits = {"drain_s": drain_s} if drain_s else {}
+    try:
+        session = context.session(name)
+    except (DeploymentNotFound, VersionMismatch):
+        if not force:
+            raise
+        return _force(context, name or "", limits)
+    memory = _gpu_bytes(session)
+    session.stop(**limits)
+    context.forget(session.name)
+    return f"Stopped {session.name}." + (f" {size_words(memory)} of GPU memory are free again." if memory else "")
+
+
+def _force(context: Context, name: str, limits: dict[str, float]) -> str:
+    """End one that nobody can join: it still starts or ends, or another version of miinb started it."""
+    from miinb import registry
+    from miinb.deployment import Deployment
+
+    entry = {entry.name: entry for entry in registry.entries()}.get(name)
+    if entry is None:
+        raise DeploymentNotFound(f"There is no deployment {name!r}.")
+    Deployment(entry).stop(**limits)
+    context.forget(name)
+    return f"Stopped {name}."
+
+
+def _gpu_bytes(session: Session) -> int:
+    return sum(rank.memory_bytes for rank in session.status().ranks if rank.gpu is not None)
 
 
 def restart(context: Context, values: Values, body: str | None) -> Session:
@@ -164,92 +231,6 @@ def keep(context: Context, values: Values, body: str | None) -> str:
     session = context.session(values["name"] or values["deployment"])
     session.keep()
     return f"{session.name} now outlives this notebook; end it with: {context.prog} stop {session.name}"
-
-
-def logs(context: Context, values: Values, body: str | None) -> str:
-    """The end of a deployment's logs."""
-    session = context.session(values["name"] or values["deployment"])
-    return session.logs(values["lines"] or 50, rank=values["rank"])
-
-
-def _text(context: Context, values: Values, body: str | None, command: str) -> str:
-    words = " ".join(values["prompt"] or ())
-    if words and body is not None:
-        raise InvalidValue(
-            f"{command}: a prompt on the line and in the cell.", hint="Give one of them; a deployment goes after -d."
-        )
-    text = body.removesuffix("\n") if body is not None else words
-    if not text.strip():
-        raise InvalidValue(f"{command}: the prompt is empty.", hint=f'{context.prog} {command} "Once upon a time"')
-    return text
-
-
-def _generating(context: Context, values: Values) -> Session:
-    """The deployment that is asked. Raises InvalidRequest, before anything is shown, where it generates no text."""
-    session = context.session(values["deployment"])
-    if not find_task(session.task).streams:
-        raise InvalidRequest(f"{session.name} serves {session.task}.", hint="Use predict.")
-    return session
-
-
-def _generation(context: Context, values: Values) -> dict[str, Any]:
-    options = given(values, GENERATION)
-    if context.settings.max_new_tokens:
-        options.setdefault("max_new_tokens", context.settings.max_new_tokens)
-    return options
-
-
-def gen(context: Context, values: Values, body: str | None) -> Result:
-    """New text after a prompt, shown while it grows."""
-    text = _text(context, values, body, "gen")
-    session = _generating(context, values)
-    options = _generation(context, values)
-    prompts = _batch(text, values["batch"])
-    if len(prompts) > 1 or options.get("num_return_sequences", 1) > 1 or values["no_stream"] or values.get("quiet"):
-        result: Result = session.generate(prompts if len(prompts) > 1 else prompts[0], **options)
-        if not values.get("quiet"):
-            context.screen.show(result)
-        return result
-    shown: Result = context.screen.stream(session.stream(prompts[0], **options))
-    return shown
-
-
-def _batch(text: str, how: str | None) -> list[str]:
-    if how == "lines":
-        return [line for line in text.splitlines() if line.strip()]
-    if how == "parts":
-        parts = ("\n" + text + "\n").split("\n---\n")
-        return [part.strip("\n") for part in parts if part.strip()]
-    return [text]
-
-
-def chat(context: Context, values: Values, body: str | None) -> Result:
-    """The next turn of a conversation; `reset` begins a new one."""
-    text = _text(context, values, body, "chat")
-    session = _generating(context, values)
-    turns = list(context.chats.get(session.name, ()))
-    if values["system"]:
-        turns = [{"role": "system", "content": values["system"]}, *(t for t in turns if t["role"] != "system")]
-    turns.append({"role": "user", "content": text})
-    options = _generation(context, values)
-    if values.get("quiet") or options.get("num_return_sequences", 1) > 1:  # the texts of several would mix
-        result: Result = session.chat(turns, **options)
-        if not values.get("quiet"):
-            context.screen.show(result)
-    else:
-        result = context.screen.stream(session.stream(turns, **options))
-    # what no longer fits the context is forgotten here too, so that a long conversation does not grow without end
-    system = [turn for turn in turns[:1] if turn["role"] == "system"]
-    kept = [*system, *turns[len(system) + result.dropped_messages :]]
-    context.chats[session.name] = [*kept, {"role": "assistant", "content": result.text}]
-    return result
-
-
-def reset(context: Context, values: Values, body: str | None) -> str:
-    """Forget the conversation with a deployment."""
-    session = context.session(values["name"] or values["deployment"])
-    context.chats.pop(session.name, None)
-    return f"The conversation with {session.name} begins anew."
 
 
 def panel(context: Context, values: Values, body: str | None) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import PlainScreen, Screen
+from miinb.commands.settings import PACKAGE, Settings
 from miinb.errors import DeploymentNotFound, InvalidValue, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,31 +18,13 @@ ENDED = ("stopped", "failed", "lost")
 
 
 @dataclass
-class Settings:
-    """Defaults that a user sets once (`%config MiiMagics`).
-
-    Attributes:
-        default_session: deployment that commands take without -d; "" is the only one.
-        max_new_tokens: most new tokens of an answer; 0 is the library's default.
-        stream_hz: updates a second of an answer that grows in a cell.
-        price_usd_per_gpu_hour: price for benchmarks; 0 is none given.
-        start_timeout_s: seconds that a start may take; 0 is the library's default.
-    """
-
-    default_session: str = ""
-    max_new_tokens: int = 0
-    stream_hz: float = 10.0
-    price_usd_per_gpu_hour: float = 0.0
-    start_timeout_s: float = 0.0
-
-
-@dataclass
 class Context:
     """State of one notebook's magics, or of one call in a terminal.
 
     Attributes:
         screen: where things are shown.
         settings: read at each command, so changes act at once.
+        sources: where each setting comes from.
         prog: how commands are written here ("%mii" or "miinb"), for help and hints.
         sessions: deployments that this context started or attached, by name.
         configs: the options with which it started them: the same `start` again finds the running one.
@@ -52,6 +35,7 @@ class Context:
 
     screen: Screen = field(default_factory=PlainScreen)
     settings: Settings = field(default_factory=Settings)
+    sources: dict[str, str] = field(default_factory=lambda: dict.fromkeys(Settings.model_fields, PACKAGE))
     prog: str = "miinb"
     sessions: dict[str, Session] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -35,7 +35,7 @@ FORMATS = ("jsonl", "csv", "parquet")
 def plot(context: Context, values: Values, body: str | None) -> Any:
     """A chart of a benchmark run; the figure."""
     kind = values["kind"] or "latency"
-    measured = _chosen(context, [values["run"]] if values["run"] else [], values["load"])
+    measured = _chosen(context, values["run"] or [], values["load"])
     if not values["save"] and not context.in_notebook:
         raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     from miinb.bench import charts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miinb.commands.context import Context
 from miinb.commands.options import BENCH, given
 from miinb.commands.screen import Table
+from miinb.commands.settings import PREFIX, Settings, user_file
 from miinb.errors import InvalidValue, MiinbError
 from miinb.wording import size_words
 
@@ -36,9 +36,13 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
     sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
     context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
-    for place, write in (("save", runs.save), ("report", runs.report)):
-        if values[place]:
-            written = write(values[place])
+    places = (
+        ("save", values["save"] or context.settings.run_dir, runs.save),
+        ("report", values["report"], runs.report),
+    )
+    for place, path, write in places:
+        if path:
+            written = write(path)
             if not values.get("quiet"):
                 context.screen.show(f"{'Saved to' if place == 'save' else 'Report:'} {written}")
     return runs
@@ -75,10 +79,11 @@ def env(context: Context, values: Values, body: str | None) -> Table:
     """Versions and hardware, as a benchmark records them."""
     from miinb.bench.environment import environment
 
-    known = environment()
+    facts = environment()
+    known = dict(facts)
     known["memory"] = size_words(known.pop("memory_bytes"))
     rows = [(key, text) for key, value in known.items() if (text := _flat(value))]
-    return Table(("what", "value"), rows, title="Environment")
+    return Table(("what", "value"), rows, title="Environment", records=facts)
 
 
 def _flat(value: Any) -> str:
@@ -118,10 +123,15 @@ def doctor(context: Context, values: Values, body: str | None) -> Any:
 
 
 def settings(context: Context, values: Values, body: str | None) -> Table:
-    """The settings and their values."""
-    rows = list(dataclasses.asdict(context.settings).items())
-    note = "Change one: %config MiiMagics.NAME = VALUE" if context.in_notebook else ""
-    return Table(("setting", "value"), rows, title="Settings", note=note)
+    """The settings, their values and where each comes from."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        rows.append((name, getattr(context.settings, name), context.sources[name], field.description))
+    where = f"pyproject.toml [tool.miinb], {user_file()}, {PREFIX}NAME in the environment"
+    note = f"Later ones win: {where}{', %config MiiMagics.NAME = VALUE' if context.in_notebook else ''}."
+    columns = ("setting", "value", "from", "what it is")
+    records = [dict(zip(("setting", "value", "from"), row[:3], strict=True)) for row in rows]
+    return Table(columns, rows, title="Settings", note=note, records=records)
 
 
 def demo(context: Context, values: Values, body: str | None) -> None:

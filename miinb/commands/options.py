@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class Option:
         names: what completion offers as values.
         value: what a switch sets.
         field: the field that it sets when that is not `name` (switches that turn a default off).
+        default: what holds without it, for help; None where help says it or nothing does.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Option:
     names: Names = ""
     value: Any = True
     field: str = ""
+    default: Any = None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -56,6 +59,15 @@ class Option:
     def target(self) -> str:
         """The field that it sets."""
         return self.field or self.name
+
+    @property
+    def described(self) -> str:
+        """The help text, with the default where there is one."""
+        shown = self.default is not None and self.default != "" and self.read is not None and self.default != []
+        if not shown or "default" in self.help:
+            return self.help
+        text = ",".join(map(str, self.default)) if isinstance(self.default, list) else f"{self.default}"
+        return f"{self.help} (default: {text.removesuffix('.0')})"
 
 
 def words(text: str) -> list[str]:
@@ -77,6 +89,18 @@ def gpu_groups(text: str) -> list[int] | list[list[int]]:
     """[0, 1] of "0,1"; [[0, 1], [2, 3]] of "0,1;2,3"."""
     groups = [integers(group) for group in text.split(";") if group.strip()]
     return groups[0] if len(groups) == 1 else groups
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float:
+    """90.0 of "90", "90s" and "1.5m"; hours are "2h"."""
+    text = text.strip()
+    number = float(text[:-1]) * _UNITS[text[-1]] if text[-1:] in _UNITS else float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError(text)
+    return number
 
 
 def escapes(text: str) -> str:
@@ -106,7 +130,7 @@ _DEPLOYMENT_HELP = {
     "revision": "branch, tag or commit of the model in the hub's cache",
     "trust_remote_code": "run code that comes with the model",
     "persist": "outlives this notebook or terminal, until idle too long or stopped",
-    "idle_timeout_s": "seconds without a request after which a persistent deployment ends",
+    "idle_timeout_s": "a persistent deployment ends after so long without a request: 1800, 30m, 2h",
     "start_timeout_s": "seconds that the start may take",
     "port": "also listen on this loopback TCP port (0: any free one), guarded by a token",
 }
@@ -193,13 +217,19 @@ def _read_of(annotation: Any) -> tuple[Callable[[str], Any] | None, tuple[str, .
     return (None if annotation is bool else annotation), ()
 
 
+def _reader(name: str, read: Callable[[str], Any] | None) -> Callable[[str], Any] | None:
+    return _READERS.get(name, seconds if name.endswith("_s") else read)
+
+
 def options_of(config: type[BaseModel], texts: Mapping[str, str]) -> tuple[Option, ...]:
     """One option for each field that has a help text, in the order of the texts."""
     made = []
     for name, text in texts.items():
         field = config.model_fields[name]
         read, choices = _read_of(field.annotation)
-        option = Option(name, text, _READERS.get(name, read), _SHORT.get(name, ""), choices, many=name == "stop")
+        option = Option(
+            name, text, _reader(name, read), _SHORT.get(name, ""), choices, many=name == "stop", default=field.default
+        )
         if read is None and field.default is True:
             option = replace(option, name=f"no_{name}", field=name, value=False)
         made.append(option)
@@ -213,7 +243,16 @@ PLANNED = (
     *(o for o in DEPLOYMENT if o.name not in ("name", "persist", "idle_timeout_s", "start_timeout_s", "port")),
     *ENGINE,
 )
+#: Options of every command in a notebook.
+IN_CELLS = (
+    Option("output", "keep the value in this variable", short="o"),
+    Option("quiet", "show nothing", read=None, short="q"),
+    Option("raw", "leave {name} as it is", read=None),
+    Option("show", "print the prompt after {name} was replaced", read=None),
+)
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
+#: Says a default aloud: with it a parameter that only a draw has is refused.
+GREEDY = Option("greedy", "take the most likely token each time (the default)", None, value=False, field="do_sample")
 BENCH = options_of(BenchConfig, _BENCH_HELP)
 #: What each option of `predict` does, for help and tooltips.
 PREDICTION_HELP = {
@@ -235,6 +274,9 @@ PREDICTION_HELP = {
 }
 
 
+TIMEOUT = Option("timeout_s", "seconds that all of it may take: 90, 90s, 5m (default: 300)", seconds)
+
+
 def prediction_options() -> tuple[Option, ...]:
     """The options of `predict`, each with the tasks that know it; a task refuses the others'."""
     made = []
@@ -242,11 +284,12 @@ def prediction_options() -> tuple[Option, ...]:
         tasks = [task for task in TASKS.values() if name in task.options]
         known = tasks[0].options[name]
         read = None if bool in known.kinds else words if list in known.kinds else int if int in known.kinds else str
-        option = Option(name, f"{text} ({', '.join(task.name for task in tasks)})", read, choices=known.choices)
+        shown = f"{text} ({', '.join(task.name for task in tasks)})"
+        option = Option(name, shown, read, choices=known.choices)
         if read is None and known.default is True:
             option = replace(option, name=f"no_{name}", field=name, value=False)
         made.append(option)
-    return (*made, Option("timeout_s", "seconds that all of it may take", float))
+    return (*made, TIMEOUT)
 
 
 PREDICTION = prediction_options()
@@ -273,5 +316,6 @@ def read_value(option: Option, text: str) -> Any:
     try:
         return option.read(text)
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}.get(option.read, "of the right form")  # type: ignore[call-overload]
+        kinds: dict[Any, str] = {int: "a whole number", float: "a number", seconds: "a time: 90, 90s, 30m or 2h"}
+        kind = kinds.get(option.read, "of the right form")
         raise InvalidValue(f"{shown}: {text!r} is not {kind}.", hint=f"It is: {option.help}.") from None

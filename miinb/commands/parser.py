@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -46,6 +47,36 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {text}.", hint=f"See {self.prog} --help.")
 
 
+def _in_order(words: Sequence[str], options: Sequence[Option]) -> tuple[list[str], list[str]]:
+    """Options with their values, and the words that have a place: argparse takes these only in one piece.
+
+    A value may begin with a dash (`--stop ---`, `--presence-penalty -0.5`), unless it reads like an option.
+    """
+    known = {flag: option for option in options for flag in option.flags}
+    named: list[str] = []
+    placed: list[str] = []
+    left = deque(words)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            placed += left
+            break
+        if not _reads_as_option(word):
+            placed.append(word)
+        elif word not in known or known[word].read is None or not left or left[0] == "--":
+            named.append(word)
+        elif left[0].partition("=")[0] in known:
+            named.append(word)  # argparse says that the value is missing
+        else:
+            named.append(f"{word}={left.popleft()}")
+    return named, placed
+
+
+def _reads_as_option(word: str) -> bool:
+    """As argparse sees it: a dash and no space, and not a negative number."""
+    return len(word) > 1 and word[0] == "-" and " " not in word and not word[1:].replace(".", "", 1).isdigit()
+
+
 def _as_written(text: str) -> str:
     return text
 
@@ -76,7 +107,7 @@ def build(
 
 
 def _add(parser: argparse.ArgumentParser, option: Option, expand: Callable[[str], str]) -> None:
-    text = option.help.replace("%", "%%")
+    text = option.described.replace("%", "%%")
     if option.read is None:
         parser.add_argument(
             *option.flags, dest=option.target, action="store_const", const=option.value, default=None, help=text
@@ -115,13 +146,18 @@ def parse(
         ConfigError: a word too many or a value missing.
     """
     parser = build(command, prog=prog, extra=extra, expand=expand)
-    values, rest = parser.parse_known_args(list(words))
-    for word in rest:
-        if word.startswith("-"):
-            known = [flag for option in (*command.options, *extra) for flag in option.flags]
+    options = (*command.options, *extra)
+    named, placed = _in_order(words, options)
+    values, rest = parser.parse_known_args([*named, "--", *placed] if placed else named)
+    for word in named:
+        if word in rest:
+            known = [flag for option in options for flag in option.flags]
             name = word.partition("=")[0]
-            raise UnknownOption(f"{parser.prog}: there is no option {name!r}.", hint=did_you_mean(name, known))
-        raise InvalidValue(f"{parser.prog}: there is no place for {word!r}.", hint=f"See {parser.prog} --help.")
+            hint = did_you_mean(name, known) if known else f"{command.name} takes none."
+            raise UnknownOption(f"{parser.prog}: there is no option {name!r}.", hint=hint)
+    for word in rest:
+        if word != "--":
+            raise InvalidValue(f"{parser.prog}: there is no place for {word!r}.", hint=f"See {parser.prog} --help.")
     return vars(values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from miinb.messages import Chunk, TokenLogprob
 from miinb.predictions import Embedding, Predictions
+from miinb.results import Result
 
 #: Tokens in a table of log-probabilities: a notebook is no place for thousands of rows.
 LOGPROB_ROWS = 32
@@ -39,26 +41,36 @@ class TextStream(Protocol):
         """The complete answer, after the last chunk."""
 
 
+class Place(Protocol):
+    """Where one thing is shown after another."""
+
+    def show(self, thing: Any) -> None:
+        """Show this instead of what was shown."""
+
+
 class Screen(Protocol):
     """What a command needs from the place that it runs in."""
 
-    def show(self, thing: Any) -> None:
-        """Show something besides the command's value."""
+    def show(self, thing: Any, *, markdown: bool = False) -> None:
+        """Show something besides the command's value; `markdown` is how an answer is to be read."""
 
-    def stream(self, stream: TextStream) -> Any:
+    def stream(self, stream: TextStream, *, markdown: bool = False) -> Any:
         """Show an answer while it grows; its `Result`."""
+
+    def place(self) -> Place:
+        """A place whose content is replaced."""
 
 
 class PlainScreen:
-    """Prints, and strips what a terminal would act on."""
+    """Prints, and strips what a terminal would act on. Markdown stays as it was written."""
 
-    def show(self, thing: Any) -> None:
+    def show(self, thing: Any, *, markdown: bool = False) -> None:
         """Print it; of an answer also the log-probabilities that were asked for."""
         print(printable(str(thing)))
         for table in logprob_tables(thing):
             print(printable(str(table)))
 
-    def stream(self, stream: TextStream) -> Any:
+    def stream(self, stream: TextStream, *, markdown: bool = False) -> Any:
         """Print chunks as they come; closing the pipe that reads us cancels."""
         try:
             for chunk in stream:
@@ -72,6 +84,36 @@ class PlainScreen:
             print(printable(str(table)))
         return stream.result
 
+    def place(self) -> Place:
+        """Lines that are written anew; in a pipe one after the other."""
+        return PlainPlace()
+
+
+class PlainPlace:
+    """Lines of a terminal that are written anew; in a pipe each thing is written after the last."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+
+    def show(self, thing: Any) -> None:
+        """Write it over what was written before."""
+        text = printable(described(thing))
+        if sys.stdout.isatty():
+            if self._lines:
+                sys.stdout.write(f"\x1b[{self._lines}F\x1b[J")
+            width = max(1, shutil.get_terminal_size().columns)
+            self._lines = sum(max(1, -(-len(line) // width)) for line in text.split("\n"))
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def described(value: Any) -> str:
+    """The plain-text form that the value shows in a notebook, else its text."""
+    bundle = getattr(value, "_repr_mimebundle_", None)
+    data = bundle() if bundle is not None else {}
+    data = data[0] if isinstance(data, tuple) else data
+    return str(data.get("text/plain") or value)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -82,14 +124,14 @@ class Table:
         rows: one sequence of plain values a row.
         title: above the rows.
         note: below them (or instead of them when there are none).
-        records: the same as a list of dictionaries, for `--json`.
+        records: the same for `--json`: a list of dictionaries, or one.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
     note: str = ""
-    records: Sequence[Any] = field(default=(), repr=False)
+    records: Sequence[Any] | Mapping[str, Any] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         cells = [[str(name).upper() for name in self.columns], *([str(cell) for cell in row] for row in self.rows)]
@@ -142,8 +184,10 @@ def as_json(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Table):
-        return [_plain(record) for record in value.records]
-    if isinstance(value, list):
+        return _plain(value.records)
+    if isinstance(value, Result):
+        return {name: part for name, part in dataclasses.asdict(value).items() if name not in ("rows", "images")}
+    if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, Embedding):
         return {"embedding": value.embedding.tolist()}

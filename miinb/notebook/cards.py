@@ -7,7 +7,7 @@ Text of models, paths and errors is untrusted: it is escaped here and nowhere el
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,14 +243,19 @@ def finish_words(reasons: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(words.get(reason, reason) for reason in reasons))
 
 
-def result_card(result: Result) -> Card:
-    """An answer, or several, and how long it took. Static: it needs no kernel and no widgets."""
+def result_card(result: Result, written: Callable[[str], str] = pre) -> Card:
+    """An answer, or several, and how long it took. Static: it needs no kernel and no widgets.
+
+    Args:
+        result: the answer.
+        written: makes safe HTML of an untrusted text.
+    """
     texts = list(result.texts)
     if len(texts) == 1:
-        body = [pre(texts[0])]
+        body = [written(texts[0])]
         plain = texts[0]
     else:
-        body = [f'<div style="{QUIET}">{i + 1} of {len(texts)}</div>{pre(text)}' for i, text in enumerate(texts)]
+        body = [f'<div style="{QUIET}">{i + 1} of {len(texts)}</div>{written(text)}' for i, text in enumerate(texts)]
         plain = "\n\n".join(f"[{i + 1} of {len(texts)}]\n{text}" for i, text in enumerate(texts))
     line = timing_line(result)
     tables = logprob_tables(result)
@@ -259,9 +264,9 @@ def result_card(result: Result) -> Card:
     return html, printable("\n".join([plain, *map(str, tables), f"({line})"]))
 
 
-def live_card(text: str, line: str) -> Card:
+def live_card(text: str, line: str, written: Callable[[str], str] = pre) -> Card:
     """An answer that still grows."""
-    html, _ = card("", body=[pre(text)] if text else [], foot=line)
+    html, _ = card("", body=[written(text)] if text else [], foot=line)
     return html, printable(f"{text}\n({line})")
 
 

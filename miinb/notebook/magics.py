@@ -11,7 +11,9 @@ from IPython.core.magic import Magics, magics_class, no_var_expand
 from traitlets import Bool, Float, Int, Unicode
 
 from miinb import commands
-from miinb.commands.options import Names, Option
+from miinb.commands import settings
+from miinb.commands.options import IN_CELLS, Names, Option
+from miinb.commands.settings import Settings
 from miinb.errors import InvalidValue, MiinbError, did_you_mean
 from miinb.notebook import cards
 from miinb.notebook.expansion import expand
@@ -20,36 +22,44 @@ from miinb.tasks import find_task
 
 NAMES = ("mii", "miinb")
 
-#: Options of every command in a notebook.
-EXTRA = (
-    Option("output", "keep the value in this variable", short="o"),
-    Option("quiet", "show nothing", read=None, short="q"),
-    Option("raw", "leave {name} as it is", read=None),
-    Option("show", "print the prompt after {name} was replaced", read=None),
-)
+
+def _help_of(name: str) -> str:
+    return f"{Settings.model_fields[name].description}"
 
 
 @magics_class
 class MiiMagics(Magics):  # type: ignore[misc]
     """The magics; their settings are `%config MiiMagics`."""
 
-    default_session = Unicode("", help="Deployment for commands without -d; empty: the only one.").tag(config=True)
-    max_new_tokens = Int(0, min=0, help="Most new tokens of an answer; 0: the library's default.").tag(config=True)
-    stream_hz = Float(10.0, min=0.2, max=50, help="Updates a second of an answer that grows.").tag(config=True)
-    short_errors = Bool(True, help="One line for miinb's errors; off: the whole traceback.").tag(config=True)
-    price_usd_per_gpu_hour = Float(0.0, min=0, help="Your price, for benchmarks; 0: none.").tag(config=True)
-    start_timeout_s = Float(0.0, min=0, help="Seconds that a start may take; 0: the default.").tag(config=True)
+    default_session = Unicode("", help=_help_of("default_session")).tag(config=True)
+    max_new_tokens = Int(0, min=0, help=_help_of("max_new_tokens")).tag(config=True)
+    render_markdown = Bool(False, help=_help_of("render_markdown")).tag(config=True)
+    stream_hz = Float(10.0, min=0.2, max=50, help=_help_of("stream_hz")).tag(config=True)
+    short_errors = Bool(True, help=_help_of("short_errors")).tag(config=True)
+    price_usd_per_gpu_hour = Float(0.0, min=0, help=_help_of("price_usd_per_gpu_hour")).tag(config=True)
+    run_dir = Unicode("", help=_help_of("run_dir")).tag(config=True)
+    start_timeout_s = Float(0.0, min=0, help=_help_of("start_timeout_s")).tag(config=True)
 
     def __init__(self, shell: InteractiveShell) -> None:
+        found, sources = settings.load()  # before anything is registered: a wrong setting leaves nothing behind
         super().__init__(shell)
-        self.context = commands.Context(prog="%mii")
+        self.context = commands.Context(prog="%mii", settings=found, sources=sources)
         self.context.screen = CellScreen(live=_has_front_end(shell), hz=lambda: self.stream_hz)
         self._hidden: list[Any] = []
-        self.observe(self._settings_changed, list(self.context.settings.__dataclass_fields__))
-        self.observe(lambda change: setattr(MiinbError, "short", change["new"]), "short_errors")
+        configured = shell.config.get("MiiMagics", {})  # IPython's own files have the rank of %config
+        for name in Settings.model_fields:
+            if name in configured:
+                self._settings_changed({"name": name, "new": getattr(self, name)})
+            else:
+                self.set_trait(name, getattr(found, name))
+        MiinbError.short = self.short_errors
+        self.observe(self._settings_changed, list(Settings.model_fields))
 
     def _settings_changed(self, change: Any) -> None:
-        setattr(self.context.settings, change["name"], change["new"])
+        name = change["name"]
+        self.context.settings = settings.changed(self.context.settings, name, change["new"])
+        self.context.sources[name] = settings.MAGIC
+        MiinbError.short = self.short_errors
 
     @no_var_expand  # type: ignore[untyped-decorator]
     def mii(self, line: str, cell: str | None = None) -> Any:
@@ -62,10 +72,10 @@ class MiiMagics(Magics):  # type: ignore[misc]
         words = self._cell_words(words) if cell is not None else words or ["help"]
         command = commands.find(words[0])
         if commands.wants_help(words[1:]):
-            print(commands.help_text("%mii", command.name, EXTRA))
+            print(commands.help_text("%mii", command.name, IN_CELLS))
             return None
         expanded = _as_written if _is_raw(words) else self._expanded
-        values = commands.parse(command, words[1:], prog="%mii", extra=EXTRA, expand=expanded)
+        values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded)
         values["quiet"] = values["quiet"] or silent
         cell = cell if cell is None else expanded(cell)
         if values["show"]:
@@ -77,11 +87,11 @@ class MiiMagics(Magics):  # type: ignore[misc]
         value = commands.execute(self.context, command, values, cell)
         if variable is not None:
             self.shell.user_ns[variable] = value
-        if values.get("json") and not values["quiet"]:
+        if commands.wants_json(values) and not values["quiet"]:
             print(commands.as_json(value))
             self._hide(value, "")
             return value
-        return self._for_cell(value, streamed=command.streams, quiet=values["quiet"])
+        return self._for_cell(value, streamed=commands.is_shown(command, values), quiet=values["quiet"])
 
     def _cell_words(self, words: list[str]) -> list[str]:
         """`%%mii [NAME] [OPTIONS]` is `gen` or `predict` `-d NAME OPTIONS`; a command's name goes before."""
@@ -111,11 +121,11 @@ class MiiMagics(Magics):  # type: ignore[misc]
     def _for_cell(self, value: Any, *, streamed: bool, quiet: bool) -> Any:
         """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""
         if isinstance(value, str):
-            if not quiet:
+            if not (quiet or streamed):
                 self.context.screen.show(value)
             return None
         if value is not None and (streamed or quiet):
-            self._hide(value, "" if quiet else cards.timing_line(value))
+            self._hide(value, cards.timing_line(value) if hasattr(value, "timing") and not quiet else "")
         return value
 
     def _hide(self, value: Any, line: str) -> None:
@@ -159,7 +169,7 @@ class MiiMagics(Magics):  # type: ignore[misc]
         fragment = text.rpartition(" ")[2]
         before = text[: len(text) - len(fragment)].split()
         first: Iterable[str] = ()
-        extra: tuple[Option, ...] = EXTRA
+        extra: tuple[Option, ...] = IN_CELLS
         if cell:
             first = self.names("deployments")
             if before and before[0] not in commands.COMMANDS:

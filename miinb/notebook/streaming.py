@@ -9,8 +9,9 @@ from typing import Any
 
 from IPython.display import display
 
-from miinb.commands.screen import PlainScreen, TextStream, printable
+from miinb.commands.screen import Place, PlainScreen, TextStream, printable
 from miinb.notebook import cards
+from miinb.notebook.markdown import rendered
 
 #: Bytes a second that updates may cost: Jupyter drops output above 1 MB/s, and each update carries the whole text.
 _BYTES_PER_S = 300_000
@@ -75,6 +76,18 @@ class LiveDisplay:
             self._handle.update(data, raw=True)
 
 
+class CellPlace:
+    """A place in the cell's output for things with a card of their own."""
+
+    def __init__(self) -> None:
+        self._display = LiveDisplay()
+
+    def show(self, thing: Any) -> None:
+        """Put its card there."""
+        data = thing._repr_mimebundle_()
+        self._display.show((data["text/html"], data["text/plain"]))
+
+
 class CellScreen:
     """Shows things in the running cell; in a terminal's IPython, which cannot replace output, it prints."""
 
@@ -82,17 +95,24 @@ class CellScreen:
         self._live = live
         self._hz = hz
 
-    def show(self, thing: Any) -> None:
+    def show(self, thing: Any, *, markdown: bool = False) -> None:
         """Text is printed, anything else displayed."""
         if isinstance(thing, str):
             print(printable(thing))
+        elif markdown:
+            display(cards.bundle(cards.result_card(thing, rendered)), raw=True)
         else:
             display(thing)
 
-    def stream(self, stream: TextStream) -> Any:
+    def place(self) -> Place:
+        """A display that is replaced; in a terminal lines that are."""
+        return CellPlace() if self._live else PlainScreen().place()
+
+    def stream(self, stream: TextStream, *, markdown: bool = False) -> Any:
         """Show an answer while it grows; its `Result`. The Stop button leaves the text so far."""
         if not self._live:
             return PlainScreen().stream(stream)
+        written = rendered if markdown else cards.pre
         place, throttle = LiveDisplay(), Throttle(self._hz())
         place.show(cards.live_card("", "waiting for the first token …"))
         text, tokens, began = "", 0, time.monotonic()
@@ -101,11 +121,11 @@ class CellScreen:
                 text += chunk.text
                 tokens += len(chunk.token_ids)
                 if throttle.due(text):
-                    place.show(cards.live_card(text, f"{tokens} tokens · {time.monotonic() - began:.1f} s"))
+                    place.show(cards.live_card(text, f"{tokens} tokens · {time.monotonic() - began:.1f} s", written))
         except BaseException:
             ended = "interrupted" if isinstance(sys.exception(), KeyboardInterrupt) else "failed"
-            place.show(cards.live_card(text, f"{ended} after {tokens} tokens") if text else ("", ""))
+            place.show(cards.live_card(text, f"{ended} after {tokens} tokens", written) if text else ("", ""))
             raise
         result = stream.result
-        place.show(cards.result_card(result))
+        place.show(cards.result_card(result, written))
         return result

@@ -11,6 +11,7 @@ from test_records import make
 
 import miinb
 from miinb import commands
+from miinb.bench import runner
 from miinb.commands.context import Context
 from miinb.errors import InvalidValue
 
@@ -76,7 +77,7 @@ def test_json_lines_are_read_back(tmp_path: Path) -> None:
 def test_the_answer_on_cost_is_a_command(context: Context) -> None:
     table = do(context, "runs", "cost", "a", "--slo", "e2e=1.5", "--price", "3.6", "--attain", "1")
     assert table.answer.startswith("Cheapest with total at most 1.5 s for 100% of the requests: optimized")
-    context.settings.price_usd_per_gpu_hour = 2.0
+    context.settings = commands.Settings(price_usd_per_gpu_hour=2.0)
     assert "$" in do(context, "runs", "cost").answer
     with pytest.raises(InvalidValue, match="no objective 'e2f'"):
         do(context, "runs", "cost", "--slo", "e2f=1")
@@ -85,7 +86,7 @@ def test_the_answer_on_cost_is_a_command(context: Context) -> None:
 def test_a_bench_by_command_with_all_that_is_new(tmp_path: Path) -> None:
     session = StandIn(name="one")
     session.state = "ready"
-    session.bench = lambda **fields: miinb.bench.runner.bench(session, progress=lambda *_: None, **fields)
+    session.bench = lambda **fields: runner.bench(session, progress=lambda *_: None, **fields)
     context = Context(prog="%mii", sessions={"one": session})
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "first"}\n{"prompt": "second"}\n')

@@ -59,6 +59,10 @@ class Stream:
         self.cancelled.set()
 
 
+def _check(params: dict[str, Any]) -> None:
+    parse_generation({name: value for name, value in params.items() if name != "timeout_s"})
+
+
 @dataclass
 class StandIn:
     name: str = "tiny"
@@ -79,12 +83,12 @@ class StandIn:
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, prompt: str, **params: Any) -> Stream:
-        parse_generation(params)
+        _check(params)
         self.calls.append(("stream", prompt, params))
         return Stream(self.words, self.delay_s, self.gate, self.e2e_s)
 
     def generate(self, prompts: str | list[str], **params: Any) -> Answer:
-        parse_generation(params)
+        _check(params)
         self.calls.append(("generate", prompts, params))
         count = 1 if isinstance(prompts, str) else len(prompts)
         return Answer(["".join(self.words)] * count, ["length"] * count, Usage(5, 4 * count), Timing(e2e_s=0.5))
@@ -115,7 +119,9 @@ class StandIn:
             phase=self.phase,
         )
 
-    def stop(self) -> None:
+    def stop(self, **limits: float) -> None:
+        if limits:
+            self.calls.append(("stop", None, limits))
         self.state = "stopped"
 
     def restart(self) -> None:

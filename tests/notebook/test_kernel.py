@@ -87,6 +87,22 @@ def test_where_an_answer_fails_nothing_waits_any_more(kernel: Kernel) -> None:
     assert updates[-1:] == [{"text/html": "", "text/plain": ""}]
 
 
+def test_a_watch_is_one_display_until_the_stop_button(kernel: Kernel) -> None:
+    stop = "import os, signal, threading\nthreading.Timer(2.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+    seen = kernel.run(stop + "w = get_ipython().run_line_magic('mii', 'status --watch')\nw.state")
+    assert seen[-1][1]["status"] == "ok", seen
+    assert kinds(seen).count("display_data") == 1
+    assert 1 <= kinds(seen).count("update_display_data") <= 3
+    assert kinds(seen).count("execute_result") == 1
+    assert seen[-2][1]["data"]["text/plain"] == "'ready'"
+
+
+def test_markdown_grows_and_stays_static(kernel: Kernel) -> None:
+    seen = kernel.run('%mii gen "Once upon a time," -n 40 --format markdown')
+    last = [content["data"]["text/html"] for kind, content in seen if kind == "update_display_data"][-1]
+    assert "miinb-markdown" in last
+
+
 def test_results_are_values(kernel: Kernel) -> None:
     assert kernel.text("r = %mii gen -q Hi -n 3\nprint(r.usage.output_tokens)") == "3\n"
     assert kinds(kernel.run("%mii gen Hi -n 3 -q")) == ["reply"]

@@ -3,18 +3,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from IPython.core.completer import CompletionContext, provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics
 from IPython.utils.capture import capture_output
 from standin import StandIn
+from traitlets import TraitError
 
 import miinb
-from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, UnknownOption
+from miinb.commands import watching
+from miinb.commands.settings import Settings
+from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, MiinbError, UnknownOption
 from miinb.messages import Status
-from miinb.notebook.magics import load_ipython_extension, unload_ipython_extension
+from miinb.notebook.magics import MiiMagics, load_ipython_extension, unload_ipython_extension
 
 
 class Shell(InteractiveShell):
@@ -44,7 +49,10 @@ def deployments(monkeypatch: pytest.MonkeyPatch) -> dict[str, StandIn]:
 
 
 @pytest.fixture
-def shell(deployments: dict[str, StandIn]) -> Iterator[Shell]:
+def shell(
+    deployments: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shell]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))  # none of the user's own settings
     Shell.clear_instance()
     shell = Shell.instance()
     shell.history_manager.enabled = False
@@ -169,6 +177,20 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%%mii start\n{not json", InvalidValue, "not JSON"),
         ("%mii plot nosuch", InvalidValue, "latency"),
         ("%mii plot latency", InvalidValue, "no benchmark run yet"),
+        ("%%mii start\nmodel = x", InvalidValue, "the cell is not TOML"),
+        ("%mii start --config /no/such.toml", InvalidValue, "cannot be read"),
+        ("%mii status --watch --json", InvalidValue, "--watch and --json"),
+        ("%mii logs --grep (", InvalidValue, "no regular expression"),
+        ("%mii logs --level warn", InvalidValue, "Did you mean 'warning'?"),
+        ("%mii logs -n 0", InvalidValue, "less than 1"),
+        ("%mii logs --follow soon", InvalidValue, "90s, 30m or 2h"),
+        ("%mii stop tiny --all", InvalidValue, "--all"),
+        ("%mii stop --force", InvalidValue, "takes a name"),
+        ("%mii gen Hi --greedy --temperature 2", InvalidRequest, "do_sample=True"),
+        ("%%mii gen --chat --batch lines\na\nb", InvalidValue, "--chat takes one text"),
+        ("%%mii gen --stream --batch lines\na\nb", InvalidValue, "--stream"),
+        ("%mii gen Hi --format html", InvalidValue, "--format: 'html'"),
+        ("%mii env --jsn", UnknownOption, "Did you mean '--json'?"),
     ],
 )
 def test_errors_are_one_line_and_name_the_near_thing(shell: Shell, cell: str, error: type, text: str) -> None:
@@ -380,3 +402,237 @@ def test_unload_takes_everything_away_and_reload_works(shell: Shell) -> None:
     assert shell.find_cell_magic("miinb") is None
     assert len(shell.Completer.custom_matchers) == matchers - 1
     assert not [one for one in shell.configurables if type(one).__name__ == "MiiMagics"]
+
+
+def test_words_and_options_in_any_order(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output():
+        shell.run("%mii gen Once -n 4 upon --stop --- --presence-penalty -0.5 a time")
+        shell.run("%mii gen -n 3 -- --quiet -- x")
+    assert deployments["tiny"].calls == [
+        ("stream", "Once upon a time", {"max_new_tokens": 4, "stop": ["---"], "presence_penalty": -0.5}),
+        ("stream", "--quiet -- x", {"max_new_tokens": 3}),
+    ]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+
+    def session(**options: Any) -> StandIn:
+        made.append(options)
+        return StandIn(f"made-{len(made)}")
+
+    monkeypatch.setitem(vars(miinb), "Session", session)
+    return made
+
+
+def test_a_start_from_toml_and_from_a_file(shell: Shell, made: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "chat.toml"
+    file.write_text('model = "from-file"\ndtype = "bf16"\nmax_batch = 4\n[options]\nthreads = 1\nmax_queue = 9\n')
+    listed = tmp_path / "chat.json"
+    listed.write_text('{"model": "from-json"}')
+    shell.user_ns["file"] = file
+    with capture_output():
+        shell.run('%%mii start\n# a comment\nmodel = "m"\n[options]\nthreads = 2\n')
+        shell.run('%%mii start --config {file} --threads 3 --idle-timeout-s 30m\ndtype = "fp32"')
+        shell.run(f"%mii start --config {listed}")
+    assert made[0] == {"model": "m", "options": {"threads": 2}}
+    assert made[1] == {
+        "model": "from-file",
+        "dtype": "fp32",
+        "max_batch": 4,
+        "idle_timeout_s": 1800.0,
+        "options": {"threads": 3, "max_queue": 9},
+    }
+    assert made[2] == {"model": "from-json"}
+    with capture_output(), pytest.raises(InvalidValue, match="which model"):
+        shell.run("%%mii start\n[options]\nthreads = 2\n")
+
+
+def test_a_watch_ends_with_the_deployment_or_the_stop_button(
+    shell: Shell, deployments: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            deployments["tiny"].state = "stopped"
+        if len(waits) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching.time, "sleep", wait)
+    with capture_output() as shown:
+        last = shell.run("%mii status --watch")
+        deployments["tiny"].state = "ready"
+        shell.run("s = %mii status tiny --watch")
+    assert waits == [1.0] * 4  # once a second at most
+    assert last.state == "stopped"
+    assert shell.user_ns["s"].state == "ready"
+    assert shown.stdout.count("Deployment tiny (ready)") == 4
+    assert shown.stdout.count("Deployment tiny (stopped)") == 1
+    assert "Status(" not in shown.stdout
+
+
+LOG = """==> frontend.log <==
+2026-01-01 10:00:00,000 miinb.frontend INFO ready
+
+==> rank-0-0.log <==
+2026-01-01 10:00:00,000 miinb.worker INFO load 1/3
+engine   optimized
+2026-01-01 10:00:01,000 miinb.worker WARNING slow
+  of the warning
+2026-01-01 10:00:02,000 miinb.worker INFO ready
+Fatal Python error: Segmentation fault"""
+
+
+def test_logs_are_searched(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["tiny"].log = LOG
+
+    def logs(options: str) -> list[str]:
+        with capture_output() as shown:
+            shell.run(f"%mii logs {options}")
+        return shown.stdout.splitlines()
+
+    assert logs("") == LOG.splitlines()
+    warnings = [LOG.splitlines()[i] for i in (3, 6, 7, 9)]
+    assert logs("--level warning") == warnings
+    assert logs("--level warning -n 1") == [warnings[0], warnings[-1]]
+    assert logs("--grep read[xy]") == [LOG.splitlines()[i] for i in (0, 1, 3, 8)]
+    assert logs("--level error --grep ready") == [""]
+
+
+def test_logs_are_followed(shell: Shell, deployments: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = deployments["tiny"]
+    tiny.log = LOG
+    new = iter(["\n2026-01-01 10:00:03,000 miinb.worker INFO one", "\nsecond line", "\nlast"])
+
+    def wait(seconds: float) -> None:
+        text = next(new)
+        tiny.log += text
+        if text == "\nlast":
+            tiny.state = "stopped"
+
+    monkeypatch.setattr(watching.time, "sleep", wait)
+    with capture_output() as shown:
+        shell.run("%mii logs -n 1 --follow 1m -o kept")
+    lines = [LOG.splitlines()[i] for i in (0, 1, 3, 9)] + ["2026-01-01 10:00:03,000 miinb.worker INFO one"]
+    assert shown.stdout.splitlines() == [*lines, "second line", "last"]
+    assert shell.user_ns["kept"] == shown.stdout.removesuffix("\n")
+
+
+def test_stop_waits_for_requests_when_asked_and_tells_of_the_memory(
+    shell: Shell, deployments: dict[str, StandIn]
+) -> None:
+    deployments["tiny"].gpu = 0
+    with capture_output() as shown:
+        shell.run("%mii stop tiny --grace 1m")
+    assert deployments["tiny"].calls == [("stop", None, {"drain_s": 60.0})]
+    assert shown.stdout == "Stopped tiny. 1.61 GB of GPU memory are free again.\n"
+
+
+def test_all_are_stopped_that_can_be(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["other"] = StandIn("other")
+
+    def refuse(**limits: float) -> None:
+        raise MiinbError("Something is left.")
+
+    deployments["other"].stop = refuse  # type: ignore[method-assign]
+    with (
+        capture_output() as shown,
+        pytest.raises(MiinbError, match=r"other: Something is left\. %mii stop --all --force"),
+    ):
+        shell.run("%mii stop --all")
+    assert "Stopped tiny." in shown.stdout
+    assert deployments["tiny"].state == "stopped"
+
+
+def test_one_answer_through_the_chat_template(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output():
+        shell.run("%mii gen --chat Hi --greedy --timeout-s 2m")
+        shell.run("%mii gen --system Brief Hi --no-stream")
+        shell.run("%mii chat Hi --no-stream")
+    user = {"role": "user", "content": "Hi"}
+    stream, chat, _, turn, _ = deployments["tiny"].calls
+    assert stream == ("stream", [user], {"do_sample": False, "timeout_s": 120.0})
+    assert chat == ("chat", [{"role": "system", "content": "Brief"}, user], {})
+    assert turn[:2] == ("chat", [user])  # gen leaves no conversation behind
+
+
+def test_answers_as_json(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output() as shown:
+        shell.run("r = %mii gen Hi --format json")
+    told = json.loads(shown.stdout)
+    assert told["texts"] == ["Once upon a time"]
+    assert told["usage"]["output_tokens"] == 4
+    assert shell.user_ns["r"].text == "Once upon a time"
+
+
+def test_markdown_is_asked_for_and_cannot_act(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    deployments["tiny"].words = ["**bold** ", "<img src=x onerror=alert(1)>"]
+    screen = shell.miinb_magics.context.screen
+    screen._live = True
+    html = []
+    for cell in ("%mii gen Hi --format markdown", "%mii gen Hi --format markdown --no-stream", "%mii gen Hi"):
+        with capture_output() as shown:
+            shell.run(cell)
+        html.append("".join(output.data.get("text/html", "") for output in shown.outputs))
+    assert "<b>bold</b>" in html[0]
+    assert "<b>bold</b>" in html[1]
+    assert "**bold**" in html[2]
+    assert all("<img" not in text for text in html)
+    with capture_output() as shown:
+        shell.run("%config MiiMagics.render_markdown = True")
+        shell.run("%mii gen Hi")
+        shell.run("%mii gen Hi --no-stream --format text")
+    html = [output.data.get("text/html", "") for output in shown.outputs]
+    assert any("<b>bold</b>" in text for text in html)
+    assert "**bold**" in html[-1]
+
+
+def test_config_tells_where_each_setting_comes_from(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.miinb]\nmax_new_tokens = 5\nstream_hz = 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIINB_STREAM_HZ", "7")
+    load_ipython_extension(shell)
+    with capture_output():
+        shell.run("%config MiiMagics.short_errors = False")
+        shell.run("c = %mii config")
+        shell.run("%config MiiMagics.short_errors = True")
+    rows = {row[0]: row[1:3] for row in shell.user_ns["c"].rows}
+    assert rows["max_new_tokens"] == (5, f"{tmp_path / 'pyproject.toml'} [tool.miinb]")
+    assert rows["stream_hz"] == (7.0, "environment MIINB_STREAM_HZ")
+    assert rows["short_errors"] == (False, "%config MiiMagics")
+    assert rows["default_session"] == ("", "package")
+    assert shell.miinb_magics.max_new_tokens == 5  # %config shows it too
+
+
+def test_a_wrong_setting_refuses_the_extension(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    unload_ipython_extension(shell)
+    monkeypatch.setenv("MIINB_MAX_NEW_TOKENS", "many")
+    with pytest.raises(InvalidValue, match=r"environment MIINB_MAX_NEW_TOKENS: 'many' is not a whole number"):
+        load_ipython_extension(shell)
+    assert shell.find_line_magic("mii") is None
+
+
+def test_settings_are_the_traits(shell: Shell) -> None:
+    magics, traits = shell.miinb_magics, MiiMagics.class_traits(config=True)
+    assert set(traits) - set(Settings.model_fields) <= set(Magics.class_traits(config=True))
+    for name, field in Settings.model_fields.items():
+        assert (traits[name].default_value, traits[name].help) == (field.default, field.description)
+        for bad in (-1, 51):
+            refused = []
+            for set_it in (lambda: Settings.parse({name: bad}), lambda: setattr(magics, name, bad)):  # noqa: B023
+                try:
+                    set_it()
+                except (InvalidValue, TraitError):
+                    refused.append(set_it)
+            assert len(refused) in (0, 2), (name, bad)
+
+
+def test_unload_leaves_deployments_alone(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    load_ipython_extension(shell)
+    unload_ipython_extension(shell)
+    assert deployments["tiny"].state == "ready"

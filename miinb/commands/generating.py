@@ -1,0 +1,115 @@
+"""What the commands that generate text do: `gen`, `chat` and `reset`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from miinb.commands.context import Context
+from miinb.commands.options import GENERATION, TIMEOUT, given
+from miinb.errors import InvalidRequest, InvalidValue
+from miinb.tasks import find_task
+
+if TYPE_CHECKING:
+    from miinb.results import Result
+    from miinb.session import Session
+
+Values = Mapping[str, Any]
+
+FORMATS = ("text", "markdown", "json")
+
+
+def _text(context: Context, values: Values, body: str | None, command: str) -> str:
+    words = " ".join(values["prompt"] or ())
+    if words and body is not None:
+        raise InvalidValue(
+            f"{command}: a prompt on the line and in the cell.", hint="Give one of them; a deployment goes after -d."
+        )
+    text = body.removesuffix("\n") if body is not None else words
+    if not text.strip():
+        raise InvalidValue(f"{command}: the prompt is empty.", hint=f'{context.prog} {command} "Once upon a time"')
+    return text
+
+
+def _generating(context: Context, values: Values) -> Session:
+    """The deployment that is asked. Raises InvalidRequest, before anything is shown, where it generates no text."""
+    session = context.session(values["deployment"])
+    if not find_task(session.task).streams:
+        raise InvalidRequest(f"{session.name} serves {session.task}.", hint="Use predict.")
+    return session
+
+
+def _generation(context: Context, values: Values) -> dict[str, Any]:
+    options = given(values, (*GENERATION, TIMEOUT))
+    if context.settings.max_new_tokens:
+        options.setdefault("max_new_tokens", context.settings.max_new_tokens)
+    return options
+
+
+def _answer(context: Context, values: Values, session: Session, asked: Any, options: dict[str, Any]) -> Result:
+    """Ask, and show the answer: while it grows, if it is one and nobody wants it otherwise.
+
+    `asked` is a prompt, a list of them, or the messages of a chat.
+    """
+    form = values["format"] or ("markdown" if context.settings.render_markdown else "text")
+    turns = isinstance(asked, list) and isinstance(asked[0], dict)
+    several = options.get("num_return_sequences", 1) > 1 or (isinstance(asked, list) and not turns)
+    if several and values["stream"]:
+        raise InvalidValue("--stream: the texts of several answers would mix.", hint="Leave it out.")
+    hidden = values.get("quiet") or form == "json"  # JSON is printed as the command's value
+    if not (several or hidden or values["stream"] is False):
+        streamed: Result = context.screen.stream(session.stream(asked, **options), markdown=form == "markdown")
+        return streamed
+    result: Result = session.chat(asked, **options) if turns else session.generate(asked, **options)
+    if not hidden:
+        context.screen.show(result, markdown=form == "markdown")
+    return result
+
+
+def gen(context: Context, values: Values, body: str | None) -> Result:
+    """New text after a prompt, or an answer by the chat template that no conversation remembers."""
+    text = _text(context, values, body, "gen")
+    session = _generating(context, values)
+    prompts = _batch(text, values["batch"])
+    asked: Any = prompts if len(prompts) > 1 else prompts[0]
+    if values["chat"] or values["system"]:
+        if len(prompts) > 1:
+            raise InvalidValue("gen: --chat takes one text.", hint="Leave --batch out.")
+        asked = [*_system(values), {"role": "user", "content": prompts[0]}]
+    return _answer(context, values, session, asked, _generation(context, values))
+
+
+def _system(values: Values) -> list[dict[str, str]]:
+    return [{"role": "system", "content": values["system"]}] if values["system"] else []
+
+
+def _batch(text: str, how: str | None) -> list[str]:
+    if how == "lines":
+        return [line for line in text.splitlines() if line.strip()]
+    if how == "parts":
+        parts = ("\n" + text + "\n").split("\n---\n")
+        return [part.strip("\n") for part in parts if part.strip()]
+    return [text]
+
+
+def chat(context: Context, values: Values, body: str | None) -> Result:
+    """The next turn of a conversation; `reset` begins a new one."""
+    text = _text(context, values, body, "chat")
+    session = _generating(context, values)
+    turns = list(context.chats.get(session.name, ()))
+    if values["system"]:
+        turns = [*_system(values), *(turn for turn in turns if turn["role"] != "system")]
+    turns.append({"role": "user", "content": text})
+    result = _answer(context, values, session, turns, _generation(context, values))
+    # what no longer fits the context is forgotten here too, so that a long conversation does not grow without end
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    kept = [*system, *turns[len(system) + result.dropped_messages :]]
+    context.chats[session.name] = [*kept, {"role": "assistant", "content": result.text}]
+    return result
+
+
+def reset(context: Context, values: Values, body: str | None) -> str:
+    """Forget the conversation with a deployment."""
+    session = context.session(values["name"] or values["deployment"])
+    context.chats.pop(session.name, None)
+    return f"The conversation with {session.name} begins anew."
