@@ -146,7 +146,11 @@ def _tokens_of(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Offsets [n, 2], whether a token goes on with a word [n], and the tokens' texts, special ones included."""
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    words = encoding.tokens
+    special = text.special_ids  # one that takes the space before it with it is called by its own name
+    words = [
+        text.tokenizer.id_to_token(number) if number in special else word
+        for number, word in zip(encoding.ids, encoding.tokens, strict=True)
+    ]
     start, end = offsets[:, 0], offsets[:, 1]
     if text.has_words:
         inside = np.fromiter(map(len, words), np.int64, len(words)) != np.minimum(end, len(sentence)) - start

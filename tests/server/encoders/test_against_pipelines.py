@@ -163,3 +163,13 @@ def test_labels_that_the_model_lacks_cannot_be_ignored(tiny: Callable[..., Tiny]
         answers(model.ask("token-classification", TEXTS, NAMES, ignore_labels=known), model.model)
     with pytest.raises(InvalidRequest, match="ignore_labels: the model has no 'MISK'"):
         answers(model.ask("token-classification", TEXTS, NAMES, ignore_labels=["O", "MISK"]), model.model)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+def test_a_token_that_takes_a_space_with_it_is_called_by_its_name(tiny: Callable[..., Tiny], kind: str) -> None:
+    model = tiny(kind, "ForTokenClassification", NAMES)
+    text = ["One <mask> two"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs = model.pipeline("token-classification")(text, ignore_labels=[])
+    same(answers(model.ask("token-classification", text, NAMES, ignore_labels=[]), model.model).outputs, theirs)
