@@ -59,6 +59,8 @@ def test_the_waterfall_goes_down_to_its_floor() -> None:
     assert "dashed: the least that the hardware allows" in words(ax)
     ends = [(round(bar.get_x(), 3), round(bar.get_x() + bar.get_width(), 3)) for bar in ax.patches if bar.get_width()]
     assert ends == [(0, 2.0), (1.5, 2.0), (0.6, 1.5), (0.6, 0.65), (0, 0.4), (0.4, 0.65)]
+    assert "0.650 s (+0.050 s)" in words(ax)
+    assert "0.400 s (-0.250 s)  ·  5.0x in all" in words(ax)
     assert "floor" not in words(charts.waterfall(runs))
     runs.env["r1"]["arms"] = {"int8": {"floor_s": 0.01}}  # seconds a token, of 20
     runs.requests.attrs["env"] = runs.env
