@@ -113,3 +113,17 @@ def test_one_request_and_failures_alone() -> None:
     assert failed.summary.iloc[0]["n_failed"] == 1
     assert np.isnan(failed.summary.iloc[0]["req_s"])
     assert failed.percentiles.empty
+
+
+def test_runs_that_are_drawn_together_are_called_by_their_names() -> None:
+    first, second = make(TWO, loads=(1, 2)), make(TWO, loads=(1, 2), run_id="r2")
+    first.env["r1"]["name"], second.env["r2"]["name"] = "calm", "busy"
+    both = Runs(first.requests.to_dict("records"), first.env) + Runs(second.requests.to_dict("records"), second.env)
+    names = [f"{arm}, {run}" for arm in TWO for run in ("calm", "busy")]
+    for ax in (charts.frontier(both), charts.batch_scaling(both)):
+        assert sorted(text.get_text() for text in ax.get_legend().get_texts()) == sorted(names)
+    memory = charts.memory(both)
+    assert sorted(text.get_text() for text in memory.get_yticklabels()) == sorted(names)
+    both.env["r2"]["name"] = "calm"
+    alike = charts.frontier(Runs(both.requests.to_dict("records"), both.env))
+    assert "optimized, calm r2" in [text.get_text() for text in alike.get_legend().get_texts()]

@@ -112,13 +112,20 @@ def categories(frame: pd.DataFrame) -> pd.Series:
         parts.append(loads)
     same = pd.DataFrame({"arm": frame["arm"], "model": frame["model"], "task": frame["task"], "load": loads})
     if same.duplicated().any():
-        parts.append(frame["name"].fillna(frame["run_id"]).astype(str))
+        parts.append(run_names(frame))
     if not parts:
         return pd.Series("", index=frame.index)
     labels = parts[0].astype(str)
     for part in parts[1:]:
         labels = labels + "\n" + part.astype(str)
     return labels
+
+
+def run_names(frame: pd.DataFrame) -> pd.Series:
+    """What each row's run is called: its name, else its id, and both where two runs have one name."""
+    names = frame["name"].fillna(frame["run_id"]).astype(str)
+    alike = frame["run_id"].groupby(names).transform("nunique") > 1
+    return names.where(~alike, names + " " + frame["run_id"].astype(str))
 
 
 def short_model(model: object) -> str:
