@@ -88,7 +88,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checking": (*CORE, "launching", "planner", "hardware"),
     "constants": (),
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
-    "bench": (*CORE, "cell", "client", "session", "results", "hardware", "rpc.address"),
+    "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),

@@ -15,7 +15,11 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 #: Smaller than a reader's, set after the parameters cell.
 SMALL = {
     "01_first_answer.ipynb": "NEW_TOKENS = 8",
-    "03_benchmark.ipynb": "REQUESTS, NEW_TOKENS, CONCURRENCY = 2, 8, [1, 2]",
+    "02_playground.ipynb": "NEW_TOKENS = 8",
+    "03_benchmark.ipynb": (
+        "REQUESTS, NEW_TOKENS, CONCURRENCY, SWEEP_LIMIT = 2, 8, [1, 2], 2; PROMPT_RANGE = NEW_RANGE = (8, 16)"
+    ),
+    "04_what_made_it_fast.ipynb": "REQUESTS, NEW_TOKENS, WITHOUT = 4, 8, ['batching', 'prefix', 'bf16']",
     "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY, SHAPES = 4, [1, 2], True, ['bert-base']",
 }
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
@@ -34,7 +38,7 @@ def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(SMALL[name]))
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert notebook.cells[-1].outputs[-1]["data"]["text/plain"] == "[]"  # it ended what it started
-    assert not {"first", "plain", "fast", "fill", "ner", "qa", "vectors"} & {
+    assert not {"first", "play", "plain", "fast", "fill", "ner", "qa", "vectors"} & {
         deployment.name for deployment in miinb.deployments()
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class Arm:
     """One side of a benchmark.
 
     Attributes:
-        label: "baseline", "baseline-best", "optimized", or the session's name where two would be alike.
+        label: "baseline", "baseline-best", "optimized", or the session's name where two would be alike; or what a
+            mapping of sessions calls it.
         session: the running session.
         plan: what really runs (`Session.plan()`).
         warnings: what a reader of the figures must know about this arm.
@@ -83,14 +84,17 @@ class Arm:
         }
 
 
-def label(sessions: Sequence[Any]) -> list[Arm]:
-    """Arms of running sessions (or names of deployments), labeled.
+def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
+    """Arms of running sessions (or names of deployments), labeled; those of a mapping by its keys.
 
     Raises:
         InvalidValue: no session, one named twice, one whose task is not benchmarked, or an encoder's with another task.
         DeploymentNotFound: a name that no deployment has.
     """
-    if isinstance(sessions, str) or not isinstance(sessions, Sequence):
+    given = list(sessions) if isinstance(sessions, Mapping) else []
+    if isinstance(sessions, Mapping):
+        sessions = list(sessions.values())
+    elif isinstance(sessions, str) or not isinstance(sessions, Sequence):
         sessions = [sessions]
     if not sessions:
         raise InvalidValue("sessions: give at least one running session.")
@@ -111,8 +115,10 @@ def label(sessions: Sequence[Any]) -> list[Arm]:
             )
     arms = [Arm(_kind(session), session, session.plan()) for session in found]
     often = Counter(arm.label for arm in arms)
-    for arm in arms:
-        if often[arm.label] > 1:
+    for number, arm in enumerate(arms):
+        if given:
+            arm.label = given[number]
+        elif often[arm.label] > 1:
             arm.label = arm.session.name
         if arm.session.config.engine == "optimized" and arm.plan.engine != "optimized":
             arm.warnings.append(f"{arm.label} fell back to the {arm.plan.engine} engine")

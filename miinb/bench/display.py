@@ -133,6 +133,8 @@ def _speedup(row: pd.Series) -> str:
 def _answers(row: pd.Series) -> str:
     if not row["n_compared"]:
         return ""
+    if pd.isna(row["n_equal"]) and row["equal_share"] == 1:
+        return "all labels" if encodes(str(row["task"])) else "all tokens"
     if pd.isna(row["n_equal"]):
         share = f"{row['equal_share']:.0%}"
         return f"{share} of labels" if encodes(str(row["task"])) else f"first {share} of tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def bench(
 
 
 def compare(
-    sessions: Sequence[Any],
+    sessions: Sequence[Any] | Mapping[str, Any],
     workload: Any = None,
     *,
     progress: Progress | None = None,
@@ -97,7 +97,7 @@ def compare(
     arm's), unless check="none".
 
     Args:
-        sessions: running sessions, or names of running deployments.
+        sessions: running sessions, or names of running deployments; a mapping names the arms by its keys.
         workload: as for `bench`.
         progress, on_point, stop: as for `bench`.
         fields: fields of `BenchConfig`.

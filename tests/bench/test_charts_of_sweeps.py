@@ -59,6 +59,8 @@ def test_the_waterfall_goes_down_to_its_floor() -> None:
     assert "dashed: the least that the hardware allows" in words(ax)
     ends = [(round(bar.get_x(), 3), round(bar.get_x() + bar.get_width(), 3)) for bar in ax.patches if bar.get_width()]
     assert ends == [(0, 2.0), (1.5, 2.0), (0.6, 1.5), (0.6, 0.65), (0, 0.4), (0.4, 0.65)]
+    assert "0.650 s (+0.050 s)" in words(ax)
+    assert "0.400 s (-0.250 s)  ·  5.0x in all" in words(ax)
     assert "floor" not in words(charts.waterfall(runs))
     runs.env["r1"]["arms"] = {"int8": {"floor_s": 0.01}}  # seconds a token, of 20
     runs.requests.attrs["env"] = runs.env
@@ -111,3 +113,17 @@ def test_one_request_and_failures_alone() -> None:
     assert failed.summary.iloc[0]["n_failed"] == 1
     assert np.isnan(failed.summary.iloc[0]["req_s"])
     assert failed.percentiles.empty
+
+
+def test_runs_that_are_drawn_together_are_called_by_their_names() -> None:
+    first, second = make(TWO, loads=(1, 2)), make(TWO, loads=(1, 2), run_id="r2")
+    first.env["r1"]["name"], second.env["r2"]["name"] = "calm", "busy"
+    both = Runs(first.requests.to_dict("records"), first.env) + Runs(second.requests.to_dict("records"), second.env)
+    names = [f"{arm}, {run}" for arm in TWO for run in ("calm", "busy")]
+    for ax in (charts.frontier(both), charts.batch_scaling(both)):
+        assert sorted(text.get_text() for text in ax.get_legend().get_texts()) == sorted(names)
+    memory = charts.memory(both)
+    assert sorted(text.get_text() for text in memory.get_yticklabels()) == sorted(names)
+    both.env["r2"]["name"] = "calm"
+    alike = charts.frontier(Runs(both.requests.to_dict("records"), both.env))
+    assert "optimized, calm r2" in [text.get_text() for text in alike.get_legend().get_texts()]

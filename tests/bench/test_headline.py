@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from miinb.bench import charts, presets
+from miinb.bench.floor import token_bytes
 from miinb.bench.headline import __main__ as command
 from miinb.bench.headline import arms, figures, floors, profile
 from miinb.bench.headline.book import Book
@@ -114,9 +115,9 @@ def test_floors() -> None:
     folder_of = {"tie_word_embeddings": False, "vocab_size": 10, "hidden_size": 4}
     model = dataclasses.make_dataclass("Model", ["config", "vocab_size", "hidden_size", "family", "parameters"])
     untied = model(folder_of, 10, 4, "llama", 400)
-    assert floors.token_bytes(untied, 800.0) == 800 - 80
+    assert token_bytes(untied, 800.0) == 800 - 80
     positions = model({"n_positions": 20}, 10, 4, "gpt2", 400)
-    assert floors.token_bytes(positions, 400.0) == 400 - 80
+    assert token_bytes(positions, 400.0) == 400 - 80
     assert floors.one_row_s(untied, 800.0, floors.Rates(720.0, 1.0)) == 1.0
 
 

@@ -147,6 +147,12 @@ def test_an_interrupt_keeps_the_rows_and_cancels_the_rest(monkeypatch: pytest.Mo
     assert "interrupted" in env["warnings"][0]
 
 
+def test_a_mapping_names_the_arms() -> None:
+    runs = compare({"old": StandIn(name="a"), "new": StandIn("baseline", name="b")}, requests=1, progress=_quiet)
+    assert list(runs.summary["arm"]) == ["old", "new"]
+    assert runs.summary["n_compared"].tolist() == [0, 1]
+
+
 def test_labels_of_arms() -> None:
     best = StandIn("baseline", name="tuned")
     best.config = best.config.model_copy(update={"options": best.config.options.model_copy(update={"compile": True})})

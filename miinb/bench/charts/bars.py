@@ -164,6 +164,8 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     scale, unit = (1e-9, "GB") if total.max() >= 1e9 else (1e-6, "MB")
     labels = frames.arm_labels(rows)
     names = [labels[arm] for arm in rows["arm"]]
+    if rows["arm"].duplicated().any():
+        names = [f"{name}, {run}" for name, run in zip(names, frames.run_names(rows), strict=True)]
     ax = new_axes(ax, 2.3 + 0.42 * len(rows))
     left = np.zeros(len(rows))
     series = (

@@ -46,7 +46,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     ok = frames.require(measured(requests), [metric], "ecdf", "Try another metric.")
     scale, unit = time_unit(float(ok[metric].max()))
     arms, labels, groups = frames.arms_in(rows), frames.arm_labels(rows), frames.categories(rows)
-    styles = {group: STYLES[i % len(STYLES)] for i, group in enumerate(dict.fromkeys(groups))}
+    styles = {group: _dashes(number) for number, group in enumerate(dict.fromkeys(groups))}
     ax = new_axes(ax)
     wide = ok[metric].quantile(0.99) > LOG_FROM * ok[metric].min() > 0
     if wide:
@@ -56,7 +56,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
         values = np.sort(mine[metric].dropna().to_numpy(dtype=float)) * scale
         style = {**line_style(row["arm"], arms), "marker": None}
         if len(styles) > 1:
-            style["linestyle"] = styles[group_key]
+            style |= styles[group_key]
         group = group_key.replace("\n", ", ")
         name = f"{labels[row['arm']]}, {group}" if group else labels[row["arm"]]
         ax.step([values[0], *values], np.arange(len(values) + 1) / len(values), where="post", label=name, **style)
@@ -79,6 +79,12 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     if len(rows) < len(every):
         what += f"; {rows['point'].nunique()} of {every['point'].nunique()} loads are drawn"
     return _finish(ax, rows, f"Distribution: {frames.METRICS[metric].lower()}", what)
+
+
+def _dashes(number: int) -> dict[str, Any]:
+    """Line style of the loads in order; thinner when all have been used."""
+    again, which = divmod(number, len(STYLES))
+    return {"linestyle": STYLES[which], "linewidth": 1.8 / (1 + again)}
 
 
 def _percentile_lines(ax: Any, n: int) -> None:
@@ -237,8 +243,9 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, a
         ax.plot(x, y, label=name, **style)
         ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         gain = y[-1] / y[0]
+        scaled = f" ({gain:.1f}x of {x[-1] / x[0]:.0f}x)" if len(line) > 1 else ""
         ax.annotate(
-            *(f"{number(y[-1])} ({gain:.1f}x of {x[-1] / x[0]:.0f}x)", (x[-1], y[-1])),
+            *(f"{number(y[-1])}{scaled}", (x[-1], y[-1])),
             xytext=(7, 0),
             textcoords="offset points",
             fontsize=8.5,
@@ -256,7 +263,8 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, a
     ax.grid(True, color="#eeeeee", linewidth=0.7)
     ax.set_xlabel(f"{words} (log axis)", fontsize=9, color=INK)
     ax.set_ylabel("Output tokens per second (log axis)", fontsize=9, color=INK)
-    ax.legend(fontsize=8.5, frameon=False, loc="upper left")
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # several lines leave no room among them
+    ax.legend(fontsize=8.5, frameon=False, **({"loc": "upper left"} if len(ax.lines) <= 4 else beside))
     return _finish(ax, rows, title, "Dotted: ideal scaling from each line's first point")
 
 
@@ -266,7 +274,8 @@ def _lines(rows: pd.DataFrame, skip: str = "") -> Iterator[tuple[str, dict[str, 
     keys = ["arm"] + (["model"] if rows["model"].nunique() > 1 else [])
     per_arm = [skip] if skip == "devices" else ["concurrency", "rate_rps"]
     if rows.duplicated([*keys, *per_arm]).any():
-        keys.append("run_id")
+        rows = rows.assign(run=frames.run_names(rows))
+        keys.append("run")
     order = sorted(rows.groupby(keys, sort=False), key=lambda item: arms.index(str(item[0][0])))
     seen: dict[str, int] = {}
     for key_parts, line in order:

@@ -112,13 +112,20 @@ def categories(frame: pd.DataFrame) -> pd.Series:
         parts.append(loads)
     same = pd.DataFrame({"arm": frame["arm"], "model": frame["model"], "task": frame["task"], "load": loads})
     if same.duplicated().any():
-        parts.append(frame["name"].fillna(frame["run_id"]).astype(str))
+        parts.append(run_names(frame))
     if not parts:
         return pd.Series("", index=frame.index)
     labels = parts[0].astype(str)
     for part in parts[1:]:
         labels = labels + "\n" + part.astype(str)
     return labels
+
+
+def run_names(frame: pd.DataFrame) -> pd.Series:
+    """What each row's run is called: its name, else its id, and both where two runs have one name."""
+    names = frame["name"].fillna(frame["run_id"]).astype(str)
+    alike = frame["run_id"].groupby(names).transform("nunique") > 1
+    return names.where(~alike, names + " " + frame["run_id"].astype(str))
 
 
 def short_model(model: object) -> str:
@@ -154,8 +161,10 @@ def caption(frame: pd.DataFrame, what: str) -> list[str]:
     lines += outputs_words(frame)
     lines += frame.attrs.get("notes", [])
     cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
-    for arm, rows in cached.groupby(cached["arm"].astype(str)):
-        lines.append(f"{arm}: {rows['cached_share'].max():.0%} of the prompt tokens came from the prefix cache.")
+    shares: dict[str, list[str]] = {}
+    for arm, rows in cached.groupby(cached["arm"].astype(str), sort=False):
+        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(str(arm))
+    lines += [f"{', '.join(arms)}: {s} of the prompt tokens came from the prefix cache." for s, arms in shares.items()]
     for run_id in dict.fromkeys(frame["run_id"].dropna()):
         for text in frame.attrs.get("env", {}).get(run_id, {}).get("warnings", ()):
             lines.append(f"Note: {text}.")
@@ -177,15 +186,11 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         share = float((rows["equal_share"] * rows["n_compared"]).sum()) / total
         equal = rows["n_equal"].sum(min_count=1)
         encoded = encoding(rows)
-        alike, what = (
-            (f"{share:.0%} of the labels", "the same")
-            if encoded
-            else (
-                f"the first {share:.0%} of the tokens",
-                "the same text",
-            )
-        )
+        alike = f"{share:.0%} of the labels" if encoded else f"the first {share:.0%} of the tokens"
+        what = "the same" if encoded else "the same text"
         words = f"on average {alike} are {reference}'s ({total} answers)"
+        if share == 1:
+            words = f"all {'labels' if encoded else 'tokens'} are {reference}'s ({total} answers)"
         if pd.notna(equal):
             words = f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are {what} as {reference}'s"
             words += "" if equal == total else f"; on average {alike} are equal"

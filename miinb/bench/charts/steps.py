@@ -11,6 +11,7 @@ from miinb.bench.charts import frames
 from miinb.bench.charts.bars import leave_room, value_label
 from miinb.bench.charts.style import INK, SOFT, arm_style, finish, new_axes, time_unit, unit_word
 from miinb.bench.records import NAN
+from miinb.bench.summary import ratio_text
 from miinb.errors import InvalidValue
 from miinb.wording import number
 
@@ -45,8 +46,7 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     for y, value in enumerate(values):
         before = values[y - 1] if y else value
         _step(ax, y, value, before, arm_style(rows["arm"].iloc[y], [rows["arm"].iloc[y]]), y in (0, len(values) - 1))
-        change = f" ({value - before:+.3g} {unit})" if y else ""
-        value_label(ax, max(value, before), y, f"{number(value)} {unit}{change}", f"{names[y]}: ")
+        value_label(ax, max(value, before), y, _words(values, y, unit), f"{names[y]}: ", bold=y == len(values) - 1)
     if math.isfinite(floor):
         _floor(ax, floor * scale, f"floor {number(floor * scale)} {unit}")
     ax.set_yticks(range(len(rows)), names)
@@ -54,8 +54,10 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     leave_room(ax)
     ax.set_xlabel(f"Median {unit_word(unit)} per request", fontsize=9, color=INK)
     ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
-    what = "Median; a step in green saves time, in orange and dotted it costs"
+    what = "Median; a step in green saves time, one in orange and dotted costs it"
     line = "dashed: the least that the hardware allows" if math.isfinite(floor) else ""
+    if line and floor_s is None:
+        line += f", the weights of {rows['arm'].iloc[-1]} read once a token"
     return finish(
         ax,
         title="What each step saves",
@@ -63,6 +65,16 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
         caption=frames.caption(rows, "; ".join(part for part in (what, line) if part)),
         footer=frames.footer(rows),
     )
+
+
+def _words(values: list[float], y: int, unit: str) -> str:
+    """An arm's time, the change from the one before, and of the last arm how much faster than the first it is."""
+    shown = f"{number(values[y])} {unit}"
+    if y == 0:
+        return shown
+    decimals = len(number(values[y]).partition(".")[2])
+    in_all = f"  ·  {ratio_text(values[0] / values[y])} in all" if y == len(values) - 1 else ""
+    return f"{shown} ({values[y] - values[y - 1]:+,.{decimals}f} {unit}){in_all}"
 
 
 def _step(ax: Any, y: int, value: float, before: float, whole: dict[str, Any], ends: bool) -> None:

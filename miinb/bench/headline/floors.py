@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from miinb.bench.floor import token_bytes
 from miinb.models import ModelInfo
 
-#: Families whose input reads a row of a table of positions, and what config.json calls its length.
-POSITIONS = {"gpt2": "n_positions", "gpt_neo": "max_position_embeddings", "opt": "max_position_embeddings"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -63,13 +64,6 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def token_bytes(model: ModelInfo, weights_bytes: float) -> float:
-    """Bytes of weights that one token reads: all but the tables of which it reads a row."""
-    table = 0 if model.config.get("tie_word_embeddings", True) else model.vocab_size * model.hidden_size
-    table += model.config.get(POSITIONS.get(model.family, ""), 0) * model.hidden_size
-    return weights_bytes * (1 - float(table) / model.parameters)
-
-
 def one_row_s(model: ModelInfo, weights_bytes: float, rates: Rates) -> float:
     """Least seconds a token of one sequence: its weights at the speed of a copy."""
     return token_bytes(model, weights_bytes) / rates.copy_bytes_s
@@ -94,3 +88,7 @@ def all_rows_s(
 def memory_kept() -> int:
     """Bytes of GPU memory that PyTorch holds in this process."""
     return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(sys.argv[1], "bf16"))))

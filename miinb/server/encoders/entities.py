@@ -148,7 +148,7 @@ def _tokens_of(
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     special = text.special_ids  # one that takes the space before it with it is called by its own name
     words = [
-        text.tokenizer.id_to_token(number) if number in special else word
+        (text.tokenizer.id_to_token(number) or word) if number in special else word
         for number, word in zip(encoding.ids, encoding.tokens, strict=True)
     ]
     start, end = offsets[:, 0], offsets[:, 1]
