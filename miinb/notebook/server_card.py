@@ -44,17 +44,18 @@ def _gpus() -> dict[int, hardware.Gpu]:
 
 
 def memory_html(status: Status) -> str:
-    """A bar for each GPU, with what the deployment has reserved of it; without a GPU what its processes hold."""
-    held: dict[int | None, int] = defaultdict(int)
+    """A bar for each GPU, with what the deployment has reserved of it."""
+    held: dict[int, int] = defaultdict(int)
     for rank in status.ranks:
-        held[rank.gpu] += rank.memory_bytes
+        if rank.gpu is not None:
+            held[rank.gpu] += rank.memory_bytes
     if not any(held.values()):
         return ""
-    known = _gpus() if set(held) != {None} else {}
+    known = _gpus()
     lines = []
-    for index, count in sorted(held.items(), key=lambda one: -1 if one[0] is None else one[0]):
-        gpu = known.get(index) if index is not None else None
-        name = "processes" if index is None else f"GPU {index}" + (f" ({gpu.name})" if gpu else "")
+    for index, count in sorted(held.items()):
+        gpu = known.get(index)
+        name = f"GPU {index}" + (f" ({gpu.name})" if gpu else "")
         of = f" of {size_words(gpu.memory_bytes)}" if gpu else ""
         bar = cards.bar(count / gpu.memory_bytes) if gpu else ""
         lines.append(f"<div>{escaped(f'memory of {name}: {size_words(count)}{of}')} {bar}</div>")
@@ -63,7 +64,8 @@ def memory_html(status: Status) -> str:
 
 def server_card(status: Status) -> cards.Card:
     """A deployment at this moment, with its memory and, while it starts, how far it is."""
-    apart = ("memory", "phase", *(("processes", "requests", "up") if status.state in ENDED else ()))
+    ended = status.state in ENDED
+    apart = ("phase", *(("processes", "requests", "up", "memory") if ended else ()))
     facts = [fact for fact in cards.status_facts(status) if fact[0] not in apart]
     body = []
     said = SAID.get(status.state, "")
@@ -72,12 +74,12 @@ def server_card(status: Status) -> cards.Card:
         count = f" {phase.done} of {phase.total}" if phase.total else ""
         said = " ".join(part for part in (said, f"Phase: {phase.name}{count} {phase.text}".strip()) if part)
         body.append(cards.bar(phase.done / phase.total) if phase.total else "")
-    body += [memory_html(status)] if status.state not in ENDED else []
+    bars = "" if ended else memory_html(status)
     words = [f'<div style="margin:.3em 0">{escaped(said)}</div>'] if said else []
     title = f"Deployment {status.name}"
-    html, _ = cards.card(title, status.state, facts=facts, body=[*words, *body])
-    words_of_memory = [fact for fact in cards.status_facts(status) if fact[0] == "memory"]
-    _, text = cards.card(title, status.state, facts=[*facts, *words_of_memory], foot=said)
+    shown = [fact for fact in facts if not bars or fact[0] != "memory"]
+    html, _ = cards.card(title, status.state, facts=shown, body=[*words, *body, bars])
+    _, text = cards.card(title, status.state, facts=facts, foot=said)
     return html, text
 
 
