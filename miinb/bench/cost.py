@@ -156,7 +156,8 @@ def _answer(rows: pd.DataFrame, slo: Mapping[str, float], attain: float) -> str:
     bound = f" with {limits}" if slo or rows["slo_share"].notna().any() else ""
     best = rows.iloc[0]
     if not best["within"]:
-        near = rows.sort_values("slo_share", ascending=False, kind="stable").iloc[0]
+        by = ["slo_share", "e2e_p50_s"] if "e2e_p50_s" in rows else ["slo_share"]
+        near = rows.sort_values(by, ascending=[False, True][: len(by)], kind="stable").iloc[0]
         return f"No measured load meets {limits}: the nearest is {_words(near, rows)} with {near['slo_share']:.0%}."
     speed = f"{number(best['throughput'])} {best['unit']}"
     if pd.isna(best["cost_usd"]):

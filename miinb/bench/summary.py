@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from miinb.bench.environment import hardware_words
 from miinb.bench.objectives import judged
 from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
 from miinb.bench.records import DEFINITIONS, NAN
+from miinb.bench.speedup import speedup
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.tasks import TASKS
 
 POINT = ["run_id", "arm", "point"]
 #: Fewest samples for which a percentile is given.
 FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
-RESAMPLES = 2000
 #: Of what the passes' spread is told.
 SPREAD = ("req_s", "seq_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
 
@@ -77,7 +78,7 @@ def summarize(requests: pd.DataFrame) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     for index, row in frame.iterrows():
-        reference = _reference(frame, row, "baseline")
+        reference = _reference(frame, row, "baseline", env)
         if reference is not None:
             ratio = _speedup(requests, reference, row)
             for name, value in zip(("speedup", "speedup_lo", "speedup_hi"), ratio, strict=True):
@@ -226,8 +227,15 @@ def _same_point(frame: pd.DataFrame, row: pd.Series) -> pd.Series:
     return same
 
 
-def _reference(summary: pd.DataFrame, row: pd.Series, baseline: str) -> pd.Series | None:
-    """The baseline's row for the same point: of the same run, else the latest with this model and lengths."""
+def _machine(env: Mapping[str, Mapping[str, Any]], run_id: Any) -> str:
+    """Where a run was measured, in words; "" where that is not known."""
+    return hardware_words(env.get(str(run_id), {}).get("host", {}))
+
+
+def _reference(
+    summary: pd.DataFrame, row: pd.Series, baseline: str, env: Mapping[str, Mapping[str, Any]]
+) -> pd.Series | None:
+    """The baseline's row for the same point: of the same run, else the latest with this model, lengths and machine."""
     if row["arm"] == baseline:
         return None
     candidates = summary[(summary["arm"] == baseline) & _same_point(summary, row)]
@@ -236,46 +244,19 @@ def _reference(summary: pd.DataFrame, row: pd.Series, baseline: str) -> pd.Serie
         same = candidates["model"] == row["model"]
         for name in ("task", "new_tokens", "prompt_tokens"):
             same &= candidates[name].isna() if pd.isna(row[name]) else candidates[name] == row[name]
+        machine = _machine(env, row["run_id"])
+        same &= candidates["run_id"].map(lambda run_id: _machine(env, run_id)) == machine
         same_run = candidates[same]
     return None if same_run.empty else same_run.iloc[-1]
 
 
 def _speedup(requests: pd.DataFrame, reference: pd.Series, row: pd.Series) -> tuple[float, float, float]:
-    def times(of: pd.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
-        rows = requests[
-            (requests["run_id"] == of["run_id"]) & (requests["arm"] == of["arm"]) & (requests["point"] == of["point"])
-        ]
-        return measured(rows).sort_values("seq")["e2e_s"].dropna().to_numpy(dtype=np.float64)
+    def rows(of: pd.Series) -> pd.DataFrame:
+        same = (requests["run_id"] == of["run_id"]) & (requests["arm"] == of["arm"])
+        return measured(requests[same & (requests["point"] == of["point"])])
 
-    together = row["concurrency"] if pd.notna(row["concurrency"]) else 1
-    return ratio_of_medians(times(reference), times(row), block=int(together))
-
-
-def ratio_of_medians(
-    slow: np.ndarray[Any, np.dtype[np.float64]],
-    fast: np.ndarray[Any, np.dtype[np.float64]],
-    *,
-    block: int = 1,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """median(slow) / median(fast) with its 95 % percentile-bootstrap interval.
-
-    Requests that run together share their luck, so blocks of `block` consecutive ones are drawn as wholes (Künsch,
-    1989); with fewer than 3 blocks a side the interval is NaN.
-    """
-    if len(slow) == 0 or len(fast) == 0 or not np.median(fast) > 0:
-        return NAN, NAN, NAN
-    ratio = float(np.median(slow) / np.median(fast))
-    if min(len(slow), len(fast)) // block < 3:
-        return ratio, NAN, NAN
-    rng = np.random.default_rng(seed)
-    draws = []
-    for side in (slow, fast):
-        blocks = side[: len(side) // block * block].reshape(-1, block)
-        picks = rng.integers(len(blocks), size=(RESAMPLES, len(blocks)))
-        draws.append(np.median(blocks[picks].reshape(RESAMPLES, -1), axis=1))
-    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])
-    return ratio, float(low), float(high)
+    concurrency, rate = (NAN if pd.isna(row[name]) else float(row[name]) for name in ("concurrency", "rate_rps"))
+    return speedup(rows(reference), rows(row), concurrency=concurrency, rate=rate)
 
 
 def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -289,15 +270,15 @@ def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str) -> 
         raise InvalidValue(f"baseline: there is no arm {baseline!r}.", hint=did_you_mean(baseline, arms))
     rows = []
     for _, row in summary.iterrows():
-        reference = _reference(summary, row, baseline)
+        reference = _reference(summary, row, baseline, summary.attrs.get("env", {}))
         if reference is None:
             continue
-        speedup, low, high = _speedup(requests, reference, row)
+        ratio, low, high = _speedup(requests, reference, row)
         rows.append(
             {
                 **{name: row[name] for name in ("run_id", "model", "arm", "concurrency", "rate_rps", "n", "n_failed")},
                 "baseline": baseline,
-                "speedup": speedup,
+                "speedup": ratio,
                 "speedup_lo": low,
                 "speedup_hi": high,
                 "ttft_ratio": _ratio(reference["ttft_p50_s"], row["ttft_p50_s"]),
@@ -305,7 +286,7 @@ def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str) -> 
                 "throughput_ratio": _ratio(row["output_tok_s"], reference["output_tok_s"]),
                 "cost_ratio": _ratio(reference["usd_per_mtok"], row["usd_per_mtok"]),
                 **{name: row[name] for name in ("outputs_equal", "equal_share", "n_compared")},
-                "verdict": verdict(speedup, low, high),
+                "verdict": verdict(ratio, low, high),
             }
         )
     frame = pd.DataFrame(rows)

@@ -178,6 +178,7 @@ def test_the_cheapest_under_a_limit() -> None:
     none = runs.cost({"e2e": 0.5})
     assert not none["cheapest"].any()
     assert none.answer.startswith("No measured load meets total at most 500 ms")
+    assert "the nearest is a (bf16, 2 GPUs)" in none.answer  # both miss it always: the faster one
 
 
 def test_a_share_may_miss() -> None:

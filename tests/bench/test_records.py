@@ -11,8 +11,9 @@ import pytest
 from miinb.bench.cost import usd_per_1k_images, usd_per_mtok
 from miinb.bench.environment import environment, hardware_words
 from miinb.bench.records import DEFINITIONS, REQUEST_COLUMNS, Runs, load_runs
+from miinb.bench.speedup import ratio_of_medians, speedup
 from miinb.bench.store import append_rows
-from miinb.bench.summary import percentile, ratio_of_medians, ratio_text, verdict
+from miinb.bench.summary import percentile, ratio_text, verdict
 from miinb.errors import InvalidValue, MiinbError
 
 
@@ -85,15 +86,52 @@ def test_percentiles_need_enough_samples(q: int, fewest: int) -> None:
 def test_speedup_and_its_interval() -> None:
     rng = np.random.default_rng(1)
     slow, fast = 2 + 0.1 * rng.standard_normal(40), 1 + 0.1 * rng.standard_normal(40)
-    ratio, low, high = ratio_of_medians(slow, fast)
+    ratio, low, high = ratio_of_medians([slow], [fast])
     assert low < ratio < high
     assert 1.8 < low < 2.0 < high < 2.2
-    assert ratio_of_medians(slow, fast) == (ratio, low, high)
-    assert math.isnan(ratio_of_medians(slow[:2], fast[:2])[1])
+    assert ratio_of_medians([slow], [fast]) == (ratio, low, high)
+    assert math.isnan(ratio_of_medians([slow[:2]], [fast[:2]])[1])
     together = np.repeat([1.0, 2.0, 4.0], 8)  # three batches of eight: the interval knows three times, not 24
-    assert ratio_of_medians(together, np.ones(24), block=8)[1:] == (1.0, 4.0)
-    assert math.isnan(ratio_of_medians(together[:8], np.ones(8), block=8)[1])
-    assert all(math.isnan(value) for value in ratio_of_medians(slow, fast[:0]))
+    assert ratio_of_medians([together], [np.ones(24)], block=8)[1:] == (1.0, 4.0)
+    assert math.isnan(ratio_of_medians([together[:8]], [np.ones(8)], block=8)[1])
+    assert all(math.isnan(value) for value in ratio_of_medians([slow], []))
+
+
+def test_the_speedup_of_several_passes_is_that_of_their_medians() -> None:
+    slow, fast = [np.array([1.0, 1.0, 9.0]), np.array([3.0, 3.0, 3.0])], [np.ones(3), np.ones(3)]
+    ratio, low, high = ratio_of_medians(slow, fast)
+    assert ratio == 2.0  # of the medians 1 and 3; all six together have 3
+    assert low <= ratio <= high
+
+
+def test_arms_of_different_machines_have_no_ratio() -> None:
+    first, second = make("a", arms=("baseline",)), make("b", arms=("optimized",), e2e=1.0)
+    for env, cpu in ((first.env["a"], "one"), (second.env["b"], "one")):
+        env["host"] = {"cpu": {"model": cpu, "cores": 2}}
+    assert (first + second).summary["speedup"].iloc[1] == pytest.approx(2.0)
+    second.env["b"]["host"] = {"cpu": {"model": "another", "cores": 2}}
+    assert math.isnan((first + second).summary["speedup"].iloc[1])
+
+
+def queue(rng: np.random.Generator, load: float, count: int) -> pd.DataFrame:
+    """Requests of one server that arrive at random and take a second each."""
+    arrivals, end, times = np.cumsum(rng.exponential(1 / load, count)), 0.0, []
+    for at in arrivals:
+        end = max(end, at) + 1.0
+        times.append(end - at)
+    return pd.DataFrame({"e2e_s": times, "seq": range(count), "pass_no": 0})
+
+
+@pytest.mark.parametrize(("load", "misses"), [(0.3, 12), (0.7, 24), (0.95, 12)])
+def test_equal_queues_are_seldom_told_apart(load: float, misses: int) -> None:
+    rng, missed, unknown = np.random.default_rng(2), 0, 0
+    for _ in range(100):
+        slow, fast = queue(rng, load, 150), queue(rng, load, 150)
+        _, low, high = speedup(slow, fast, concurrency=math.nan, rate=load)
+        unknown += math.isnan(low)
+        missed += low > 1 or high < 1
+    assert missed <= misses  # with single requests as blocks: 7, 40 and 70
+    assert unknown == 0 if load < 0.5 else unknown < 100
 
 
 def test_verdicts_say_slower_in_words() -> None:
