@@ -70,8 +70,8 @@ DEFINITIONS: dict[str, str] = {
         "without a GPU counts as one"
     ),
     "usd_per_1k_texts": "the same of a thousand texts of encoder tasks, usd_per_1k_images of a thousand images",
-    "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point; interval: 95 % bootstrap, "
-    "requests that ran together drawn together",
+    "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point (of several passes the median "
+    "of theirs); interval: 95 % bootstrap, requests that ran or waited together drawn together",
     "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
     "equal_share": (
         "share of the baseline's output tokens before the first difference, mean over the answers; of encoder tasks "

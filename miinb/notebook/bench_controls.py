@@ -10,10 +10,9 @@ from miinb.bench.summary import encodes
 from miinb.commands.options import BENCH, floats, integers
 from miinb.config import BenchConfig
 from miinb.errors import InvalidValue
-from miinb.notebook.controls import control, named
+from miinb.notebook.controls import control, named, tick
 
 _HELP = {option.name: option.help[:1].upper() + option.help[1:] for option in BENCH}
-_MOST = 1 << 20
 _PROMPT_TOKENS = BenchConfig.model_fields["prompt_tokens"].default
 #: How the requests come; the words are the fields of `BenchConfig`.
 LOADS = ("concurrency", "rate")
@@ -28,10 +27,11 @@ class WorkloadControls:
 
     def __init__(self) -> None:
         whole = W.BoundedIntText
+        lengths = {"placeholder": "128, or 64-512"}
         self.prompt_tokens = control(
-            whole, "prompt_tokens", _HELP["prompt_tokens"], value=_PROMPT_TOKENS, min=1, max=_MOST
+            W.Text, "prompt_tokens", _HELP["prompt_tokens"], value=str(_PROMPT_TOKENS), **lengths
         )
-        self.new_tokens = control(whole, "new_tokens", _HELP["new_tokens"], value=64, min=1, max=_MOST)
+        self.new_tokens = control(W.Text, "new_tokens", _HELP["new_tokens"], value="64", **lengths)
         self.batch_size = control(whole, "batch_size", _HELP["batch_size"], value=1, min=1, max=1024)
         self.requests = control(
             W.Text, "requests", "Requests at each load; empty: enough for it", placeholder="enough for the load"
@@ -44,13 +44,15 @@ class WorkloadControls:
             value=LOADS[0],
         )
         self.loads = control(W.Text, "loads", "One point each: 1,4,16", value="1,4", placeholder="1,4,16")
+        self.sweep = tick("sweep", "Instead of loads: double the load, from 1 on, until all are saturated")
+        self.slo = control(W.Text, "slo", f"{_HELP['slo']}; empty: none", placeholder="ttft=0.5,e2e=2")
         self.warmup = control(whole, "warmup", _HELP["warmup"], value=2, min=0, max=1000)
         self.seed = control(whole, "seed", _HELP["seed"], value=0, min=0, max=(1 << 31) - 1)
         self.price = control(W.Text, "price", f"{_HELP['price']}; empty: no cost", placeholder="no price")
         columns = (
             (self.prompt_tokens, self.new_tokens, self.batch_size, self.requests),
-            (self.load, self.loads, self.warmup),
-            (self.seed, self.price),
+            (self.load, self.loads, self.sweep, self.warmup),
+            (self.seed, self.slo, self.price),
         )
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
         self.box = named(grid, "workload")
@@ -69,12 +71,17 @@ class WorkloadControls:
             InvalidValue: a number is none.
         """
         fields: dict[str, Any] = {"warmup": self.warmup.value, "seed": self.seed.value}
-        if self.prompt_tokens.value != _PROMPT_TOKENS:  # what is not asked for is made to fit a short model
-            fields["prompt_tokens"] = self.prompt_tokens.value
+        if self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):  # else it is made to fit a short model
+            fields["prompt_tokens"] = self.prompt_tokens.value.strip()
         own = self.batch_size if encodes(self._task) else self.new_tokens
         fields[own.description] = own.value
-        read = integers if self.load.value == "concurrency" else floats
-        fields[self.load.value] = _read("loads", self.loads.value, read, "1,4,16")
+        if self.sweep.value:
+            fields["sweep"] = self.load.value
+        else:
+            read = integers if self.load.value == "concurrency" else floats
+            fields[self.load.value] = _read("loads", self.loads.value, read, "1,4,16")
+        if self.slo.value.strip():
+            fields["slo"] = self.slo.value.strip()
         if self.requests.value.strip():
             fields["requests"] = _read("requests", self.requests.value, int, "8")
         if self.price.value.strip():

@@ -51,6 +51,11 @@ def chart_html(runs: Runs) -> tuple[str, str]:
     return f'<img class="miinb-chart" alt="{escaped(words)}" style="{look}" src="data:image/png;base64,{data}">', words
 
 
+def _count(done: int, total: int) -> str:
+    """How many requests; how many a sweep will have nobody knows."""
+    return f"{done} of {total} requests" if total else f"{done} requests"
+
+
 class BenchPanel(WorkPanel):
     """Measures a deployment, alone or beside another one, under a workload.
 
@@ -156,16 +161,17 @@ class BenchPanel(WorkPanel):
         def progress(done: int, total: int, record: Any) -> None:
             if throttle.due("") or done == total:
                 left = (time.monotonic() - began) / done * (total - done)
+                about = f" · about {cards.duration(left)} left" if total else ""
                 with self._lock:
-                    self.bar.max, self.bar.value = total, done
+                    self.bar.max, self.bar.value = max(total, done), done
                     if not stop.is_set():
-                        self._say(f"{done} of {total} requests · about {cards.duration(left)} left")
+                        self._say(f"{_count(done, total)}{about}")
 
         self._keep(miinb.compare(sessions, dict(fields), progress=progress, on_point=self._keep, stop=stop))
         assert self.runs is not None
         (env,) = self.runs.env.values()
         ended = "Cancelled" if env.get("interrupted") else "Done"
-        return f"{ended}: {env['done']} of {env['total']} requests in {cards.duration(time.monotonic() - began)}."
+        return f"{ended}: {_count(env['done'], env['total'])} in {cards.duration(time.monotonic() - began)}."
 
     def _keep(self, runs: Runs) -> None:
         """Take the run so far and show it; the chart is drawn without the lock."""

@@ -28,7 +28,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         monkeypatch.setitem(vars(miinb), "deployments", lambda: [each.status() for each in known.values()])
         monkeypatch.setitem(vars(miinb), "attach", known.__getitem__)
         made.append(panel(session, "bench"))
-        made[-1].workload.new_tokens.value = 2
+        made[-1].workload.new_tokens.value = "2"
         return made[-1]
 
     yield one
@@ -47,7 +47,7 @@ def test_a_run_has_its_table_its_chart_and_its_file(make: Make, tmp_path: Path) 
     shown.workload.loads.value = "1, 2"
     shown.workload.requests.value = "3"
     shown.workload.price.value = "2.5"
-    shown.workload.prompt_tokens.value = 16
+    shown.workload.prompt_tokens.value = "16"
     tables: list[str] = []
     shown.output.observe(lambda change: tables.append(change["new"]), "value")
     measured(shown)
@@ -84,6 +84,24 @@ def test_rates_seed_and_requests_reach_the_workload(make: Make) -> None:
     (env,) = shown.runs.env.values()
     assert env["workload"]["rate"] == [50.0, 100.0]
     assert env["workload"]["seed"] == 7
+
+
+def test_a_sweep_with_objectives_and_ranges(make: Make) -> None:
+    shown = make(StandIn(token_s=0.001))
+    shown.workload.sweep.value = True
+    shown.workload.slo.value = "e2e=0.000001"
+    shown.workload.prompt_tokens.value, shown.workload.new_tokens.value = "4-8", "1-2"
+    measured(shown)
+    assert re.search(r"Done: \d+ requests in", shown.status.value)
+    assert shown.bar.value == shown.bar.max > 0
+    assert shown.runs is not None
+    (env,) = shown.runs.env.values()
+    assert env["workload"]["sweep"]
+    assert shown.runs.summary["slo_share"].iloc[0] == 0.0
+    shown.workload.slo.value = "speed=1"
+    shown.run.click()
+    assert shown.wait(10)
+    assert "speed" in shown.status.value
 
 
 def test_cancel_keeps_what_was_measured(make: Make) -> None:
