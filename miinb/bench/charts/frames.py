@@ -18,6 +18,7 @@ METRICS = {
     "ttft_s": "Time to first token",
     "tpot_s": "Time per output token",
 }
+MOST_LEFT_OUT = 6  # points that a caption names
 
 
 def requests_of(frame: Any, chart: str) -> pd.DataFrame:
@@ -50,10 +51,36 @@ def summary_of(frame: Any, chart: str) -> pd.DataFrame:
     else:
         kind = type(frame).__name__
         raise InvalidValue(f"charts.{chart}: cannot draw a {kind}.", hint="Give runs, runs.requests or runs.summary.")
-    summary = summary[summary["n"] != 0]
+    every, summary = summary, summary[summary["n"] != 0]
     if summary.empty:
         raise InvalidValue(f"charts.{chart}: no successful request to draw.", hint="Look at runs.requests['error'].")
+    summary.attrs = {**every.attrs, "all_failed": int(every["n_failed"].sum()), "left_out": _left_out(every)}
     return summary
+
+
+def _left_out(every: pd.DataFrame) -> list[str]:
+    """The points without an answer, and why: "optimized at concurrency 8: all 24 requests failed"."""
+    found = []
+    for (_, row), run in zip(every.iterrows(), run_names(every), strict=True):
+        if row["n"]:
+            continue
+        failed, stopped = int(row["n_failed"]), int(row.get("n_cancelled", 0) or 0)
+        why = f"{failed} requests failed, {stopped} were stopped" if failed and stopped else "no request was measured"
+        if bool(failed) != bool(stopped):
+            count = "the only request" if failed + stopped == 1 else f"all {failed + stopped} requests"
+            was = "was" if failed + stopped == 1 else "were"
+            why = f"{count} failed" if failed else f"{count} {was} stopped"
+        found.append(f"{_point_words(row, every, str(run))}: {why}")
+    return found
+
+
+def _point_words(row: pd.Series, among: pd.DataFrame, run: str) -> str:
+    """An arm's point, with model and run where there are several: "optimized at concurrency 8"."""
+    words = [str(row["arm"])]
+    words += [short_model(row["model"])] if among["model"].nunique() > 1 else []
+    words += [run] if among["run_id"].nunique() > 1 else []
+    load = load_label(row)
+    return ", ".join(words) + (f" at {load}" if load else "")
 
 
 def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) -> pd.DataFrame:
@@ -154,10 +181,13 @@ def subtitle(frame: pd.DataFrame) -> str:
 def caption(frame: pd.DataFrame, what: str) -> list[str]:
     """Lines below a chart: what is drawn, n and failures, whether the outputs are equal, warnings."""
     counts = sorted({int(n) for n in frame["n"].dropna()}) or [0]
-    failed = int(frame["n_failed"].sum())
+    failed = frame.attrs.get("all_failed", int(frame["n_failed"].sum()))
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     n += " request" if counts == [1] else " requests"
     lines = [f"{what}; {n} a bar or point, {failed} failed." if what else f"{n}, {failed} failed."]
+    left_out = frame.attrs.get("left_out", [])
+    more = [f"and {len(left_out) - MOST_LEFT_OUT} more"] if len(left_out) > MOST_LEFT_OUT else []
+    lines += [f"Left out: {'; '.join([*left_out[:MOST_LEFT_OUT], *more])}."] if left_out else []
     lines += outputs_words(frame)
     lines += frame.attrs.get("notes", [])
     cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
@@ -179,7 +209,11 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
     if compared.empty:
         return ["Answers of the arms were not compared."]
     arms = list(frame["arm"])
-    reference = "baseline" if "baseline" in arms else next(arm for arm in arms if arm not in set(compared["arm"]))
+    reference = (
+        "baseline"
+        if "baseline" in arms
+        else next((arm for arm in arms if arm not in set(compared["arm"])), "the reference")
+    )
     texts: dict[str, list[str]] = {}
     for arm, rows in compared.groupby("arm", sort=False):
         total = int(rows["n_compared"].sum())
