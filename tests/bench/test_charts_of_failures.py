@@ -5,6 +5,7 @@ from test_charts import TWO, make, words
 
 from miinb.bench import charts
 from miinb.bench.records import Runs
+from miinb.errors import InvalidValue
 
 
 def failing(arm: str, load: int, *, status: str = "error", loads: tuple[int, ...] = (1, 4, 8)) -> Runs:
@@ -53,3 +54,21 @@ def test_a_caption_names_some_of_many_points_that_are_left_out() -> None:
     text = words(charts.throughput(runs.requests)).replace("\n", " ")
     assert "20 failed" in text
     assert "and 4 more" in text
+
+
+@pytest.mark.parametrize("kind", ["ecdf", "latency", "frontier"])
+def test_an_arm_without_the_metric_is_left_out_by_name(kind: str) -> None:
+    runs = make(TWO, loads=(1, 4))
+    runs.requests.loc[runs.requests["arm"] == "baseline", "tpot_s"] = float("nan")
+    ax = charts.draw(kind, runs.requests, metric="tpot_s")
+    assert "Left out: baseline: no time per output token." in words(ax).replace("\n", " ")
+    assert "baseline: " not in charts.alt_text(ax).replace("Left out: baseline", "")
+
+
+@pytest.mark.parametrize("kind", ["ecdf", "latency", "frontier"])
+def test_a_metric_that_no_arm_has_is_refused(kind: str) -> None:
+    runs = make(TWO)
+    runs.requests["tpot_s"] = float("nan")
+    with pytest.raises(InvalidValue, match="tpot") as failure:
+        charts.draw(kind, runs.requests, metric="tpot_s")
+    assert "ttft_s" in failure.value.hint

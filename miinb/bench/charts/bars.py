@@ -49,9 +49,7 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     if metric not in frames.METRICS:
         raise InvalidValue(f"metric: there is no latency {metric!r}.", hint=did_you_mean(metric, frames.METRICS))
     short = metric.removesuffix("_s")
-    rows = frames.summary_of(frame, "latency")
-    others = [name for name in frames.METRICS if name != metric]
-    rows = frames.require(rows, [f"{short}_p50_s"], "latency", f"Try metric={' or '.join(map(repr, others))}.")
+    rows = frames.require_metric(frames.summary_of(frame, "latency"), metric, "latency")
     bars = Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
     if metric == "e2e_s" and frames.encoding(rows):
         bars.notes = {index: f"{number(s * 1e3)} ms in the model" for index, s in rows["model_p50_s"].dropna().items()}
@@ -77,15 +75,15 @@ def _spread_words(spread: pd.DataFrame, metric: str) -> str:
 
 
 def throughput(frame: Any, *, ax: Any = None) -> Any:
-    """Output tokens (of encoder tasks: texts) a second per GPU, or machine, of each arm and load."""
+    """Output tokens (of encoder tasks: texts) a second of each arm and load; per GPU where all arms have GPUs."""
     rows = frames.summary_of(frame, "throughput")
     encoded = frames.encoding(rows)
-    column, unit = ("seq_s", "texts/s") if encoded else ("tok_s_per_gpu", "tokens/s")
+    column, unit = ("seq_s", "texts/s") if encoded else ("output_tok_s", "tokens/s")
     rows = frames.require(rows, [column], "throughput", "No answers came.")
-    values = rows[column] / rows["n_gpus"].clip(lower=1) if encoded else rows[column]
+    a_gpu = rows.assign(a_gpu=rows[column] / rows["n_gpus"].clip(lower=1))
+    values, per = frames.per_gpu(a_gpu, column, "a_gpu")
     bars = Bars(rows, values, lower_is_better=False)
     ax = bars.draw(ax, 1.0, unit)
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"{'Texts' if encoded else 'Output tokens'} per second{per}", fontsize=9, color=INK)
     what = "Texts" if encoded else "Output tokens"
     return bars.finish(ax, f"Throughput{per}", f"{what} over the time of all requests")
@@ -101,7 +99,9 @@ def cost(frame: Any, *, ax: Any = None) -> Any:
     words = "" if frames.encoding(rows) else "output "
     ax.set_xlabel(f"US dollars per million {words}tokens", fontsize=9, color=INK)
     prices = sorted(set(rows["price_usd_per_gpu_hour"].dropna()))
-    of = "GPU-hour" if (rows["n_gpus"] > 0).all() else "machine-hour"
+    with_gpus = rows["n_gpus"] > 0
+    of = "GPU-hour" if with_gpus.all() else "machine-hour"
+    of += " (of arms with GPUs a GPU-hour)" if with_gpus.any() and not with_gpus.all() else ""
     at = f" at ${' and $'.join(f'{price:g}' for price in prices)} a {of} (given by the user)" if prices else ""
     return bars.finish(ax, "Cost of a million tokens", f"Cost{at}")
 
@@ -195,12 +195,12 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
 
 
 def images(frame: Any, *, ax: Any = None) -> Any:
-    """Images a second per GPU of each arm."""
+    """Images a second of each arm; per GPU where all arms have GPUs."""
     hint = "Only text-to-image runs have images."
-    rows = frames.require(frames.summary_of(frame, "images"), ["img_s_per_gpu"], "images", hint)
-    bars = Bars(rows, rows["img_s_per_gpu"], lower_is_better=False)
+    rows = frames.require(frames.summary_of(frame, "images"), ["img_s"], "images", hint)
+    values, per = frames.per_gpu(rows, "img_s", "img_s_per_gpu")
+    bars = Bars(rows, values, lower_is_better=False)
     ax = bars.draw(ax, 1.0, "images/s")
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
     return bars.finish(ax, f"Images per second{per}", "Images over the time of all requests")
 

@@ -37,13 +37,12 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
         metric: "e2e_s", "ttft_s" or "tpot_s".
 
     Raises:
-        InvalidValue: there is no such metric, or the frame has no single requests.
+        InvalidValue: there is no such metric, no arm has it, or the frame has no single requests.
     """
     _check_metric(metric)
     requests = frames.requests_of(frame, "ecdf")
-    every = frames.summary_of(requests, "ecdf")
-    rows = _some_loads(every)
-    ok = frames.require(measured(requests), [metric], "ecdf", "Try another metric.")
+    every = frames.require_metric(frames.summary_of(requests, "ecdf"), metric, "ecdf")
+    rows, ok = _some_loads(every), measured(requests)
     scale, unit = time_unit(float(ok[metric].max()))
     arms, labels, groups = frames.arms_in(rows), frames.arm_labels(rows), frames.categories(rows)
     styles = {group: _dashes(number) for number, group in enumerate(dict.fromkeys(groups))}
@@ -124,12 +123,13 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     """
     _check_metric(metric)
     column = f"{metric.removesuffix('_s')}_p50_s"
-    rows = frames.require(frames.summary_of(frame, "frontier"), [column], "frontier", "Try another metric.")
+    rows = frames.require_metric(frames.summary_of(frame, "frontier"), metric, "frontier")
     scale, unit = time_unit(float(rows[column].max()))
     ax = new_axes(ax, 4.6)
     marks: list[tuple[str, float, float, str]] = []
-    for name, style, line in _lines(rows):
-        x, y = line[column].to_numpy(dtype=float) * scale, line["tok_s_per_gpu"].to_numpy(dtype=float)
+    speeds, per = frames.per_gpu(rows, "output_tok_s", "tok_s_per_gpu")
+    for name, style, line in _lines(rows.assign(speed=speeds)):
+        x, y = line[column].to_numpy(dtype=float) * scale, line["speed"].to_numpy(dtype=float)
         ax.plot(x, y, label=name, **style)
         full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
         ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
@@ -144,11 +144,10 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     plain_log_ticks(ax, min(ends) * scale / margin, max(ends) * scale * margin)
     if slo_s is not None:
         _objective(ax, slo_s * scale, f"objective {number(slo_s * scale)} {unit}")
-    ax.set_ylim(0, float(rows["tok_s_per_gpu"].max()) * 1.15)
+    ax.set_ylim(0, float(speeds.max()) * 1.15)
     _label_points(ax, marks)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"{frames.METRICS[metric]}, median ({unit}, log axis)", fontsize=9, color=INK)
     ax.set_ylabel(f"Output tokens per second{per}", fontsize=9, color=INK)
     ax.legend(fontsize=8.5, frameon=False, loc="best")

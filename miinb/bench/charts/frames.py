@@ -96,6 +96,29 @@ def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) 
     return rows
 
 
+def require_metric(summary: pd.DataFrame, metric: str, chart: str) -> pd.DataFrame:
+    """The rows of a summary that have a latency; the caption names the arms that lack it.
+
+    Raises:
+        InvalidValue: none has it.
+    """
+    column = f"{metric.removesuffix('_s')}_p50_s"
+    others = " or ".join(repr(name) for name in METRICS if name != metric)
+    rows = require(summary, [column], chart, f"Try metric={others}.")
+    without = [str(arm) for arm in dict.fromkeys(summary["arm"]) if arm not in set(rows["arm"])]
+    if without:
+        texts = [f"{', '.join(without)}: no {METRICS[metric].lower()}"]
+        rows.attrs = {**rows.attrs, "left_out": [*rows.attrs.get("left_out", []), *texts]}
+    return rows
+
+
+def per_gpu(rows: pd.DataFrame, whole: str, a_gpu: str) -> tuple[pd.Series, str]:
+    """Throughput and the words of its axis: `a_gpu` where all arms have GPUs, else `whole`, of the machine."""
+    if (rows["n_gpus"] > 0).all():
+        return rows[a_gpu], " per GPU"
+    return rows[whole], ""
+
+
 def objective_of(frame: pd.DataFrame, metric: str) -> float | None:
     """The limit of a latency that all runs of the frame were measured with, in seconds."""
     env = frame.attrs.get("env", {})
