@@ -321,7 +321,10 @@ def value_label(ax: Any, x: float, y: float, text: str, whose: str, *, bold: boo
 def leave_room(ax: Any) -> None:
     """A linear x axis from 0 that leaves room for the longest label behind its bar."""
     figure_in = ax.figure.get_figwidth()
-    plot_in = figure_in - 1.7 if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
+    names_in = 0.5 + 0.075 * max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0)
+    plot_in = (
+        figure_in - max(1.7, names_in) if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
+    )
     labels = [text for text in ax.texts if text.get_gid() == "miinb-value"]
     ends = [label.xy[0] / (1 - min((0.085 * len(label.get_text()) + 0.1) / plot_in, 0.6)) for label in labels]
     ax.set_xlim(0, max(ends, default=1.0) or 1.0)

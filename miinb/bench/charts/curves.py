@@ -58,7 +58,13 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
             style |= styles[group_key]
         group = group_key.replace("\n", ", ")
         name = f"{labels[row['arm']]}, {group}" if group else labels[row["arm"]]
-        ax.step([values[0], *values], np.arange(len(values) + 1) / len(values), where="post", label=name, **style)
+        ax.step(
+            [values[0], *values],
+            np.arange(len(values) + 1) / len(values),
+            where="post",
+            label=frames.legend_text(name),
+            **style,
+        )
         for q in (50, 95, 99):
             if len(values) >= FEWEST[q]:
                 at = float(np.percentile(values, q))
@@ -130,7 +136,7 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     speeds, per = frames.per_gpu(rows, "output_tok_s", "tok_s_per_gpu")
     for name, style, line in _lines(rows.assign(speed=speeds)):
         x, y = line[column].to_numpy(dtype=float) * scale, line["speed"].to_numpy(dtype=float)
-        ax.plot(x, y, label=name, **style)
+        ax.plot(x, y, label=frames.legend_text(name), **style)
         full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
         ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
         for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
@@ -239,7 +245,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, a
     ax = new_axes(ax, 4.6)
     for name, style, line in _lines(rows, skip=by):
         x, y = line[by].to_numpy(dtype=float), line[column].to_numpy(dtype=float)
-        ax.plot(x, y, label=name, **style)
+        ax.plot(x, y, label=frames.legend_text(name), **style)
         ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         gain = y[-1] / y[0]
         scaled = f" ({gain:.1f}x of {x[-1] / x[0]:.0f}x)" if len(line) > 1 else ""
@@ -282,7 +288,7 @@ def _lines(rows: pd.DataFrame, skip: str = "") -> Iterator[tuple[str, dict[str, 
         style = line_style(key[0], arms)
         style["marker"] = "os^Dv"[seen.get(key[0], 0) % 5] if len(order) > len(arms) else style["marker"]
         seen[key[0]] = seen.get(key[0], 0) + 1
-        name = ", ".join([labels[key[0]], *(frames.short_model(part) for part in key[1:])])
+        name = ", ".join([labels[key[0]], *(frames.shown(frames.short_model(part)) for part in key[1:])])
         yield name, style, line.sort_values(skip or ["concurrency", "rate_rps"])
 
 

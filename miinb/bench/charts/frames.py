@@ -12,6 +12,7 @@ from miinb.bench.environment import hardware_words
 from miinb.bench.records import Runs
 from miinb.bench.summary import encodes, summarize
 from miinb.errors import InvalidValue
+from miinb.wording import one_line, shortened
 
 METRICS = {
     "e2e_s": "Time per request, end to end",
@@ -76,7 +77,7 @@ def _left_out(every: pd.DataFrame) -> list[str]:
 
 def _point_words(row: pd.Series, among: pd.DataFrame, run: str) -> str:
     """An arm's point, with model and run where there are several: "optimized at concurrency 8"."""
-    words = [str(row["arm"])]
+    words = [shown(row["arm"])]
     words += [short_model(row["model"])] if among["model"].nunique() > 1 else []
     words += [run] if among["run_id"].nunique() > 1 else []
     load = load_label(row)
@@ -105,7 +106,7 @@ def require_metric(summary: pd.DataFrame, metric: str, chart: str) -> pd.DataFra
     column = f"{metric.removesuffix('_s')}_p50_s"
     others = " or ".join(repr(name) for name in METRICS if name != metric)
     rows = require(summary, [column], chart, f"Try metric={others}.")
-    without = [str(arm) for arm in dict.fromkeys(summary["arm"]) if arm not in set(rows["arm"])]
+    without = [shown(arm) for arm in dict.fromkeys(summary["arm"]) if arm not in set(rows["arm"])]
     if without:
         texts = [f"{', '.join(without)}: no {METRICS[metric].lower()}"]
         rows.attrs = {**rows.attrs, "left_out": [*rows.attrs.get("left_out", []), *texts]}
@@ -136,11 +137,35 @@ def arms_in(frame: pd.DataFrame) -> list[str]:
     return first + [name for name in arms if name not in first]
 
 
+def arm_names(frame: pd.DataFrame) -> dict[str, str]:
+    """Arms as a chart can write them: in one line, short, and no two the same."""
+    names: dict[str, str] = {}
+    for arm in dict.fromkeys(str(arm) for arm in frame["arm"]):
+        short = name = shown(arm)
+        while name in names.values():
+            name = f"{short} #{sum(other.startswith(short) for other in names.values()) + 1}"
+        names[arm] = name
+    return names
+
+
 def arm_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Arms as the chart names them; with the dtype where the arms' dtypes differ."""
+    names = arm_names(frame)
     dtypes = {str(arm): "/".join(sorted(set(rows["dtype"].dropna()) - {""})) for arm, rows in frame.groupby("arm")}
     differ = len({dtype for dtype in dtypes.values() if dtype}) > 1
-    return {arm: f"{arm} ({dtype})" if differ and dtype and dtype not in arm else arm for arm, dtype in dtypes.items()}
+    return {
+        a: f"{names[a]} ({dtype})" if differ and dtype and dtype not in a else names[a] for a, dtype in dtypes.items()
+    }
+
+
+def shown(name: object) -> str:
+    """A name in one line of at most 32 characters; "(no name)" of none."""
+    return shortened(one_line(str(name))) or "(no name)"
+
+
+def legend_text(name: str) -> str:
+    """The name for a legend: matplotlib leaves out those that begin with "_"."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def load_label(row: Mapping[str, Any] | pd.Series) -> str:
@@ -175,12 +200,13 @@ def run_names(frame: pd.DataFrame) -> pd.Series:
     """What each row's run is called: its name, else its id, and both where two runs have one name."""
     names = frame["name"].fillna(frame["run_id"]).astype(str)
     alike = frame["run_id"].groupby(names).transform("nunique") > 1
-    return names.where(~alike, names + " " + frame["run_id"].astype(str))
+    short = names.map(shown)
+    return short.where(~alike, short + " " + frame["run_id"].astype(str).map(shown))
 
 
 def short_model(model: object) -> str:
     """A hub name without its owner."""
-    return str(model).rsplit("/", 1)[-1]
+    return one_line(str(model).rsplit("/", 1)[-1])
 
 
 def subtitle(frame: pd.DataFrame) -> str:
@@ -216,7 +242,7 @@ def caption(frame: pd.DataFrame, what: str) -> list[str]:
     cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
     shares: dict[str, list[str]] = {}
     for arm, rows in cached.groupby(cached["arm"].astype(str), sort=False):
-        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(str(arm))
+        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(shown(arm))
     lines += [f"{', '.join(arms)}: {s} of the prompt tokens came from the prefix cache." for s, arms in shares.items()]
     for run_id in dict.fromkeys(frame["run_id"].dropna()):
         for text in frame.attrs.get("env", {}).get(run_id, {}).get("warnings", ()):
@@ -251,7 +277,7 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         if pd.notna(equal):
             words = f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are {what} as {reference}'s"
             words += "" if equal == total else f"; on average {alike} are equal"
-        texts.setdefault(words, []).append(str(arm))
+        texts.setdefault(words, []).append(shown(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
 
 
