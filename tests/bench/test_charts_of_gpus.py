@@ -49,3 +49,16 @@ def test_texts_of_encoders_are_per_gpu_where_all_arms_have_gpus_alone() -> None:
 def test_the_price_is_of_what_each_arm_has() -> None:
     assert "a machine-hour (of arms with GPUs a GPU-hour)" in words(charts.cost(on_gpus(make(TWO), optimized=4)))
     assert "at $2 a GPU-hour (given" in words(charts.cost(on_gpus(make(TWO), optimized=4, baseline=1)))
+
+
+@pytest.mark.parametrize("kind", ["cost", "throughput"])
+def test_bars_of_runs_on_other_numbers_of_gpus_say_how_many(kind: str) -> None:
+    first, second, third = (on_gpus(make({"optimized": 2.0 / n}, run_id=f"r{n}"), optimized=n) for n in (1, 2, 4))
+    ax = charts.draw(kind, first + second + third)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["optimized, 1 GPU", "optimized, 2 GPUs", "optimized, 4 GPUs"]
+    assert "optimized, 4 GPUs: " in charts.alt_text(ax)
+    alike = charts.draw(kind, on_gpus(make(TWO), optimized=2, baseline=2))
+    assert [label.get_text() for label in alike.get_yticklabels()] == list(TWO)
+    mixed = charts.draw(kind, on_gpus(make(TWO), optimized=2))
+    assert [label.get_text() for label in mixed.get_yticklabels()] == ["baseline, no GPU", "optimized, 2 GPUs"]

@@ -82,7 +82,7 @@ def throughput(frame: Any, *, ax: Any = None) -> Any:
     rows = frames.require(rows, [column], "throughput", "No answers came.")
     a_gpu = rows.assign(a_gpu=rows[column] / rows["n_gpus"].clip(lower=1))
     values, per = frames.per_gpu(a_gpu, column, "a_gpu")
-    bars = Bars(rows, values, lower_is_better=False)
+    bars = Bars(rows, values, lower_is_better=False, gpus=True)
     ax = bars.draw(ax, 1.0, unit)
     ax.set_xlabel(f"{'Texts' if encoded else 'Output tokens'} per second{per}", fontsize=9, color=INK)
     what = "Texts" if encoded else "Output tokens"
@@ -93,7 +93,7 @@ def cost(frame: Any, *, ax: Any = None) -> Any:
     """US dollars per million output tokens at the user's price; dots on a log axis where costs lie far apart."""
     hint = "Give your price per GPU-hour (or machine-hour): bench(..., price=2.5)."
     rows = frames.require(frames.summary_of(frame, "cost"), ["usd_per_mtok"], "cost", hint)
-    bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
+    bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True, gpus=True)
     bars.dots = float(bars.values.max() / bars.values.min()) > LOG_FROM
     ax = bars.draw(ax, 1.0, "$")
     words = "" if frames.encoding(rows) else "output "
@@ -199,7 +199,7 @@ def images(frame: Any, *, ax: Any = None) -> Any:
     hint = "Only text-to-image runs have images."
     rows = frames.require(frames.summary_of(frame, "images"), ["img_s"], "images", hint)
     values, per = frames.per_gpu(rows, "img_s", "img_s_per_gpu")
-    bars = Bars(rows, values, lower_is_better=False)
+    bars = Bars(rows, values, lower_is_better=False, gpus=True)
     ax = bars.draw(ax, 1.0, "images/s")
     ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
     return bars.finish(ax, f"Images per second{per}", "Images over the time of all requests")
@@ -208,7 +208,7 @@ def images(frame: Any, *, ax: Any = None) -> Any:
 class Bars:
     """Horizontal bars, one a row of a summary, grouped by what varies (model, load, run)."""
 
-    def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool) -> None:
+    def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool, gpus: bool = False) -> None:
         self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
         self.low = self.high = pd.Series(NAN, index=rows.index)
         self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
@@ -216,21 +216,21 @@ class Bars:
         self.at: dict[Any, float] = {}  # where the bars were drawn, by index
         self.arms = frames.arms_in(rows)
         self.groups = frames.categories(rows)
+        self.names = dict(zip(rows.index, frames.row_labels(rows, gpus=gpus), strict=True))
 
     def draw(self, ax: Any, scale: float, unit: str) -> Any:
         """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`."""
         order = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
         ax = new_axes(ax, 1.95 + 0.38 * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
-        labels = frames.arm_labels(self.rows)
         ticks, texts, y = [], [], 0.0
         for group in order:
             members = self.rows[self.groups == group]
             ranked = sorted(members.index, key=lambda index: self.arms.index(str(self.rows.loc[index, "arm"])))
             for index in ranked:
-                self._bar(ax, y, index, scale, unit, labels)
+                self._bar(ax, y, index, scale, unit)
                 self.at[index] = y
                 ticks.append(y)
-                texts.append(labels[self.rows.loc[index, "arm"]])
+                texts.append(self.names[index])
                 y += 1.0
             if group:
                 ax.annotate(
@@ -253,7 +253,7 @@ class Bars:
         ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
         return ax
 
-    def _bar(self, ax: Any, y: float, index: Any, scale: float, unit: str, labels: dict[str, str]) -> None:
+    def _bar(self, ax: Any, y: float, index: Any, scale: float, unit: str) -> None:
         value, arm = self.values[index] * scale, self.rows.loc[index, "arm"]
         style = arm_style(arm, self.arms)
         if self.dots:
@@ -275,7 +275,7 @@ class Bars:
         ratio = self._ratio(index)
         shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
         text = "  ·  ".join(part for part in (shown, ratio, self.notes.get(index, "")) if part)
-        value_label(ax, end, y, text, f"{labels[arm]}: ", bold=bool(ratio))
+        value_label(ax, end, y, text, f"{self.names[index]}: ", bold=bool(ratio))
 
     def _ratio(self, index: Any) -> str:
         """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""

@@ -158,6 +158,20 @@ def arm_labels(frame: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def row_labels(frame: pd.DataFrame, *, gpus: bool = False) -> list[str]:
+    """Each row's arm as the chart names it; with `gpus` also its GPUs, where the rows differ in them."""
+    labels = arm_labels(frame)
+    names = [labels[str(arm)] for arm in frame["arm"]]
+    if not gpus or frame["n_gpus"].nunique() < 2:
+        return names
+    return [f"{name}, {gpu_words(int(count))}" for name, count in zip(names, frame["n_gpus"], strict=True)]
+
+
+def gpu_words(count: int) -> str:
+    """How many GPUs: "no GPU", "1 GPU", "4 GPUs"."""
+    return f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
+
+
 def shown(name: object) -> str:
     """A name in one line of at most 32 characters; "(no name)" of none."""
     return shortened(one_line(str(name))) or "(no name)"
