@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+#: Control characters as visible pictures: model text must not drive a terminal.
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_JOINERS = "\u200c\u200d"  # some scripts need them
+
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -23,3 +28,22 @@ def size_words(count: float) -> str:
         if count >= unit:
             return f"{number(count / unit)} {name}"
     return f"{count:.0f} bytes"
+
+
+def printable(text: str) -> str:
+    """Text without characters that a terminal would act on (line ends and tabs stay)."""
+    return text.translate(_CONTROL)
+
+
+def one_line(text: str) -> str:
+    """A name in one line: what controls a terminal or the direction of writing becomes U+FFFD."""
+    kept = " ".join(text.split())
+    return "".join(char if char.isprintable() or char in _JOINERS else "\ufffd" for char in kept)
+
+
+def shortened(text: str, longest: int = 32) -> str:
+    """Text of at most so many characters: the middle of a longer one is "…"."""
+    if len(text) <= longest:
+        return text
+    tail = (longest - 1) // 2
+    return f"{text[: longest - 1 - tail]}…{text[len(text) - tail :]}"

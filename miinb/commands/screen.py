@@ -13,18 +13,10 @@ from typing import Any, Protocol
 from miinb.messages import Chunk, TokenLogprob
 from miinb.predictions import Embedding, Predictions
 from miinb.results import Result
+from miinb.wording import printable
 
 #: Tokens in a table of log-probabilities: a notebook is no place for thousands of rows.
 LOGPROB_ROWS = 32
-
-#: Control characters as visible pictures: model text must not drive a terminal.
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def printable(text: str) -> str:
-    """Text without characters that a terminal would act on (line ends and tabs stay)."""
-    return text.translate(_CONTROL)
 
 
 class TextStream(Protocol):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from miinb.commands.screen import printable
 from miinb.errors import MiinbError
 from miinb.notebook import cards
 from miinb.notebook.bench_controls import WorkloadControls
@@ -19,6 +18,7 @@ from miinb.notebook.controls import GENERATING, DeploymentChoice, button, named,
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
 from miinb.predictions import PREDICTIONS
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs

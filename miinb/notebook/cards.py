@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.screen import Table, logprob_tables, printable
+from miinb.commands.screen import Table, logprob_tables
 from miinb.errors import MiinbError
 from miinb.messages import Plan, Status
-from miinb.wording import size_words
+from miinb.wording import printable, size_words
 
 if TYPE_CHECKING:
     from miinb.results import Result

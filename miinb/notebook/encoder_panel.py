@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from miinb.commands.screen import as_json, printable
+from miinb.commands.screen import as_json
 from miinb.errors import Cancelled, InvalidValue
 from miinb.notebook import cards
 from miinb.notebook.controls import DeploymentChoice, button, close_tree, save_link
@@ -20,6 +20,7 @@ from miinb.notebook.history import History
 from miinb.notebook.prediction_cards import predictions_card, timing_line
 from miinb.notebook.work_panel import ROW, WorkPanel
 from miinb.predictions import PREDICTIONS
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.predictions import Predictions

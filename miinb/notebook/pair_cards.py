@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from miinb.commands.screen import Table, printable
+from miinb.commands.screen import Table
 from miinb.notebook import cards
 from miinb.notebook.cards import QUIET, Card, duration, escaped, grid
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.results import Result

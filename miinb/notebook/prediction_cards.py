@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.screen import Table, printable
+from miinb.commands.screen import Table
 from miinb.notebook.cards import QUIET, Card, Html, bar, card, duration, escaped, grid
 from miinb.predictions import Answer, Entity, Fill, Label
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.predictions import Predictions

@@ -9,9 +9,10 @@ from typing import Any
 
 from IPython.display import display
 
-from miinb.commands.screen import Place, PlainScreen, TextStream, printable
+from miinb.commands.screen import Place, PlainScreen, TextStream
 from miinb.notebook import cards
 from miinb.notebook.markdown import rendered
+from miinb.wording import printable
 
 #: Bytes a second that updates may cost: Jupyter drops output above 1 MB/s, and each update carries the whole text.
 _BYTES_PER_S = 300_000

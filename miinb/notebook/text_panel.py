@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from miinb.commands.screen import printable
 from miinb.notebook import cards
 from miinb.notebook.controls import (
     GENERATING,
@@ -22,6 +21,7 @@ from miinb.notebook.controls import (
 from miinb.notebook.history import History
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.results import Result

@@ -17,10 +17,10 @@ from IPython.display import display
 
 import miinb
 from miinb import cell
-from miinb.commands.screen import printable
 from miinb.errors import MiinbError
 from miinb.notebook import cards
 from miinb.notebook.controls import DeploymentChoice, button, close_tree, named
+from miinb.wording import printable
 
 if TYPE_CHECKING:
     from miinb.session import Session

@@ -49,9 +49,7 @@ def latency(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
     if metric not in frames.METRICS:
         raise InvalidValue(f"metric: there is no latency {metric!r}.", hint=did_you_mean(metric, frames.METRICS))
     short = metric.removesuffix("_s")
-    rows = frames.summary_of(frame, "latency")
-    others = [name for name in frames.METRICS if name != metric]
-    rows = frames.require(rows, [f"{short}_p50_s"], "latency", f"Try metric={' or '.join(map(repr, others))}.")
+    rows = frames.require_metric(frames.summary_of(frame, "latency"), metric, "latency")
     bars = Bars(rows, rows[f"{short}_p50_s"], lower_is_better=True)
     if metric == "e2e_s" and frames.encoding(rows):
         bars.notes = {index: f"{number(s * 1e3)} ms in the model" for index, s in rows["model_p50_s"].dropna().items()}
@@ -77,15 +75,15 @@ def _spread_words(spread: pd.DataFrame, metric: str) -> str:
 
 
 def throughput(frame: Any, *, ax: Any = None) -> Any:
-    """Output tokens (of encoder tasks: texts) a second per GPU, or machine, of each arm and load."""
+    """Output tokens (of encoder tasks: texts) a second of each arm and load; per GPU where all arms have GPUs."""
     rows = frames.summary_of(frame, "throughput")
     encoded = frames.encoding(rows)
-    column, unit = ("seq_s", "texts/s") if encoded else ("tok_s_per_gpu", "tokens/s")
+    column, unit = ("seq_s", "texts/s") if encoded else ("output_tok_s", "tokens/s")
     rows = frames.require(rows, [column], "throughput", "No answers came.")
-    values = rows[column] / rows["n_gpus"].clip(lower=1) if encoded else rows[column]
-    bars = Bars(rows, values, lower_is_better=False)
+    a_gpu = rows.assign(a_gpu=rows[column] / rows["n_gpus"].clip(lower=1))
+    values, per = frames.per_gpu(a_gpu, column, "a_gpu")
+    bars = Bars(rows, values, lower_is_better=False, gpus=True)
     ax = bars.draw(ax, 1.0, unit)
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"{'Texts' if encoded else 'Output tokens'} per second{per}", fontsize=9, color=INK)
     what = "Texts" if encoded else "Output tokens"
     return bars.finish(ax, f"Throughput{per}", f"{what} over the time of all requests")
@@ -95,13 +93,15 @@ def cost(frame: Any, *, ax: Any = None) -> Any:
     """US dollars per million output tokens at the user's price; dots on a log axis where costs lie far apart."""
     hint = "Give your price per GPU-hour (or machine-hour): bench(..., price=2.5)."
     rows = frames.require(frames.summary_of(frame, "cost"), ["usd_per_mtok"], "cost", hint)
-    bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True)
+    bars = Bars(rows, rows["usd_per_mtok"], lower_is_better=True, gpus=True)
     bars.dots = float(bars.values.max() / bars.values.min()) > LOG_FROM
     ax = bars.draw(ax, 1.0, "$")
     words = "" if frames.encoding(rows) else "output "
     ax.set_xlabel(f"US dollars per million {words}tokens", fontsize=9, color=INK)
     prices = sorted(set(rows["price_usd_per_gpu_hour"].dropna()))
-    of = "GPU-hour" if (rows["n_gpus"] > 0).all() else "machine-hour"
+    with_gpus = rows["n_gpus"] > 0
+    of = "GPU-hour" if with_gpus.all() else "machine-hour"
+    of += " (of arms with GPUs a GPU-hour)" if with_gpus.any() and not with_gpus.all() else ""
     at = f" at ${' and $'.join(f'{price:g}' for price in prices)} a {of} (given by the user)" if prices else ""
     return bars.finish(ax, "Cost of a million tokens", f"Cost{at}")
 
@@ -195,12 +195,12 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
 
 
 def images(frame: Any, *, ax: Any = None) -> Any:
-    """Images a second per GPU of each arm."""
+    """Images a second of each arm; per GPU where all arms have GPUs."""
     hint = "Only text-to-image runs have images."
-    rows = frames.require(frames.summary_of(frame, "images"), ["img_s_per_gpu"], "images", hint)
-    bars = Bars(rows, rows["img_s_per_gpu"], lower_is_better=False)
+    rows = frames.require(frames.summary_of(frame, "images"), ["img_s"], "images", hint)
+    values, per = frames.per_gpu(rows, "img_s", "img_s_per_gpu")
+    bars = Bars(rows, values, lower_is_better=False, gpus=True)
     ax = bars.draw(ax, 1.0, "images/s")
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"Images per second{per}", fontsize=9, color=INK)
     return bars.finish(ax, f"Images per second{per}", "Images over the time of all requests")
 
@@ -208,7 +208,7 @@ def images(frame: Any, *, ax: Any = None) -> Any:
 class Bars:
     """Horizontal bars, one a row of a summary, grouped by what varies (model, load, run)."""
 
-    def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool) -> None:
+    def __init__(self, rows: pd.DataFrame, values: pd.Series, *, lower_is_better: bool, gpus: bool = False) -> None:
         self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
         self.low = self.high = pd.Series(NAN, index=rows.index)
         self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
@@ -216,21 +216,21 @@ class Bars:
         self.at: dict[Any, float] = {}  # where the bars were drawn, by index
         self.arms = frames.arms_in(rows)
         self.groups = frames.categories(rows)
+        self.names = dict(zip(rows.index, frames.row_labels(rows, gpus=gpus), strict=True))
 
     def draw(self, ax: Any, scale: float, unit: str) -> Any:
         """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`."""
         order = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
         ax = new_axes(ax, 1.95 + 0.38 * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
-        labels = frames.arm_labels(self.rows)
         ticks, texts, y = [], [], 0.0
         for group in order:
             members = self.rows[self.groups == group]
             ranked = sorted(members.index, key=lambda index: self.arms.index(str(self.rows.loc[index, "arm"])))
             for index in ranked:
-                self._bar(ax, y, index, scale, unit, labels)
+                self._bar(ax, y, index, scale, unit)
                 self.at[index] = y
                 ticks.append(y)
-                texts.append(labels[self.rows.loc[index, "arm"]])
+                texts.append(self.names[index])
                 y += 1.0
             if group:
                 ax.annotate(
@@ -253,7 +253,7 @@ class Bars:
         ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
         return ax
 
-    def _bar(self, ax: Any, y: float, index: Any, scale: float, unit: str, labels: dict[str, str]) -> None:
+    def _bar(self, ax: Any, y: float, index: Any, scale: float, unit: str) -> None:
         value, arm = self.values[index] * scale, self.rows.loc[index, "arm"]
         style = arm_style(arm, self.arms)
         if self.dots:
@@ -275,7 +275,7 @@ class Bars:
         ratio = self._ratio(index)
         shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
         text = "  ·  ".join(part for part in (shown, ratio, self.notes.get(index, "")) if part)
-        value_label(ax, end, y, text, f"{labels[arm]}: ", bold=bool(ratio))
+        value_label(ax, end, y, text, f"{self.names[index]}: ", bold=bool(ratio))
 
     def _ratio(self, index: Any) -> str:
         """ "5.7x", or "0.90x: slower" (or dearer) where the arm loses to the baseline."""
@@ -321,7 +321,10 @@ def value_label(ax: Any, x: float, y: float, text: str, whose: str, *, bold: boo
 def leave_room(ax: Any) -> None:
     """A linear x axis from 0 that leaves room for the longest label behind its bar."""
     figure_in = ax.figure.get_figwidth()
-    plot_in = figure_in - 1.7 if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
+    names_in = 0.5 + 0.075 * max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0)
+    plot_in = (
+        figure_in - max(1.7, names_in) if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
+    )
     labels = [text for text in ax.texts if text.get_gid() == "miinb-value"]
     ends = [label.xy[0] / (1 - min((0.085 * len(label.get_text()) + 0.1) / plot_in, 0.6)) for label in labels]
     ax.set_xlim(0, max(ends, default=1.0) or 1.0)

@@ -37,13 +37,12 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
         metric: "e2e_s", "ttft_s" or "tpot_s".
 
     Raises:
-        InvalidValue: there is no such metric, or the frame has no single requests.
+        InvalidValue: there is no such metric, no arm has it, or the frame has no single requests.
     """
     _check_metric(metric)
     requests = frames.requests_of(frame, "ecdf")
-    every = frames.summary_of(requests, "ecdf")
-    rows = _some_loads(every)
-    ok = frames.require(measured(requests), [metric], "ecdf", "Try another metric.")
+    every = frames.require_metric(frames.summary_of(requests, "ecdf"), metric, "ecdf")
+    rows, ok = _some_loads(every), measured(requests)
     scale, unit = time_unit(float(ok[metric].max()))
     arms, labels, groups = frames.arms_in(rows), frames.arm_labels(rows), frames.categories(rows)
     styles = {group: _dashes(number) for number, group in enumerate(dict.fromkeys(groups))}
@@ -59,7 +58,13 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s") -> Any:
             style |= styles[group_key]
         group = group_key.replace("\n", ", ")
         name = f"{labels[row['arm']]}, {group}" if group else labels[row["arm"]]
-        ax.step([values[0], *values], np.arange(len(values) + 1) / len(values), where="post", label=name, **style)
+        ax.step(
+            [values[0], *values],
+            np.arange(len(values) + 1) / len(values),
+            where="post",
+            label=frames.legend_text(name),
+            **style,
+        )
         for q in (50, 95, 99):
             if len(values) >= FEWEST[q]:
                 at = float(np.percentile(values, q))
@@ -124,13 +129,14 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     """
     _check_metric(metric)
     column = f"{metric.removesuffix('_s')}_p50_s"
-    rows = frames.require(frames.summary_of(frame, "frontier"), [column], "frontier", "Try another metric.")
+    rows = frames.require_metric(frames.summary_of(frame, "frontier"), metric, "frontier")
     scale, unit = time_unit(float(rows[column].max()))
     ax = new_axes(ax, 4.6)
     marks: list[tuple[str, float, float, str]] = []
-    for name, style, line in _lines(rows):
-        x, y = line[column].to_numpy(dtype=float) * scale, line["tok_s_per_gpu"].to_numpy(dtype=float)
-        ax.plot(x, y, label=name, **style)
+    speeds, per = frames.per_gpu(rows, "output_tok_s", "tok_s_per_gpu")
+    for name, style, line in _lines(rows.assign(speed=speeds)):
+        x, y = line[column].to_numpy(dtype=float) * scale, line["speed"].to_numpy(dtype=float)
+        ax.plot(x, y, label=frames.legend_text(name), **style)
         full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
         ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
         for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
@@ -144,11 +150,10 @@ def frontier(frame: Any, *, ax: Any = None, metric: str = "e2e_s", slo_s: float 
     plain_log_ticks(ax, min(ends) * scale / margin, max(ends) * scale * margin)
     if slo_s is not None:
         _objective(ax, slo_s * scale, f"objective {number(slo_s * scale)} {unit}")
-    ax.set_ylim(0, float(rows["tok_s_per_gpu"].max()) * 1.15)
+    ax.set_ylim(0, float(speeds.max()) * 1.15)
     _label_points(ax, marks)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
-    per = " per GPU" if (rows["n_gpus"] > 0).all() else ""
     ax.set_xlabel(f"{frames.METRICS[metric]}, median ({unit}, log axis)", fontsize=9, color=INK)
     ax.set_ylabel(f"Output tokens per second{per}", fontsize=9, color=INK)
     ax.legend(fontsize=8.5, frameon=False, loc="best")
@@ -240,7 +245,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, column: str, title: str, a
     ax = new_axes(ax, 4.6)
     for name, style, line in _lines(rows, skip=by):
         x, y = line[by].to_numpy(dtype=float), line[column].to_numpy(dtype=float)
-        ax.plot(x, y, label=name, **style)
+        ax.plot(x, y, label=frames.legend_text(name), **style)
         ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         gain = y[-1] / y[0]
         scaled = f" ({gain:.1f}x of {x[-1] / x[0]:.0f}x)" if len(line) > 1 else ""
@@ -283,7 +288,7 @@ def _lines(rows: pd.DataFrame, skip: str = "") -> Iterator[tuple[str, dict[str, 
         style = line_style(key[0], arms)
         style["marker"] = "os^Dv"[seen.get(key[0], 0) % 5] if len(order) > len(arms) else style["marker"]
         seen[key[0]] = seen.get(key[0], 0) + 1
-        name = ", ".join([labels[key[0]], *(frames.short_model(part) for part in key[1:])])
+        name = ", ".join([labels[key[0]], *(frames.shown(frames.short_model(part)) for part in key[1:])])
         yield name, style, line.sort_values(skip or ["concurrency", "rate_rps"])
 
 

@@ -12,12 +12,14 @@ from miinb.bench.environment import hardware_words
 from miinb.bench.records import Runs
 from miinb.bench.summary import encodes, summarize
 from miinb.errors import InvalidValue
+from miinb.wording import one_line, shortened
 
 METRICS = {
     "e2e_s": "Time per request, end to end",
     "ttft_s": "Time to first token",
     "tpot_s": "Time per output token",
 }
+MOST_LEFT_OUT = 6  # points that a caption names
 
 
 def requests_of(frame: Any, chart: str) -> pd.DataFrame:
@@ -50,10 +52,36 @@ def summary_of(frame: Any, chart: str) -> pd.DataFrame:
     else:
         kind = type(frame).__name__
         raise InvalidValue(f"charts.{chart}: cannot draw a {kind}.", hint="Give runs, runs.requests or runs.summary.")
-    summary = summary[summary["n"] != 0]
+    every, summary = summary, summary[summary["n"] != 0]
     if summary.empty:
         raise InvalidValue(f"charts.{chart}: no successful request to draw.", hint="Look at runs.requests['error'].")
+    summary.attrs = {**every.attrs, "all_failed": int(every["n_failed"].sum()), "left_out": _left_out(every)}
     return summary
+
+
+def _left_out(every: pd.DataFrame) -> list[str]:
+    """The points without an answer, and why: "optimized at concurrency 8: all 24 requests failed"."""
+    found = []
+    for (_, row), run in zip(every.iterrows(), run_names(every), strict=True):
+        if row["n"]:
+            continue
+        failed, stopped = int(row["n_failed"]), int(row.get("n_cancelled", 0) or 0)
+        why = f"{failed} requests failed, {stopped} were stopped" if failed and stopped else "no request was measured"
+        if bool(failed) != bool(stopped):
+            count = "the only request" if failed + stopped == 1 else f"all {failed + stopped} requests"
+            was = "was" if failed + stopped == 1 else "were"
+            why = f"{count} failed" if failed else f"{count} {was} stopped"
+        found.append(f"{_point_words(row, every, str(run))}: {why}")
+    return found
+
+
+def _point_words(row: pd.Series, among: pd.DataFrame, run: str) -> str:
+    """An arm's point, with model and run where there are several: "optimized at concurrency 8"."""
+    words = [shown(row["arm"])]
+    words += [short_model(row["model"])] if among["model"].nunique() > 1 else []
+    words += [run] if among["run_id"].nunique() > 1 else []
+    load = load_label(row)
+    return ", ".join(words) + (f" at {load}" if load else "")
 
 
 def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) -> pd.DataFrame:
@@ -67,6 +95,29 @@ def require(frame: pd.DataFrame, columns: Sequence[str], chart: str, hint: str) 
     if rows.empty:
         raise InvalidValue(f"charts.{chart}: the frame has no {' or '.join(columns)}.", hint=hint)
     return rows
+
+
+def require_metric(summary: pd.DataFrame, metric: str, chart: str) -> pd.DataFrame:
+    """The rows of a summary that have a latency; the caption names the arms that lack it.
+
+    Raises:
+        InvalidValue: none has it.
+    """
+    column = f"{metric.removesuffix('_s')}_p50_s"
+    others = " or ".join(repr(name) for name in METRICS if name != metric)
+    rows = require(summary, [column], chart, f"Try metric={others}.")
+    without = [shown(arm) for arm in dict.fromkeys(summary["arm"]) if arm not in set(rows["arm"])]
+    if without:
+        texts = [f"{', '.join(without)}: no {METRICS[metric].lower()}"]
+        rows.attrs = {**rows.attrs, "left_out": [*rows.attrs.get("left_out", []), *texts]}
+    return rows
+
+
+def per_gpu(rows: pd.DataFrame, whole: str, a_gpu: str) -> tuple[pd.Series, str]:
+    """Throughput and the words of its axis: `a_gpu` where all arms have GPUs, else `whole`, of the machine."""
+    if (rows["n_gpus"] > 0).all():
+        return rows[a_gpu], " per GPU"
+    return rows[whole], ""
 
 
 def objective_of(frame: pd.DataFrame, metric: str) -> float | None:
@@ -86,11 +137,49 @@ def arms_in(frame: pd.DataFrame) -> list[str]:
     return first + [name for name in arms if name not in first]
 
 
+def arm_names(frame: pd.DataFrame) -> dict[str, str]:
+    """Arms as a chart can write them: in one line, short, and no two the same."""
+    names: dict[str, str] = {}
+    for arm in dict.fromkeys(str(arm) for arm in frame["arm"]):
+        short = name = shown(arm)
+        while name in names.values():
+            name = f"{short} #{sum(other.startswith(short) for other in names.values()) + 1}"
+        names[arm] = name
+    return names
+
+
 def arm_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Arms as the chart names them; with the dtype where the arms' dtypes differ."""
+    names = arm_names(frame)
     dtypes = {str(arm): "/".join(sorted(set(rows["dtype"].dropna()) - {""})) for arm, rows in frame.groupby("arm")}
     differ = len({dtype for dtype in dtypes.values() if dtype}) > 1
-    return {arm: f"{arm} ({dtype})" if differ and dtype and dtype not in arm else arm for arm, dtype in dtypes.items()}
+    return {
+        a: f"{names[a]} ({dtype})" if differ and dtype and dtype not in a else names[a] for a, dtype in dtypes.items()
+    }
+
+
+def row_labels(frame: pd.DataFrame, *, gpus: bool = False) -> list[str]:
+    """Each row's arm as the chart names it; with `gpus` also its GPUs, where the rows differ in them."""
+    labels = arm_labels(frame)
+    names = [labels[str(arm)] for arm in frame["arm"]]
+    if not gpus or frame["n_gpus"].nunique() < 2:
+        return names
+    return [f"{name}, {gpu_words(int(count))}" for name, count in zip(names, frame["n_gpus"], strict=True)]
+
+
+def gpu_words(count: int) -> str:
+    """How many GPUs: "no GPU", "1 GPU", "4 GPUs"."""
+    return f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
+
+
+def shown(name: object) -> str:
+    """A name in one line of at most 32 characters; "(no name)" of none."""
+    return shortened(one_line(str(name))) or "(no name)"
+
+
+def legend_text(name: str) -> str:
+    """The name for a legend: matplotlib leaves out those that begin with "_"."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def load_label(row: Mapping[str, Any] | pd.Series) -> str:
@@ -125,12 +214,13 @@ def run_names(frame: pd.DataFrame) -> pd.Series:
     """What each row's run is called: its name, else its id, and both where two runs have one name."""
     names = frame["name"].fillna(frame["run_id"]).astype(str)
     alike = frame["run_id"].groupby(names).transform("nunique") > 1
-    return names.where(~alike, names + " " + frame["run_id"].astype(str))
+    short = names.map(shown)
+    return short.where(~alike, short + " " + frame["run_id"].astype(str).map(shown))
 
 
 def short_model(model: object) -> str:
     """A hub name without its owner."""
-    return str(model).rsplit("/", 1)[-1]
+    return one_line(str(model).rsplit("/", 1)[-1])
 
 
 def subtitle(frame: pd.DataFrame) -> str:
@@ -154,16 +244,19 @@ def subtitle(frame: pd.DataFrame) -> str:
 def caption(frame: pd.DataFrame, what: str) -> list[str]:
     """Lines below a chart: what is drawn, n and failures, whether the outputs are equal, warnings."""
     counts = sorted({int(n) for n in frame["n"].dropna()}) or [0]
-    failed = int(frame["n_failed"].sum())
+    failed = frame.attrs.get("all_failed", int(frame["n_failed"].sum()))
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     n += " request" if counts == [1] else " requests"
     lines = [f"{what}; {n} a bar or point, {failed} failed." if what else f"{n}, {failed} failed."]
+    left_out = frame.attrs.get("left_out", [])
+    more = [f"and {len(left_out) - MOST_LEFT_OUT} more"] if len(left_out) > MOST_LEFT_OUT else []
+    lines += [f"Left out: {'; '.join([*left_out[:MOST_LEFT_OUT], *more])}."] if left_out else []
     lines += outputs_words(frame)
     lines += frame.attrs.get("notes", [])
     cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
     shares: dict[str, list[str]] = {}
     for arm, rows in cached.groupby(cached["arm"].astype(str), sort=False):
-        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(str(arm))
+        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(shown(arm))
     lines += [f"{', '.join(arms)}: {s} of the prompt tokens came from the prefix cache." for s, arms in shares.items()]
     for run_id in dict.fromkeys(frame["run_id"].dropna()):
         for text in frame.attrs.get("env", {}).get(run_id, {}).get("warnings", ()):
@@ -179,7 +272,11 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
     if compared.empty:
         return ["Answers of the arms were not compared."]
     arms = list(frame["arm"])
-    reference = "baseline" if "baseline" in arms else next(arm for arm in arms if arm not in set(compared["arm"]))
+    reference = (
+        "baseline"
+        if "baseline" in arms
+        else next((arm for arm in arms if arm not in set(compared["arm"])), "the reference")
+    )
     texts: dict[str, list[str]] = {}
     for arm, rows in compared.groupby("arm", sort=False):
         total = int(rows["n_compared"].sum())
@@ -194,7 +291,7 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         if pd.notna(equal):
             words = f"{'all' if equal == total else f'{equal:.0f} of'} {total} answers are {what} as {reference}'s"
             words += "" if equal == total else f"; on average {alike} are equal"
-        texts.setdefault(words, []).append(str(arm))
+        texts.setdefault(words, []).append(shown(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
 
 

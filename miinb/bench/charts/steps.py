@@ -57,7 +57,7 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     what = "Median; a step in green saves time, one in orange and dotted costs it"
     line = "dashed: the least that the hardware allows" if math.isfinite(floor) else ""
     if line and floor_s is None:
-        line += f", the weights of {rows['arm'].iloc[-1]} read once a token"
+        line += f", the weights of {frames.shown(rows['arm'].iloc[-1])} read once a token"
     return finish(
         ax,
         title="What each step saves",

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from miinb.wording import one_line
+
 #: Okabe and Ito's colors, told apart by nearly all eyes (jfly.uni-koeln.de/color).
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 BASELINES = {
@@ -84,7 +86,8 @@ def finish(
     ax: Any, *, title: str, subtitle: str, caption: Iterable[str], footer: str, legend_above: bool = False
 ) -> Any:
     """Title, subtitle, and below the axes the caption and the footer; they also make the alternative text."""
-    lines = [text for text in caption if text]
+    title, subtitle, footer = one_line(title), one_line(subtitle), one_line(footer)
+    lines = [one_line(text) for text in caption if text]
     own = isinstance(ax, ChartAxes)  # the figure is this chart's alone: the caption may use its whole width
     width = WRAP if own else max(int(WRAP * ax.get_position().width * ax.figure.get_figwidth() / WIDTH_IN), 30)
     below_title = textwrap.wrap(subtitle, int(width * 0.8))
