@@ -72,6 +72,12 @@ def test_a_run_has_its_table_its_chart_and_its_file(make: Make, tmp_path: Path) 
     assert shown.wait(10)
     assert "Saved to" in shown.status.value
     assert len(miinb.load_runs(tmp_path / "kept").requests) == 10
+    (tmp_path / "file").write_text("mine")
+    shown.folder.value = str(tmp_path / "file" / "kept")
+    shown.saving.click()
+    assert shown.wait(10)
+    assert "InvalidValue" in shown.status.value
+    assert "file/kept cannot be written: Not a directory." in shown.status.value
 
 
 def test_rates_seed_and_requests_reach_the_workload(make: Make) -> None:
