@@ -110,6 +110,15 @@ def test_cancel_keeps_what_was_measured(make: Make) -> None:
     assert not shown.run.disabled
 
 
+def test_a_deployment_that_has_ended_is_told(make: Make) -> None:
+    shown = make(StandIn(dies_after=5))
+    shown.workload.loads.value = "1"
+    shown.workload.requests.value = "60"
+    measured(shown)
+    assert "Ended early: 14 of 62 requests (9 failed) in " in shown.status.value
+    assert "9 of 14 requests failed" in shown.output.value
+
+
 @pytest.mark.parametrize(
     ("field", "text", "words"),
     [
