@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
-CORE = ("errors", "bench_fields", "config", "messages", "tasks", "models", "wording")
+CORE = ("errors", "bench_fields", "config", "messages", "tasks", "models", "wording", "writing")
 KERNEL_SIDE = (
     "client",
     "results",
@@ -65,6 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "spinning": (),
     "wording": (),
+    "writing": ("errors",),
     "diagnosis": ("registry", "hardware", "wording"),
     "splitting": CORE,
     "encoder_planner": (*CORE, "hardware"),

@@ -55,6 +55,18 @@ def test_only_the_nearest_pyproject_counts(project: Path) -> None:
     assert load()[0] == Settings()
 
 
+def test_empty_variables_and_other_peoples_mistakes_do_not_count(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "pyproject.toml").write_bytes(b"[project\nname = '\xff'\n")
+    monkeypatch.setenv("MIINB_STREAM_HZ", "")
+    monkeypatch.setenv("MIINB_SHORT_ERRORS", " ")
+    assert load() == (Settings(), dict.fromkeys(Settings.model_fields, PACKAGE))
+    (project / "pyproject.toml").write_bytes(b"[tool.miinb]\nstream_hz = '\xff'\n")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load()
+
+
 @pytest.mark.parametrize(
     ("place", "text", "error", "told"),
     [

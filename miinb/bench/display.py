@@ -152,6 +152,8 @@ def _whole(value: float) -> str:
 def notes(runs: Runs) -> list[str]:
     """What a reader of the table must know: hardware, run ids, medians, warnings."""
     lines = []
+    if (runs.summary["passes"] > 1).any():
+        lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
     for run_id, env in runs.env.items():
         hardware = hardware_words(env.get("host", {}))
         lines.append(" · ".join(part for part in (f"run {run_id}", env.get("name") or "", hardware) if part))
@@ -159,8 +161,6 @@ def notes(runs: Runs) -> list[str]:
             lines.append(f"objectives: {slo_words(slo)}")
         lines += [saturation_words(arm, found) for arm, found in (env.get("saturation") or {}).items()]
         lines += [f"note: {text}" for text in env.get("warnings", ())]
-    if (runs.summary["passes"] > 1).any():
-        lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
     return lines
 
 

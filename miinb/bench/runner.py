@@ -18,6 +18,7 @@ from miinb.bench import lengths, predicting
 from miinb.bench.arms import Arm
 from miinb.bench.checks import Answered, TextAnswer, compare_outputs
 from miinb.bench.environment import environment
+from miinb.bench.gone import Gone
 from miinb.bench.measures import fill
 from miinb.bench.objectives import met
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
@@ -136,6 +137,7 @@ class _Run:
     total: int = 0  # 0: not known (a sweep, or a closed loop by the clock)
     offsets: Offsets | None = None
     sweep: Sweep | None = None
+    gone: Gone = field(default_factory=Gone)
 
     @property
     def task(self) -> str:
@@ -147,6 +149,11 @@ class _Run:
         """Requests are predict calls, not streams of text."""
         return encodes(self.task)
 
+    @property
+    def _there(self) -> list[Arm]:
+        """The arms that are not gone."""
+        return [arm for arm in self.arms if arm.label not in self.gone.arms]
+
     def measure(self) -> None:
         """All points: warm-up of each arm, then its blocks, the arms taking turns (A B, B A, ...)."""
         folder = self.arms[0].tokenizer_folder
@@ -156,7 +163,7 @@ class _Run:
         lengths.check(self.config, self.arms, self.offsets, encodes=self.predicts)
         make = predicting.maker(self.task, folder, self.config) if self.predicts else None
         plan = self._points(make)
-        bar = None if self.progress else _bar(self.total)
+        bar = None if self.progress else cell.bar(total=self.total or None, desc="bench", unit="request", leave=False)
         if bar is not None:
             self.progress = lambda done, total, record: bar.update()
         try:
@@ -164,12 +171,15 @@ class _Run:
                 for turn in turns(point, self.arms):
                     if self.stop.is_set():
                         return
-                    self._block(turn)
-                for arm in self.arms:
+                    if turn.arm.label not in self.gone.arms:
+                        self._block(turn)
+                for arm in self._there:
                     arm.note_memory()
                 self._note_load(point)
                 if self.on_point is not None and any(self._counts(record) for record in self.records):
                     self.on_point(self.result())
+                if not self._there:
+                    return
         finally:
             if bar is not None:
                 bar.close()
@@ -192,7 +202,9 @@ class _Run:
         if self.sweep is None:
             return
         rows = summarize(Runs(self._rows(point.index), {self.run_id: {}}).requests)
-        for arm in self.arms:
+        for label in self.gone.arms:
+            self.sweep.gone(label)
+        for arm in self._there:
             row = rows[rows["arm"] == arm.label].iloc[0]
             rate = row["output_tok_s"] if row["output_tok_s"] > 0 else row["req_s"]  # tokens where they are known
             self.sweep.seen(arm.label, point.index, point.load, float(rate), float(row["slo_share"]))
@@ -211,9 +223,11 @@ class _Run:
             try:
                 while wait(futures, timeout=0.2).not_done:
                     if self.stop.is_set():
+                        turn.ended.set()
                         self._cancel()
             except KeyboardInterrupt:
                 self.stop.set()
+                turn.ended.set()
                 self._cancel()
                 wait(futures, timeout=JOIN_S)
                 raise
@@ -235,13 +249,13 @@ class _Run:
         return min(int(1.25 * rounds * in_flight) + in_flight, MOST_RESERVED)
 
     def _worker(self, turn: Turn) -> None:
-        while not self.stop.is_set() and time.perf_counter() < turn.ends_at:
+        while not (self.stop.is_set() or turn.ended.is_set()) and time.perf_counter() < turn.ends_at:
             with self.lock:
                 job = next(turn.queue, None)
             if job is None:
                 return
             planned = None if turn.closed else turn.t_block + job.offset_s
-            if planned is not None and self.stop.wait(max(planned - time.perf_counter(), 0.0)):
+            if planned is not None and turn.ended.wait(max(planned - time.perf_counter(), 0.0)):
                 return
             record = self._record(turn, job)
             answer = self._send(turn.arm, job, record, planned)
@@ -252,6 +266,8 @@ class _Run:
                 self.records.append(record)
                 if answer is not None:
                     self.answers[record.seq] = answer
+                if self.gone.seen(record):
+                    turn.ended.set()
                 done = len(self.records)
                 if self.progress is not None:
                     self.progress(done, self.total, record)
@@ -342,7 +358,9 @@ class _Run:
             "interrupted": self.interrupted,
             "done": len(self.records),
             "total": self.total or None,
-            "warnings": self._warnings(ok),
+            "failed": len(failed),
+            "gone": list(self.gone.arms),
+            "warnings": [*self._warnings(ok), *self.gone.words(len(failed), len(self.records))],
         }
         return Runs(self._rows(), {self.run_id: env})
 
@@ -376,8 +394,3 @@ def _status(failure: BaseException, stopped: bool) -> Any:
     if stopped or isinstance(failure, KeyboardInterrupt) or type(failure).__name__ == "Cancelled":
         return "cancelled"
     return "timeout" if isinstance(failure, DeadlineExceeded) else "error"
-
-
-def _bar(total: int) -> Any:
-    """A progress bar where someone looks: a notebook, or a terminal on stderr."""
-    return cell.bar(total=total or None, desc="bench", unit="request", leave=False)

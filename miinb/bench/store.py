@@ -5,6 +5,7 @@ Rows are appended, flushed and synced; a last line that a crash cut short is lef
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miinb.bench.records import DEFINITIONS, Record, Runs, plain, rows_of
 from miinb.errors import InvalidValue, MiinbError
+from miinb.writing import writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,10 +29,11 @@ def save(runs: Runs, path: Path) -> Path:
         by_run[row["run_id"]].append(row)
     for run_id, rows in by_run.items():
         folder = path / run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ENV, _to_json(runs.env[run_id], indent=1))
-        there = {row["seq"] for row in _read_lines(folder / REQUESTS, quiet=True)}
-        append_rows(folder / REQUESTS, [row for row in rows if row["seq"] not in there])
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / ENV, _to_json(runs.env[run_id], indent=1))
+            there = {row["seq"] for row in _read_lines(folder / REQUESTS, quiet=True)}
+            append_rows(folder / REQUESTS, [row for row in rows if row["seq"] not in there])
     return path
 
 
@@ -89,7 +92,9 @@ def write_jsonl(runs: Runs, path: Path) -> Path:
 
 def write_csv(runs: Runs, path: Path) -> Path:
     """The requests as CSV; `<path>.meta.json` holds the definitions and the environment."""
-    runs.requests.to_csv(path, index=False)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.requests.to_csv(path, index=False)
     _write_meta(runs, path)
     return path
 
@@ -116,18 +121,31 @@ def write_parquet(runs: Runs, path: Path) -> Path:
         ) from None
     frame = runs.requests.copy()
     frame.attrs = json.loads(_to_json(frame.attrs))
-    frame.to_parquet(path, engine="pyarrow", index=False)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(path, engine="pyarrow", index=False)
     return path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none: a temporary file beside it, synced, then renamed."""
+    """Write a whole file or none: a temporary file beside it, synced, then renamed. Makes the folder.
+
+    Raises:
+        InvalidValue: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def _to_json(value: Any, *, indent: int | None = None) -> str:

@@ -175,7 +175,7 @@ def _share(part: pd.Series, whole: pd.Series) -> float:
 def _saturated(first: pd.Series, env: Mapping[str, Any]) -> bool | None:
     """Whether this is the point where a sweep found the arm saturated; None without a sweep."""
     found = (env.get("saturation") or {}).get(first["arm"])
-    return None if found is None else bool(found["why"] != "limit" and found["point"] == first["point"])
+    return None if found is None else bool(found["why"] not in ("limit", "gone") and found["point"] == first["point"])
 
 
 def _cost(row: Mapping[str, Any], env: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,13 @@ class Sweep:
             change = f"{throughput / good.throughput - 1:+.1%}".replace("-0.0%", "+0.0%")
             self._stop(arm, good, "throughput", f"throughput {change} at {here}")
 
+    def gone(self, arm: str) -> None:
+        """The arm is measured no more: its deployment has ended."""
+        good = self._good[arm]
+        if arm not in self.saturation:
+            after = f" after {load_words(self.kind, good.load)}" if good else ""
+            self._stop(arm, good, "gone", f"the deployment was gone{after}")
+
     def _stop(self, arm: str, good: _Seen | None, why: str, reason: str) -> None:
         self.saturation[arm] = {
             "kind": self.kind,
@@ -91,7 +98,7 @@ class Sweep:
 
 def saturation_words(arm: str, found: dict[str, Any]) -> str:
     """One line: "optimized: saturated at concurrency 16 (throughput +2.1% at concurrency 32)"."""
-    if found["why"] == "limit":
+    if found["why"] in ("limit", "gone"):
         return f"{arm}: {found['reason']}"
     if found["load"] is None:
         return f"{arm}: saturated from the first load on ({found['reason']})"

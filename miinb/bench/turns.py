@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class Turn:
     queue: Iterator[Job] = field(default_factory=lambda: iter(()))
     t_block: float = 0.0
     ends_at: float = math.inf  # no request begins later
+    ended: threading.Event = field(default_factory=threading.Event)  # none begins any more
 
     @property
     def closed(self) -> bool:

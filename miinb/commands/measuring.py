@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from miinb.commands.screen import Table
 from miinb.commands.settings import PREFIX, Settings, user_file
 from miinb.errors import InvalidValue, MiinbError
 from miinb.wording import size_words
+from miinb.writing import check_file, check_folder
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -33,19 +34,41 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
         fields["prompts"] = Path(values["prompts"])
     if context.settings.price_usd_per_gpu_hour:
         fields.setdefault("price", context.settings.price_usd_per_gpu_hour)
+    places = [("save", values["save"] or context.settings.run_dir), ("report", values["report"])]
+    _check_places(places)  # a run that cannot be kept is not worth its time
     sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
     context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
-    places = (
-        ("save", values["save"] or context.settings.run_dir, runs.save),
-        ("report", values["report"], runs.report),
-    )
-    for place, path, write in places:
-        if path:
-            written = write(path)
-            if not values.get("quiet"):
-                context.screen.show(f"{'Saved to' if place == 'save' else 'Report:'} {written}")
+    _write(context, values, runs, places)
     return runs
+
+
+def _check_places(places: Sequence[tuple[str, str | None]]) -> None:
+    for place, path in places:
+        if path and place == "save":
+            check_folder(path)
+        elif path:
+            check_file(path, (".html", ".htm"))
+
+
+def _write(context: Context, values: Values, runs: Runs, places: Sequence[tuple[str, str | None]]) -> None:
+    """Keep the run where the user wants it; where that fails (a full disk), it is shown before the error is told."""
+    failed: list[MiinbError] = []
+    for place, path in places:
+        if not path:
+            continue
+        try:
+            written = runs.save(path) if place == "save" else runs.report(path)
+        except MiinbError as error:
+            failed.append(error)
+            continue
+        if not values.get("quiet"):
+            context.screen.show(f"{'Saved to' if place == 'save' else 'Report:'} {written}")
+    if failed:
+        if not values.get("quiet"):
+            context.screen.show(runs)
+        kept = f"The run is still here: {context.prog} runs save --to FOLDER" if context.in_notebook else ""
+        raise MiinbError(" ".join(error.line() for error in failed), hint=kept)
 
 
 def _prompts(body: str) -> list[Any]:

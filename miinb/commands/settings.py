@@ -74,27 +74,35 @@ def _files(folder: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
         start = Path("/")
     project = next((path for one in (start, *start.parents) if (path := one / "pyproject.toml").is_file()), None)
     if project is not None:
-        tools = _read(project).get("tool", {})
+        tools = _read(project, only_with=b"[tool.miinb").get("tool", {})
         if "miinb" in tools:
             yield f"{project} [tool.miinb]", tools["miinb"]
     if user_file().is_file():
         yield str(user_file()), _read(user_file())
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, *, only_with: bytes = b"") -> dict[str, Any]:
+    """The file's values. One that is not TOML counts as empty where it does not have the text `only_with`."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    try:
+        return tomllib.loads(text.decode())
     except ValueError as error:
+        if only_with not in text:
+            return {}
         raise ConfigError(f"{file} is not TOML: {error}.") from None
 
 
 def _environment() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Settings of the environment. Its other names are not for commands, unless they are meant for a setting."""
+    """Settings of the environment; empty ones count as not set.
+
+    Its other names are not for commands, unless they are meant for a setting.
+    """
     for variable in sorted(os.environ):
         name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or not os.environ[variable].strip():
             continue
         if name in Settings.model_fields:
             yield f"environment {variable}", {name: _typed(variable, name, os.environ[variable])}

@@ -170,8 +170,10 @@ class BenchPanel(WorkPanel):
         self._keep(miinb.compare(sessions, dict(fields), progress=progress, on_point=self._keep, stop=stop))
         assert self.runs is not None
         (env,) = self.runs.env.values()
-        ended = "Cancelled" if env.get("interrupted") else "Done"
-        return f"{ended}: {_count(env['done'], env['total'])} in {cards.duration(time.monotonic() - began)}."
+        ended = "Cancelled" if env.get("interrupted") else "Ended early" if env.get("gone") else "Done"
+        failed = f" ({env['failed']} failed)" if env.get("failed") else ""
+        took = cards.duration(time.monotonic() - began)
+        return f"{ended}: {_count(env['done'], env['total'])}{failed} in {took}."
 
     def _keep(self, runs: Runs) -> None:
         """Take the run so far and show it; the chart is drawn without the lock."""

@@ -315,7 +315,7 @@ class ComparePanel(WorkPanel):
 
     def _go_back(self, pair: Pair) -> None:
         self.prompt.value = pair.prompt
-        self.controls.load(pair.parameters)
+        self.controls.load(pair.parameters, pair.request)
         self._show_pair(pair)
         self._set_busy(False)
         self._say(pair.summary())

@@ -213,8 +213,11 @@ class GenerationControls:
         system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
         return [*system, {"role": "user", "content": prompt}]
 
-    def load(self, values: Mapping[str, Any]) -> None:
-        """Set the controls to the parameters of an earlier answer."""
+    def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]]) -> None:
+        """Set the controls to the parameters of an earlier answer, and to how its prompt was sent."""
+        self.chat.value = not isinstance(request, str)
+        if not isinstance(request, str):
+            self.system.value = "".join(turn["content"] for turn in request if turn["role"] == "system")
         self.max_new_tokens.value = values["max_new_tokens"]
         self.do_sample.value = values.get("do_sample", False)
         for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):

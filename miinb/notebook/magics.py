@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, magics_class, no_var_expand
-from traitlets import Bool, Float, Int, Unicode
+from traitlets import Bool, Float, HasTraits, Int, Unicode
+from traitlets.config.loader import DeferredConfig
 
 from miinb import commands
 from miinb.commands import settings
@@ -42,6 +44,7 @@ class MiiMagics(Magics):  # type: ignore[misc]
 
     def __init__(self, shell: InteractiveShell) -> None:
         found, sources = settings.load()  # before anything is registered: a wrong setting leaves nothing behind
+        _drop_wrong(shell)
         super().__init__(shell)
         self.context = commands.Context(prog="%mii", settings=found, sources=sources)
         self.context.screen = CellScreen(live=_has_front_end(shell), hz=lambda: self.stream_hz)
@@ -205,6 +208,19 @@ def _as_written(text: str) -> str:
 def _has_front_end(shell: InteractiveShell) -> bool:
     """Whether the shell is a kernel, whose front end can replace output that was shown."""
     return getattr(shell, "kernel", None) is not None
+
+
+def _drop_wrong(shell: InteractiveShell) -> None:
+    """Take wrong settings out of the shell's configuration, where %config leaves what it has refused, and say so."""
+    configured, traits = shell.config.get("MiiMagics", {}), MiiMagics.class_traits(config=True)
+    for name in [name for name in configured if name in Settings.model_fields]:
+        value = configured[name]
+        try:
+            value = value.get_value(traits[name]) if isinstance(value, DeferredConfig) else value
+            traits[name]._validate(HasTraits(), value)
+        except Exception:  # whatever a trait or a conversion raises: the value cannot be had
+            del configured[name]
+            print(f"{settings.MAGIC}.{name}: {value!r} is not possible and was ignored.", file=sys.stderr)
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:

@@ -198,9 +198,13 @@ class ServerCard(WorkPanel):
 
     def _declined(self, _: Any = None) -> None:
         with self._lock:
-            self._confirmed = lambda: None
-            self.confirmation.layout.display = "none"
+            self._take_back()
             self._say("Nothing was changed.")
+
+    def _take_back(self) -> None:
+        """Ask no more. The lock is held."""
+        self._confirmed = lambda: None
+        self.confirmation.layout.display = "none"
 
     def _act(self, action: Callable[[], object], during: str, after: str) -> None:
         def work() -> str:
@@ -256,6 +260,8 @@ class ServerCard(WorkPanel):
                 self.logs_text.value = logs
             if not self._busy:
                 self._set_busy(False)
+                if now.state in ENDED:
+                    self._take_back()
                 if changed:
                     self._say(SAID.get(now.state, f"It is {now.state}."))
 

@@ -182,7 +182,7 @@ class TextPanel(WorkPanel):
 
     def _go_back(self, answer: Answer) -> None:
         self.prompt.value = answer.prompt
-        self.controls.load(answer.parameters)
+        self.controls.load(answer.parameters, answer.request)
         self._show_answer(answer)
         self._say(answer.footer())
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from miinb.config import DeploymentConfig, parse_generation
-from miinb.errors import MiinbError
+from miinb.errors import MiinbError, Unavailable
 from miinb.messages import Chunk, Plan, Status, Timing, Usage
 from miinb.predictions import Label, Predictions, PredictTiming
 
@@ -47,7 +47,10 @@ class Stream:
 
 
 class StandIn:
-    """`token_s` seconds a token; from token `differs_from` on answers differ; each `fail_every`-th fails."""
+    """`token_s` seconds a token; from token `differs_from` on answers differ; each `fail_every`-th fails.
+
+    After `dies_after` requests it is gone.
+    """
 
     task = "text-generation"
     model = "someone/small-model"
@@ -63,7 +66,9 @@ class StandIn:
         differs_from: int | None = None,
         fail_every: int = 0,
         error: MiinbError | None = None,
+        dies_after: int | None = None,
     ) -> None:
+        self.dies_after = dies_after
         self.engine, self.name = engine, name or engine
         self.token_s, self.differs_from, self.fail_every, self.error = token_s, differs_from, fail_every, error
         self.config = DeploymentConfig(model=self.model, engine=engine)
@@ -78,6 +83,8 @@ class StandIn:
             self.calls.append(params)
             self.prompts.append(prompt)
             number = len(self.calls)
+        if self.dies_after is not None and number > self.dies_after:
+            raise Unavailable("The deployment does not answer.")
         if self.fail_every and number % self.fail_every == 0:
             raise self.error or MiinbError("It broke.")
         start = sum(map(ord, prompt)) % 1000

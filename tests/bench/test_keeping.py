@@ -13,7 +13,7 @@ import miinb
 from miinb import commands
 from miinb.bench import runner
 from miinb.commands.context import Context
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, MiinbError
 
 
 def do(context: Context, *words: str, body: str | None = None) -> Any:
@@ -146,3 +146,65 @@ def test_a_report_of_failures_alone_is_still_a_report(tmp_path: Path) -> None:
     text = runs.report(tmp_path / "report.html").read_text()
     assert "2 (QueueFull 2)" in text
     assert "Cheapest" not in text
+
+
+@pytest.fixture
+def measured() -> StandIn:
+    session = StandIn(name="one")
+    session.state = "ready"
+    session.bench = lambda **fields: runner.bench(session, progress=lambda *_: None, **fields)
+    return session
+
+
+BENCH = ("bench", "-d", "one", "--requests", "2", "--new-tokens", "2", "--warmup", "0")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--save", "{file}"), ("--report", "{file}/x.html"), ("--report", "{folder}"), ("--report", "x.pdf")],
+)
+def test_nothing_is_measured_that_cannot_be_kept(measured: StandIn, tmp_path: Path, words: tuple[str, str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    path = words[1].format(file=tmp_path / "file", folder=tmp_path)
+    context = Context(prog="miinb", sessions={"one": measured})
+    with pytest.raises(InvalidValue, match=rf"{path}.*(cannot be written: |is not known)"):
+        do(context, *BENCH, words[0], path)
+    assert not measured.calls
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_could_not_be_written_is_shown(
+    measured: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    context = Context(prog="miinb", sessions={"one": measured})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(MiinbError, match=r"report.html cannot be written: No space left") as failure:
+            do(context, *BENCH, "--report", str(tmp_path / "report.html"))
+    assert "FOLDER" not in failure.value.hint
+    assert "tokens/s" in capsys.readouterr().out
+    assert list(context.runs) == ["run-1"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_made_and_what_cannot_be_is_said(context: Context, tmp_path: Path) -> None:
+    do(context, "runs", "report", "a", "--to", str(tmp_path / "new" / "report.html"))
+    do(context, "runs", "export", "a", "--to", str(tmp_path / "more" / "a.csv"))
+    assert (tmp_path / "new" / "report.html").is_file()
+    (tmp_path / "file").write_text("mine")
+    below = str(tmp_path / "file" / "x")
+    for words in (
+        ("runs", "save", "a", "--to", below),
+        ("runs", "report", "a", "--to", f"{below}.html"),
+        ("runs", "export", "a", "--to", f"{below}.csv"),
+        ("runs", "export", "a", "--to", f"{below}.jsonl"),
+        ("plot", "latency", "--run", "a", "--save", f"{below}.png"),
+    ):
+        with pytest.raises(InvalidValue, match=r"file/x.* cannot be written: Not a directory"):
+            do(context, *words)
+    with pytest.raises(InvalidValue, match=r"a\.xyz: there are no charts of the kind 'xyz'") as failure:
+        do(context, "plot", "latency", "--run", "a", "--save", str(tmp_path / "a.xyz"))
+    assert ".svg" in failure.value.hint

@@ -10,11 +10,12 @@ import pytest
 from stand_in import Predicting, StandIn
 
 from miinb.bench import charts, predicting, presets
+from miinb.bench.gone import Gone
 from miinb.bench.records import Record, Runs
 from miinb.bench.runner import bench, compare
 from miinb.bench.workload import configure
 from miinb.config import BenchConfig
-from miinb.errors import Cancelled, DeadlineExceeded, InvalidValue, MiinbError, UnknownOption
+from miinb.errors import Cancelled, DeadlineExceeded, InvalidValue, MiinbError, Unavailable, UnknownOption
 
 
 def test_one_row_a_request_with_equal_work() -> None:
@@ -296,3 +297,47 @@ def test_stop_before_the_first_request() -> None:
     stop.set()
     with pytest.raises(Cancelled):
         bench(StandIn(), requests=4, new_tokens=2, progress=lambda *_: None, stop=stop)
+
+
+@pytest.mark.parametrize("load", [{"concurrency": [4]}, {"rate": [200.0, 300.0]}, {"sweep": "concurrency"}])
+def test_an_arm_whose_deployment_is_gone_is_asked_no_more(load: dict[str, Any]) -> None:
+    lost, other = StandIn(name="lost", dies_after=10), StandIn(name="other")
+    requests = {} if "sweep" in load else {"requests": 60}
+    fields = {"new_tokens": 2, "warmup": 0, "check": "none", **requests, **load}
+    runs = compare([lost, other], progress=_quiet, **fields)
+    (env,) = runs.env.values()
+    failed = int((runs.requests["status"] == "error").sum())
+    assert 8 <= failed < 20
+    assert len(lost.calls) == 10 + failed
+    assert set(runs.requests[runs.requests["status"] == "error"]["arm"]) == {"lost"}
+    assert len(other.calls) >= len(lost.calls)
+    assert env["gone"] == ["lost"]
+    assert not env["interrupted"]
+    assert "lost: ended early" in env["warnings"][-2]
+    assert repr(runs).splitlines()[-1] == f"note: {failed} of {env['done']} requests failed"
+    if "sweep" in load:
+        assert env["saturation"]["lost"]["why"] == "gone"
+
+
+def test_a_run_ends_with_its_last_deployment() -> None:
+    far = 1e-3  # of the arrivals after the end nobody waits for
+    runs = bench(StandIn(dies_after=3), requests=400, new_tokens=2, warmup=0, rate=[20.0, far], progress=_quiet)
+    assert len(runs.requests) < 20
+
+
+def test_a_replica_that_comes_back_ends_nothing() -> None:
+    session = StandIn(fail_every=2, error=Unavailable("The replica that ran this request is gone."))
+    runs = bench(session, requests=60, new_tokens=2, warmup=0, concurrency=[2], progress=_quiet)
+    assert len(runs.requests) == 60
+
+
+def test_requests_that_fail_together_are_one_failure() -> None:
+    seen = Gone()
+
+    def failed(began: float) -> Record:
+        record = Record(run_id="r", seq=0, arm="a", session="s", t_rel_s=began, e2e_s=1.0)
+        record.status, record.error = "error", "Unavailable: The replica is gone."
+        return record
+
+    assert not any(seen.seen(failed(0.0)) for _ in range(32))
+    assert [seen.seen(failed(1.0 + number)) for number in range(8)] == [False] * 7 + [True]

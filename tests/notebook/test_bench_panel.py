@@ -72,6 +72,12 @@ def test_a_run_has_its_table_its_chart_and_its_file(make: Make, tmp_path: Path) 
     assert shown.wait(10)
     assert "Saved to" in shown.status.value
     assert len(miinb.load_runs(tmp_path / "kept").requests) == 10
+    (tmp_path / "file").write_text("mine")
+    shown.folder.value = str(tmp_path / "file" / "kept")
+    shown.saving.click()
+    assert shown.wait(10)
+    assert "InvalidValue" in shown.status.value
+    assert "file/kept cannot be written: Not a directory." in shown.status.value
 
 
 def test_rates_seed_and_requests_reach_the_workload(make: Make) -> None:
@@ -120,6 +126,15 @@ def test_cancel_keeps_what_was_measured(make: Make) -> None:
     assert shown.runs is not None
     assert 3 <= len(shown.runs.requests) < 500
     assert not shown.run.disabled
+
+
+def test_a_deployment_that_has_ended_is_told(make: Make) -> None:
+    shown = make(StandIn(dies_after=5))
+    shown.workload.loads.value = "1"
+    shown.workload.requests.value = "60"
+    measured(shown)
+    assert "Ended early: 14 of 62 requests (9 failed) in " in shown.status.value
+    assert "9 of 14 requests failed" in shown.output.value
 
 
 @pytest.mark.parametrize(

@@ -160,11 +160,14 @@ def test_votes_are_a_frame(make: Make) -> None:
 
 def test_history_brings_the_pair_back(make: Make) -> None:
     _, _, shown = make()
+    shown.controls.chat.value, shown.controls.system.value = True, "Be short."
     compared(shown, "one")
     shown.ballot["tie"].click()
+    shown.controls.chat.value, shown.controls.system.value = False, ""
     compared(shown, "two")
     shown.previous.click()
     assert shown.prompt.value == "one"
+    assert (shown.controls.chat.value, shown.controls.system.value) == (True, "Be short.")
     assert "Your vote: tie" in shown.status.value
     assert shown.ballot["left"].disabled
     shown.next.click()

@@ -617,6 +617,21 @@ def test_a_wrong_setting_refuses_the_extension(shell: Shell, monkeypatch: pytest
     assert shell.find_line_magic("mii") is None
 
 
+def test_what_config_has_refused_does_not_keep_the_extension_away(shell: Shell) -> None:
+    with capture_output():
+        shell.run("%config MiiMagics.max_new_tokens = 7")
+        shell.run("%config MiiMagics.stream_hz = 'abc'")
+    with capture_output() as shown:
+        load_ipython_extension(shell)
+    assert shown.stderr == "%config MiiMagics.stream_hz: 'abc' is not possible and was ignored.\n"
+    assert shell.find_line_magic("mii") is not None
+    assert shell.miinb_magics.stream_hz == 10.0
+    assert shell.miinb_magics.max_new_tokens == 7
+    with capture_output() as shown:
+        load_ipython_extension(shell)
+    assert not shown.stderr
+
+
 def test_settings_are_the_traits(shell: Shell) -> None:
     magics, traits = shell.miinb_magics, MiiMagics.class_traits(config=True)
     assert set(traits) - set(Settings.model_fields) <= set(Magics.class_traits(config=True))

@@ -156,6 +156,24 @@ def test_chat_goes_through_the_template(shown: TextPanel, session: StandIn) -> N
     assert session.calls[0][1] == turns
 
 
+def test_history_brings_chat_and_instructions_back(shown: TextPanel, session: StandIn) -> None:
+    controls = shown.controls
+    controls.chat.value, controls.system.value = True, "Be short."
+    answered(shown, "Why?")
+    controls.system.value = ""
+    answered(shown, "And now?")
+    controls.chat.value, controls.system.value = False, "Be long."
+    answered(shown, "Plain")
+    shown.previous.click()
+    assert (controls.chat.value, controls.system.value) == (True, "")
+    shown.previous.click()
+    shown.again.click()
+    assert shown.wait(10)
+    assert session.calls[-1][1] == session.calls[0][1]
+    shown.previous.click()
+    assert (shown.prompt.value, controls.chat.value) == ("Plain", False)
+
+
 def test_an_empty_prompt_asks_for_one(shown: TextPanel, session: StandIn) -> None:
     shown.run.click()
     assert "Write a prompt first" in shown.status.value

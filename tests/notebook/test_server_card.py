@@ -69,6 +69,15 @@ def test_stop_asks_first(shown: ServerCard, session: StandIn) -> None:
     assert "no process is left" in shown.output.value
 
 
+def test_a_question_ends_with_the_deployment(shown: ServerCard, session: StandIn) -> None:
+    shown.watch()
+    shown.ending.click()
+    assert shown.confirmation.layout.display == "flex"
+    session.state = "stopped"  # by another notebook
+    until(lambda: "no process is left" in shown.status.value)
+    assert shown.confirmation.layout.display == "none"
+
+
 def test_restart_asks_where_requests_run_and_shows_phases(
     shown: ServerCard, session: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from miinb.errors import InvalidValue
 from miinb.wording import one_line
+from miinb.writing import writing
 
 #: Okabe and Ito's colors, told apart by nearly all eyes (jfly.uni-koeln.de/color).
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -170,14 +172,22 @@ def _rendered(chart: Any, kind: str) -> bytes:
 
 
 def save(chart: Any, path: str | Path) -> Path:
-    """Write the chart (its axes or its figure); the ending chooses the format (.png, .svg, .pdf)."""
+    """Write the chart (its axes or its figure); the ending chooses the format (.png, .svg, .pdf).
+
+    Raises:
+        InvalidValue: the ending is not known, or the file cannot be written.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    kind = target.suffix.removeprefix(".") or "png"
-    if kind in ("png", "svg"):
-        target.write_bytes(_rendered(chart, kind))
-    else:
-        chart.get_figure(root=True).savefig(target, dpi=DPI)
+    kind = target.suffix.removeprefix(".").lower() or "png"
+    figure = chart.get_figure(root=True)
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise InvalidValue(f"{path}: there are no charts of the kind {kind!r}.", hint="Use .png, .svg or .pdf.")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kind in ("png", "svg"):
+            target.write_bytes(_rendered(chart, kind))
+        else:
+            figure.savefig(target, dpi=DPI)
     return target
 
 
