@@ -44,7 +44,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parameters_reach_the_magics(document: Path) -> None:
     notebook = nbformat.read(document, as_version=4)
     shown = [json.dumps(cell.get("outputs", [])) for cell in notebook.cells]
-    assert sum("6 tokens" in outputs for outputs in shown) == 1
+    assert re.search(r"\b6 tokens · first token", json.dumps(notebook.cells[3]["outputs"], ensure_ascii=False))
     assert "Stopped paper." in shown[-1]
     assert not [
         output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"
