@@ -213,8 +213,8 @@ class GenerationControls:
         system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
         return [*system, {"role": "user", "content": prompt}]
 
-    def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]]) -> None:
-        """Set the controls to the parameters of an earlier answer, and to how its prompt was sent."""
+    def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]] = "") -> None:
+        """Set the controls to the parameters of an earlier answer, and to how its prompt was sent: as it was, or a chat."""
         self.chat.value = not isinstance(request, str)
         if not isinstance(request, str):
             self.system.value = "".join(turn["content"] for turn in request if turn["role"] == "system")
