@@ -214,7 +214,7 @@ class GenerationControls:
         return [*system, {"role": "user", "content": prompt}]
 
     def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]] = "") -> None:
-        """Set the controls to the parameters of an earlier answer, and to how its prompt was sent: as it was, or a chat."""
+        """Set the controls to the parameters of an earlier answer, and to how its prompt was sent: plain, or a chat."""
         self.chat.value = not isinstance(request, str)
         if not isinstance(request, str):
             self.system.value = "".join(turn["content"] for turn in request if turn["role"] == "system")
