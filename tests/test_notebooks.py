@@ -19,7 +19,7 @@ SMALL = {
     "03_benchmark.ipynb": (
         "REQUESTS, NEW_TOKENS, CONCURRENCY, SWEEP_LIMIT = 2, 8, [1, 2], 2; PROMPT_RANGE = NEW_RANGE = (8, 16)"
     ),
-    "04_what_made_it_fast.ipynb": "REQUESTS, NEW_TOKENS, WITHOUT = 4, 8, ['batching', 'prefix', 'bf16']",
+    "04_what_made_it_fast.ipynb": "REQUESTS, NEW_TOKENS, WITHOUT = 4, 8, ['prefix', 'bf16']",
     "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY, SHAPES = 4, [1, 2], True, ['bert-base']",
 }
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))

@@ -45,7 +45,9 @@ class BaselineRow:
         # transformers would count the padding among the tokens that a repetition penalty has seen.
         padded = padded and self.params.repetition_penalty == 1.0
         same_length = 0 if padded else len(self.request.token_ids)
-        return self.params.model_dump_json(exclude=PER_ROW), same_length, self.eos
+        # Where nothing ends a row early, a least length says nothing: a load of many lengths shares its batches.
+        free = PER_ROW if self.eos else PER_ROW | {"min_new_tokens"}
+        return self.params.model_dump_json(exclude=free), same_length, self.eos
 
 
 class Sink(Protocol):

@@ -151,6 +151,15 @@ def test_greedy_rows_equal_transformers_in_one_batch(llama, executor):
         assert (end.prompt_tokens, end.output_tokens) == (len(prompt), len(wanted))
 
 
+@pytest.mark.parametrize(("ignore_eos", "batches"), [(True, 1), (False, 3)])
+def test_a_load_of_many_lengths_shares_its_batches(executor, ignore_eos, batches):
+    for row_id, prompt in enumerate(PROMPTS):  # as a benchmark asks for exact lengths
+        executor.submit(request(row_id, prompt, 4 + row_id, min_new_tokens=4 + row_id, ignore_eos=ignore_eos))
+    events = run(executor)
+    assert executor.status()["batches"] == batches  # where a row may end by itself, its least length is its own
+    assert [len(tokens(events[row_id])) for row_id in range(3)] == [4, 5, 6]
+
+
 def test_draws_depend_on_the_seed_and_not_on_the_batch(executor):
     params = {"do_sample": True, "temperature": 40.0, "top_k": 50, "ignore_eos": True}
     alone = []
