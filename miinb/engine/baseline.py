@@ -74,7 +74,10 @@ def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> 
             hint="Is it misspelled in config.json? A newer transformers may know it.",
         )
     try:
-        return _load_model(model, config, info)
+        loaded = _load_model(model, config, info)
+        if getattr(loaded.config, "attn_logit_softcapping", None):
+            loaded.set_attn_implementation("eager")  # some transformers (5.17) take sdpa, which leaves the cap out
+        return loaded
     except (MiinbError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what transformers makes of an unusual config.json or checkpoint
@@ -164,6 +167,8 @@ def load_baseline(
     padded = config.options.parity == "off" or pads(loaded, info.vocab_size)
     if not padded:
         plan = plan.with_line("batches", "equal lengths", f"{model.family} takes padding for a part of the prompt")
+    if info.device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length: up to 0.1 s a token
     cache, batch_cache, plan = _choose_cache(loaded, config, info, plan, report)
     info, queue = dataclasses.replace(info, plan=plan), config.options.max_queue
     if ranks.link is not None:

@@ -172,6 +172,8 @@ def build(name: str, folder: Path, changes: dict[str, Any] | None = None) -> Any
     torch.manual_seed(len(name))
     config = getattr(transformers, kind)(**(values | (changes or {})), bos_token_id=1, eos_token_id=2)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if values.get("attn_logit_softcapping"):
+        model.set_attn_implementation("eager")  # the sdpa of older transformers leaves the cap out
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

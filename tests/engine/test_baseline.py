@@ -369,6 +369,14 @@ def test_dummy_weights_need_no_checkpoint(llama, tmp_path):
     assert len(tokens(run(executor)[0])) == 3
 
 
+def test_a_soft_cap_is_not_left_out(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 5.0}))
+    config = DeploymentConfig.parse({"model": str(tmp_path), "engine": "baseline", "load_format": "dummy"})
+    executor = load_baseline(inspect(tmp_path, load_format="dummy"), config, info_of(), lambda phase: None)
+    assert "attention eager" in executor.info.plan.lines[0].reason  # sdpa has no cap, and old transformers take it
+
+
 def test_what_transformers_cannot_make_is_the_model_s_fault(llama, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(llama, folder)

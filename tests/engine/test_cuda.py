@@ -111,7 +111,9 @@ def test_error_of_few_bits_is_near_the_baselines(tiny: Tiny, name: str, dtype: s
     with torch.inference_mode():
         exact = model.double()(ids.cpu()).logits[0]
         model.float()
-        theirs = type(model).from_pretrained(folder, dtype=DTYPES[dtype]).cuda()(ids).logits[0]
+        attention = model.config._attn_implementation
+        theirs = type(model).from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
+        theirs = theirs.cuda()(ids).logits[0]
     decoder, cache = load(folder, dtype)
     batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0])], 16, "cuda")
     batch.logit_rows = torch.arange(len(prompt), device="cuda")
