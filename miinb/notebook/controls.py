@@ -173,7 +173,12 @@ class GenerationControls:
             W.Textarea, "stop strings", "Texts that end the answer; \\n is a line end", rows=2, placeholder="one a line"
         )
         self.chat = control(W.Checkbox, "chat", "Ask through the model's chat template")
-        self.system = control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
+        self.system = control(
+            W.Text,
+            "system",
+            "Instructions before a chat; a change counts from the next answer on",
+            placeholder="Be brief.",
+        )
         columns = (
             (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
@@ -206,12 +211,17 @@ class GenerationControls:
                     chosen[name] = value
         return chosen
 
-    def request(self, prompt: str) -> str | list[dict[str, str]]:
-        """What `Session.stream` gets for a prompt: the text itself, or a conversation."""
+    def request(self, prompt: str, turns: Sequence[dict[str, str]] = ()) -> str | list[dict[str, str]]:
+        """What `Session.stream` gets for a prompt: the text itself, or a conversation.
+
+        Args:
+            prompt: what the user wrote.
+            turns: what was said before in a chat.
+        """
         if not self.chat.value:
             return prompt
         system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
-        return [*system, {"role": "user", "content": prompt}]
+        return [*system, *turns, {"role": "user", "content": prompt}]
 
     def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]] = "") -> None:
         """Set the controls to the parameters of an earlier answer, and to how its prompt was sent: plain, or a chat."""

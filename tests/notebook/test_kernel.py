@@ -177,3 +177,22 @@ def test_bars_are_replaced_text_and_go_away(kernel: Kernel) -> None:
     assert texts[-1] == ""
     assert "&lt;work&gt;" in seen[0][1]["data"]["text/html"]
     assert kinds(kernel.run("with cell.quiet(), cell.bar(total=3) as bar:\n    bar.update(2)")) == ["reply"]
+
+
+def test_a_conversation_outgrows_the_context(kernel: Kernel) -> None:
+    """The oldest turns are left out and the panel says so; what cannot fit is an error, and the panel goes on."""
+    kernel.run("p = s.panel(); p.controls.chat.value = True; p.controls.max_new_tokens.value = 100")
+    kernel.run("def say(text):\n    p.prompt.value = text; p.run.click(); assert p.wait(60)\n    print(p.status.value)")
+    assert "left out" not in kernel.text("say('Tell a story.')")
+    for _ in range(6):
+        said = kernel.text("say('Go on and on. ' * 12)")
+        assert "Error" not in said
+        if "left out to fit the context" in said:
+            break
+    else:
+        raise AssertionError(said)
+    turns = kernel.text("print(len(p.history))")
+    assert "PromptTooLong" in kernel.text("say('a story ' * 600)")
+    assert kernel.text("print(len(p.history), len(p.prompt.value))") == f"{turns.strip()} 4800\n"
+    assert "tokens" in kernel.text("say('Short again.')")
+    kernel.run("p.close()")
