@@ -196,3 +196,17 @@ def test_a_conversation_outgrows_the_context(kernel: Kernel) -> None:
     assert kernel.text("print(len(p.history), len(p.prompt.value))") == f"{turns.strip()} 4800\n"
     assert "tokens" in kernel.text("say('Short again.')")
     kernel.run("p.close()")
+
+
+def test_a_closed_panel_leaves_what_it_showed_or_what_was_pinned(kernel: Kernel) -> None:
+    for pins, left in ((0, "> Hello"), (1, "")):
+        seen = kernel.run("p = s.panel(); display(p)")
+        shown = next(content for kind, content in seen if kind == "display_data")
+        assert "application/vnd.jupyter.widget-view+json" in shown["data"]
+        kernel.run("p.prompt.value = 'Hello'; p.generate(); assert p.wait(60)")
+        seen = kernel.run(f"{'p.pin(); ' * pins}p.close()")
+        updates = [content for kind, content in seen if kind == "update_display_data"]
+        (own,) = [one for one in updates if one["transient"] == shown["transient"]]
+        assert own["data"].keys() == {"text/html", "text/plain"}
+        assert own["data"]["text/plain"].startswith(left)
+        assert bool(own["data"]["text/html"]) == bool(left)
