@@ -63,6 +63,41 @@ def tick(name: str, tooltip: str, **traits: Any) -> Any:
     return named(made, css)
 
 
+class Fold(W.VBox):  # type: ignore[misc]
+    """A part of a panel that a button shows and hides: ipywidgets' Accordion cannot be reached by the keyboard.
+
+    Args:
+        title: on the button.
+        content: what it shows.
+        css: the hook of the whole.
+
+    Attributes:
+        switch: the button; its value says whether the content is shown.
+    """
+
+    def __init__(self, title: str, content: Any, css: str) -> None:
+        self._content = content
+        self.switch = named(W.ToggleButton(description=title, layout={"width": "auto"}), f"{css}-switch")
+        super().__init__([self.switch, content])
+        self.layout.align_items = "flex-start"
+        content.layout.align_self = "stretch"
+        content.layout.padding = "6px 0"
+        named(self, css)
+        self.switch.observe(self._switched, "value")
+        self._switched()
+
+    @property
+    def unfolded(self) -> bool:
+        """Whether its content is shown."""
+        return bool(self.switch.value)
+
+    def _switched(self, _: Any = None) -> None:
+        title = self.switch.description
+        self.switch.icon = "caret-down" if self.unfolded else "caret-right"
+        self.switch.tooltip = f"Hide {title.lower()}" if self.unfolded else f"Show {title.lower()}"
+        self._content.layout.display = None if self.unfolded else "none"
+
+
 class DeploymentChoice:
     """Which deployment is asked, of those that run.
 
@@ -179,12 +214,13 @@ class GenerationControls:
             "Instructions before a chat; a change counts from the next answer on",
             placeholder="Be brief.",
         )
+        self.stop.layout.width = self.system.layout.width = "30em"
         columns = (
             (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
         )
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
-        self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
+        self.box = Fold("Parameters", grid, "parameters")
         self.do_sample.observe(self._switched, "value")
         self.chat.observe(self._switched, "value")
         self._switched()

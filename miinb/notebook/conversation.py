@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from miinb.results import Result
 
 _YOURS = "background:rgba(128,128,128,.12);border-radius:6px;padding:.4em .9em;margin:.5em 0 .25em;max-width:72em"
+_ANSWER = "padding:.1em .9em .4em;max-width:72em;line-height:1.45"
 
 
 @dataclass(eq=False)
@@ -91,12 +92,17 @@ class Answer:
         yours = f'<div style="{_YOURS}">{told}<div style="{cards.QUIET}">You</div>{cards.pre(self.prompt)}</div>'
         return f'{yours}<div style="{cards.QUIET};padding:0 .9em">{cards.escaped(self.head())}</div>'
 
+    def answer_html(self) -> str:
+        """The answer as far as it is there."""
+        text = cards.pre(self.text)
+        return f'<div style="{_ANSWER}">{text}</div>' if self.is_chat else cards.box(text)
+
     def card(self) -> cards.Card:
         """Prompt and answer, or the whole conversation, static."""
         settings = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
         foot = f"{self.deployment} · {self.footer()} · {settings}"
         if self.is_chat:
-            body = [f"{one.asked_html()}{_answer_html(one)}" for one in self.conversation]
+            body = [one.asked_html() + one.answer_html() for one in self.conversation]
             return cards.card("", body=body, foot=foot)[0], printable(f"{self.to_text()}\n({foot})")
         prompt = f'<div style="opacity:.72">{cards.pre(self.prompt)}</div><hr style="opacity:.35;margin:.4em 0">'
         html, _ = cards.card("", body=[prompt, cards.pre(self.text)], foot=foot)
@@ -123,10 +129,6 @@ class Answer:
         return json.dumps(known, indent=2, ensure_ascii=False)
 
 
-def _answer_html(answer: Answer) -> str:
-    return f'<div style="padding:.1em .9em">{cards.pre(answer.text)}</div>'
-
-
 class Earlier:
     """The answers of a conversation above the newest one, a widget each: every one of them is sent once.
 
@@ -143,7 +145,7 @@ class Earlier:
         pairs = zip(self._shown, answers, strict=False)
         same = next((i for i, (old, new) in enumerate(pairs) if old is not new), min(len(self._shown), len(answers)))
         kept, gone = self.box.children[:same], self.box.children[same:]
-        made = [W.HTML(one.asked_html() + _answer_html(one), layout={"width": "auto"}) for one in answers[same:]]
+        made = [W.HTML(one.asked_html() + one.answer_html(), layout={"width": "auto"}) for one in answers[same:]]
         self._shown = list(answers)
         if made or gone:
             self.box.children = (*kept, *made)

@@ -198,7 +198,7 @@ class TextPanel(WorkPanel):
         self.filing.layout.display = "none"
 
     def _show_text(self, answer: Answer | None) -> None:
-        self.output.value = cards.box(cards.pre(answer.text)) if answer is not None and answer.text else ""
+        self.output.value = answer.answer_html() if answer is not None and answer.text else ""
 
     def _show_files(self, answer: Answer | None, *, asked_for: bool = False) -> None:
         if answer is None:

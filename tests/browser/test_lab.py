@@ -214,6 +214,27 @@ def test_controls_are_labelled(notebook: Notebook) -> None:
         assert text in tree
 
 
+def test_the_keyboard_reaches_every_control(notebook: Notebook) -> None:
+    page = notebook.page
+    notebook.find("prompt").locator("textarea").focus()
+    seen = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.innerText?.trim() || document.activeElement.type"))
+        if seen[-1] == "Parameters":
+            break
+    names = ["Generate", "Regenerate", "Clear", "Pin", "Save .txt", "Save .json", "Parameters"]
+    assert [name for name in seen if name in names] == names
+    was = notebook.find("max-new-tokens").is_visible()
+    page.keyboard.press("Space")
+    until(lambda: notebook.find("max-new-tokens").is_visible() != was, "the parameters cannot be folded")
+    notebook.find("prompt").locator("textarea").fill("By keys alone")
+    notebook.find("generate").focus()
+    page.keyboard.press("Enter")
+    until(lambda: "Waiting" in (said := notebook.find("status").inner_text()) or "tokens" in said, "nobody answers")
+    until(lambda: "in all" in notebook.find("status").inner_text(), "no answer")
+
+
 def test_after_a_restart_of_the_kernel_no_process_is_left(notebook: Notebook, lab: Lab) -> None:
     assert servers(lab)
     notebook.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.restartKernel()")

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as W
 import pytest
 
-KINDS = (W.Button, W.Dropdown, W.Text, W.Textarea, W.Checkbox, W.BoundedIntText, W.BoundedFloatText)
+KINDS = (W.Button, W.ToggleButton, W.Dropdown, W.Text, W.Textarea, W.Checkbox, W.BoundedIntText, W.BoundedFloatText)
 
 
 def walk(widget: Any) -> Iterator[Any]:
