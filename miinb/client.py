@@ -87,7 +87,8 @@ class Client:
         Args:
             because: why the deployment could not be started again, for those that ask all the same.
         """
-        self._closed = Unavailable("The deployment was stopped.", hint="Start it again with restart().")
+        hint = "Start it again with restart(); if another process has done that, join it with miinb.attach(name)."
+        self._closed = Unavailable("The deployment was stopped.", hint=hint)
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
         self._direct.close()

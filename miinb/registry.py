@@ -198,7 +198,7 @@ def claim(folder: Path, patience_s: float = 1.0) -> int:
             name = entry.name if entry else folder.name.replace("%2F", "/")
             raise DeploymentExists(
                 f"There is a deployment {name!r} already.",
-                hint="Use miinb.attach(name), stop it, or take another name.",
+                hint=f"Use miinb.attach({name!r}), stop it, or take another name.",
             )
         time.sleep(0.02)
 
@@ -321,7 +321,7 @@ def ask(entry: Entry, command: str, *, timeout_s: float = 5.0, **fields: Any) ->
     except (OSError, ValueError) as error:
         raise Unavailable(f"{gone} ({error}).", hint="It has ended; start it again.") from None
     if "error" in answer:
-        raise Unavailable(f"{gone}: {answer['error']}.", hint="Use miinb.attach(name).")
+        raise Unavailable(f"{gone}: {answer['error']}.", hint=f"Use miinb.attach({entry.name!r}).")
     return answer
 
 

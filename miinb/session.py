@@ -343,7 +343,8 @@ class Session:
         try:
             self._begin(prepare(config))
         except MiinbError as error:
-            error.hint = f"{error.hint} {self.name} has ended; restart() tries to start it once more.".strip()
+            if not isinstance(error, DeploymentExists):  # by another process: it is to be joined, not started
+                error.hint = f"{error.hint} {self.name} has ended; restart() tries to start it once more.".strip()
             self._client.close(because=error)
             raise
         return self
@@ -362,10 +363,9 @@ class Session:
         return f"Session({self.name!r}, model={self.model!r}, engine={self.engine!r}, state={self.state!r})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        from miinb.notebook.cards import session_card
+        from miinb.notebook.cards import bundle, session_card
 
-        html, text = session_card(self)
-        return {"text/html": html, "text/plain": text}
+        return bundle(session_card(self))
 
     def _describe(self) -> EngineInfo:
         if self._info is None:

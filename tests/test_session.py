@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 import miinb
+from miinb import registry
 from miinb.demo import tiny_model
+from miinb.deployment import Deployment
 from miinb.errors import (
     BrokenCheckpoint,
     DeploymentExists,
@@ -209,6 +211,25 @@ def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) ->
         assert session.state == session.status().state == "stopped"
         with pytest.raises(Unavailable, match=r"did not start again: .*tokenizer\.json"):
             session.generate(PROMPT)
+
+
+def test_who_joined_before_a_restart_is_told_to_join_again(state: Path) -> None:
+    with miinb.Session(tiny_model(), name="shared", **TINY) as owner:
+        joined = miinb.Session._of(Deployment(registry.find("shared")))  # as another process has it
+        owner.restart()
+        with pytest.raises(Unavailable, match=r"another deployment has its name now\. Use miinb\.attach\('shared'\)"):
+            joined.keep()
+        for ask in (joined.restart, lambda: joined.generate(PROMPT)):
+            with pytest.raises(MiinbError, match=r"Use miinb\.attach\('shared'\)") as told:
+                ask()
+            assert "restart()" not in told.value.line()
+        joined.stop()
+        assert owner.state == "ready"
+        assert miinb.attach("shared").generate(PROMPT, max_new_tokens=3).text
+        ended = miinb.Session._of(Deployment(registry.find("shared")))
+    ended.stop()
+    with pytest.raises(Unavailable, match=r"restart\(\); if .*miinb\.attach\(name\)"):
+        ended.generate(PROMPT)
 
 
 def test_a_restart_without_room_on_the_disk_says_so(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,11 @@ class Context:
     runs: dict[str, Runs] = field(default_factory=dict)
     chats: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
+    def take_over(self, earlier: Context) -> None:
+        """Go on with the deployments, runs and chats of another context; settings and screen stay this one's."""
+        for name in ("sessions", "configs", "default", "runs", "chats"):
+            setattr(self, name, getattr(earlier, name))
+
     @property
     def in_notebook(self) -> bool:
         """Cells, widgets and variables are there."""

@@ -10,7 +10,7 @@ from miinb.bench.summary import encodes
 from miinb.commands.options import BENCH, floats, integers
 from miinb.config import BenchConfig
 from miinb.errors import InvalidValue
-from miinb.notebook.controls import control, named, tick
+from miinb.notebook.controls import control, named
 
 _HELP = {option.name: option.help[:1].upper() + option.help[1:] for option in BENCH}
 _PROMPT_TOKENS = BenchConfig.model_fields["prompt_tokens"].default
@@ -44,7 +44,9 @@ class WorkloadControls:
             value=LOADS[0],
         )
         self.loads = control(W.Text, "loads", "One point each: 1,4,16", value="1,4", placeholder="1,4,16")
-        self.sweep = tick("sweep", "Instead of loads: double the load, from 1 on, until all are saturated")
+        self.sweep = control(
+            W.Checkbox, "sweep", "Instead of loads: double the load, from 1 on, until all are saturated"
+        )
         self.slo = control(W.Text, "slo", f"{_HELP['slo']}; empty: none", placeholder="ttft=0.5,e2e=2")
         self.warmup = control(whole, "warmup", _HELP["warmup"], value=2, min=0, max=1000)
         self.seed = control(whole, "seed", _HELP["seed"], value=0, min=0, max=(1 << 31) - 1)

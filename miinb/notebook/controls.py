@@ -63,6 +63,41 @@ def tick(name: str, tooltip: str, **traits: Any) -> Any:
     return named(made, css)
 
 
+class Fold(W.VBox):  # type: ignore[misc]
+    """A part of a panel that a button shows and hides: ipywidgets' Accordion cannot be reached by the keyboard.
+
+    Args:
+        title: on the button.
+        content: what it shows.
+        css: the hook of the whole.
+
+    Attributes:
+        switch: the button; its value says whether the content is shown.
+    """
+
+    def __init__(self, title: str, content: Any, css: str) -> None:
+        self._content = content
+        self.switch = named(W.ToggleButton(description=title, layout={"width": "auto"}), f"{css}-switch")
+        super().__init__([self.switch, content])
+        self.layout.align_items = "flex-start"
+        content.layout.align_self = "stretch"
+        content.layout.padding = "6px 0"
+        named(self, css)
+        self.switch.observe(self._switched, "value")
+        self._switched()
+
+    @property
+    def unfolded(self) -> bool:
+        """Whether its content is shown."""
+        return bool(self.switch.value)
+
+    def _switched(self, _: Any = None) -> None:
+        title = self.switch.description
+        self.switch.icon = "caret-down" if self.unfolded else "caret-right"
+        self.switch.tooltip = f"Hide {title.lower()}" if self.unfolded else f"Show {title.lower()}"
+        self._content.layout.display = None if self.unfolded else "none"
+
+
 class DeploymentChoice:
     """Which deployment is asked, of those that run.
 
@@ -173,13 +208,19 @@ class GenerationControls:
             W.Textarea, "stop strings", "Texts that end the answer; \\n is a line end", rows=2, placeholder="one a line"
         )
         self.chat = control(W.Checkbox, "chat", "Ask through the model's chat template")
-        self.system = control(W.Text, "system", "Instructions before a chat's question", placeholder="Be brief.")
+        self.system = control(
+            W.Text,
+            "system",
+            "Instructions before a chat; a change counts from the next answer on",
+            placeholder="Be brief.",
+        )
+        self.stop.layout.width = self.system.layout.width = "30em"
         columns = (
             (self.max_new_tokens, self.repetition_penalty, self.stop, self.chat, self.system),
             (self.do_sample, self.temperature, self.top_p, self.top_k, self.seed, self.lock),
         )
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
-        self.box = named(W.Accordion([grid], titles=("Parameters",), selected_index=None), "parameters")
+        self.box = Fold("Parameters", grid, "parameters")
         self.do_sample.observe(self._switched, "value")
         self.chat.observe(self._switched, "value")
         self._switched()
@@ -206,12 +247,17 @@ class GenerationControls:
                     chosen[name] = value
         return chosen
 
-    def request(self, prompt: str) -> str | list[dict[str, str]]:
-        """What `Session.stream` gets for a prompt: the text itself, or a conversation."""
+    def request(self, prompt: str, turns: Sequence[dict[str, str]] = ()) -> str | list[dict[str, str]]:
+        """What `Session.stream` gets for a prompt: the text itself, or a conversation.
+
+        Args:
+            prompt: what the user wrote.
+            turns: what was said before in a chat.
+        """
         if not self.chat.value:
             return prompt
         system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
-        return [*system, {"role": "user", "content": prompt}]
+        return [*system, *turns, {"role": "user", "content": prompt}]
 
     def load(self, values: Mapping[str, Any], request: str | Sequence[Mapping[str, str]] = "") -> None:
         """Set the controls to the parameters of an earlier answer, and to how its prompt was sent: plain, or a chat."""

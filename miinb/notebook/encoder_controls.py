@@ -10,7 +10,7 @@ import ipywidgets as W
 
 from miinb.commands.options import PREDICTION_HELP, words
 from miinb.errors import InvalidValue
-from miinb.notebook.controls import control, named, tick
+from miinb.notebook.controls import Fold, control, named, tick
 from miinb.tasks import TASKS, TaskOption
 
 #: Options that are always in sight; the others wait in an accordion.
@@ -72,8 +72,8 @@ class TaskOptions:
         main = [self.controls[name] for name in MAIN[task]]
         others = [widget for name, widget in self.controls.items() if name not in MAIN[task]]
         wrap = {"flex_flow": "row wrap", "align_items": "center"}
-        more = W.Accordion([W.Box(others, layout=wrap)], titles=("More options",), selected_index=None)
-        self.box = W.VBox([W.Box(main, layout=wrap), named(more, "more-options")])
+        more = Fold("More options", W.Box(others, layout=wrap), "more-options")
+        self.box = W.VBox([W.Box(main, layout=wrap), more])
 
     def values(self) -> dict[str, Any]:
         """Options for `Session.predict`: those that differ from its defaults.

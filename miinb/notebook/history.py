@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets as W
@@ -64,11 +65,21 @@ class History:
 
     def refresh(self) -> None:
         """The list's entries, the newest chosen, without acting on the choice."""
-        self.choice.unobserve(self._chosen, "index")
         words = (" ".join(self._title(entry).split())[:40] for entry in self.entries)
         shown = [(f"{i + 1}: {text}", i) for i, text in enumerate(words)]
-        self.choice.options = shown
-        self.choice.index = len(shown) - 1 if shown else None
+        with self._unobserved():
+            self.choice.options = shown
+            self.choice.index = len(shown) - 1 if shown else None
+
+    def deselect(self) -> None:
+        """No entry is shown any more; a step back shows the latest."""
+        with self._unobserved():
+            self.choice.index = None
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        self.choice.unobserve(self._chosen, "index")
+        yield
         self.choice.observe(self._chosen, "index")
 
     def set_busy(self, busy: bool) -> None:
@@ -88,4 +99,5 @@ class History:
     def _step(self, by: int) -> None:
         with self._lock:
             if self.entries and not self._busy():
-                self.choice.index = min(max(self.index + by, 0), len(self.entries) - 1)
+                at = self.index if self.choice.index is not None else len(self.entries)
+                self.choice.index = min(max(at + by, 0), len(self.entries) - 1)

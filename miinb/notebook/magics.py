@@ -224,9 +224,11 @@ def _drop_wrong(shell: InteractiveShell) -> None:
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """`%load_ext miinb`: registers the magics and their completion; silent."""
+    """`%load_ext miinb`: registers the magics and their completion; silent. Earlier chats and runs are there again."""
     unload_ipython_extension(shell)
     magics = MiiMagics(shell)
+    if earlier := shell.__dict__.pop("miinb_context", None):
+        magics.context.take_over(earlier)
     MiiMagics.mii.__doc__ = commands.overview("%mii")  # `%mii?` shows the table
     shell.register_magics(magics)
     for name in NAMES:
@@ -236,10 +238,11 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Take the magics and their completion away again. Deployments go on."""
+    """Take the magics and their completion away again. Deployments go on; the next load finds chats and runs."""
     magics = shell.__dict__.pop("miinb_magics", None)
     if magics is None:
         return
+    shell.miinb_context = magics.context
     for kind in ("line", "cell"):
         for name in NAMES:
             shell.magics_manager.magics[kind].pop(name, None)

@@ -7,7 +7,7 @@ writes must neither run nor fetch anything when it is shown.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from miinb.notebook.cards import escaped, pre
@@ -89,15 +89,23 @@ def _inline(text: str) -> str:
     """A line's marks; inside code there are none. Code ends at as many ticks as it began with."""
     parts, end = [], 0
     runs = list(_TICKS.finditer(text))
+    closing = next_alike([len(run[0]) for run in runs])
     for place, opened in enumerate(runs):
-        if opened.start() < end:
-            continue
-        closed = next((run for run in runs[place + 1 :] if len(run[0]) == len(opened[0])), None)
-        if closed is not None:
+        if opened.start() >= end and (at := closing[place]) is not None:
             parts.append(_emphasis(text[end : opened.start()]))
-            parts.append(f"<code>{escaped(text[opened.end() : closed.start()])}</code>")
-            end = closed.end()
+            parts.append(f"<code>{escaped(text[opened.end() : runs[at].start()])}</code>")
+            end = runs[at].end()
     return "".join([*parts, _emphasis(text[end:])])
+
+
+def next_alike(values: Sequence[int]) -> list[int | None]:
+    """For each value the place of the next equal one, None after the last; each is looked at once."""
+    places: dict[int, int] = {}
+    found: list[int | None] = []
+    for place, value in zip(range(len(values) - 1, -1, -1), reversed(values), strict=True):
+        found.append(places.get(value))
+        places[value] = place
+    return found[::-1]
 
 
 def _emphasis(text: str) -> str:

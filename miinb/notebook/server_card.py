@@ -17,7 +17,7 @@ from miinb.errors import MiinbError
 from miinb.messages import Status
 from miinb.notebook import cards
 from miinb.notebook.cards import QUIET, escaped
-from miinb.notebook.controls import button, named
+from miinb.notebook.controls import Fold, button, named
 from miinb.notebook.work_panel import ROW, WorkPanel, said_of
 from miinb.wording import size_words
 
@@ -128,10 +128,9 @@ class ServerCard(WorkPanel):
         self.no = button("No", "no", "Leave it as it is", self._declined)
         self.confirmation = W.Box([self.question, self.yes, self.no], layout={**ROW, "display": "none"})
         self.plan_text, self.logs_text = W.HTML(), W.HTML()
-        self.plan = named(W.Accordion([self.plan_text], titles=("Plan",), selected_index=None), "plan")
-        self.logs = named(W.Accordion([self.logs_text], titles=("Logs",), selected_index=None), "logs")
-        for accordion in (self.plan, self.logs):
-            accordion.observe(self.watch, "selected_index")
+        self.plan, self.logs = Fold("Plan", self.plan_text, "plan"), Fold("Logs", self.logs_text, "logs")
+        for fold in (self.plan, self.logs):
+            fold.switch.observe(self.watch, "value")
 
     # What the buttons do; each may be called from any thread, and from code
 
@@ -245,8 +244,8 @@ class ServerCard(WorkPanel):
         """One look, without the lock: the deployment may take seconds to answer."""
         try:
             now = self._status_now()
-            plan = self._plan_now() if self.plan.selected_index == 0 else ""
-            logs = self._logs_now() if self.logs.selected_index == 0 else ""
+            plan = self._plan_now() if self.plan.unfolded else ""
+            logs = self._logs_now() if self.logs.unfolded else ""
         except Exception as error:  # it may end between two questions; the next look tells
             with self._lock:
                 self._say(said_of(error))
@@ -313,8 +312,8 @@ class ServerCard(WorkPanel):
         looker = self._looker
         if looker is not None:
             looker.join(10.0)
-        for accordion in (self.plan, self.logs):
-            accordion.unobserve_all()
+        for fold in (self.plan, self.logs):
+            fold.switch.unobserve_all()
 
     def _ipython_display_(self) -> None:
         if self._view_count is None:

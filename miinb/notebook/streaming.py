@@ -21,7 +21,7 @@ _BYTES_PER_S = 300_000
 #: Of frugal updates: what one costs besides the text, and what an answer may cost at its begin and for each token.
 UPDATE_BYTES = 700
 FREE_BYTES = 8_000
-BYTES_PER_TOKEN = 110
+BYTES_PER_TOKEN = 85
 
 
 class Throttle:

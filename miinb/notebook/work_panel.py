@@ -47,7 +47,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     """A panel that asks deployments in a thread of its own, one request at a time.
 
     Display it once. `pin()` writes what it shows as static output below the panel: it stays when the notebook is
-    closed, the widgets do not. `close()` ends what runs and frees all widgets.
+    closed, the widgets do not. `close()` ends what runs and frees all widgets; in their place stays what
+    was pinned, or else what was shown, as static output.
 
     A panel of a kind says in `_card` what it shows, in `_set_busy` which controls work when, and puts `output`,
     `status`, `pinning` and its own controls into `children`; what
@@ -67,6 +68,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self._cancel: Callable[[], object] | None = None
         self._choices: tuple[DeploymentChoice, ...] = ()
         self._pins: list[cards.Card] = []
+        self._own_display: Any = None
         self._pin_display: Any = None
         self.output = named(W.HTML(layout={"width": "auto"}), "output")
         self.status = named(W.HTML(), "status")
@@ -133,11 +135,15 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
             return Snapshot(*(self._card() or self._empty_card()))
 
     def close(self) -> None:
-        """End what runs and free every widget of the panel."""
+        """End what runs and free every widget of the panel; what it showed stays as static output.
+
+        A notebook that is opened again says of widgets that are still shown that it cannot find them.
+        """
         if self.comm is None:
             return
         self.stop()
         self.wait(_END_S)
+        self._leave_static()
         self._closing()
         for choice in self._choices:
             choice.close()
@@ -215,12 +221,18 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         if self._pin_display is not None:
             self._pin_display.update(data, raw=True)
 
+    def _leave_static(self) -> None:
+        if self._own_display is not None:
+            with self._lock:
+                card = None if self._pins else self._card()
+            self._own_display.update(cards.bundle(card or ("", "")), raw=True)
+
     def _ipython_display_(self) -> None:
         """The widgets, and below them the place for what is pinned; without a front end a static card."""
         if getattr(get_ipython(), "kernel", None) is None:
             print(self.snapshot())
             return
-        display(self._repr_mimebundle_(), raw=True)
+        self._own_display = display(self._repr_mimebundle_(), raw=True, display_id=True)
         self._pin_display = display({"text/html": "", "text/plain": ""}, raw=True, display_id=True)
         self._show_pins()
 

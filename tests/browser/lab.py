@@ -42,6 +42,9 @@ _START = """(index) => {
 _OUTPUTS = """(index) =>
   window.jupyterapp.shell.currentWidget.content.widgets[index].model.sharedModel.toJSON().outputs"""
 
+_PROMPT = """(index) =>
+  window.jupyterapp.shell.currentWidget.content.widgets[index].inputArea.promptNode.textContent"""
+
 
 class Lab:
     """A JupyterLab server with private folders. `folder` holds its notebooks and the deployments' state."""
@@ -107,9 +110,19 @@ class Notebook:
 
     def __init__(self, lab: Lab, page: Any, name: str) -> None:
         self.page = page
-        page.goto(f"{lab.url}lab/tree/{name}?reset", timeout=60_000)
-        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=60_000)
+        self._url = f"{lab.url}lab/tree/{name}?reset"
+        self.open()
+
+    def open(self) -> None:
+        """Load the page, also once more."""
+        self.page.goto("about:blank")
+        self.page.goto(self._url, timeout=60_000)
+        self.page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=60_000)
         self.ready()
+
+    def save(self) -> None:
+        """Write the notebook's file."""
+        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
 
     def ready(self) -> None:
         """Wait until the kernel is idle."""
@@ -137,6 +150,10 @@ class Notebook:
             plain = output.get("text") or output.get("data", {}).get("text/plain") or output.get("traceback", "")
             parts.append("".join(plain))
         return "\n".join(parts)
+
+    def prompt(self, index: int) -> str:
+        """What stands before a cell: "[*]:" while it runs."""
+        return str(self.page.evaluate(_PROMPT, index))
 
     def find(self, css: str) -> Any:
         """The visible element of a panel with this test hook; inputs inside it included."""

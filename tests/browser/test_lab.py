@@ -28,6 +28,23 @@ CELLS = [
     f'r = %mii gen "{PROBE}" -n 3 --return-full-text\nfrom miinb.notebook import cards\ncards.pre("x")\nr',
     "import time; time.sleep(60)",
 ]
+RESULT = [
+    "import miinb\nfrom miinb.demo import tiny_model",
+    "result = miinb.Session(tiny_model(), name='result', dtype='fp32', options={'threads': 1})",
+    "pinned = result.panel()\npinned",
+    "asked = result.panel()\nasked",
+    """for panel, text in ((pinned, "Pinned <b>this</b>"), (asked, "Closed with this")):
+    panel.controls.chat.value = panel is asked
+    panel.controls.max_new_tokens.value = 6
+    panel.prompt.value = text
+    panel.generate()
+    assert panel.wait(30)
+pinned.pin()
+shown = asked.snapshot()
+pinned.close()
+asked.close()
+shown""",
+]
 
 
 def slow_model(folder: Path) -> None:
@@ -100,6 +117,12 @@ def test_a_click_is_served_while_a_cell_runs(notebook: Notebook) -> None:
     notebook.find("max-new-tokens").locator("input").fill("5")
     notebook.find("generate").click()
     until(lambda: "5 tokens" in notebook.find("status").inner_text(), "the click waited for the cell")
+    notebook.find("max-new-tokens").locator("input").fill("900")
+    notebook.find("generate").click()
+    until(lambda: len(notebook.find("output").inner_text()) > 20, "no text came")
+    notebook.find("stop").click()
+    until(lambda: "stopped" in notebook.find("status").inner_text(), "Stop waited for the cell", 5)
+    assert notebook.prompt(6) == "[*]:"
     notebook.command("kernelmenu:interrupt")
     notebook.ready()
 
@@ -120,7 +143,55 @@ def test_text_of_a_model_is_no_markup(notebook: Notebook) -> None:
     until(lambda: "> <img" in notebook.text(2), "nothing was pinned")
     notebook.run(5)
     assert "<img" in notebook.text(5)
+    notebook.page.wait_for_timeout(200)  # a picture that is not there fails in a moment
     assert notebook.page.evaluate("window.pwned") is None
+
+
+def test_an_answer_is_downloaded(notebook: Notebook) -> None:
+    for kind in ("txt", "json"):
+        with notebook.page.expect_download(timeout=10_000) as download:
+            notebook.find("panel").get_by_text(f"Save .{kind}").click()
+        assert download.value.suggested_filename == f"answer.{kind}"
+    known = json.loads(Path(download.value.path()).read_text())
+    assert known["request"] == PROBE
+    assert known["usage"]["output_tokens"] == 6
+
+
+def test_a_conversation_grows_and_begins_anew(notebook: Notebook) -> None:
+    notebook.find("chat").locator("input").check()
+    for place, text in enumerate(("First", PROBE)):
+        notebook.find("max-new-tokens").locator("input").fill(str(7 + place))
+        notebook.find("prompt").locator("textarea").fill(text)
+        notebook.find("generate").click()
+        until(lambda: f"{7 + place} tokens" in notebook.find("status").inner_text(), "no answer")  # noqa: B023
+        until(lambda: notebook.find("prompt").locator("textarea").input_value() == "", "the prompt stays", 5)
+    assert "First" in notebook.find("conversation").inner_text()
+    assert PROBE in notebook.find("asked").inner_text()
+    boxes = [notebook.find(css).bounding_box()["y"] for css in ("conversation", "asked", "output", "prompt")]
+    assert boxes == sorted(boxes)
+    notebook.find("clear").click()
+    until(lambda: not notebook.find("output").inner_text().strip(), "the conversation stays")
+    assert notebook.find("conversation").inner_text() == ""
+    notebook.find("chat").locator("input").uncheck()
+    assert notebook.page.evaluate("window.pwned") is None
+
+
+def test_a_panel_works_when_the_page_was_loaded_again(notebook: Notebook) -> None:
+    notebook.find("previous").click()
+    output = notebook.find("output")
+    until(lambda: PROBE in notebook.find("asked").inner_text(), "the history does not answer")
+    before, asked = output.inner_text(), notebook.find("asked").inner_text()
+    notebook.save()
+    notebook.open()
+    notebook.find("panel").wait_for(timeout=30_000)
+    assert (output.inner_text(), notebook.find("asked").inner_text()) == (before, asked)
+    notebook.find("prompt").locator("textarea").fill("Again")
+    notebook.find("generate").click()
+    until(lambda: "Again" in notebook.find("asked").inner_text(), "nobody answers the click")
+    until(lambda: "in all" in notebook.find("status").inner_text(), "no answer")
+    assert asked in notebook.find("conversation").inner_text()
+    notebook.find("chat").locator("input").uncheck()
+    until(lambda: "Clear" in notebook.find("clear").inner_text(), "the panel stays a chat")
 
 
 def test_stop_button_of_the_notebook_ends_the_cell_and_not_the_server(notebook: Notebook, lab: Lab) -> None:
@@ -143,8 +214,45 @@ def test_controls_are_labelled(notebook: Notebook) -> None:
         assert text in tree
 
 
+def test_the_keyboard_reaches_every_control(notebook: Notebook) -> None:
+    page = notebook.page
+    notebook.find("prompt").locator("textarea").focus()
+    seen = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.innerText?.trim() || document.activeElement.type"))
+        if seen[-1] == "Parameters":
+            break
+    names = ["Generate", "Regenerate", "Clear", "Pin", "Save .txt", "Save .json", "Parameters"]
+    assert [name for name in seen if name in names] == names
+    was = notebook.find("max-new-tokens").is_visible()
+    page.keyboard.press("Space")
+    until(lambda: notebook.find("max-new-tokens").is_visible() != was, "the parameters cannot be folded")
+    notebook.find("prompt").locator("textarea").fill("By keys alone")
+    notebook.find("generate").focus()
+    page.keyboard.press("Enter")
+    until(lambda: "Waiting" in (said := notebook.find("status").inner_text()) or "tokens" in said, "nobody answers")
+    until(lambda: "in all" in notebook.find("status").inner_text(), "no answer")
+
+
 def test_after_a_restart_of_the_kernel_no_process_is_left(notebook: Notebook, lab: Lab) -> None:
     assert servers(lab)
     notebook.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
     until(lambda: not servers(lab), "processes are left", 15)
     assert not list((lab.folder / "run" / "miinb").iterdir())
+
+
+def test_results_stay_when_the_kernel_is_gone_and_the_notebook_opened_again(lab: Lab, page: Page) -> None:
+    lab.write("result.ipynb", RESULT)
+    notebook = Notebook(lab, page, "result.ipynb")
+    for index in range(len(RESULT)):
+        notebook.run(index)
+    shown = [notebook.text(index) for index in (2, 3, 4)]
+    notebook.save()
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    notebook.open()
+    assert [notebook.text(index) for index in (2, 3, 4)] == shown
+    seen = page.locator(".jp-Notebook").inner_text()
+    assert "Pinned <b>this</b>" in seen
+    assert seen.count("Closed with this") == 3  # the source, what the panel left, and the snapshot
+    assert "widget" not in seen.lower()

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as W
 import pytest
 
-KINDS = (W.Button, W.Dropdown, W.Text, W.Textarea, W.Checkbox, W.BoundedIntText, W.BoundedFloatText)
+KINDS = (W.Button, W.ToggleButton, W.Dropdown, W.Text, W.Textarea, W.Checkbox, W.BoundedIntText, W.BoundedFloatText)
 
 
 def walk(widget: Any) -> Iterator[Any]:
@@ -51,13 +51,19 @@ def nothing_left() -> Iterator[None]:
 
 
 def count_traffic(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each message that widgets send from now on."""
+    """Bytes of each message that widgets send from now on, those of new ones too."""
     sent: list[int] = []
+    opened = W.Widget.open
 
     def send(self: Any, msg: Any, buffers: Any = None) -> None:
         sent.append(len(json.dumps(msg, default=str)))
 
+    def open_one(self: Any) -> None:
+        sent.append(len(json.dumps(self.get_state(), default=str)))
+        opened(self)
+
     monkeypatch.setattr(W.Widget, "_send", send)
+    monkeypatch.setattr(W.Widget, "open", open_one)
     return sent
 
 

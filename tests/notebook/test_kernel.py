@@ -177,3 +177,36 @@ def test_bars_are_replaced_text_and_go_away(kernel: Kernel) -> None:
     assert texts[-1] == ""
     assert "&lt;work&gt;" in seen[0][1]["data"]["text/html"]
     assert kinds(kernel.run("with cell.quiet(), cell.bar(total=3) as bar:\n    bar.update(2)")) == ["reply"]
+
+
+def test_a_conversation_outgrows_the_context(kernel: Kernel) -> None:
+    """The oldest turns are left out and the panel says so; what cannot fit is an error, and the panel goes on."""
+    kernel.run("p = s.panel(); p.controls.chat.value = True; p.controls.max_new_tokens.value = 100")
+    kernel.run("def say(text):\n    p.prompt.value = text; p.run.click(); assert p.wait(60)\n    print(p.status.value)")
+    assert "left out" not in kernel.text("say('Tell a story.')")
+    for _ in range(6):
+        said = kernel.text("say('Go on and on. ' * 12)")
+        assert "Error" not in said
+        if "left out to fit the context" in said:
+            break
+    else:
+        raise AssertionError(said)
+    turns = kernel.text("print(len(p.history))")
+    assert "PromptTooLong" in kernel.text("say('a story ' * 600)")
+    assert kernel.text("print(len(p.history), len(p.prompt.value))") == f"{turns.strip()} 4800\n"
+    assert "tokens" in kernel.text("say('Short again.')")
+    kernel.run("p.close()")
+
+
+def test_a_closed_panel_leaves_what_it_showed_or_what_was_pinned(kernel: Kernel) -> None:
+    for pins, left in ((0, "> Hello"), (1, "")):
+        seen = kernel.run("p = s.panel(); display(p)")
+        shown = next(content for kind, content in seen if kind == "display_data")
+        assert "application/vnd.jupyter.widget-view+json" in shown["data"]
+        kernel.run("p.prompt.value = 'Hello'; p.generate(); assert p.wait(60)")
+        seen = kernel.run(f"{'p.pin(); ' * pins}p.close()")
+        updates = [content for kind, content in seen if kind == "update_display_data"]
+        (own,) = [one for one in updates if one["transient"] == shown["transient"]]
+        assert own["data"].keys() == {"text/html", "text/plain"}
+        assert own["data"]["text/plain"].startswith(left)
+        assert bool(own["data"]["text/html"]) == bool(left)

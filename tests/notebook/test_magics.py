@@ -15,6 +15,7 @@ from standin import StandIn
 from traitlets import TraitError
 
 import miinb
+from miinb.bench.records import Runs
 from miinb.commands import watching
 from miinb.commands.settings import Settings
 from miinb.errors import DeploymentNotFound, InvalidRequest, InvalidValue, MiinbError, UnknownOption
@@ -402,6 +403,47 @@ def test_unload_takes_everything_away_and_reload_works(shell: Shell) -> None:
     assert shell.find_cell_magic("miinb") is None
     assert len(shell.Completer.custom_matchers) == matchers - 1
     assert not [one for one in shell.configurables if type(one).__name__ == "MiiMagics"]
+
+
+@pytest.mark.parametrize("lines", [("%reload_ext miinb",), ("%unload_ext miinb", "%load_ext miinb")])
+def test_chats_and_runs_outlive_a_reload(shell: Shell, deployments: dict[str, StandIn], lines: list[str]) -> None:
+    deployments["other"] = StandIn("other")
+    shell.run("%load_ext miinb")
+    with capture_output():
+        shell.run("%mii use other")
+        shell.run("%mii chat One -q")
+        shell.run("%config MiiMagics.max_new_tokens = 7")
+    before = shell.miinb_magics
+    run = Runs((), {})
+    before.context.runs["first"] = run
+    for line in lines:
+        shell.run(line)
+    assert shell.miinb_magics is not before
+    assert shell.miinb_magics.context.run() is run
+    with capture_output():
+        shell.run("%mii chat Two -q")
+    assert deployments["other"].calls[-2] == (
+        "chat",
+        [
+            {"role": "user", "content": "One"},
+            {"role": "assistant", "content": "Once upon a time"},
+            {"role": "user", "content": "Two"},
+        ],
+        {"max_new_tokens": 7},
+    )
+    assert not deployments["tiny"].calls
+
+
+def test_a_load_that_fails_loses_no_chat(
+    shell: Shell, deployments: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.miinb_magics.context.default = "tiny"
+    with monkeypatch.context() as patch:
+        patch.setenv("MIINB_STREAM_HZ", "nonsense")
+        with pytest.raises(MiinbError):
+            load_ipython_extension(shell)
+    load_ipython_extension(shell)
+    assert shell.miinb_magics.context.default == "tiny"
 
 
 def test_words_and_options_in_any_order(shell: Shell, deployments: dict[str, StandIn]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miinb.notebook.markdown import rendered
+from miinb.notebook.markdown import next_alike, rendered
 
 TAGS = {"div", "pre", "p", "b", "i", "code", "br", "hr", "ul", "ol", "li", "blockquote"}
 ATTRIBUTES = {"class", "style", "start"}
@@ -84,6 +86,9 @@ def test_whatever_is_written_only_these_tags_come(parts: list[str]) -> None:
         ("plain", "<p>plain</p>"),
         ("# Title #", "<p><b>Title</b></p>"),
         ("a **b** *c* _d_ `e*f*`", "<p>a <b>b</b> <i>c</i> <i>d</i> <code>e*f*</code></p>"),
+        ("`a ``b` c``", "<p><code>a ``b</code> c``</p>"),
+        ("``a `b`` `c", "<p><code>a `b</code> `c</p>"),
+        ("` `` ``` x `` y", "<p>` <code> ``` x </code> y</p>"),
         ("snake_case_name 2 * 3 * 4", "<p>snake_case_name 2 * 3 * 4</p>"),
         ("- a\n- b", "<ul><li>a</li><li>b</li></ul>"),
         ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
@@ -114,3 +119,33 @@ def test_no_text_takes_long(piece: str, shape: str) -> None:
     rendered(shape.format(piece * 10_000))
     rendered(shape.format(" " * 40_000))
     assert time.process_time() - began < 2.0
+
+
+class Counted(list[int]):
+    """A list that counts how many values were read from it."""
+
+    reads = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        self.reads += len(found) if isinstance(key, slice) else 1
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        for value in super().__iter__():
+            self.reads += 1
+            yield value
+
+    def __reversed__(self) -> Iterator[int]:
+        for value in super().__reversed__():
+            self.reads += 1
+            yield value
+
+
+@pytest.mark.parametrize("lengths", [[1] * 1000, list(range(1000)), [1, 2] * 500, [1, *[2] * 999]])
+def test_a_tick_is_looked_at_once(lengths: list[int]) -> None:
+    values = Counted(lengths)
+    found = next_alike(values)
+    assert values.reads == len(lengths)
+    expected = [next((at for at in range(i + 1, len(lengths)) if lengths[at] == lengths[i]), None) for i in range(1000)]
+    assert found == expected

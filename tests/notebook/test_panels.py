@@ -196,6 +196,19 @@ def test_every_control_has_a_name_a_tooltip_and_a_hook(shown: TextPanel) -> None
     assert 'role="status" aria-live="polite"' in shown.status.value
 
 
+def test_a_fold_shows_and_hides_what_is_in_it(shown: TextPanel) -> None:
+    fold = shown.controls.box
+    (content,) = fold.children[1:]
+    for unfolded, display, icon, tooltip in (
+        (False, "none", "caret-right", "Show parameters"),
+        (True, None, "caret-down", "Hide parameters"),
+        (False, "none", "caret-right", "Show parameters"),
+    ):
+        fold.switch.value = unfolded
+        assert fold.unfolded == unfolded
+        assert (content.layout.display, fold.switch.icon, fold.switch.tooltip) == (display, icon, tooltip)
+
+
 def test_close_ends_the_request_and_leaves_no_widget(session: StandIn) -> None:
     before = set(W.widgets.widget._instances)
     made = panel(session)

@@ -123,8 +123,8 @@ def test_errors_are_a_line(shown: ServerCard, session: StandIn, monkeypatch: pyt
 def test_plan_and_logs_come_when_they_are_opened(shown: ServerCard, session: StandIn) -> None:
     shown.watch()
     assert not shown.plan_text.value
-    shown.plan.selected_index = 0
-    shown.logs.selected_index = 0
+    shown.plan.switch.value = True
+    shown.logs.switch.value = True
     until(lambda: "attention" in shown.plan_text.value and "loaded" in shown.logs_text.value)
     session.log += "\nmore"
     until(lambda: "more" in shown.logs_text.value)
@@ -135,8 +135,8 @@ def test_hostile_text_is_no_markup() -> None:
         name=PROBE, model=PROBE, log=PROBE + "\x1b[31m", state="starting", phase=Phase(PROBE, 1, 2, PROBE)
     )
     shown = ServerCard(session, every_s=0.01)
-    shown.plan.selected_index = 0
-    shown.logs.selected_index = 0
+    shown.plan.switch.value = True
+    shown.logs.switch.value = True
     until(lambda: shown.logs_text.value)
     session.state = "ready"
     until(lambda: shown.plan_text.value)
