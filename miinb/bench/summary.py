@@ -115,8 +115,8 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
     }
     for metric in ("e2e", "ttft", "tpot"):
         row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
-    gaps = _gaps(ok)
-    row |= {"itl_min_s": gaps.min(), "itl_max_s": gaps.max(), "n_gaps": len(gaps)}
+    between = gaps(ok)
+    row |= {"itl_min_s": between.min(), "itl_max_s": between.max(), "n_gaps": len(between)}
     row |= _over_passes(no_warmup)
     return row | _cost(row, env) | _equality(ok)
 
@@ -151,14 +151,14 @@ def _rates(rows: pd.DataFrame) -> dict[str, float]:
     }
     for part in ("queue", "preprocess", "model", "postprocess"):
         found[f"{part}_p50_s"] = percentile(ok[f"{part}_s"], 50)
-    for metric, values in (("itl", _gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
+    for metric, values in (("itl", gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
         found |= {f"{metric}_p{q}_s": percentile(values, q) for q in FEWEST}
     return found
 
 
-def _gaps(rows: pd.DataFrame) -> pd.Series:
+def gaps(rows: pd.DataFrame) -> pd.Series:
     """The gaps between chunks of all requests."""
-    known = [gaps for gaps in rows["itl_s"] if isinstance(gaps, (list, tuple, np.ndarray))]
+    known = [each for each in rows["itl_s"] if isinstance(each, (list, tuple, np.ndarray))]
     return pd.Series(np.concatenate(known) if known else [], dtype=float)
 
 

@@ -29,6 +29,16 @@ CHARTS = (
     "waterfall",
     "images",
 )
+#: What charts measure, and what they are grouped by; each of them says which it takes (held by the same test).
+METRICS = (
+    *("e2e_s", "ttft_s", "tpot_s", "itl_s"),
+    *("output_tok_s", "total_tok_s", "req_s", "goodput_req_s", "seq_s", "img_s"),
+    *("usd_per_mtok", "usd_per_1k_texts", "usd_per_1k_images"),
+)
+GROUPS = (
+    *("arm", "model", "task", "engine", "dtype", "n_gpus", "tp", "replicas", "batch_size", "concurrency", "rate_rps"),
+    *("run", "devices"),
+)
 FORMATS = ("jsonl", "csv", "parquet")
 
 
@@ -40,9 +50,7 @@ def plot(context: Context, values: Values, body: str | None) -> Any:
         raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     from miinb.bench import charts
 
-    options = {"metric": values["metric"]} if values["metric"] else {}
-    if options and kind not in ("latency", "ecdf", "frontier"):
-        raise InvalidValue(f"plot: {kind} has no metric.", hint="latency, ecdf and frontier have.")
+    options = {name: values[name] for name in ("metric", "by", "log") if values[name] is not None}
     figure = charts.draw(kind, measured, **options).get_figure()
     if values["save"]:
         charts.save(figure, values["save"])

@@ -75,7 +75,7 @@ def texts_of(ax: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", [*KINDS, "waterfall"])
 def test_names_and_prices_are_no_formulas_and_their_characters_no_warning(kind: str) -> None:
-    arms = {"baseline": 2.0, **{arm: 1.0 for arm in HOSTILE}}
+    arms = {"baseline": 2.0, **dict.fromkeys(HOSTILE, 1.0)}
     runs = make(arms, loads=(1,) if kind == "waterfall" else (1, 4), model="own$er/m$o$del", n=4)
     runs.env["r1"] |= {"name": "r$u$n", "warnings": ["it was $1 and $2"]}
     with warnings.catch_warnings():

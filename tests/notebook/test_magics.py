@@ -167,7 +167,10 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%mii gen What's up", InvalidValue, "A quote is not closed"),
         ("%mii gen", InvalidValue, "prompt is empty"),
         ("%mii gen Hi -d tinny", DeploymentNotFound, "tinny"),
-        ("%mii gen Hi -o 3x", InvalidValue, "variable"),
+        ("%mii gen Hi --show -o 1x", InvalidValue, "--output: '1x' cannot be a variable's name"),
+        ("%mii gen Hi -o class", InvalidValue, "--output: 'class' is a word of Python itself"),
+        ("%%mii gen -o a.b\nHi", InvalidValue, "--output: 'a.b' cannot be a variable's name"),
+        ("%mii gen Hi -o ''", InvalidValue, "--output: '' cannot be a variable's name"),
         ("%%mii tinny\nHi", InvalidValue, "Did you mean 'tiny'?"),
         ("%%mii list\nHi", InvalidValue, "takes no cell"),
         ("%%mii gen Hi\nHi", InvalidValue, "on the line and in the cell"),
@@ -197,6 +200,17 @@ def test_errors_are_one_line_and_name_the_near_thing(shell: Shell, cell: str, er
     with capture_output() as shown, pytest.raises(error, match=re.escape(text)):
         shell.run(cell)
     assert len((shown.stdout + shown.stderr).strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["1x", "class", "a.b", "''"])
+def test_nothing_is_asked_whose_answer_could_not_be_kept(
+    shell: Shell, deployments: dict[str, StandIn], name: str
+) -> None:
+    for cell in (f"%mii gen Hi --show -o {name}", f"%%mii --show -o {name}\nHi"):
+        with capture_output() as shown, pytest.raises(InvalidValue, match="--output"):
+            shell.run(cell)
+        assert not deployments["tiny"].calls
+        assert "--output" in shown.stdout + shown.stderr
 
 
 def test_short_errors_can_be_turned_off(shell: Shell) -> None:
