@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +328,32 @@ def test_tables_are_cards(shell: Shell) -> None:
     data, _ = shell.display_formatter.format(table)
     assert "<table" in data["text/html"]
     assert "tiny" in data["text/plain"]
+
+
+def test_the_list_tells_gpus_and_owners(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    mine = subprocess.Popen(["sleep", "60"])
+    other = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        pids = {"tiny": mine.pid, "theirs": int(other.stdout.readline()), "kept": 1 << 22, "gone": 1 << 22}
+        for name in pids:
+            deployments.setdefault(name, StandIn(name))
+        deployments["kept"].persist, deployments["theirs"].gpu = True, 3
+        found = [dataclasses.replace(deployments[name].status(), pid=pid) for name, pid in pids.items()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(vars(miinb), "deployments", lambda: found)
+            table = shell.run("%mii list -q")
+        owners = ["this notebook", f"process {other.pid}", "persistent", "unknown"]
+        assert [row[-1] for row in table.rows] == owners == [record["owner"] for record in table.records]
+        assert [row[5] for row in table.rows] == ["cpu", "cpu 3", "cpu", "cpu"]
+        assert "1 min 15 s" in str(table)
+    finally:
+        os.kill(pids["theirs"], signal.SIGKILL)
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
 
 
 @pytest.mark.parametrize("line", ["%mii help", "%mii", "%mii help gen", "%mii gen --help", "%mii gen -h"])
