@@ -40,7 +40,9 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
     _check_places(places)  # a run that cannot be kept is not worth its time
     sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
-    context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
+    kept = context.keep_run(fields.get("run"), runs)
+    if fields.get("run") not in (None, kept) and not values.get("quiet"):
+        context.screen.show(f"Kept as {kept}: there is a run {fields['run']} already.")
     if values["plot"]:
         _plot(context, runs)
     _write(context, values, runs, places)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from miinb.bench.charts.style import BASELINES
+from miinb.bench.display import run_labels
 from miinb.bench.summary import encodes
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import one_line, shortened
@@ -133,11 +134,8 @@ def categories(frame: pd.DataFrame, by: str | None = None) -> pd.Series:
 
 
 def run_names(frame: pd.DataFrame) -> pd.Series:
-    """What each row's run is called: its name, else its id, and both where two runs have one name."""
-    names = frame["name"].fillna(frame["run_id"]).astype(str)
-    alike = frame["run_id"].groupby(names).transform("nunique") > 1
-    short = names.map(shown)
-    return short.where(~alike, short + " " + frame["run_id"].astype(str).map(shown))
+    """What each row's run is called, short."""
+    return pd.Series([shown(name) for name in run_labels(frame)], index=frame.index, dtype=object)
 
 
 def gpu_words(count: int) -> str:
