@@ -81,7 +81,7 @@ def differences(hosts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     known = {name: host for name, host in hosts.items() if host}
     lines = []
-    if machines := _differing({name: hardware_words(host) for name, host in known.items()}):
+    if machines := _differing({name: _machine(host) for name, host in known.items()}):
         lines.append(f"Measured on different machines: {machines}.")
     installed = {name: _versions(host) for name, host in known.items() if host.get("versions")}
     packages = dict.fromkeys(package for found in installed.values() for package in found)
@@ -92,6 +92,12 @@ def differences(hosts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if any(texts):
         lines.append(f"Measured with different versions: {'; '.join(filter(None, texts))}.")
     return lines
+
+
+def _machine(host: Mapping[str, Any]) -> str:
+    """The machine in a few words; how many GPUs a run may see does not make another one of it."""
+    kinds = list({gpu["name"]: gpu for gpu in host.get("gpus", [])}.values())
+    return hardware_words({**host, "gpus": kinds})
 
 
 def _versions(host: Mapping[str, Any]) -> dict[str, str]:

@@ -310,4 +310,4 @@ def verdict(speedup: float, low: float = NAN, high: float = NAN) -> str:
 
 def ratio_text(ratio: float) -> str:
     """A ratio with two significant places below 2, one digit below 20, none above: "0.93x", "5.7x", "41x"."""
-    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:,.0f}x"

@@ -11,13 +11,17 @@ from matplotlib.patches import Patch
 from miinb.bench.charts import frames, names
 from miinb.bench.charts.grouped import BAR, Bars, leave_room, value_label
 from miinb.bench.charts.measures import COSTS, METRICS, RATES, chosen, per_gpu, rate_of
-from miinb.bench.charts.style import INK, PARTS, finish, new_axes, time_unit, unit_word
+from miinb.bench.charts.style import INK, OTHER, PARTS, finish, new_axes, time_unit, unit_word
 from miinb.bench.records import NAN
 from miinb.bench.summary import measured
 from miinb.wording import number
 
 LOG_FROM = 40.0  # spread of costs from which dots on a log axis tell more than bars
+#: Spread of times and rates from which the smallest bar cannot be seen.
+HIDDEN_FROM = 200.0
 LOG_WORDS = " (log axis)"
+#: Between the parts of a bar.
+BETWEEN = {"edgecolor": "white", "linewidth": 0.6}
 
 
 def latency(
@@ -30,7 +34,7 @@ def latency(
         ax: axes to draw on; None makes a figure.
         metric: "e2e_s", "ttft_s", "tpot_s" or "itl_s".
         by: what the bars are grouped by (`names.BY`: "dtype", "batch_size", "arm", ...); None: by what varies.
-        log: dots on a logarithmic axis.
+        log: dots on a logarithmic axis; None where bars would be too small to see.
 
     Raises:
         InvalidValue: there is no such metric or group, or the frame lacks it.
@@ -45,9 +49,9 @@ def latency(
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
     alone = rows["n"] == 1  # one request has no spread
     bars.low, bars.high = bars.low.mask(alone), bars.high.mask(alone)
-    bars.on_log_axis(bool(log))
+    bars.on_log_axis(log, HIDDEN_FROM)
     least, most = float(bars.values.min()), float(np.nanmax([bars.values.max(), bars.high.max()]))
-    scale, unit = time_unit(most if least > most / 100 else least)  # of times far apart the small ones stay readable
+    scale, unit = time_unit(most if bars.dots or least > most / 100 else least)  # small ones stay readable
     ax = bars.draw(ax, scale, unit)
     ax.set_xlabel(unit_word(unit) + LOG_WORDS * bars.dots, fontsize=9, color=INK)
     return bars.finish(ax, METRICS[metric], f"Median{_spread_words(rows[bars.high.notna()], short)}")
@@ -80,7 +84,7 @@ def throughput(
         ax: axes to draw on; None makes a figure.
         metric: another rate: "total_tok_s", "req_s", "goodput_req_s", "seq_s", "img_s", "output_tok_s".
         by: as for `latency`.
-        log: dots on a logarithmic axis.
+        log: dots on a logarithmic axis; None where bars would be too small to see.
     """
     rows = frames.summary_of(frame, "throughput")
     return _rates(rows, rate_of(rows, metric), "throughput", ax, by, log)
@@ -103,7 +107,7 @@ def _rates(rows: pd.DataFrame, rate: str, chart: str, ax: Any, by: str | None, l
     rows = frames.require(rows, [rate], chart, _NO_RATE.get(rate, "No answers came."), RATES[rate].axis.lower())
     values, words = per_gpu(rows, rate)
     bars = _bars(rows.assign(value=values), "value", chart, by, lower_is_better=False, gpus=True)
-    bars.on_log_axis(bool(log))
+    bars.on_log_axis(log, HIDDEN_FROM)
     ax = bars.draw(ax, 1.0, RATES[rate].unit)
     ax.set_xlabel(words + LOG_WORDS * bars.dots, fontsize=9, color=INK)
     per = " per GPU" if words.endswith(" per GPU") else ""
@@ -161,6 +165,8 @@ def time_split(frame: Any, *, ax: Any = None, by: str | None = None) -> Any:
     scale, unit = time_unit(float(means["e2e"].max()))
     means = means.reset_index(drop=True)
     bars = Bars(rows, means["e2e"], lower_is_better=True, by=by)
+    parts = [part for part in PARTS if part in means]
+    bars.ends = means[parts].sum(axis=1).clip(lower=means["e2e"])  # parts that overlap in time add up to more
     shares = means["model"] / means["e2e"]
     bars.notes = {index: f"{share:.0%} in the model" for index, share in shares.dropna().items()}
     ax = bars.draw(ax, scale, unit)
@@ -187,10 +193,10 @@ def _parts(ax: Any, bars: Bars, means: pd.DataFrame, last: str) -> None:
     for part, (text, color) in PARTS.items():
         widths = means[part].fillna(0.0).to_numpy()
         name = last if part == "postprocess" else text
-        drawn = ax.barh(heights, widths, left=left, height=BAR, color=color, label=name)
+        drawn = ax.barh(heights, widths, left=left, height=BAR, color=color, label=name, **BETWEEN)
         for bar, arm in zip(drawn, bars.rows["arm"], strict=True):
             if arm.startswith("baseline"):
-                bar.set(hatch="////", edgecolor="white", linewidth=0.0)
+                bar.set(hatch="////")
         left += widths
 
 
@@ -204,23 +210,25 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     rest = (rows["peak_mem_bytes"].astype(float) - parts.sum(axis=1)).clip(lower=0.0).fillna(0.0)
     total = parts.sum(axis=1) + rest
     scale, unit = (1e-9, "GB") if total.max() >= 1e9 else (1e-6, "MB")
-    labels = names.arm_labels(rows)
-    shown = [labels[arm] for arm in rows["arm"]]
-    if rows["arm"].duplicated().any():
-        shown = [f"{name}, {run}" for name, run in zip(shown, names.run_names(rows), strict=True)]
+    rows[["concurrency", "rate_rps"]] = NAN  # the memory of all loads
+    groups = names.categories(rows)
+    shown = [
+        ", ".join([arm, *filter(None, group.split("\n"))])
+        for arm, group in zip(names.arm_labels(rows), groups, strict=True)
+    ]
     ax = new_axes(ax, 2.3 + 0.42 * len(rows))
     left = np.zeros(len(rows))
     series = (
         ("weights", parts["weights_bytes"], "#0072B2"),
         ("KV cache", parts["kv_cache_bytes"], "#E69F00"),
-        ("activations, libraries and the rest", rest, "#CC79A7"),
+        ("activations, libraries and the rest", rest, OTHER),
     )
     for text, values, color in series:
-        ax.barh(range(len(rows)), values * scale, left=left, height=0.66, color=color, label=text)
+        ax.barh(range(len(rows)), values * scale, left=left, height=0.66, color=color, label=text, **BETWEEN)
         left += values.to_numpy() * scale
     for y, value in enumerate(total):
         value_label(ax, value * scale, y, f"{number(value * scale)} {unit}", f"{shown[y]}: ")
-    ax.set_yticks(range(len(rows)), shown)
+    ax.set_yticks(range(len(rows)), list(map(names.wrapped, shown)))
     ax.invert_yaxis()
     leave_room(ax)
     ax.set_xlabel(f"Memory of the ranks ({unit})", fontsize=9, color=INK)
@@ -229,7 +237,7 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     return finish(
         ax,
         title="Memory",
-        subtitle=frames.subtitle(rows.assign(concurrency=NAN, rate_rps=NAN)),
+        subtitle=frames.subtitle(rows),
         caption=["Largest sum over the ranks, read after each load point."],
         footer=frames.footer(rows),
         legend_above=True,

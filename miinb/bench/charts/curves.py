@@ -54,7 +54,9 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s", by: str | None = 
     values = np.concatenate(found)
     scale, unit = time_unit(float(values.max()))
     labels, groups = names.arm_labels(rows, by), names.categories(rows, by)
-    entries = [_named(labels[str(arm)], group) for arm, group in zip(rows["arm"], groups, strict=True)]
+    entries = [
+        ", ".join([label, *group.split("\n")]) if group else label for label, group in zip(labels, groups, strict=True)
+    ]
     ax = new_axes(ax, height_for(entries, 4.2))
     wide = _log_axis(ax, values * scale, log)
     styles = _styles(rows, groups)
@@ -66,7 +68,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s", by: str | None = 
     ax.set_ylabel("Share of gaps" if metric == "itl_s" else "Share of requests", fontsize=9, color=INK)
     ax.set_xlabel(f"{METRICS[metric]} ({unit}{LOG_WORDS * wide})", fontsize=9, color=INK)
     ax.xaxis.grid(True, color="#eeeeee", linewidth=0.7)
-    drawn = legend(ax, loc="lower right", beside=1.06)
+    drawn = legend(ax, beside=1.06, inside=2)
     for handle, style in zip(drawn.legend_handles, styles, strict=True):
         handle.set_marker(style["marker"])
     what = f"Marks are percentiles with enough {'gaps' if metric == 'itl_s' else 'requests'}"
@@ -81,10 +83,6 @@ def _of(requests: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
     same = (requests["run_id"] == row["run_id"]) & (requests["arm"] == row["arm"])
     found: pd.DataFrame = requests[same & (requests["point"] == row["point"])]
     return found
-
-
-def _named(arm: str, group: str) -> str:
-    return ", ".join([arm, *group.split("\n")]) if group else arm
 
 
 def _log_axis(ax: Any, values: np.ndarray[Any, Any], log: bool | None) -> bool:

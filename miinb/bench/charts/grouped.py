@@ -48,6 +48,7 @@ class Bars:
         self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
         self.worse = worse
         self.low = self.high = pd.Series(NAN, index=rows.index)
+        self.ends = self.values  # where the bars end that labels stand behind
         self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
         self.dots = False
         self.at: dict[Any, float] = {}  # where the bars were drawn, by index
@@ -71,7 +72,8 @@ class Bars:
         """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`."""
         groups = self.groups if self.headings is None else self.headings
         order = list(dict.fromkeys(groups))
-        ax = new_axes(ax, 1.95 + 0.38 * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
+        lines = max(names.wrapped(name).count("\n") for name in self.names.values()) + 1
+        ax = new_axes(ax, 1.95 + max(0.38, 0.17 * lines) * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
         ticks, texts, y = [], [], 0.0
         for group in order:
             members = self.rows[groups == group]
@@ -80,7 +82,7 @@ class Bars:
                 self._bar(ax, y, index, scale, unit)
                 self.at[index] = y
                 ticks.append(y)
-                texts.append(self.names[index])
+                texts.append(names.wrapped(self.names[index]))
                 y += 1.0
             if group:
                 ax.annotate(
@@ -110,7 +112,7 @@ class Bars:
             ax.plot([value], [y], "o", color=style["facecolor"], markeredgecolor=style["edgecolor"], markersize=9)
         else:
             ax.barh(y, value, height=BAR, **style)
-        end = value
+        end = self.ends[index] * scale
         if math.isfinite(self.low[index]) and math.isfinite(self.high[index]):
             low, high = self.low[index] * scale, self.high[index] * scale
             ax.errorbar(
@@ -121,7 +123,7 @@ class Bars:
                 elinewidth=1,
                 capsize=3,
             )
-            end = max(high, value)
+            end = max(high, end)
         ratio = self._ratio(index)
         shown = f"${number(value)}" if unit == "$" else f"{number(value)} {unit}"
         text = "  ·  ".join(part for part in (shown, ratio, self.notes.get(index, "")) if part)
@@ -170,7 +172,9 @@ def value_label(ax: Any, x: float, y: float, text: str, whose: str, *, bold: boo
 def leave_room(ax: Any) -> None:
     """A linear x axis from 0 that leaves room for the longest label behind its bar."""
     figure_in = ax.figure.get_figwidth()
-    names_in = 0.5 + 0.075 * max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0)
+    names_in = 0.5 + 0.075 * max(
+        (len(line) for tick in ax.get_yticklabels() for line in tick.get_text().split("\n")), default=0
+    )
     plot_in = (
         figure_in - max(1.7, names_in) if isinstance(ax, ChartAxes) else 0.85 * figure_in * ax.get_position().width
     )

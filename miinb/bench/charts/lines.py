@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,8 +37,12 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
 
     Where `x` or the load is the same twice on a line, runs have lines of their own.
     """
-    arms, labels = names.arms_in(rows), names.arm_labels(rows, by)
-    rows = rows.assign(run=names.run_names(rows), model=rows["model"].map(names.short_model).map(names.shown))
+    arms = names.arms_in(rows)
+    rows = rows.assign(
+        label=names.arm_labels(rows, by),
+        run=names.run_names(rows),
+        model=rows["model"].map(names.short_model).map(names.shown),
+    )
     keys = ["arm"] + (["model"] if rows["model"].nunique() > 1 else [])
     if by and by not in (*keys, "concurrency", "rate_rps"):
         rows["by"] = names.by_labels(rows, by)
@@ -58,12 +61,13 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
         if len(groups) > len(arms):
             style["linestyle"] = DASHES[seen.get(arm, 0) % len(DASHES)]
         seen[arm] = seen.get(arm, 0) + 1
-        yield ", ".join([labels[arm], *more]), style, line.sort_values([x] if x else ["concurrency", "rate_rps"])
+        label = "/".join(dict.fromkeys(line["label"]))  # one line may have several dtypes
+        yield ", ".join([label, *more]), style, line.sort_values([x] if x else ["concurrency", "rate_rps"])
 
 
 def legend_name(name: str) -> str:
     """A line's name for the legend: wrapped, so that it leaves room for the plot."""
-    return names.legend_text("\n".join(textwrap.wrap(name, LEGEND_WIDTH)) or name)
+    return names.legend_text(names.wrapped(name, LEGEND_WIDTH))
 
 
 def height_for(entries: Sequence[str], least_in: float) -> float:
@@ -73,10 +77,10 @@ def height_for(entries: Sequence[str], least_in: float) -> float:
     return max(least_in, 1.6 + LINE_IN * sum(legend_name(name).count("\n") + 1 for name in entries))
 
 
-def legend(ax: Any, *, loc: str = "best", beside: float = 1.0) -> Any:
+def legend(ax: Any, *, beside: float = 1.0, inside: int = MOST_INSIDE) -> Any:
     """A legend inside the plot; of many lines to the right of it, from `beside` (a fraction of its width) on."""
-    many = len(ax.get_legend_handles_labels()[1]) > MOST_INSIDE
-    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (beside, 1.0)} if many else {"loc": loc}
+    many = len(ax.get_legend_handles_labels()[1]) > inside
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (beside, 1.0)} if many else {"loc": "best"}
     return ax.legend(fontsize=8 if many else 8.5, frameon=False, **where)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from miinb.wording import one_line, shortened
 #: What bars and lines can be grouped by: columns of the summary, and how a value reads.
 BY: dict[str, Callable[[Any], str]] = {
     "arm": lambda value: shown(value),
-    "model": lambda value: short_model(value),
+    "model": lambda value: shown(short_model(value)),
     "task": str,
     "engine": lambda value: shown(value),
     "dtype": lambda value: shown(value),
@@ -83,24 +84,23 @@ def arm_names(frame: pd.DataFrame) -> dict[str, str]:
     return names
 
 
-def arm_labels(frame: pd.DataFrame, by: str | None = None) -> dict[str, str]:
-    """Arms as the chart names them; with the dtype where the arms' dtypes differ and `by` does not tell it."""
+def arm_labels(frame: pd.DataFrame, by: str | None = None) -> list[str]:
+    """Each row's arm as the chart names it; with the dtype where dtypes differ and `by` does not tell it."""
     names = arm_names(frame)
-    dtypes = {str(arm): "/".join(sorted(set(rows["dtype"].dropna()) - {""})) for arm, rows in frame.groupby("arm")}
-    differ = by != "dtype" and len({dtype for dtype in dtypes.values() if dtype}) > 1
-    return {
-        a: f"{names[a]} ({shown(dtype)})" if differ and dtype and dtype not in a else names[a]
-        for a, dtype in dtypes.items()
-    }
+    dtypes = [str(dtype) if _known(dtype) else "" for dtype in frame["dtype"]]
+    differ = by != "dtype" and len(set(dtypes) - {""}) > 1
+    return [
+        f"{names[arm]} ({shown(dtype)})" if differ and dtype and dtype not in arm else names[arm]
+        for arm, dtype in zip(map(str, frame["arm"]), dtypes, strict=True)
+    ]
 
 
 def row_labels(frame: pd.DataFrame, *, gpus: bool = False, by: str | None = None) -> list[str]:
-    """Each row's arm as the chart names it; with `gpus` also its GPUs, where the rows differ in them.
+    """The same; with `gpus` also the arm's GPUs, where the rows differ in them.
 
     With `by` also what else varies, which is then in no heading.
     """
-    labels = arm_labels(frame, by)
-    names = [labels[str(arm)] for arm in frame["arm"]]
+    names = arm_labels(frame, by)
     if gpus and by != "n_gpus" and frame["n_gpus"].nunique() > 1:
         names = [f"{name}, {gpu_words(int(count))}" for name, count in zip(names, frame["n_gpus"], strict=True)]
     if by is None:
@@ -114,7 +114,7 @@ def _parts(frame: pd.DataFrame, by: str | None = None) -> dict[str, pd.Series]:
     loads = frame.apply(load_label, axis=1)
     found: dict[str, pd.Series] = {} if by is None else {by: by_labels(frame, by)}
     if by != "model" and frame["model"].nunique() > 1:
-        found["model"] = frame["model"].map(short_model)
+        found["model"] = frame["model"].map(short_model).map(shown)
     if by != "task" and frame["task"].nunique() > 1 and encoding(frame):
         found["task"] = frame["task"].astype(str)
     if by not in ("concurrency", "rate_rps") and loads.nunique() > 1:
@@ -146,6 +146,16 @@ def gpu_words(count: int) -> str:
 def shown(name: object) -> str:
     """A name in one line of at most 32 characters; "(no name)" of none."""
     return shortened(one_line(str(name))) or "(no name)"
+
+
+def joined(label: str, group: str) -> str:
+    """An arm's label and its group (of `categories`) in one line."""
+    return ", ".join([label, *filter(None, group.split("\n"))])
+
+
+def wrapped(text: str, width: int = 40) -> str:
+    """A label in several lines, so that it leaves room for the plot."""
+    return "\n".join(textwrap.wrap(text, width)) or text
 
 
 def legend_text(name: str) -> str:

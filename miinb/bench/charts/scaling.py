@@ -127,7 +127,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     ax.set_xlabel(f"{words}{axis}", fontsize=9, color=INK)
     ax.set_ylabel(f"{RATES[rate].axis}{axis}", fontsize=9, color=INK)
     _label_ends(ax, ends)
-    legend(ax, loc="upper left")
+    legend(ax)
     return finished(ax, rows, title, "Dotted: ideal scaling from each line's first point")
 
 

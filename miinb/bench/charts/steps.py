@@ -40,8 +40,7 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     floor = _floor_of(rows) if floor_s is None else floor_s
     scale, unit = time_unit(float(rows["e2e_p50_s"].max()))
     values = [float(value) * scale for value in rows["e2e_p50_s"]]
-    labels = names.arm_labels(rows)
-    shown = [labels[arm] for arm in rows["arm"]]
+    shown = names.arm_labels(rows)
     ax = new_axes(ax, 2.2 + 0.45 * len(rows))
     for y, value in enumerate(values):
         before = values[y - 1] if y else value
@@ -49,7 +48,7 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
         value_label(ax, max(value, before), y, _words(values, y, unit), f"{shown[y]}: ", bold=y == len(values) - 1)
     if math.isfinite(floor):
         _floor(ax, floor * scale, f"floor {number(floor * scale)} {unit}")
-    ax.set_yticks(range(len(rows)), shown)
+    ax.set_yticks(range(len(rows)), list(map(names.wrapped, shown)))
     ax.set_ylim(len(rows) - 0.5, -0.5 - 0.35 * math.isfinite(floor))
     leave_room(ax)
     ax.set_xlabel(f"Median {unit_word(unit)} per request", fontsize=9, color=INK)

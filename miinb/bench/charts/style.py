@@ -31,13 +31,14 @@ BASELINES = {
 PUBLISHED = {"hatch": "xx"}
 #: How the name of an arm ends that was not measured in the run.
 ELSEWHERE = "(another run)"
-#: Parts of a request's time, in the order they happen.
+OTHER = "#5f5f5f"
+#: Parts of a request's time, in the order they happen; neighbors differ in brightness too, for prints without color.
 PARTS = {
-    "queue": ("queue", "#E69F00"),
+    "queue": ("queue", "#F0E442"),
     "preprocess": ("tokenize", "#56B4E9"),
     "model": ("model", "#0072B2"),
-    "postprocess": ("detokenize", "#009E73"),
-    "rest": ("transport and client", "#CC79A7"),
+    "postprocess": ("detokenize", "#E69F00"),
+    "rest": ("transport and client", OTHER),
 }
 INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
 WIDTH_IN = 7.4
