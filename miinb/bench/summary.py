@@ -211,7 +211,11 @@ def _rate(count: float, duration_s: float) -> float:
 
 
 def _duration(rows: pd.DataFrame) -> float:
-    """Seconds from the first submit to the last end, summed over the blocks (arms alternate block by block)."""
+    """Seconds from the first submit to the last end, summed over the blocks (arms alternate block by block).
+
+    Requests that the user stopped are left out: they have no work to show for their time.
+    """
+    rows = rows[rows["status"] != "cancelled"]
     if rows.empty:
         return NAN
     ends = (rows["t_rel_s"] + rows["e2e_s"]).groupby(rows["block"]).max()

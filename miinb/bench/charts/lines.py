@@ -84,14 +84,15 @@ def legend(ax: Any, *, beside: float = 1.0, inside: int = MOST_INSIDE) -> Any:
     return ax.legend(fontsize=8 if many else 8.5, frameon=False, **where)
 
 
-def kept_apart(heights: Sequence[float], gap: float) -> list[float]:
-    """How far to move each of some labels, so that none is nearer than `gap` to another; their mean stays."""
+def kept_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """How far to move each of some labels, so that none is nearer than `gap` to another, nor above `top`."""
     order = np.argsort(heights)
     placed = np.array(heights, dtype=float)
     for lower, upper in itertools.pairwise(order):
         placed[upper] = max(placed[upper], placed[lower] + gap)
     moved = placed - np.array(heights, dtype=float)
-    return list(moved - (moved.mean() if len(moved) else 0.0))
+    moved -= max(float(moved.mean()), float(placed.max()) - top)
+    return list(moved)
 
 
 def points_size(ax: Any) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from miinb.bench.charts.lines import (
     legend,
     legend_name,
     lines_of,
+    points_size,
 )
 from miinb.bench.charts.measures import RATES, rate_of
 from miinb.bench.charts.style import INK, new_axes, plain_numbers
@@ -135,7 +136,7 @@ def _label_ends(ax: Any, ends: list[tuple[float, float, str, Any]]) -> None:
     """What each line reaches, beside its last point; those at one place in x keep apart."""
     for last in dict.fromkeys(x for x, *_ in ends):
         here = [end for end in ends if end[0] == last]
-        moved = kept_apart([float(in_points(ax, x, y)[1]) for x, y, *_ in here], 10.5)
+        moved = kept_apart([float(in_points(ax, x, y)[1]) for x, y, *_ in here], 10.5, points_size(ax)[1])
         for (x, y, text, color), up in zip(here, moved, strict=True):
             ax.annotate(
                 *(text, (x, y)),

@@ -31,7 +31,7 @@ BASELINES = {
 PUBLISHED = {"hatch": "xx"}
 #: How the name of an arm ends that was not measured in the run.
 ELSEWHERE = "(another run)"
-OTHER = "#5f5f5f"
+OTHER = "#cfcfcf"
 #: Parts of a request's time, in the order they happen; neighbors differ in brightness too, for prints without color.
 PARTS = {
     "queue": ("queue", "#F0E442"),
