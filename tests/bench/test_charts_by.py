@@ -56,6 +56,7 @@ def test_lines_are_told_apart_by_a_column_in_the_place_of_the_run(kind: str) -> 
     runs = two_dtypes(loads=(1, 4) if kind == "frontier" else (1,))
     assert legend(charts.draw(kind, runs, by="dtype")) == ["optimized, fp32", "optimized, bf16"]
     assert legend(charts.draw(kind, runs))[0].endswith("r1")
+    assert legend(charts.draw(kind, runs, by="arm")) == legend(charts.draw(kind, runs))
 
 
 def test_throughput_scales_with_what_is_asked() -> None:

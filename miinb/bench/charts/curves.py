@@ -48,6 +48,7 @@ def ecdf(frame: Any, *, ax: Any = None, metric: str = "e2e_s", by: str | None = 
     requests = frames.requests_of(frame, "ecdf")
     every = frames.require_metric(frames.summary_of(requests, "ecdf"), metric, "ecdf")
     names.check_by(every, by, "ecdf")
+    by = None if by == "arm" else by  # lines are of one arm anyway
     rows = names.in_order(_some_loads(every), by)
     ok = measured(requests)
     found = [samples(_of(ok, row), metric).to_numpy() for _, row in rows.iterrows()]
