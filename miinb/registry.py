@@ -100,6 +100,15 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def parent(pid: int) -> int | None:
+    """The process that started this one; None if either is gone (the orphan's new parent did not start it)."""
+    try:
+        above = psutil.Process(pid).parent()
+    except psutil.Error:
+        return None
+    return above.pid if above is not None and above.pid > 1 else None
+
+
 # Places
 
 

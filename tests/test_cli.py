@@ -162,9 +162,10 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
     assert "int8" in said("plan", str(tiny_model()), "--dtype", "int8")
     assert cli.main(start) == 1
     assert "cli" in capsys.readouterr().err
-    assert "yes" in said("list").splitlines()[2]  # persistent
+    assert said("list").splitlines()[2].endswith("persistent")
     (listed,) = json.loads(said("list", "--json"))
     assert (listed["name"], listed["state"], listed["persist"]) == ("cli", "ready", True)
+    assert listed["owner"] == "persistent"
     words = ["gen", "Once upon a time,", "-n", "12"]
     assert said(*words) == said(*words, "-d", "cli", "--no-stream")
     assert cli.main(["gen", "Hi", "-n", "9999"]) == 1

@@ -16,6 +16,8 @@ from miinb.tasks import TASKS
 
 #: What is benchmarked: text, and what encoders answer.
 BENCHED = tuple(task.name for task in TASKS.values() if not task.image)
+#: Arms as they are called by what they are; charts draw and comparisons take the baselines by these names.
+KINDS = ("baseline", "baseline-best", "optimized")
 
 
 @dataclass
@@ -114,15 +116,37 @@ def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
                 hint="Compare deployments of one task.",
             )
     arms = [Arm(_kind(session), session, session.plan()) for session in found]
-    often = Counter(arm.label for arm in arms)
-    for number, arm in enumerate(arms):
-        if given:
-            arm.label = given[number]
-        elif often[arm.label] > 1:
-            arm.label = arm.session.name
+    for arm, name in zip(arms, _labels(arms, given), strict=True):
+        arm.label = name
         if arm.session.config.engine == "optimized" and arm.plan.engine != "optimized":
             arm.warnings.append(f"{arm.label} fell back to the {arm.plan.engine} engine")
     return arms
+
+
+def _labels(arms: Sequence[Arm], given: Sequence[Any]) -> list[str]:
+    """The arms' names: those that are given, else kinds, else the sessions' names where a kind is there twice.
+
+    A session that is called like a kind keeps its own before it: "optimized (baseline)" is no baseline.
+
+    Raises:
+        InvalidValue: a given name is empty or there twice.
+    """
+    if given:
+        names = [str(name) for name in given]
+        if not all(name.strip() for name in names) or len(set(names)) < len(names):
+            raise InvalidValue(
+                "sessions: each arm needs a name of its own.", hint=f"Given: {', '.join(map(repr, names))}."
+            )
+        return names
+    often = Counter(arm.label for arm in arms)
+    return [
+        arm.label
+        if often[arm.label] == 1
+        else f"{arm.label} ({arm.session.name})"
+        if arm.session.name in KINDS
+        else str(arm.session.name)
+        for arm in arms
+    ]
 
 
 def _kind(session: Any) -> str:

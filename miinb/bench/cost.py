@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from miinb.bench.display import STYLE, table_html
+from miinb.bench.display import STYLE, run_labels, table_html
 from miinb.bench.objectives import ATTAIN, rejudged
 from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
 from miinb.bench.records import NAN, Runs
@@ -18,7 +18,7 @@ from miinb.bench.workload import load_words
 from miinb.bench_fields import read_slo, slo_words
 from miinb.errors import InvalidValue
 from miinb.tasks import TASKS
-from miinb.wording import number
+from miinb.wording import number, one_line
 
 __all__ = ["CostTable", "table", "usd_per_1k_images", "usd_per_1k_texts", "usd_per_mtok"]
 
@@ -28,7 +28,7 @@ _KINDS = {
     "encoder": ("usd_per_1k_texts", "seq_s", "thousand texts", "texts/s"),
     "image": ("usd_per_1k_images", "img_s", "thousand images", "images/s"),
 }
-_PLAN = ("run_id", "task", "model", "arm", "engine", "dtype", "tp", "replicas", "n_gpus")
+_PLAN = ("run_id", "name", "task", "model", "arm", "engine", "dtype", "tp", "replicas", "n_gpus")
 _LOAD = ("concurrency", "rate_rps", "batch_size", "n", "n_failed")
 _TIMES = ("e2e_p50_s", "ttft_p50_s", "tpot_p50_s", "slo_share", "goodput_req_s")
 
@@ -55,20 +55,29 @@ class CostTable(pd.DataFrame):  # type: ignore[misc, unused-ignore]
 
 def narrow(costs: pd.DataFrame) -> pd.DataFrame:
     """The columns of a cost table that most readers want, as text; those that say nothing are left out."""
-    if not {"cost_usd", "per"} <= set(costs.columns):
+    if not {"cost_usd", "per", "fastest", "cheapest"} <= set(costs.columns):
         return pd.DataFrame(costs).astype(str)  # a part that a user took of it
-    rows = [_shown(row, costs) for _, row in costs.iterrows()]
+    twice = [name for name in ("model", "arm", "dtype", "n_gpus", *_LOAD[:3]) if name in costs]
+    runs = (
+        run_labels(costs) if {"run_id", "name"} <= set(costs) and costs.duplicated(twice).any() else [""] * len(costs)
+    )
+    rows = [_shown(row, costs, run) for (_, row), run in zip(costs.iterrows(), runs, strict=True)]
     frame = pd.DataFrame(rows)
     return frame[[name for name in frame.columns if (frame[name] != "").any()]]
 
 
-def _shown(row: pd.Series, among: pd.DataFrame) -> dict[str, str]:
+def _short(model: object) -> str:
+    return one_line(str(model).rsplit("/", 1)[-1])
+
+
+def _shown(row: pd.Series, among: pd.DataFrame, run: str) -> dict[str, str]:
     many = {name: among[name].nunique() > 1 if name in among else False for name in ("model", "per", "batch_size")}
     rate = row.get("rate_rps", NAN)
-    marks = [text for text, there in (("cheapest", row["cheapest"]), ("misses the limits", not row["within"])) if there]
+    marks = {"cheapest": row["cheapest"], "fastest per GPU": row["fastest"], "misses the limits": not row["within"]}
     return {
-        "model": str(row["model"]).rsplit("/", 1)[-1] if many["model"] else "",
-        "plan": f"{row['arm']} ({_machine(row)})",
+        "run": run,
+        "model": _short(row["model"]) if many["model"] else "",
+        "plan": f"{one_line(str(row['arm']))} ({_machine(row)})",
         "load": f"{rate:g}/s" if pd.notna(rate) else _number(row, "concurrency"),
         "texts": _number(row, "batch_size") if many["batch_size"] else "",
         "throughput": f"{number(row['throughput'])} {row['unit']}",
@@ -77,7 +86,7 @@ def _shown(row: pd.Series, among: pd.DataFrame) -> dict[str, str]:
         "SLO met": f"{row['slo_share']:.0%}" if pd.notna(row.get("slo_share", NAN)) else "",
         "$": number(row["cost_usd"], ""),
         "per": str(row["per"]) if pd.notna(row["cost_usd"]) else "",
-        "": ", ".join(marks),
+        "": ", ".join(text for text, there in marks.items() if there),
     }
 
 
@@ -99,7 +108,8 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
         attain: share of the requests that has to meet the limits.
 
     Returns:
-        A frame with `cost_usd` for one unit of `per`, `within` (meets the limits) and `cheapest`; `.answer` in words.
+        A frame with `cost_usd` for one unit of `per`, `within` (meets the limits) and `cheapest`; where no price is
+        known nothing is, and `fastest` is what has most throughput per GPU. `.answer` says it in words.
 
     Raises:
         InvalidValue: nothing was measured, or a limit, price or share that cannot be.
@@ -123,17 +133,20 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
     rows["cost_usd"] = [float(row[_KINDS[kind][0]]) for row, kind in zip(plain, kinds, strict=True)]
     rows["per"] = [_KINDS[kind][2] for kind in kinds]
     rows["within"] = ~known | (summary["slo_share"] >= attain)
-    rows["cheapest"] = False
-    order = rows["cost_usd"].fillna(rows["n_gpus"].clip(lower=1) / rows["throughput"])  # of one unit of GPU-time
-    rows = rows.assign(_order=order).sort_values(["per", "within", "_order"], ascending=[True, False, True])
+    rows["cheapest"] = rows["fastest"] = False
+    order = rows["n_gpus"].clip(lower=1) / rows["throughput"]  # GPU-time of one unit
+    rows = rows.assign(_priced=rows["cost_usd"].notna(), _order=rows["cost_usd"].fillna(order))
+    by = ["per", "within", "_priced", "_order"]
+    rows = rows.sort_values(by, ascending=[True, False, False, True], kind="stable")
     asked = limits or _asked(requests.attrs.get("env", {}))
     answers = []
     for _, mine in rows.groupby("per", sort=False):
         answers.append(_answer(mine, asked, attain))
-        if bool(mine["within"].iloc[0]) and pd.notna(mine["_order"].iloc[0]):
-            rows.loc[mine.index[0], "cheapest"] = True
-    always = ("cost_usd", "slo_share")
-    kept = [name for name in rows.columns if name != "_order" and (name in always or rows[name].notna().any())]
+        best = mine.iloc[0]
+        if bool(best["within"]) and pd.notna(best["_order"]):
+            rows.loc[mine.index[0], "cheapest" if bool(best["_priced"]) else "fastest"] = True
+    always = ("cost_usd", "slo_share", "name")
+    kept = [name for name in rows.columns if not name.startswith("_") and (name in always or rows[name].notna().any())]
     found = CostTable(rows[kept].reset_index(drop=True))
     found.attrs = {"answer": " ".join(answers), "definitions": summary.attrs["definitions"]}
     return found
@@ -161,24 +174,37 @@ def _answer(rows: pd.DataFrame, slo: Mapping[str, float], attain: float) -> str:
         return f"No measured load meets {limits}: the nearest is {_words(near, rows)} with {near['slo_share']:.0%}."
     speed = f"{number(best['throughput'])} {best['unit']}"
     if pd.isna(best["cost_usd"]):
-        hint = "no price was given, so no cost is known (price= is yours, in US dollars per GPU-hour)"
-        return f"Most throughput per GPU{bound}: {_words(best, rows)}, {speed}; {hint}."
-    return f"Cheapest{bound}: {_words(best, rows)}, ${number(best['cost_usd'])} per {best['per']} at {speed}."
+        hint = "no price was given, so nothing is called cheapest: runs.cost(price=2.5) takes yours, in US dollars"
+        return f"Most throughput per GPU{bound}: {_words(best, rows)}, {speed}; {hint} per GPU-hour."
+    cheapest = f"Cheapest{bound}: {_words(best, rows)}, ${number(best['cost_usd'])} per {best['per']} at {speed}."
+    return " ".join([cheapest, *_provisos(rows)])
+
+
+def _provisos(rows: pd.DataFrame) -> list[str]:
+    """What the word cheapest leaves out."""
+    found = []
+    if unpriced := int(rows["cost_usd"].isna().sum()):
+        found.append(f"Of {unpriced} of {len(rows)} rows no price is known.")
+    with_gpus = rows["n_gpus"] > 0
+    if with_gpus.any() and not with_gpus.all():
+        found.append("A machine without a GPU is priced as one GPU.")
+    return found
 
 
 def _words(row: pd.Series, among: pd.DataFrame) -> str:
     """A plan and its load: "optimized (bf16, 2 GPUs) at concurrency 16"."""
-    model = f"{str(row['model']).rsplit('/', 1)[-1]} by " if among["model"].nunique() > 1 else ""
+    model = f"{_short(row['model'])} by " if among["model"].nunique() > 1 else ""
     rate = pd.notna(row["rate_rps"])
     load = row["rate_rps"] if rate else row["concurrency"]
     at = f" at {load_words('rate' if rate else 'concurrency', load)}" if pd.notna(load) else ""
     size = float(row["batch_size"]) if pd.notna(row["batch_size"]) else NAN
     batch = f", {size:g} texts a request" if among["batch_size"].nunique() > 1 and size == size else ""
-    return f"{model}{row['arm']} ({_machine(row)}){at}{batch}"
+    return f"{model}{one_line(str(row['arm']))} ({_machine(row)}){at}{batch}"
 
 
 def _machine(row: pd.Series) -> str:
     """Precision and devices of a plan: "bf16, 2 GPUs"."""
     gpus = int(row["n_gpus"])
     devices = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "no GPU"
-    return ", ".join(part for part in (str(row["dtype"] or ""), devices) if part)
+    copies = f"{row['replicas']:.0f} replicas" if row["replicas"] > 1 else ""
+    return ", ".join(part for part in (one_line(str(row["dtype"] or "")), devices, copies) if part)

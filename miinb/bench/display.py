@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from miinb.bench.environment import hardware_words
+from miinb.bench.environment import differences, hardware_words
 from miinb.bench.summary import encodes, ratio_text
 from miinb.bench.sweeping import saturation_words
 from miinb.bench_fields import slo_words
-from miinb.wording import number, size_words
+from miinb.wording import number, one_line, size_words
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -31,23 +30,37 @@ def narrow(summary: pd.DataFrame) -> pd.DataFrame:
     many_models, many_runs = summary["model"].nunique() > 1, summary["run_id"].nunique() > 1
     many_sizes = summary["batch_size"].nunique() > 1
     rows = [
-        _row(row, many_models=many_models, many_runs=many_runs, many_sizes=many_sizes) for _, row in summary.iterrows()
+        _row(row, run if many_runs else "", many_models=many_models, many_sizes=many_sizes)
+        for (_, row), run in zip(summary.iterrows(), run_labels(summary), strict=True)
     ]
     frame = pd.DataFrame(rows)
     return _without_empty(frame)
 
 
-def _row(row: pd.Series, *, many_models: bool, many_runs: bool, many_sizes: bool) -> dict[str, str]:
+def run_labels(summary: pd.DataFrame) -> list[str]:
+    """What each row's run is called: its name, else its id, and both where two runs have one name."""
+    ids = [one_line(str(run_id)) for run_id in summary["run_id"]]
+    names = [one_line(str(name)) if pd.notna(name) and name else "" for name in summary["name"]]
+    of_name: dict[str, set[str]] = {}
+    for name, run_id in zip(names, ids, strict=True):
+        of_name.setdefault(name, set()).add(run_id)
+    pairs = zip(names, ids, strict=True)
+    return [run_id if not name else f"{name} {run_id}" if len(of_name[name]) > 1 else name for name, run_id in pairs]
+
+
+def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> dict[str, str]:
     load = _load(row)
     return {
-        "run": str(row["name"] or row["run_id"]) if many_runs else "",
-        "model": str(row["model"]) if many_models else "",
-        "arm": str(row["arm"]),
-        "dtype": str(row["dtype"] or ""),
+        "run": run,
+        "model": one_line(str(row["model"])) if many_models else "",
+        "arm": one_line(str(row["arm"])),
+        "dtype": one_line(str(row["dtype"] or "")),
         "load": f"{load} (saturated)" if row["saturated"] is True else load,
         "texts": _whole(row["batch_size"]) if many_sizes else "",
+        "speed-up": _speedup(row),
+        "same answers": _answers(row),
         "n": _whole(row["n"]),
-        "failed": f"{row['n_failed']:.0f} ({row['failures']})" if row["n_failed"] else "0",
+        "failed": f"{row['n_failed']:.0f} ({one_line(row['failures'])})" if row["n_failed"] else "0",
         "stopped": _whole(row["n_cancelled"]) if row["n_cancelled"] else "",
         "TTFT ms": _ms(row["ttft_p50_s"]),
         "TPOT ms": _ms(row["tpot_p50_s"]),
@@ -61,8 +74,6 @@ def _row(row: pd.Series, *, many_models: bool, many_runs: bool, many_sizes: bool
         "$/1k images": number(row["usd_per_1k_images"], ""),
         "memory": _size(row["peak_mem_bytes"]),
         "loading s": number(row["load_s"], ""),
-        "speed-up": _speedup(row),
-        "same answers": _answers(row),
     }
 
 
@@ -110,11 +121,12 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     shown = {metric: f"{name} ms" for metric, name in MEASURES.items()}
     many_models, many_runs = summary["model"].nunique() > 1, summary["run_id"].nunique() > 1
     rows = []
-    for _, row in summary[summary["n"] > 0].iterrows():
+    measured = summary[summary["n"] > 0]
+    for (_, row), run in zip(measured.iterrows(), run_labels(measured), strict=True):
         cells = {metric: [_ms(row[f"{metric}_p{q}_s"]) or "-" for q in QUANTILES] for metric in MEASURES}
         known = {shown[metric]: " / ".join(texts) if texts[0] != "-" else "" for metric, texts in cells.items()}
-        which = {"run": str(row["name"] or row["run_id"]) if many_runs else ""}
-        which |= {"model": str(row["model"]) if many_models else "", "arm": str(row["arm"]), "load": _load(row)}
+        which = {"run": run if many_runs else "", "model": one_line(str(row["model"])) if many_models else ""}
+        which |= {"arm": one_line(str(row["arm"])), "load": _load(row)}
         rows.append({**which, **known})
     return _without_empty(pd.DataFrame(rows))
 
@@ -161,7 +173,9 @@ def notes(runs: Runs) -> list[str]:
             lines.append(f"objectives: {slo_words(slo)}")
         lines += [saturation_words(arm, found) for arm, found in (env.get("saturation") or {}).items()]
         lines += [f"note: {text}" for text in env.get("warnings", ())]
-    return lines
+    named = zip(run_labels(runs.summary), runs.summary["run_id"], strict=True)
+    hosts = {run: runs.env.get(run_id, {}).get("host") or {} for run, run_id in named}
+    return [one_line(line) for line in (*lines, *(f"note: {text}" for text in differences(hosts)))]
 
 
 def runs_text(runs: Runs) -> str:
@@ -189,13 +203,15 @@ def spread_html(summary: pd.DataFrame) -> str:
 
 def table_html(frame: pd.DataFrame) -> str:
     """A frame as a plain table; every text is escaped."""
-    head = _cells("th", [str(name) for name in frame.columns])
-    body = "".join(_cells("td", ["" if pd.isna(v) else str(v) for v in row]) for row in frame.to_numpy().tolist())
-    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    columns = [str(name) for name in frame.columns]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(map(_cell, columns, row))}</tr>" for row in frame.to_numpy().tolist())
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cells(tag: str, texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+def _cell(column: str, value: Any) -> str:
+    long = ' class="miinb-long"' * (column == "failed")  # kinds of errors: the one text that may take several lines
+    return f"<td{long}>{'' if pd.isna(value) else html.escape(str(value))}</td>"
 
 
 def _count(runs: Runs) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from miinb.config import BenchConfig
 from miinb.errors import InvalidValue
 
@@ -46,19 +48,23 @@ def prompts_of(source: Any, name: str = "prompts") -> list[Any] | None:
     if isinstance(source, Path) or (isinstance(source, str) and _names_a_file(source)):
         return _read(Path(source).expanduser())
     if isinstance(source, str):
-        return [source]
+        return _texts([source], name)
     if isinstance(source, Mapping):
         return [dict(source)]
     if hasattr(source, "columns"):
+        columns = list(map(str, source.columns))
+        if twice := [column for column in (*PROMPT_COLUMNS, *PAIR) if columns.count(column) > 1]:
+            raise InvalidValue(f"{name}: {columns.count(twice[0])} columns are named {twice[0]!r}.")
         return _of_columns({str(column): list(source[column]) for column in source.columns}, name)
-    if isinstance(source, Iterable):
+    if isinstance(source, Iterable) and not isinstance(source, bytes):
         prompts = list(source)
         if prompts and all(isinstance(one, Mapping) for one in prompts):
             return [dict(one) for one in prompts]
-        if hasattr(source, "dtype"):  # a series, an array
-            return _texts(prompts, name)
-        if all(isinstance(one, str) for one in prompts):
-            return prompts
+        if hasattr(source, "dtype") or all(isinstance(one, str) or _is_missing(one) for one in prompts):
+            return _texts(prompts, name)  # a series, an array, a list of texts
+        other = next(i for i, one in enumerate(prompts) if not isinstance(one, str))
+        what = type(prompts[other]).__name__
+        raise InvalidValue(f"{name}: prompt {other} (counted from 0) is no text but of type {what}.", hint=_FORMS)
     raise InvalidValue(f"{name}: cannot take prompts from {type(source).__name__}.", hint=_FORMS)
 
 
@@ -127,6 +133,14 @@ def _of_columns(columns: Mapping[str, Sequence[Any]], where: object) -> list[Any
 def _texts(values: Sequence[Any], where: object) -> list[str]:
     """Values as texts; a missing one would be the prompt "nan"."""
     for place, value in enumerate(values):
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             raise InvalidValue(f"{where}: prompt {place} (counted from 0) is empty.")
+        if not isinstance(value, str) and (isinstance(value, bytes) or hasattr(value, "__len__")):
+            what = type(value).__name__
+            raise InvalidValue(f"{where}: prompt {place} (counted from 0) is no text but of type {what}.")
     return [str(value) for value in values]
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, pandas' NA and NaT."""
+    return value is None or (not hasattr(value, "__len__") and bool(pd.isna(value)))

@@ -16,7 +16,8 @@ from importlib import resources
 
 import pandas as pd
 
-from miinb.bench.charts.frames import short_model, summary_of
+from miinb.bench.charts.frames import summary_of
+from miinb.bench.charts.names import short_model
 from miinb.bench.records import NAN
 from miinb.bench.summary import SUMMARY_COLUMNS, encodes
 from miinb.errors import InvalidValue, did_you_mean

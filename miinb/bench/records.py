@@ -195,20 +195,25 @@ class Runs:
         return len(self.env)
 
     def __add__(self, other: Runs) -> Runs:
+        """All requests of both; of one that both have (by run id and number), and of a run's facts, the other's."""
         if not isinstance(other, Runs):
             return NotImplemented
-        mine = self.requests[~self.requests["run_id"].isin(list(other.env))]
+        theirs = pd.MultiIndex.from_frame(other.requests[["run_id", "seq"]])
+        mine = self.requests[~pd.MultiIndex.from_frame(self.requests[["run_id", "seq"]]).isin(theirs)]
         return Runs([*_rows(mine), *_rows(other.requests)], {**self.env, **other.env})
 
     def select(self, run_id: str) -> Runs:
         """The one run of this id or name.
 
         Raises:
-            InvalidValue: there is no such run; the near name is in the hint.
+            InvalidValue: there is no such run (the near name is in the hint), or there are several of this name.
         """
-        names = {facts.get("name") or key: key for key, facts in self.env.items()}
-        key = run_id if run_id in self.env else names.get(run_id)
+        named = [key for key, facts in self.env.items() if facts.get("name") == run_id and run_id not in self.env]
+        if len(named) > 1:
+            raise InvalidValue(f"{len(named)} runs are called {run_id!r}.", hint=f"Choose by id: {', '.join(named)}.")
+        key = run_id if run_id in self.env else next(iter(named), None)
         if key is None:
+            names = [str(facts["name"]) for facts in self.env.values() if facts.get("name")]
             raise InvalidValue(f"There is no run {run_id!r}.", hint=did_you_mean(run_id, [*self.env, *names]))
         return Runs(_rows(self.requests[self.requests["run_id"] == key]), {key: self.env[key]})
 

@@ -17,7 +17,7 @@ from miinb.bench.records import DEFINITIONS, NAN
 from miinb.bench.store import write_atomically
 from miinb.bench.workload import load_words
 from miinb.errors import InvalidValue
-from miinb.wording import number, size_words
+from miinb.wording import number, one_line, printable, size_words
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -36,23 +36,29 @@ KINDS = (
     "memory",
 )
 PAGE = (
+    ":root{color-scheme:light dark}"
     "body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;"
-    "background:#fff}h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2rem 0 .5rem}"
+    "background:#fff;overflow-wrap:anywhere}h1{font-size:1.6rem;margin:0 0 .3rem}"
+    "h2{font-size:1.15rem;margin:2rem 0 .5rem}"
     "img{max-width:min(100%,50rem);height:auto;display:block;margin:0 0 2rem}"
     "pre{overflow:auto;background:#f5f5f5;padding:1rem;font-size:12px}dt{font-weight:600}dd{margin:0 0 .4rem 1rem}"
-    ".miinb-wide{overflow-x:auto}.miinb-wide td,.miinb-wide th{white-space:nowrap}"
+    ".miinb-wide{overflow-x:auto}body .miinb-wide td,body .miinb-wide th{padding:3px 7px;overflow-wrap:normal}"
+    ".miinb-wide td:not(:first-child):not(.miinb-long){white-space:nowrap}"
+    ".miinb-wide td:first-child{min-width:9em;overflow-wrap:anywhere}"
     "summary{cursor:pointer;font-weight:600}"
     ".miinb-answer{background:#eef5fb;border-left:4px solid #0072B2;padding:.5rem .8rem;margin:.6rem 0}"
+    "@media (prefers-color-scheme:dark){body{color:#e6e6e6;background:#161616}pre{background:#242424}"
+    ".miinb-answer{background:#14293a;border-left-color:#56B4E9}}"
     "@media print{details{display:block}img{break-inside:avoid}h2{break-after:avoid}}"
 )
 
 
 def write_report(runs: Runs, path: Path) -> Path:
     """Write the report of `runs` to `path`."""
-    names = [str(facts.get("name") or run_id) for run_id, facts in runs.env.items()]
+    names = [one_line(str(facts.get("name") or run_id)) for run_id, facts in runs.env.items()]
     title = html.escape(f"Benchmark {', '.join(names)}" if len(names) <= 3 else f"{len(names)} benchmark runs")
     definitions = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in DEFINITIONS.items())
-    environment = html.escape(json.dumps(runs.env, indent=1, default=str, ensure_ascii=False))
+    environment = html.escape(printable(json.dumps(runs.env, indent=1, default=str, ensure_ascii=False)))
     remarks = "".join(f'<div class="miinb-note">{html.escape(line)}</div>' for line in notes(runs))
     write_atomically(
         path,
@@ -99,7 +105,7 @@ def _answers(runs: Runs) -> list[str]:
     known = runs.summary[runs.summary["n"] > 0]
     if known["price_usd_per_gpu_hour"].notna().any() or known["slo_share"].notna().any():
         lines.append(runs.cost().answer)
-    return [f"<div class='miinb-answer'>{html.escape(line)}</div>" for line in lines]
+    return [f"<div class='miinb-answer'>{html.escape(one_line(line))}</div>" for line in lines]
 
 
 def _load(row: pd.Series) -> str:
@@ -135,9 +141,9 @@ def setup(runs: Runs) -> pd.DataFrame:
             gpus = int(facts.get("n_gpus") or 0)
             rows.append(
                 {
-                    "run": str(env.get("name") or run_id) if len(runs) > 1 else "",
-                    "arm": arm,
-                    "model": str(facts.get("model") or ""),
+                    "run": _run(runs, run_id) if len(runs) > 1 else "",
+                    "arm": one_line(arm),
+                    "model": one_line(str(facts.get("model") or "")),
                     "engine": str(facts.get("engine") or ""),
                     "precision": str(facts.get("dtype") or ""),
                     "GPUs": str(gpus) if gpus else "none",
@@ -149,6 +155,13 @@ def setup(runs: Runs) -> pd.DataFrame:
             )
     frame = pd.DataFrame(rows, columns=None if rows else ["arm"])
     return frame[[name for name in frame.columns if (frame[name] != "").any()]]
+
+
+def _run(runs: Runs, run_id: str) -> str:
+    """What a run is called; with its id where others have its name."""
+    name = runs.env[run_id].get("name")
+    alike = sum(facts.get("name") == name for facts in runs.env.values()) > 1
+    return one_line(" ".join(str(part) for part in (name, run_id if alike or not name else "") if part))
 
 
 def _size(count: float | None) -> str:

@@ -28,6 +28,8 @@ def save(runs: Runs, path: Path) -> Path:
     for row in rows_of(runs):
         by_run[row["run_id"]].append(row)
     for run_id, rows in by_run.items():
+        if Path(run_id).name != run_id:
+            raise InvalidValue(f"The run id {run_id!r} is no name of a folder.", hint="Runs.to_jsonl writes one file.")
         folder = path / run_id
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,13 +63,15 @@ def load(path: Path) -> Runs:
     folders = [path] if (path / REQUESTS).is_file() else sorted(p.parent for p in path.glob(f"*/{REQUESTS}"))
     if not folders:
         raise InvalidValue(f"There are no saved runs in {path}.", hint="Give the directory that Runs.save wrote.")
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # a copied folder has no request twice
     env: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        rows += [{**dict.fromkeys(Record.__slots__), **row} for row in _read_lines(folder / REQUESTS)]
+        for row in _read_lines(folder / REQUESTS):
+            key = (row.get("run_id"), row["seq"]) if row.get("seq") is not None else (len(rows), "unnumbered")
+            rows[key] = {**dict.fromkeys(Record.__slots__), **row}
         env_file = folder / ENV
         env[folder.name] = json.loads(env_file.read_text()) if env_file.is_file() else {}
-    return Runs(rows, {str(facts.get("run_id", name)): facts for name, facts in env.items()})
+    return Runs(rows.values(), {str(facts.get("run_id", name)): facts for name, facts in env.items()})
 
 
 def _load_jsonl(path: Path) -> Runs:

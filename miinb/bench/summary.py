@@ -115,8 +115,8 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
     }
     for metric in ("e2e", "ttft", "tpot"):
         row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
-    gaps = _gaps(ok)
-    row |= {"itl_min_s": gaps.min(), "itl_max_s": gaps.max(), "n_gaps": len(gaps)}
+    between = gaps(ok)
+    row |= {"itl_min_s": between.min(), "itl_max_s": between.max(), "n_gaps": len(between)}
     row |= _over_passes(no_warmup)
     return row | _cost(row, env) | _equality(ok)
 
@@ -151,14 +151,14 @@ def _rates(rows: pd.DataFrame) -> dict[str, float]:
     }
     for part in ("queue", "preprocess", "model", "postprocess"):
         found[f"{part}_p50_s"] = percentile(ok[f"{part}_s"], 50)
-    for metric, values in (("itl", _gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
+    for metric, values in (("itl", gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
         found |= {f"{metric}_p{q}_s": percentile(values, q) for q in FEWEST}
     return found
 
 
-def _gaps(rows: pd.DataFrame) -> pd.Series:
+def gaps(rows: pd.DataFrame) -> pd.Series:
     """The gaps between chunks of all requests."""
-    known = [gaps for gaps in rows["itl_s"] if isinstance(gaps, (list, tuple, np.ndarray))]
+    known = [each for each in rows["itl_s"] if isinstance(each, (list, tuple, np.ndarray))]
     return pd.Series(np.concatenate(known) if known else [], dtype=float)
 
 
@@ -211,7 +211,11 @@ def _rate(count: float, duration_s: float) -> float:
 
 
 def _duration(rows: pd.DataFrame) -> float:
-    """Seconds from the first submit to the last end, summed over the blocks (arms alternate block by block)."""
+    """Seconds from the first submit to the last end, summed over the blocks (arms alternate block by block).
+
+    Requests that the user stopped are left out: they have no work to show for their time.
+    """
+    rows = rows[rows["status"] != "cancelled"]
     if rows.empty:
         return NAN
     ends = (rows["t_rel_s"] + rows["e2e_s"]).groupby(rows["block"]).max()
@@ -310,4 +314,4 @@ def verdict(speedup: float, low: float = NAN, high: float = NAN) -> str:
 
 def ratio_text(ratio: float) -> str:
     """A ratio with two significant places below 2, one digit below 20, none above: "0.93x", "5.7x", "41x"."""
-    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:.0f}x"
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 20 else f"{ratio:,.0f}x"

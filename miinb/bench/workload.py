@@ -158,8 +158,13 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
 
 
 def _check_loads(config: BenchConfig) -> None:
-    """Refuse loads, lengths of time and sweeps that exclude each other."""
+    """Refuse loads, lengths of time and sweeps that are empty or exclude each other."""
     given = config.model_fields_set
+    for name, loads in (("concurrency", config.concurrency), ("rate", config.rate)):
+        if loads is not None and not loads:
+            raise InvalidValue(f"{name}: the list is empty.", hint="Give one load or more: 1,4,16.")
+        if loads and len(set(loads)) < len(loads):
+            raise InvalidValue(f"{name}: a load is there twice.", hint="repeat=2 measures all loads twice.")
     if config.rate is not None and "concurrency" in given:
         raise InvalidValue("rate and concurrency exclude each other.", hint="rate is an open loop; leave one out.")
     if config.duration_s is not None and "requests" in given:

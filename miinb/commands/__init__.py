@@ -76,6 +76,7 @@ _KEPT = (
     Option("prompts", "a file of prompts: .jsonl or .csv (column prompt, or the task's inputs), .txt (a line each)"),
     Option("save", "keep the run in this folder"),
     Option("report", "write tables and charts to this HTML file"),
+    Option("plot", "draw the chart that fits after the run (in a notebook), with -q too", read=None),
 )
 #: Where the inputs of predict come from besides the line and the cell.
 _PLACES = (
@@ -219,10 +220,21 @@ COMMANDS: dict[str, Command] = {
                 Option("kind", "which chart", choices=keeping.CHARTS, positional=True),
                 Option("run", "of this run, or of several: A,B (default: the last)", read=words, names="runs"),
                 _LOAD,
-                Option("metric", "which time (latency, ecdf, frontier)", choices=("e2e_s", "ttft_s", "tpot_s")),
+                Option(
+                    "metric",
+                    "which time (latency, ecdf, frontier), rate (throughput and the scalings) or cost",
+                    choices=keeping.METRICS,
+                ),
+                Option(
+                    "by",
+                    "what bars are grouped by, lines (ecdf, frontier) are told apart by, throughput scales with",
+                    choices=keeping.GROUPS,
+                ),
+                Option("log", "a logarithmic axis (dots instead of bars)", read=None),
+                Option("no_log", "no logarithmic axis", read=None, value=False, field="log"),
                 Option("save", "write it to this file: .png, .svg, .pdf"),
             ),
-            example="plot latency",
+            example="plot latency --metric ttft_s --by dtype",
         ),
         Command(
             "runs",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from miinb.tasks import TASKS
 from miinb.wording import size_words
 
 if TYPE_CHECKING:
-    from miinb.messages import Plan
+    from miinb.messages import Plan, Status
     from miinb.session import Session
 
 Values = Mapping[str, Any]
@@ -117,6 +119,7 @@ def list_deployments(context: Context, values: Values, body: str | None) -> Tabl
 
     found = miinb.deployments()
     chosen = context.default or context.settings.default_session
+    owners = [_owner(context, status) for status in found]
     rows = [
         (
             f"{status.name} *" if status.name == chosen else status.name,
@@ -124,15 +127,34 @@ def list_deployments(context: Context, values: Values, body: str | None) -> Tabl
             status.model,
             status.engine,
             status.dtype,
-            status.device,
+            _device(status),
             _duration(status.uptime_s),
-            "yes" if status.persist else "no",
+            owner,
         )
-        for status in found
+        for status, owner in zip(found, owners, strict=True)
     ]
-    columns = ("name", "state", "model", "engine", "dtype", "device", "up", "persistent")
+    columns = ("name", "state", "model", "engine", "dtype", "device", "up", "owner")
     note = "" if rows else f"No deployment is running. Start one: {context.prog} start MODEL"
-    return Table(columns, rows, title="Deployments" if rows else "", note=note, records=found)
+    records = [{**asdict(status), "owner": owner} for status, owner in zip(found, owners, strict=True)]
+    return Table(columns, rows, title="Deployments" if rows else "", note=note, records=records)
+
+
+def _device(status: Status) -> str:
+    """ "cpu", or the GPUs of all ranks: "cuda 0, 1"."""
+    gpus = sorted({rank.gpu for rank in status.ranks if rank.gpu is not None})
+    return f"{status.device} {', '.join(map(str, gpus))}" if gpus else status.device
+
+
+def _owner(context: Context, status: Status) -> str:
+    """The process with which a deployment ends, or "persistent"; "unknown" where it is gone already."""
+    from miinb import registry
+
+    if status.persist:
+        return "persistent"
+    parent = registry.parent(status.pid)
+    if parent == os.getpid():
+        return "this notebook" if context.in_notebook else "this process"
+    return f"process {parent}" if parent else "unknown"
 
 
 def _duration(seconds: float) -> str:

@@ -97,6 +97,16 @@ class Context:
             )
         return running[0]
 
+    def keep_run(self, name: str | None, run: Runs) -> str:
+        """Keep a benchmark run under this name, with a number behind it where another one has it; the name."""
+        wanted, number = name or "run", 1 if name else len(self.runs) + 1
+        kept = name or f"run-{number}"
+        while kept in self.runs:
+            number += 1
+            kept = f"{wanted}-{number}"
+        self.runs[kept] = run
+        return kept
+
     def run(self, name: str | None = None) -> Runs:
         """The benchmark run of that name; the last one without."""
         if not self.runs:

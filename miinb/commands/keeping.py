@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from miinb.commands.context import Context
 from miinb.commands.screen import Table
 from miinb.errors import InvalidValue
+from miinb.wording import one_line
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -29,6 +30,16 @@ CHARTS = (
     "waterfall",
     "images",
 )
+#: What charts measure, and what they are grouped by; each of them says which it takes (held by the same test).
+METRICS = (
+    *("e2e_s", "ttft_s", "tpot_s", "itl_s"),
+    *("output_tok_s", "total_tok_s", "req_s", "goodput_req_s", "seq_s", "img_s"),
+    *("usd_per_mtok", "usd_per_1k_texts", "usd_per_1k_images"),
+)
+GROUPS = (
+    *("arm", "model", "task", "engine", "dtype", "n_gpus", "tp", "replicas", "batch_size", "concurrency", "rate_rps"),
+    *("run", "devices"),
+)
 FORMATS = ("jsonl", "csv", "parquet")
 
 
@@ -40,9 +51,7 @@ def plot(context: Context, values: Values, body: str | None) -> Any:
         raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     from miinb.bench import charts
 
-    options = {"metric": values["metric"]} if values["metric"] else {}
-    if options and kind not in ("latency", "ecdf", "frontier"):
-        raise InvalidValue(f"plot: {kind} has no metric.", hint="latency, ecdf and frontier have.")
+    options = {name: values[name] for name in ("metric", "by", "log") if values[name] is not None}
     figure = charts.draw(kind, measured, **options).get_figure()
     if values["save"]:
         charts.save(figure, values["save"])
@@ -86,18 +95,21 @@ def _list(context: Context, folder: str | None) -> Table:
     kept: Mapping[str, Runs] = context.runs
     if folder is not None:
         saved = miinb.load_runs(folder)
-        kept = {facts.get("name") or run_id: saved.select(run_id) for run_id, facts in saved.env.items()}
-    rows = [
-        (key, len(run.requests), ", ".join(map(str, run.requests["arm"].unique())), _models(run), _created(run))
-        for key, run in kept.items()
-    ]
+        names = [str(facts.get("name") or run_id) for run_id, facts in saved.env.items()]
+        pairs = zip(names, saved.env, strict=True)
+        kept = {run_id if names.count(name) > 1 else name: saved.select(run_id) for name, run_id in pairs}
+    rows = [(one_line(key), len(run.requests), _arms(run), _models(run), _created(run)) for key, run in kept.items()]
     note = "" if rows else f"There is no benchmark run yet. Make one: {context.prog} bench"
     columns = ("run", "requests", "arms", "model", "created")
     return Table(columns, rows, title="Benchmark runs" if rows else "", note=note)
 
 
+def _arms(run: Runs) -> str:
+    return ", ".join(one_line(str(arm)) for arm in run.requests["arm"].unique())
+
+
 def _models(run: Runs) -> str:
-    return ", ".join(sorted({str(model) for model in run.requests["model"].dropna()}))
+    return ", ".join(sorted({one_line(str(model)) for model in run.requests["model"].dropna()}))
 
 
 def _created(run: Runs) -> str:
@@ -111,7 +123,8 @@ def _load(context: Context, values: Values) -> Runs:
     if not source:
         raise InvalidValue("runs load: from where?", hint=f"{context.prog} runs load NAME --load FOLDER")
     names = values["names"] or [source]
-    context.runs[names[0]] = loaded = miinb.load_runs(source)
+    loaded = miinb.load_runs(source)
+    context.keep_run(names[0], loaded)
     return loaded
 
 
@@ -132,7 +145,7 @@ def _merge(context: Context, values: Values, run: Runs) -> Runs:
     names = values["names"] or []
     if len(names) < 2:
         raise InvalidValue("runs merge: name two runs or more.", hint=f"{context.prog} runs merge A B")
-    context.runs["+".join(names)] = run
+    context.keep_run("+".join(names), run)
     return run
 
 

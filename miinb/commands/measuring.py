@@ -34,13 +34,31 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
         fields["prompts"] = Path(values["prompts"])
     if context.settings.price_usd_per_gpu_hour:
         fields.setdefault("price", context.settings.price_usd_per_gpu_hour)
+    if values["plot"] and not context.in_notebook:
+        raise InvalidValue("bench: --plot needs a notebook.", hint="--report FILE.html has the charts.")
     places = [("save", values["save"] or context.settings.run_dir), ("report", values["report"])]
     _check_places(places)  # a run that cannot be kept is not worth its time
     sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
-    context.runs[fields.get("run") or f"run-{len(context.runs) + 1}"] = runs
+    kept = context.keep_run(fields.get("run"), runs)
+    if fields.get("run") not in (None, kept) and not values.get("quiet"):
+        context.screen.show(f"Kept as {kept}: there is a run {fields['run']} already.")
+    if values["plot"]:
+        _plot(context, runs)
     _write(context, values, runs, places)
     return runs
+
+
+def _plot(context: Context, runs: Runs) -> None:
+    """The chart that fits; of a run that was stopped before its first answer, why there is none."""
+    from miinb.bench import charts
+
+    try:
+        chart = charts.draw(charts.fitting(runs), runs)
+    except InvalidValue as error:
+        context.screen.show(error.line())
+    else:
+        context.screen.show(chart.get_figure())
 
 
 def _check_places(places: Sequence[tuple[str, str | None]]) -> None:

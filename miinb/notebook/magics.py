@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -80,13 +81,12 @@ class MiiMagics(Magics):  # type: ignore[misc]
         expanded = _as_written if _is_raw(words) else self._expanded
         values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded)
         values["quiet"] = values["quiet"] or silent
+        variable = values["output"]
+        _check_variable(variable)
         cell = cell if cell is None else expanded(cell)
         if values["show"]:
             shown = cell if cell is not None else " ".join(values.get("prompt") or ())
             print(shown.removesuffix("\n"))
-        variable = values["output"]
-        if variable is not None and not variable.isidentifier():
-            raise InvalidValue(f"--output: {variable!r} cannot be a variable's name.")
         value = commands.execute(self.context, command, values, cell)
         if variable is not None:
             self.shell.user_ns[variable] = value
@@ -195,6 +195,17 @@ class MiiMagics(Magics):  # type: ignore[misc]
                 made = [SimpleCompletion(text=word, type="magic") for word in found]
                 return {"completions": made, "matched_fragment": fragment, "suppress": True, "ordered": True}
         return {"completions": []}
+
+
+def _check_variable(name: str | None) -> None:
+    """Refuse what no cell could read again."""
+    if name is None:
+        return
+    if keyword.iskeyword(name):
+        raise InvalidValue(f"--output: {name!r} is a word of Python itself.", hint=f"Take another name: -o {name}_")
+    if not name.isidentifier():
+        hint = "A name has letters, digits and _, and begins with no digit: -o answer"
+        raise InvalidValue(f"--output: {name!r} cannot be a variable's name.", hint=hint)
 
 
 def _is_raw(words: list[str]) -> bool:

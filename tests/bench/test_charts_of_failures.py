@@ -72,3 +72,26 @@ def test_a_metric_that_no_arm_has_is_refused(kind: str) -> None:
     with pytest.raises(InvalidValue, match="tpot") as failure:
         charts.draw(kind, runs.requests, metric="tpot_s")
     assert "ttft_s" in failure.value.hint
+
+
+@pytest.mark.parametrize("kind", ["ecdf", "latency", "frontier"])
+def test_a_point_without_the_metric_is_left_out_by_name(kind: str) -> None:
+    runs = make(TWO, loads=(1, 4, 8))
+    point = (runs.requests["arm"] == "optimized") & (runs.requests["concurrency"] == 4)
+    runs.requests.loc[point, "ttft_s"] = float("nan")
+    text = words(charts.draw(kind, runs.requests, metric="ttft_s")).replace("\n", " ")
+    assert "Left out: optimized at concurrency 4: no time to first token." in text
+
+
+@pytest.mark.parametrize("kind", ["throughput", "frontier", "batch_scaling"])
+def test_a_point_without_a_rate_is_left_out_by_name(kind: str) -> None:
+    summary = make(TWO, loads=(1, 4, 8)).summary
+    summary.loc[summary["concurrency"] == 8, "output_tok_s"] = float("nan")
+    text = words(charts.draw(kind, summary)).replace("\n", " ")
+    assert "Left out: baseline at concurrency 8: no output tokens per second; optimized at concurrency 8: no" in text
+
+
+def test_arms_without_a_price_are_left_out_by_name() -> None:
+    both = make({"baseline": 2.0}) + make({"optimized": 1.0}, price=None, run_id="r2")
+    text = words(charts.cost(both)).replace("\n", " ")
+    assert "Left out: optimized: no cost of a million tokens." in text

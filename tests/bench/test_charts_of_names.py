@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
+from matplotlib.text import Text
 from test_charts import make, words
 
 from miinb.bench import charts
@@ -51,3 +55,41 @@ def test_long_names_leave_room_for_the_chart(kind: str) -> None:
         box = text.get_window_extent()
         assert ax.figure.bbox.x0 - 1 <= box.x0, text
         assert box.x1 <= ax.figure.bbox.x1 + 1, text
+
+
+HOSTILE = (
+    "a$b$c",
+    "$5 vs $6",
+    "x_{1}^2 \\frac",
+    "two\nlines",
+    "\U0001f680 \u4e2d\u6587",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "9" * 300,
+)
+
+
+def texts_of(ax: Any) -> list[Any]:
+    """Every text that is drawn, however deep it lies."""
+    return [text for text in ax.figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "waterfall"])
+def test_names_and_prices_are_no_formulas_and_their_characters_no_warning(kind: str) -> None:
+    arms = {"baseline": 2.0, **dict.fromkeys(HOSTILE, 1.0)}
+    runs = make(arms, loads=(1,) if kind == "waterfall" else (1, 4), model="own$er/m$o$del", n=4)
+    runs.env["r1"] |= {"name": "r$u$n", "warnings": ["it was $1 and $2"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = charts.draw(kind, runs)
+        assert "a$b$c" in charts.svg(ax)  # in its description
+    with_dollars = [text for text in texts_of(ax) if text.get_text().count("$") > 1]
+    assert any("a$b$c" in text.get_text() for text in with_dollars)
+    assert kind == "memory" or any("it was $1 and $2" in text.get_text() for text in with_dollars)
+    assert not [text for text in with_dollars if text.get_parse_math()]
+
+
+def test_two_prices_are_read_as_they_are_written() -> None:
+    both = make({"baseline": 2.0}, price=5.0) + make({"optimized": 1.0}, price=6.0, run_id="r2")
+    (caption,) = [text for text in charts.cost(both).texts if text.get_gid() == "miinb-caption"]
+    assert "at $5 and $6 a machine-hour" in caption.get_text()
+    assert not caption.get_parse_math()

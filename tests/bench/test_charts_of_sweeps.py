@@ -127,3 +127,49 @@ def test_runs_that_are_drawn_together_are_called_by_their_names() -> None:
     both.env["r2"]["name"] = "calm"
     alike = charts.frontier(Runs(both.requests.to_dict("records"), both.env))
     assert "optimized, calm r2" in [text.get_text() for text in alike.get_legend().get_texts()]
+
+
+def test_times_far_apart_are_dots_on_a_log_axis_unless_bars_are_wanted() -> None:
+    runs = make({"baseline": 100.0, "optimized": 0.001})
+    for draw in (charts.latency, charts.throughput):
+        assert draw(runs).get_xscale() == "log"
+        assert len(draw(runs, log=False).patches) == 2
+        assert draw(make({"baseline": 100.0, "optimized": 1.0})).get_xscale() == "linear"
+
+
+def test_a_label_stands_behind_all_parts_of_its_bar() -> None:
+    runs = make(TWO)
+    runs.requests["queue_s"] = 1.0  # overlaps with the model's time
+    ax = charts.time_split(Runs(runs.requests.to_dict("records"), runs.env))
+    ends = {round(bar.get_y() + 0.4, 2): bar.get_x() + bar.get_width() for bar in ax.patches}
+    labels = {round(text.xy[1], 2): text.xy[0] for text in ax.texts if text.get_gid() == "miinb-value"}
+    assert labels == pytest.approx(ends)
+    assert min(ends.values()) > 1.4
+
+
+def test_arms_differ_in_more_than_color() -> None:
+    runs = make({"baseline": 2.0, "baseline-best": 1.5, "one": 1.0, "two": 0.9, "three": 0.8}, loads=(1, 4))
+    for ax in (charts.frontier(runs), charts.batch_scaling(runs)):
+        lines = [line for line in ax.lines if not line.get_label().startswith("_")]
+        looks = {(line.get_marker(), line.get_linestyle()) for line in lines}
+        assert len(looks) == 5
+    (ax,) = [charts.ecdf(runs.requests[runs.requests["concurrency"] == 1])]
+    assert len({(h.get_marker(), h.get_linestyle()) for h in ax.get_legend().legend_handles}) == 5
+
+
+def test_labels_at_the_ends_of_lines_do_not_cover_each_other() -> None:
+    ax = charts.batch_scaling(make({f"arm {i}": 1.0 + i / 100 for i in range(6)}, loads=(1, 4)))
+    ax.figure.canvas.draw()
+    labels = [text.get_window_extent() for text in ax.texts if "x of 4x)" in text.get_text() and text.get_visible()]
+    assert len(labels) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[i + 1 :])
+
+
+def test_a_row_is_named_by_its_own_dtype() -> None:
+    both = make({"optimized": 2.0}, dtypes=("fp32",)) + make({"optimized": 1.0}, dtypes=("bf16",), run_id="r2")
+    names = [label.get_text() for label in charts.latency(both).get_yticklabels()]
+    assert names == ["optimized (fp32)", "optimized (bf16)"]
+    assert [t.get_text() for t in charts.frontier(both).get_legend().get_texts()] == [
+        "optimized (fp32), r1",
+        "optimized (bf16), r2",
+    ]

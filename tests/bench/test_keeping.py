@@ -11,7 +11,7 @@ from test_records import make
 
 import miinb
 from miinb import commands
-from miinb.bench import runner
+from miinb.bench import charts, runner
 from miinb.commands.context import Context
 from miinb.errors import InvalidValue, MiinbError
 
@@ -120,6 +120,50 @@ def test_plots_take_a_metric_and_a_folder(context: Context, tmp_path: Path) -> N
     assert "first token" in target.read_text()
     with pytest.raises(InvalidValue, match="memory has no metric"):
         do(context, "plot", "memory", "--metric", "ttft_s")
+
+
+def test_plots_are_grouped_and_have_log_axes(context: Context) -> None:
+    figure = do(context, "plot", "throughput", "--run", "a,b", "--by", "run", "--log", "--metric", "req_s")
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == "Requests per second (log axis)"
+    assert [text.get_text() for text in ax.texts if text.get_fontsize() == 8.5] == ["a", "b"]
+    assert do(context, "plot", "frontier", "--no-log").axes[0].get_xscale() == "linear"
+    with pytest.raises(InvalidValue, match="waterfall has no by") as failure:
+        do(context, "plot", "waterfall", "--by", "dtype")
+    assert "throughput" in failure.value.hint
+    with pytest.raises(InvalidValue, match="'dtipe' is none of"):
+        do(context, "plot", "latency", "--by", "dtipe")
+
+
+class Shown:
+    def __init__(self) -> None:
+        self.things: list[Any] = []
+
+    def show(self, thing: Any, *, markdown: bool = False) -> None:
+        self.things.append(thing)
+
+
+def test_a_bench_draws_the_chart_that_fits(measured: StandIn) -> None:
+    context = Context(prog="%mii", sessions={"one": measured}, screen=Shown())  # type: ignore[arg-type]
+    runs = do(context, *BENCH, "--plot", "--concurrency", "1,2")
+    (figure,) = context.screen.things  # type: ignore[attr-defined]
+    assert "Throughput against latency" in charts.alt_text(figure)
+    assert len(runs.summary) == 2
+    assert "image/png" in figure._repr_mimebundle_()[0]
+    with pytest.raises(InvalidValue, match="needs a notebook"):
+        do(Context(prog="miinb", sessions={"one": measured}), *BENCH, "--plot")
+    assert len(measured.calls) == 4
+
+
+def test_two_deployments_are_compared_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = {"one": StandIn("baseline", name="one"), "two": StandIn(name="two")}
+    for session in sessions.values():
+        session.state = "ready"  # type: ignore[attr-defined]
+    monkeypatch.setitem(vars(miinb), "compare", lambda both, **f: runner.compare(both, progress=lambda *_: None, **f))
+    context = Context(prog="%mii", sessions=sessions, screen=Shown())  # type: ignore[arg-type]
+    do(context, "compare", "one", "two", *BENCH[3:], "--plot")
+    (figure,) = context.screen.things  # type: ignore[attr-defined]
+    assert "baseline: " in charts.alt_text(figure)
 
 
 def test_a_report_begins_with_its_answers_and_escapes_what_models_say(tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_a_price_is_never_built_in() -> None:
     table = cost.table(runs)
     assert table["cost_usd"].isna().all()
     assert "no price was given" in table.answer
+    assert "runs.cost(price=2.5)" in table.answer
+    assert not table["cheapest"].any()
+    assert list(table["fastest"]) == [True, False]
+    assert "fastest per GPU" in repr(table)
+    assert "cheapest  " not in repr(table)
     assert "Most throughput per GPU: a " in table.answer
     assert cost.table(runs.requests, price=3.6)["cost_usd"].iloc[0] == pytest.approx(3.6 / 3600 / 11 * 1e6)
     assert runs.requests.attrs["env"]["r"]["workload"]["price"] is None  # the runs stay as they are
@@ -217,3 +222,73 @@ def test_images_cost_by_the_thousand() -> None:
     runs = make({"a": [2.0] * 4}, price=3.6)
     runs.requests["task"], runs.requests["images"] = "text-to-image", 1.0
     assert runs.cost()["cost_usd"].iloc[0] == pytest.approx(3.6 / 3600 / 0.5 * 1e3)
+
+
+PLANS = {  # dtype, GPUs: tokens a second of one request, and how that grows with the load
+    ("bf16", 1): 40.0,
+    ("bf16", 2): 70.0,
+    ("bf16", 4): 110.0,
+    ("int8", 1): 66.0,
+    ("int8", 2): 120.0,
+}
+
+
+def plans(price: float | None) -> Runs:
+    """Plans of several precisions and numbers of GPUs at loads of 1, 4 and 16; more in flight is more throughput."""
+    found = []
+    for (dtype, gpus), speed in PLANS.items():
+        run_id = f"{dtype}-{gpus}"
+        rows = []
+        for point, load in enumerate((1, 4, 16)):
+            e2e = 11 / speed * load**0.5
+            for number in range(16):
+                times = {"e2e_s": e2e, "ttft_s": e2e / 10, "tpot_s": e2e * 0.9 / 10, "t_rel_s": number // load * e2e}
+                plan = {"arm": "optimized", "dtype": dtype, "tp": gpus, "task": "text-generation", "model": "m"}
+                where = {"run_id": run_id, "seq": len(rows), "point": point, "concurrency": load}
+                rows.append({**where, **plan, **times, "prompt_tokens": 5, "output_tokens": 11})
+        env = {"run_id": run_id, "workload": {"price": price}, "arms": {"optimized": {"n_gpus": gpus}}}
+        found.append(Runs(rows, {run_id: env}))
+    merged = found[0]
+    for more in found[1:]:
+        merged = merged + more
+    return merged
+
+
+def test_which_gpu_count_and_precision_is_the_cheapest_within_a_limit() -> None:
+    runs = plans(price=2.0)
+    anything = runs.cost()
+    assert anything.answer.startswith("Cheapest: optimized (int8, 1 GPU) at concurrency 16, $")
+    # 0.4 s at most: int8 on one GPU only up to 4 in flight (0.33 s), on two up to 16 (0.37 s), bf16 on four up to 16
+    table = runs.cost("e2e=0.4")
+    assert table.answer.startswith(
+        "Cheapest with total at most 400 ms for 90% of the requests: optimized (int8, 2 GPUs) at concurrency 16, $"
+    )
+    best = table.iloc[0]
+    assert (best["dtype"], best["n_gpus"], best["cheapest"]) == ("int8", 2, True)
+    assert best["cost_usd"] == pytest.approx(2.0 * 2 / 3600 / (16 * 11 / (11 / 120 * 4)) * 1e6)
+    assert table["cheapest"].sum() == 1
+    assert runs.requests[runs.requests["dtype"] == "bf16"].pipe(cost.table, "e2e=0.4").answer.count("bf16, 4 GPUs") == 1
+    assert "plan" in repr(table)
+    unpriced = plans(price=None).cost("e2e=0.4")
+    assert not unpriced["cheapest"].any()
+    assert unpriced.answer.startswith("Most throughput per GPU with total at most 400 ms")
+    assert "(int8, 2 GPUs)" in unpriced.answer
+
+
+def test_what_has_no_price_is_not_cheaper_than_what_has_one() -> None:
+    priced, unpriced = make({"a": [2.0] * 3}, price=3.6), make({"b": [1.0] * 3})
+    unpriced.requests["run_id"] = "r2"
+    both = priced + Runs(unpriced.requests.to_dict("records"), {"r2": {"workload": {"price": None}}})
+    table = both.cost()
+    assert list(table["arm"]) == ["a", "b"]
+    assert list(table["cheapest"]) == [True, False]
+    assert table.answer.endswith("Of 1 of 2 rows no price is known.")
+    assert both.cost(price=3.6).iloc[0]["arm"] == "b"
+
+
+def test_replicas_and_machines_without_gpus_are_told() -> None:
+    runs = make({"a": [1.0] * 3, "b": [2.0] * 3}, arm_facts={"a": {"n_gpus": 2}}, price=1.0)
+    runs.requests["replicas"] = [2, 2, 2, 1, 1, 1]
+    table = cost.table(runs.requests)
+    assert "a (bf16, 2 GPUs, 2 replicas)" in repr(table)
+    assert table.answer.endswith("A machine without a GPU is priced as one GPU.")

@@ -8,5 +8,6 @@ def test_it_measures_both_arms_and_compares_their_answers(capsys: pytest.Capture
     served.main([str(tiny_model()), "--dtypes", "fp32", "--at-once", "2", "--requests", "2", "--new-tokens", "4"])
     table, _, ratio = capsys.readouterr().out.partition("fp32: ")
     table = table.partition("Percentiles")[0]
-    assert [line.split()[-1] for line in table.splitlines() if line.startswith("optimized")] == ["yes", "yes"]
+    optimized = [line.split() for line in table.splitlines() if line.startswith("optimized")]
+    assert ["yes" in words for words in optimized] == [True, True]  # the same answers
     assert "2 requests at once, optimized, have" in ratio

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +172,10 @@ def test_batches_keep_their_order(shell: Shell, deployments: dict[str, StandIn])
         ("%mii gen What's up", InvalidValue, "A quote is not closed"),
         ("%mii gen", InvalidValue, "prompt is empty"),
         ("%mii gen Hi -d tinny", DeploymentNotFound, "tinny"),
-        ("%mii gen Hi -o 3x", InvalidValue, "variable"),
+        ("%mii gen Hi --show -o 1x", InvalidValue, "--output: '1x' cannot be a variable's name"),
+        ("%mii gen Hi -o class", InvalidValue, "--output: 'class' is a word of Python itself"),
+        ("%%mii gen -o a.b\nHi", InvalidValue, "--output: 'a.b' cannot be a variable's name"),
+        ("%mii gen Hi -o ''", InvalidValue, "--output: '' cannot be a variable's name"),
         ("%%mii tinny\nHi", InvalidValue, "Did you mean 'tiny'?"),
         ("%%mii list\nHi", InvalidValue, "takes no cell"),
         ("%%mii gen Hi\nHi", InvalidValue, "on the line and in the cell"),
@@ -198,6 +205,17 @@ def test_errors_are_one_line_and_name_the_near_thing(shell: Shell, cell: str, er
     with capture_output() as shown, pytest.raises(error, match=re.escape(text)):
         shell.run(cell)
     assert len((shown.stdout + shown.stderr).strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["1x", "class", "a.b", "''"])
+def test_nothing_is_asked_whose_answer_could_not_be_kept(
+    shell: Shell, deployments: dict[str, StandIn], name: str
+) -> None:
+    for cell in (f"%mii gen Hi --show -o {name}", f"%%mii --show -o {name}\nHi"):
+        with capture_output() as shown, pytest.raises(InvalidValue, match="--output"):
+            shell.run(cell)
+        assert not deployments["tiny"].calls
+        assert "--output" in shown.stdout + shown.stderr
 
 
 def test_short_errors_can_be_turned_off(shell: Shell) -> None:
@@ -311,6 +329,32 @@ def test_tables_are_cards(shell: Shell) -> None:
     data, _ = shell.display_formatter.format(table)
     assert "<table" in data["text/html"]
     assert "tiny" in data["text/plain"]
+
+
+def test_the_list_tells_gpus_and_owners(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    mine = subprocess.Popen(["sleep", "60"])
+    other = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        pids = {"tiny": mine.pid, "theirs": int(other.stdout.readline()), "kept": 1 << 22, "gone": 1 << 22}
+        for name in pids:
+            deployments.setdefault(name, StandIn(name))
+        deployments["kept"].persist, deployments["theirs"].gpu = True, 3
+        found = [dataclasses.replace(deployments[name].status(), pid=pid) for name, pid in pids.items()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(vars(miinb), "deployments", lambda: found)
+            table = shell.run("%mii list -q")
+        owners = ["this notebook", f"process {other.pid}", "persistent", "unknown"]
+        assert [row[-1] for row in table.rows] == owners == [record["owner"] for record in table.records]
+        assert [row[5] for row in table.rows] == ["cpu", "cpu 3", "cpu", "cpu"]
+        assert "1 min 15 s" in str(table)
+    finally:
+        os.kill(pids["theirs"], signal.SIGKILL)
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
 
 
 @pytest.mark.parametrize("line", ["%mii help", "%mii", "%mii help gen", "%mii gen --help", "%mii gen -h"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from miinb.bench.charts import frames
-from miinb.bench.charts.bars import leave_room, value_label
+from miinb.bench.charts import frames, names
+from miinb.bench.charts.grouped import leave_room, value_label
 from miinb.bench.charts.style import INK, SOFT, arm_style, finish, new_axes, time_unit, unit_word
 from miinb.bench.records import NAN
 from miinb.bench.summary import ratio_text
@@ -40,16 +40,15 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     floor = _floor_of(rows) if floor_s is None else floor_s
     scale, unit = time_unit(float(rows["e2e_p50_s"].max()))
     values = [float(value) * scale for value in rows["e2e_p50_s"]]
-    labels = frames.arm_labels(rows)
-    names = [labels[arm] for arm in rows["arm"]]
+    shown = names.arm_labels(rows)
     ax = new_axes(ax, 2.2 + 0.45 * len(rows))
     for y, value in enumerate(values):
         before = values[y - 1] if y else value
         _step(ax, y, value, before, arm_style(rows["arm"].iloc[y], [rows["arm"].iloc[y]]), y in (0, len(values) - 1))
-        value_label(ax, max(value, before), y, _words(values, y, unit), f"{names[y]}: ", bold=y == len(values) - 1)
+        value_label(ax, max(value, before), y, _words(values, y, unit), f"{shown[y]}: ", bold=y == len(values) - 1)
     if math.isfinite(floor):
         _floor(ax, floor * scale, f"floor {number(floor * scale)} {unit}")
-    ax.set_yticks(range(len(rows)), names)
+    ax.set_yticks(range(len(rows)), list(map(names.wrapped, shown)))
     ax.set_ylim(len(rows) - 0.5, -0.5 - 0.35 * math.isfinite(floor))
     leave_room(ax)
     ax.set_xlabel(f"Median {unit_word(unit)} per request", fontsize=9, color=INK)
@@ -57,7 +56,7 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     what = "Median; a step in green saves time, one in orange and dotted costs it"
     line = "dashed: the least that the hardware allows" if math.isfinite(floor) else ""
     if line and floor_s is None:
-        line += f", the weights of {frames.shown(rows['arm'].iloc[-1])} read once a token"
+        line += f", the weights of {names.shown(rows['arm'].iloc[-1])} read once a token"
     return finish(
         ax,
         title="What each step saves",

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ BASELINES = {
 PUBLISHED = {"hatch": "xx"}
 #: How the name of an arm ends that was not measured in the run.
 ELSEWHERE = "(another run)"
-#: Parts of a request's time, in the order they happen.
+OTHER = "#cfcfcf"
+#: Parts of a request's time, in the order they happen; neighbors differ in brightness too, for prints without color.
 PARTS = {
-    "queue": ("queue", "#E69F00"),
+    "queue": ("queue", "#F0E442"),
     "preprocess": ("tokenize", "#56B4E9"),
     "model": ("model", "#0072B2"),
-    "postprocess": ("detokenize", "#009E73"),
-    "rest": ("transport and client", "#CC79A7"),
+    "postprocess": ("detokenize", "#E69F00"),
+    "rest": ("transport and client", OTHER),
 }
 INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
 WIDTH_IN = 7.4
@@ -95,7 +97,8 @@ def finish(
     below_title = textwrap.wrap(subtitle, int(width * 0.8))
     lift, size = (24 if legend_above else 8), (12.5 if own else 11)
     heading = "\n".join(textwrap.wrap(title, int(width * 0.55)))
-    ax.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=INK, pad=lift + 14 * len(below_title) + 2)
+    pad = lift + 14 * len(below_title) + 2
+    ax.set_title(heading, loc="left", fontsize=size, fontweight="bold", color=INK, pad=pad, parse_math=False)
     if subtitle:
         ax.annotate(
             *("\n".join(below_title), (0, 1)),
@@ -106,9 +109,18 @@ def finish(
             color=SOFT,
         )
     write_below(ax, [*lines, footer], width)
+    read_literally(ax)
     ax.set_gid("miinb-chart")
     ax._miinb_alt = [f"{title} ({subtitle})." if subtitle else f"{title}.", *lines]
     return ax
+
+
+def read_literally(ax: Any) -> None:
+    """Let no text of the axes be read as a formula: names and prices have dollar signs."""
+    legend = ax.get_legend()
+    ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
+    for text in (*ax.texts, *ticks, *(legend.get_texts() if legend else ())):
+        text.set_parse_math(False)
 
 
 def name_panel(ax: Any, name: str) -> None:
@@ -121,6 +133,7 @@ def name_panel(ax: Any, name: str) -> None:
         fontsize=9.5,
         fontweight="bold",
         color=SOFT,
+        parse_math=False,
     )
     ax._miinb_alt = [f"{name}."]
 
@@ -141,6 +154,7 @@ def write_below(ax: Any, lines: Iterable[str], width: int = WRAP) -> None:
         linespacing=1.45,
         color=SOFT,
         gid="miinb-caption",
+        parse_math=False,
     )
 
 
@@ -167,8 +181,15 @@ def svg(chart: Any) -> str:
 def _rendered(chart: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Description": alt_text(chart)} | ({"Date": None} if kind == "svg" else {})
-    chart.get_figure(root=True).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    _write(chart, buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
+
+
+def _write(chart: Any, target: Any, **options: Any) -> None:
+    """`savefig`, silent about characters that the font has not: they are boxes here, and in the alternative text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        chart.get_figure(root=True).savefig(target, dpi=DPI, **options)
 
 
 def save(chart: Any, path: str | Path) -> Path:
@@ -187,7 +208,7 @@ def save(chart: Any, path: str | Path) -> Path:
         if kind in ("png", "svg"):
             target.write_bytes(_rendered(chart, kind))
         else:
-            figure.savefig(target, dpi=DPI)
+            _write(figure, target)
     return target
 
 

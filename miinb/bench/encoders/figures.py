@@ -13,7 +13,8 @@ import pandas as pd
 
 from miinb.bench import published
 from miinb.bench.charts import frames
-from miinb.bench.charts.bars import GAP, Bars, latency, time_split
+from miinb.bench.charts.bars import latency, time_split
+from miinb.bench.charts.grouped import GAP, Bars
 from miinb.bench.charts.style import INK, finish, name_panel, new_panels, save, write_below
 from miinb.bench.encoders.table import RATES, floor_share, same, work
 from miinb.bench.encoders.table import value as value_of

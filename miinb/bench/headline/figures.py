@@ -13,7 +13,7 @@ import pandas as pd
 
 from miinb.bench import published
 from miinb.bench.charts import frames
-from miinb.bench.charts.bars import Bars
+from miinb.bench.charts.grouped import Bars
 from miinb.bench.charts.style import INK, finish, name_panel, new_panels, save, write_below
 from miinb.bench.headline.suites import FP8_CACHE, Sizes, workload
 from miinb.bench.headline.table import lengths, tok_s

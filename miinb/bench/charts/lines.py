@@ -1,0 +1,125 @@
+"""What charts of lines share: a line an arm (and what else varies), legends that leave room, labels that keep apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from miinb.bench.charts import frames, names
+from miinb.bench.charts.style import BASELINES, finish, line_style
+
+#: Dashes of the lines of one arm (its loads, models, runs), in order.
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "o^DvPX*"
+#: Legends of more lines stand beside the plot.
+MOST_INSIDE = 4
+LEGEND_WIDTH = 36  # characters
+LINE_IN = 0.185  # of a legend
+
+
+def arm_lines(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The style of each arm's line; markers tell them apart where colors are not printed."""
+    found, others = {}, 0
+    for arm in arms:
+        found[arm] = line_style(arm, arms)
+        if arm not in BASELINES:
+            found[arm]["marker"] = MARKERS[others % len(MARKERS)]
+            others += 1
+    return found
+
+
+def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """(name, style, rows in the order of `x` or of the loads): one line per arm, and per model, `by` or run.
+
+    Where `x` or the load is the same twice on a line, runs have lines of their own.
+    """
+    arms = names.arms_in(rows)
+    rows = rows.assign(
+        label=names.arm_labels(rows, by),
+        run=names.run_names(rows),
+        model=rows["model"].map(names.short_model).map(names.shown),
+    )
+    keys = ["arm"] + (["model"] if rows["model"].nunique() > 1 else [])
+    if by and by not in (*keys, "concurrency", "rate_rps"):
+        rows["by"] = names.by_labels(rows, by)
+        keys.append("by")
+    if (
+        "run" not in keys
+        and by != "run"
+        and rows.duplicated([*keys, *([x] if x else ["concurrency", "rate_rps"])]).any()
+    ):
+        keys.append("run")
+    styles, seen = arm_lines(arms), dict[str, int]()
+    groups = sorted(rows.groupby(keys, sort=False), key=lambda item: arms.index(str(item[0][0])))
+    for key_parts, line in groups:
+        arm, *more = [str(part) for part in key_parts]
+        style = dict(styles[arm])
+        if len(groups) > len(arms):
+            style["linestyle"] = DASHES[seen.get(arm, 0) % len(DASHES)]
+        seen[arm] = seen.get(arm, 0) + 1
+        label = "/".join(dict.fromkeys(line["label"]))  # one line may have several dtypes
+        yield ", ".join([label, *more]), style, line.sort_values([x] if x else ["concurrency", "rate_rps"])
+
+
+def legend_name(name: str) -> str:
+    """A line's name for the legend: wrapped, so that it leaves room for the plot."""
+    return names.legend_text(names.wrapped(name, LEGEND_WIDTH))
+
+
+def height_for(entries: Sequence[str], least_in: float) -> float:
+    """Inches of a chart whose legend has these entries."""
+    if len(entries) <= MOST_INSIDE:
+        return least_in
+    return max(least_in, 1.6 + LINE_IN * sum(legend_name(name).count("\n") + 1 for name in entries))
+
+
+def legend(ax: Any, *, beside: float = 1.0, inside: int = MOST_INSIDE) -> Any:
+    """A legend inside the plot; of many lines to the right of it, from `beside` (a fraction of its width) on."""
+    many = len(ax.get_legend_handles_labels()[1]) > inside
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (beside, 1.0)} if many else {"loc": "best"}
+    return ax.legend(fontsize=8 if many else 8.5, frameon=False, **where)
+
+
+def kept_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """How far to move each of some labels, so that none is nearer than `gap` to another, nor above `top`."""
+    order = np.argsort(heights)
+    placed = np.array(heights, dtype=float)
+    for lower, upper in itertools.pairwise(order):
+        placed[upper] = max(placed[upper], placed[lower] + gap)
+    moved = placed - np.array(heights, dtype=float)
+    moved -= max(float(moved.mean()), float(placed.max()) - top)
+    return list(moved)
+
+
+def points_size(ax: Any) -> tuple[float, float]:
+    """Width and height of the plot in points, about: layout comes later."""
+    width, height = ax.figure.get_size_inches()
+    box = ax.get_position()
+    return box.width * width * 72, box.height * height * 72
+
+
+def in_points(ax: Any, x: float, y: float) -> np.ndarray[Any, Any]:
+    """Where a value is drawn, in points from the plot's corner, about."""
+    place: np.ndarray[Any, Any] = np.array(ax.transLimits.transform(ax.transScale.transform((x, y))))
+    return place * points_size(ax)
+
+
+def hidden_value(ax: Any, text: str) -> None:
+    """A value for the alternative text alone."""
+    label = ax.annotate(text, (0, 0), visible=False)
+    label.set_gid("miinb-value")
+
+
+def finished(ax: Any, rows: pd.DataFrame, title: str, what: str) -> Any:
+    """Title, caption and footer."""
+    return finish(
+        ax,
+        title=title,
+        subtitle=frames.subtitle(rows),
+        caption=frames.caption(rows, what),
+        footer=frames.footer(rows),
+    )

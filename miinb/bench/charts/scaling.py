@@ -1,0 +1,148 @@
+"""Charts of scaling: throughput over the load, and over the number of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from miinb.bench.charts import frames
+from miinb.bench.charts.lines import (
+    finished,
+    height_for,
+    hidden_value,
+    in_points,
+    kept_apart,
+    legend,
+    legend_name,
+    lines_of,
+    points_size,
+)
+from miinb.bench.charts.measures import RATES, rate_of
+from miinb.bench.charts.style import INK, new_axes, plain_numbers
+from miinb.errors import InvalidValue, did_you_mean
+from miinb.wording import number
+
+#: What throughput can scale with: the axis of each.
+LOADS = {
+    "concurrency": "Requests in flight",
+    "batch_size": "Batch size",
+    "rate_rps": "Arrivals per second",
+}
+DEVICES = {
+    "devices": "Devices (tensor_parallel x replicas)",
+    "tp": "Devices of a copy (tensor_parallel)",
+    "replicas": "Copies of the model (replicas)",
+    "n_gpus": "GPUs",
+}
+
+
+def batch_scaling(
+    frame: Any, *, ax: Any = None, metric: str | None = None, by: str | None = None, log: bool = True
+) -> Any:
+    """Throughput over the number of requests in flight (or the batch size), with the ideal line.
+
+    Args:
+        frame: runs, requests or a summary.
+        ax: axes to draw on; None makes a figure.
+        metric: the rate, as for `throughput`.
+        by: what it scales with: "concurrency", "batch_size" or "rate_rps"; None: what varies.
+        log: both axes are logarithmic.
+
+    Raises:
+        InvalidValue: there is one load only, or no such metric or load.
+    """
+    rows = frames.summary_of(frame, "batch_scaling")
+    _check(by, LOADS)
+    by = by or next((name for name in ("batch_size", "concurrency", "rate_rps") if rows[name].nunique() > 1), "")
+    if not by or rows[by].nunique() < 2:
+        hint = "bench(..., concurrency=[1, 4, 16])" if by in ("", "concurrency") else f"Measure several of {by}."
+        raise InvalidValue("charts.batch_scaling: there is one load only.", hint=hint)
+    title = "Scaling with the batch size" if by == "batch_size" else "Scaling with concurrent requests"
+    title = "Scaling with arrivals" if by == "rate_rps" else title
+    return _scaling(rows[rows[by].notna()], by, LOADS[by], rate_of(rows, metric), title, ax, log)
+
+
+def parallel_scaling(
+    frame: Any, *, ax: Any = None, metric: str | None = None, by: str | None = None, log: bool = True
+) -> Any:
+    """Throughput over the number of devices (tensor_parallel x replicas), with the ideal line.
+
+    Args:
+        frame: runs, requests or a summary.
+        ax: axes to draw on; None makes a figure.
+        metric: the rate, as for `throughput`.
+        by: what it scales with: "devices", "tp", "replicas" or "n_gpus"; None: the devices.
+        log: both axes are logarithmic.
+
+    Raises:
+        InvalidValue: all runs have the same number, or there is no such metric or number.
+    """
+    rows = frames.summary_of(frame, "parallel_scaling").copy()
+    _check(by, DEVICES)
+    by = by or "devices"
+    rows["devices"] = rows["tp"].astype(float) * rows["replicas"].astype(float)
+    if rows[by].nunique() < 2:
+        same = "tensor_parallel and replicas" if by == "devices" else by
+        raise InvalidValue(
+            f"charts.parallel_scaling: all runs have the same {same}.",
+            hint="Add the runs of sessions with other numbers: runs_1 + runs_2.",
+        )
+    return _scaling(rows, by, DEVICES[by], rate_of(rows, metric), "Scaling with devices", ax, log)
+
+
+def _check(by: str | None, known: dict[str, str]) -> None:
+    if by is not None and by not in known:
+        near = did_you_mean(by, known)
+        raise InvalidValue(f"by: throughput does not scale with {by!r} here.", hint=near or f"Use {', '.join(known)}.")
+
+
+def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax: Any, log: bool) -> Any:
+    """Lines of a rate over `by`; from each line's first point its ideal one, dotted."""
+    rows = frames.require(rows, [rate], "scaling", "No answers came.", RATES[rate].axis.lower())
+    lines = list(lines_of(rows, by))
+    ax = new_axes(ax, height_for([name for name, _, _ in lines], 4.6))
+    ends = []
+    for name, style, line in lines:
+        x, y = line[by].to_numpy(dtype=float), line[rate].to_numpy(dtype=float)
+        ax.plot(x, y, label=legend_name(name), **style)
+        ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        gain, ideal = y[-1] / y[0], x[-1] / x[0]
+        scaled = f" ({gain:.1f}x of {ideal:.3g}x)" if len(line) > 1 else ""
+        ends.append((x[-1], y[-1], f"{number(y[-1])}{scaled}", style["color"]))
+        to = f" to {number(y[-1])}" if len(line) > 1 else ""
+        hidden_value(ax, f"{name}: {number(y[0])}{to} {RATES[rate].unit}{scaled and ','}{scaled.strip('()')}")
+    ticks = sorted(set(rows[by]))
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.4)
+    else:
+        ax.set_xlim(0, ticks[-1] * 1.4)
+        ax.set_ylim(0)
+    ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    ax.minorticks_off()
+    plain_numbers(ax.yaxis)
+    ax.grid(True, color="#eeeeee", linewidth=0.7)
+    axis = " (log axis)" * log
+    ax.set_xlabel(f"{words}{axis}", fontsize=9, color=INK)
+    ax.set_ylabel(f"{RATES[rate].axis}{axis}", fontsize=9, color=INK)
+    _label_ends(ax, ends)
+    legend(ax)
+    return finished(ax, rows, title, "Dotted: ideal scaling from each line's first point")
+
+
+def _label_ends(ax: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+    """What each line reaches, beside its last point; those at one place in x keep apart."""
+    for last in dict.fromkeys(x for x, *_ in ends):
+        here = [end for end in ends if end[0] == last]
+        moved = kept_apart([float(in_points(ax, x, y)[1]) for x, y, *_ in here], 10.5, points_size(ax)[1])
+        for (x, y, text, color), up in zip(here, moved, strict=True):
+            ax.annotate(
+                *(text, (x, y)),
+                xytext=(7, up),
+                textcoords="offset points",
+                fontsize=8.5,
+                va="center",
+                color=color,
+            )
