@@ -16,6 +16,7 @@ from miinb import cell
 from miinb.bench import arms as arms_of
 from miinb.bench import lengths, predicting
 from miinb.bench.arms import Arm
+from miinb.bench.callbacks import harmless
 from miinb.bench.checks import Answered, TextAnswer, compare_outputs
 from miinb.bench.environment import environment
 from miinb.bench.gone import Gone
@@ -106,7 +107,8 @@ def compare(
     config = configure(workload, fields)
     arms = arms_of.label(sessions)
     predicting.check(config, str(arms[0].session.task or "text-generation"))
-    run = _Run(config, arms, progress, on_point, stop or threading.Event())
+    told = harmless(progress, "progress"), harmless(on_point, "on_point")
+    run = _Run(config, arms, *told, stop or threading.Event())
     try:
         run.measure()
     except KeyboardInterrupt:

@@ -69,8 +69,7 @@ def load(path: Path) -> Runs:
         for row in _read_lines(folder / REQUESTS):
             key = (row.get("run_id"), row["seq"]) if row.get("seq") is not None else (len(rows), "unnumbered")
             rows[key] = {**dict.fromkeys(Record.__slots__), **row}
-        env_file = folder / ENV
-        env[folder.name] = json.loads(env_file.read_text()) if env_file.is_file() else {}
+        env[folder.name] = _read_facts(folder / ENV)
     return Runs(rows.values(), {str(facts.get("run_id", name)): facts for name, facts in env.items()})
 
 
@@ -81,8 +80,8 @@ def _load_jsonl(path: Path) -> Runs:
     rows = [row for row in _read_lines(path) if "run_id" in row and "arm" in row]
     if not rows:
         raise InvalidValue(f"There are no saved runs in {path}.", hint="Give a file that Runs.to_jsonl wrote.")
-    meta = _meta(path)
-    env = json.loads(meta.read_text()).get("env", {}) if meta.is_file() else {}
+    facts = _read_facts(_meta(path)).get("env")
+    env = facts if isinstance(facts, dict) and all(isinstance(one, dict) for one in facts.values()) else {}
     return Runs([{**dict.fromkeys(Record.__slots__), **row} for row in rows], env)
 
 
@@ -162,6 +161,20 @@ def _plain_tree(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_tree(item) for item in value]
     return plain(value)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty, with a warning, if the file is damaged: the requests are worth reading without."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        warnings.warn(f"{path} is damaged: the runs are read without their environment.", stacklevel=4)
+        return {}
+    return facts
 
 
 def _read_lines(path: Path, *, quiet: bool = False) -> list[dict[str, Any]]:

@@ -175,6 +175,21 @@ def test_save_and_load_give_the_same_runs(tmp_path: Path) -> None:
     assert len(load_runs(tmp_path / "a")) == 1
 
 
+@pytest.mark.parametrize("damage", ["{", "[1]", "\x00"])
+def test_runs_are_read_without_an_environment_that_is_damaged(tmp_path: Path, damage: str) -> None:
+    runs = make("a")
+    runs.save(tmp_path / "folder")
+    (tmp_path / "folder" / "a" / "env.json").write_text(damage)
+    file = runs.to_jsonl(tmp_path / "runs.jsonl")
+    file.with_name("runs.jsonl.meta.json").write_text(damage)
+    for path in (tmp_path / "folder", file):
+        with pytest.warns(UserWarning, match="read without their environment"):
+            back = load_runs(path)
+        assert len(back.requests) == len(runs.requests)
+        assert len(back.summary) == len(runs.summary)
+        assert "a" in repr(back)
+
+
 def test_a_line_that_a_crash_cut_is_left_out_and_writing_goes_on(tmp_path: Path) -> None:
     make("a").save(tmp_path)
     with open(tmp_path / "a" / "requests.jsonl", "a") as file:

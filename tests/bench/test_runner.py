@@ -262,6 +262,20 @@ def test_inputs_are_no_longer_than_the_model_takes_unless_asked_for() -> None:
         assert predicting.fitted(BenchConfig.parse(fields), 64) == BenchConfig.parse(fields)
 
 
+@pytest.mark.parametrize("name", ["progress", "on_point"])
+def test_a_callback_that_raises_costs_no_run(name: str) -> None:
+    calls: list[object] = []
+
+    def broken(*given: object) -> None:
+        calls.append(given)
+        raise ValueError("no such bar")
+
+    with pytest.warns(UserWarning, match=f"{name} raised ValueError: no such bar. It is called no more"):
+        runs = bench(StandIn(), concurrency=[1, 2], requests=3, new_tokens=2, warmup=0, **{name: broken})
+    assert len(calls) == 1
+    assert len(runs.requests) == 6
+
+
 def test_each_point_is_told_with_the_run_so_far() -> None:
     seen: list[Runs] = []
     whole = bench(StandIn(), concurrency=[1, 2, 3], requests=3, new_tokens=2, warmup=1, on_point=seen.append)
