@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from miinb.constants import DeploymentType, TaskType
@@ -80,8 +82,8 @@ def deploy(
         deployment_type: LOCAL, or NON_PERSISTENT (ends with this process); AML is not there yet.
         model_path: MII's cache folder; refused with what to use instead.
         enable_deepspeed: False serves plain transformers (`engine="baseline"`).
-        enable_zero: ZeRO-Inference; not there yet.
-        ds_config: configuration of ZeRO-Inference; not there yet.
+        enable_zero: ZeRO-Inference: weights wait in the host's memory or on a disk (needs enable_deepspeed=False).
+        ds_config: DeepSpeed's configuration of it, or a JSON file with it; None: weights in the host's memory.
         mii_config: MII's options; unknown ones are refused with the near name.
         version: of an Azure ML deployment.
 
@@ -96,6 +98,8 @@ def deploy(
     options = session_options(dict(mii_config or {}))
     if not enable_deepspeed:
         options["engine"] = "baseline"
+    if enable_zero:
+        options |= _zero(ds_config, options)
     persist = where is DeploymentType.LOCAL
     with _token(options.pop("hf_auth_token", None)):
         session = Session(model, str(task), name=deployment_name, persist=persist, **options)
@@ -230,16 +234,43 @@ def _refuse(
     """Refuse what cannot be honored, rather than drop it."""
     if enable_zero and enable_deepspeed:
         raise InvalidValue("enable_zero: not together with enable_deepspeed, select only one.")
-    if enable_zero or ds_config is not None:
-        raise InvalidValue(
-            "enable_zero, ds_config: ZeRO offload is not there yet.", hint="A model that fits the memory needs neither."
-        )
+    if ds_config is not None and not enable_zero:
+        raise InvalidValue("ds_config: acts only with enable_zero=True.")
     if model_path is not None:
         raise InvalidValue(
             "model_path: was MII's cache folder.", hint="Set HF_HUB_CACHE, or give the model's folder as model."
         )
     if version != 1:
         raise InvalidValue("version: only Azure ML deployments have one.")
+
+
+def _zero(ds_config: Mapping[str, Any] | str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`Session` arguments of ZeRO-Inference as MII has it: the dtype is what `ds_config` enables, else fp32."""
+    settings = _ds_config(ds_config)
+    enabled = [name for name in ("fp16", "bf16") if (settings.get(name) or {}).get("enabled")]
+    dtype = enabled[0] if enabled else "fp32"
+    if options.get("dtype", dtype) != dtype:
+        raise InvalidValue(
+            f"MII Config Error: MII dtype and ZeRO dtype must match: {options['dtype']} and {dtype}.",
+            hint="Enable fp16 or bf16 in ds_config, or leave mii_config's dtype out.",
+        )
+    place = (settings.get("zero_optimization") or {}).get("offload_param") or {}
+    where = place.get("device", "cpu")
+    more = {"offload": "cpu" if where == "none" else where, "offload_folder": place.get("nvme_path")}
+    engine = options.get("options", {}) | more | {"ds_config": settings or None}
+    return {"dtype": dtype, "options": engine}
+
+
+def _ds_config(ds_config: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if not isinstance(ds_config, (str, os.PathLike)):
+        return dict(ds_config or {})
+    try:
+        found = json.loads(Path(ds_config).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidValue(f"ds_config: {ds_config} is no file of JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise InvalidValue(f"ds_config: {ds_config} holds no JSON object.")
+    return found
 
 
 @contextmanager

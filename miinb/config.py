@@ -49,6 +49,11 @@ class EngineOptions(Frozen):
         threads: CPU threads of one rank; None: the cores divided by the ranks.
         all_reduce: CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
             up to a minute) or gloo's; "auto" is the former where cores are left beside the ranks.
+        memory_limit_bytes: most that a rank plans to take of its device, however much is free; a GPU enforces it.
+        offload: for models that do not fit: plain transformers under DeepSpeed's ZeRO-Inference, which fetches the
+            weights of each layer from the host's memory ("cpu") or a fast disk ("nvme") when it is their turn.
+        offload_folder: "nvme": where.
+        ds_config: DeepSpeed's own configuration of the offload (ZeRO stage 3), for what is not said here.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
             (weights are then not checked for NaN either).
     """
@@ -63,7 +68,24 @@ class EngineOptions(Frozen):
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     all_reduce: Literal["auto", "shared_memory", "gloo"] = "auto"
+    memory_limit_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
+    offload: Literal["off", "cpu", "nvme"] = "off"
+    offload_folder: str | None = None
+    ds_config: dict[str, Any] | None = None
     parity: Literal["fallback", "raise", "off"] = "fallback"
+
+    @model_validator(mode="after")
+    def _offload(self) -> Self:
+        if self.offload == "off" and (self.offload_folder is not None or self.ds_config is not None):
+            raise InvalidValueError("options.offload_folder, options.ds_config: only with options.offload")
+        if (self.offload == "nvme") != (self.offload_folder is not None):
+            raise InvalidValueError("options.offload_folder: with options.offload='nvme', and only there")
+        stage = ((self.ds_config or {}).get("zero_optimization") or {}).get("stage", 3)
+        if stage != 3:
+            raise InvalidValueError(
+                f"options.ds_config: zero_optimization.stage is {stage!r}; offloading needs stage 3"
+            )
+        return self
 
     def step_tokens(self, device: str, *, encoder: bool = False) -> int:
         """`max_step_tokens`, or what a "cuda" or "cpu" takes when it is None."""
@@ -128,6 +150,8 @@ class DeploymentConfig(Frozen):
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
         if self.options.speculative != "off" and self.engine != "optimized":
             raise InvalidValueError("options.speculative: only for engine='optimized'")
+        if self.options.offload != "off":
+            self._offloaded()
         if self.gpus is not None and self.device == "cpu":
             raise InvalidValueError("gpus: not together with device='cpu'")
         if self.gpus is not None:
@@ -142,6 +166,15 @@ class DeploymentConfig(Frozen):
                     f"needs {need}"
                 )
         return self
+
+    def _offloaded(self) -> None:
+        """Refuse what ZeRO-Inference does not go together with."""
+        if self.tensor_parallel > 1:
+            raise InvalidValueError(
+                "options.offload: not together with tensor_parallel, which keeps the weights in place"
+            )
+        if self.options.compile or self.options.speculative != "off":
+            raise InvalidValueError("options.offload: plain transformers run it, without compile and speculative")
 
     def _grouped(self) -> bool:
         return bool(self.gpus) and isinstance(self.gpus[0], list)  # type: ignore[index]

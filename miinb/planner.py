@@ -11,6 +11,7 @@ import dataclasses
 from miinb import encoder_planner, splitting
 from miinb.config import DeploymentConfig
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
+from miinb.fitting import USABLE, Place, does_not_fit, live_parameters
 from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, FP8_CAPABILITY, ModelInfo
@@ -23,16 +24,6 @@ _NOT_BUILT = {"int4": "bf16", "fp8": "bf16"}
 CPU_MAX_LENGTH = 4096
 CPU_MAX_BATCH = 16
 GPU_MAX_BATCH = 256
-#: Share of the free memory that weights and cache may take.
-_USABLE = 0.9
-#: Of what the weights leave, the cache takes at most this share on a CPU (the notebook lives there too).
-_CPU_CACHE_SHARE = 0.5
-#: Of what the weights leave on a GPU; the rest is for graphs and for what a step computes. The rank has the last word.
-_GPU_CACHE_SHARE = 0.85
-#: Memory of a rank besides weights and cache: the interpreter, torch, workspaces; measured on a CPU.
-RUNTIME_BYTES = 600 << 20
-#: The same on a GPU: the CUDA context and its libraries.
-GPU_RUNTIME_BYTES = 1 << 30
 
 
 def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
@@ -109,6 +100,9 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     if config.engine == "baseline":
         arm = "static cache or compiled, whichever is faster" if config.options.compile else "plain transformers"
         return choice.with_line("engine", "baseline", f"asked for: {arm}")
+    if config.options.offload != "off":
+        reason = "plain transformers run offloaded weights, under DeepSpeed's ZeRO-Inference"
+        return choice.with_line("engine", "baseline", reason, engine="baseline")
     generates = TASKS[task].streams
     if isinstance(model.unfused, BrokenCheckpoint):
         raise model.unfused
@@ -224,13 +218,13 @@ def _memory(
 ) -> Plan:
     """Length, rows and cache: what the free memory of a rank's device holds after the weights."""
     ranks = config.tensor_parallel
-    place = _Place(
-        on_gpu=bool(groups),
-        free=min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
-        // (1 if groups else config.replicas * ranks),
-        ranks=ranks,
-    )
+    free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
+    free //= 1 if groups else config.replicas * ranks
+    place = Place(bool(groups), min(free, config.options.memory_limit_bytes or free), ranks)
     weights = model.weights_bytes(choice.dtype, ranks)
+    if config.options.offload != "off":
+        choice = _offload(choice, config, model, hardware)
+        weights = int(live_parameters(model) * DTYPE_BYTES[choice.dtype])
     token = model.kv_bytes_per_token(choice.dtype, ranks, config.kv_dtype)
     length = _length(config, model, on_gpu=place.on_gpu)
     if choice.engine == "optimized" and model.encoder is not None:
@@ -241,8 +235,9 @@ def _memory(
         weights = splitting.rank_bytes(model, choice.dtype, ranks)
         room = place.usable - (weights if place.on_gpu else model.weights_bytes(choice.dtype))
     if room < token * (config.max_length or min(length, 64)):
-        raise _does_not_fit(config, choice, model, place, length)
+        raise does_not_fit(config, choice, model, hardware, place, length)
     share = f", the share of each of {ranks} ranks" if ranks > 1 else ""
+    share = f", some layers of {model.layers} at a time" if config.options.offload != "off" else share
     why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}{share}"
     choice = choice.with_line("weights", size_words(weights), why, weights_bytes=weights)
     if not token:  # no cache to size: encoders
@@ -255,11 +250,26 @@ def _memory(
     return choice
 
 
+def _offload(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
+    """The plan with where the weights wait. Raises OutOfMemory."""
+    whole = model.weights_bytes(choice.dtype)
+    if config.options.offload == "nvme":
+        return choice.with_line("offload", "nvme", f"{size_words(whole)} in {config.options.offload_folder}")
+    if config.replicas * whole > hardware.free_bytes * USABLE:
+        raise OutOfMemory(
+            f"{config.model} has {size_words(whole)} of weights in {choice.dtype}, for each of {config.replicas} "
+            f"replicas; {size_words(hardware.free_bytes)} of the host's memory are free.",
+            hint="Use options.offload='nvme' with options.offload_folder on a fast disk.",
+        )
+    what = "of the host's memory: DeepSpeed brings a layer's weights when it computes"
+    return choice.with_line("offload", size_words(whole), what)
+
+
 def _loaded_whole(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
     """The plan with what AutoTP takes of the host's memory at the start. Raises OutOfMemory."""
     ranks = config.tensor_parallel * config.replicas
     whole = model.weights_bytes(choice.dtype)
-    if ranks * whole > hardware.free_bytes * _USABLE:
+    if ranks * whole > hardware.free_bytes * USABLE:
         raise OutOfMemory(
             f"Each of {ranks} ranks reads all {size_words(whole)} of {config.model} before it keeps its part; "
             f"{size_words(hardware.free_bytes)} of the host's memory are free.",
@@ -268,24 +278,6 @@ def _loaded_whole(choice: Plan, config: DeploymentConfig, model: ModelInfo, hard
     return choice.with_line(
         "load", f"{ranks} x {size_words(whole)}", "of host memory: each rank reads the whole model first"
     )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a rank's weights and cache go: free bytes of its device, and how many ranks share the model."""
-
-    on_gpu: bool
-    free: int
-    ranks: int
-
-    @property
-    def usable(self) -> int:
-        """What weights and cache may take of it."""
-        return int(self.free * _USABLE) - (GPU_RUNTIME_BYTES if self.on_gpu else RUNTIME_BYTES)
-
-    def cache_bytes(self, room: int) -> int:
-        """The cache's part of what the weights leave."""
-        return int(room * (_GPU_CACHE_SHARE if self.on_gpu else _CPU_CACHE_SHARE))
 
 
 def _steps(choice: Plan, config: DeploymentConfig) -> Plan:
@@ -316,7 +308,7 @@ def _length(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> int:
     return limit if on_gpu and model.context_length else min(limit, CPU_MAX_LENGTH)
 
 
-def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, place: _Place) -> Plan:
+def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room: int, place: Place) -> Plan:
     on_gpu = place.on_gpu
     asked = config.options.kv_cache_bytes
     budget = asked or place.cache_bytes(room)
@@ -349,50 +341,3 @@ def _cache(choice: Plan, config: DeploymentConfig, length: int, token: int, room
         kind += ", in fp8: answers can differ from those of other caches"
         kind += "" if on_gpu else ", and steps are slower, as each widens what it reads"
     return choice.with_line("kv_cache", size_words(size), kind, kv_cache_bytes=size)
-
-
-def _does_not_fit(config: DeploymentConfig, choice: Plan, model: ModelInfo, place: _Place, length: int) -> OutOfMemory:
-    """The error with the estimate, and with what would fit."""
-    weights = model.weights_bytes(choice.dtype, place.ranks)
-    token = model.kv_bytes_per_token(choice.dtype, place.ranks, config.kv_dtype)
-    tokens = config.max_length or min(length, 64)
-    need = weights + token * tokens + (GPU_RUNTIME_BYTES if place.on_gpu else RUNTIME_BYTES)
-    fits = [*_smaller_cache(place, weights, token), *_smaller_dtypes(choice, model, place)]
-    fits += _more_gpus(choice, model, place)
-    if not place.on_gpu and config.replicas > 1:
-        fits.append("fewer replicas")
-    largest = max(0.0, place.usable / DTYPE_BYTES[choice.dtype] / 1e9)
-    where = "each GPU" if place.on_gpu else "this machine"
-    return OutOfMemory(
-        f"{config.model} needs about {size_words(need)} in {choice.dtype} ({size_words(weights)} of weights, "
-        f"{tokens:,} tokens of cache); {size_words(place.free)} are free on {where}, {_USABLE:.0%} of it usable.",
-        hint=f"What would fit: {'; '.join(fits)}."
-        if fits
-        else f"There is room for about {largest:.1f} billion parameters; it has {model.parameters / 1e9:.1f} billion.",
-    )
-
-
-def _smaller_cache(place: _Place, weights: int, token: int) -> list[str]:
-    tokens = place.cache_bytes(place.usable - weights) // token if token else 0
-    return [f"max_length={tokens}"] if tokens >= 8 else []
-
-
-def _smaller_dtypes(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
-    smaller = [
-        dtype
-        for dtype in (("bf16",) if place.on_gpu else ("bf16", "int8"))
-        if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
-    ]
-    needs = {dtype: model.weights_bytes(dtype, place.ranks) for dtype in smaller}
-    return [f"dtype={dtype!r} ({size_words(need)} of weights)" for dtype, need in needs.items() if need < place.usable]
-
-
-def _more_gpus(choice: Plan, model: ModelInfo, place: _Place) -> list[str]:
-    """The fewest GPUs of this size that hold the model, if it can be split."""
-    if not place.on_gpu or model.spec is None:
-        return []
-    for ranks in (2, 4, 8, 16):
-        need = model.weights_bytes(choice.dtype, ranks)
-        if ranks > place.ranks and need < place.usable and not model.spec.heads % ranks:
-            return [f"tensor_parallel={ranks} on {ranks} such GPUs ({size_words(need)} of weights on each)"]
-    return []

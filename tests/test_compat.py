@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,8 +59,18 @@ def test_refused_options_say_what_to_do(config: dict[str, Any], error: type[Exce
         ({"deployment_type": mii.constants.DeploymentType.AML}, TargetError, "not there yet"),
         ({"deployment_type": "locl"}, InvalidValue, "local"),
         ({"enable_zero": True}, InvalidValue, "select only one"),
-        ({"enable_zero": True, "enable_deepspeed": False}, InvalidValue, "not there yet"),
-        ({"ds_config": {"zero_optimization": {"stage": 3}}}, InvalidValue, "not there yet"),
+        ({"ds_config": {"zero_optimization": {"stage": 3}}}, InvalidValue, "only with enable_zero"),
+        (
+            {"enable_zero": True, "enable_deepspeed": False, "ds_config": {"zero_optimization": {"stage": 2}}},
+            InvalidValue,
+            "stage is 2; offloading needs stage 3",
+        ),
+        (
+            {"enable_zero": True, "enable_deepspeed": False, "mii_config": {"dtype": "fp16"}},
+            InvalidValue,
+            "MII dtype and ZeRO dtype must match",
+        ),
+        ({"enable_zero": True, "enable_deepspeed": False, "ds_config": "no.json"}, InvalidValue, "no file of JSON"),
         ({"model_path": "/tmp/mii_models"}, InvalidValue, "HF_HUB_CACHE"),
         ({"task": "text-generatoin"}, InvalidValue, "text-generation"),
         ({"version": 2}, InvalidValue, "Azure ML"),
@@ -175,3 +187,21 @@ def test_an_unknown_name_is_refused_with_the_near_one(deployed: str) -> None:
         mii.mii_query_handle("tiny_deploymen")
     with pytest.raises(DeploymentNotFound):
         mii.terminate("no_such_deployment")
+
+
+def test_zero_inference_as_mii_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    place = {"device": "cpu", "pin_memory": False}
+    file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": place}}))
+    prompts = {"query": ["Once upon a time, there was"]}
+    answers = []
+    for arguments in ({"enable_zero": True, "ds_config": str(file)}, {"mii_config": {"dtype": "bf16"}}):
+        mii.deploy("text-generation", str(tiny_model()), "zero", "non-persistent", enable_deepspeed=False, **arguments)
+        try:
+            handle = mii.mii_query_handle("zero")
+            answers.append(handle.query(prompts, max_new_tokens=8, do_sample=False).response)
+            plan = str(handle._session.plan())
+            assert ("ZeRO-Inference" in plan) == ("enable_zero" in arguments)
+        finally:
+            mii.terminate("zero")
+    assert answers[0] == answers[1]

@@ -221,6 +221,31 @@ def test_transformers_models_are_split_by_autotp() -> None:
         planned(dataclasses.replace(TWO_GPUS, free_bytes=200 * GB), large(), engine="baseline", tensor_parallel=2)
 
 
+def test_weights_that_wait_elsewhere() -> None:
+    host = dataclasses.replace(TWO_GPUS, free_bytes=200 * GB)
+    with pytest.raises(OutOfMemory) as caught:
+        planned(host, large())
+    assert "options={'offload': 'cpu'} (ZeRO-Inference: about 0.14 tokens/s a request)" in caught.value.hint
+    choice = planned(host, large(), options={"offload": "cpu"})
+    assert (choice.engine, choice.dtype) == ("baseline", "bf16")
+    assert line(choice, "offload").startswith("138 GB: of the host's memory")
+    assert 0 < choice.weights_bytes < host.gpus[0].free_bytes / 2
+    with pytest.raises(OutOfMemory, match="138 GB of weights in bf16, for each of 2 replicas; 215 GB of the host"):
+        planned(host, large(), options={"offload": "cpu"}, replicas=2)
+    folder = {"offload": "nvme", "offload_folder": "/fast"}
+    assert line(planned(TWO_GPUS, large(), options=folder), "offload") == "nvme: 138 GB in /fast"
+    with pytest.raises(InvalidValue, match="int8 needs the optimized engine"):
+        planned(model=LLAMA, dtype="int8", options={"offload": "cpu"})
+
+
+def test_a_limit_below_what_is_free() -> None:
+    assert planned(options={"memory_limit_bytes": 4 * GB}).kv_cache_bytes < planned().kv_cache_bytes
+    with pytest.raises(OutOfMemory, match=r"1\.71 GB of weights.*2\.15 GB are free"):
+        planned(options={"memory_limit_bytes": 2 * GB})
+    choice = planned(options={"memory_limit_bytes": 2 * GB, "offload": "cpu"})
+    assert "some layers of 16 at a time" in line(choice, "weights")
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [

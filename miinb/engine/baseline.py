@@ -15,10 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from miinb.config import DeploymentConfig
+from miinb.engine import offload
 from miinb.engine.autotp import split
 from miinb.engine.beam_search import search
 from miinb.engine.caches import DYNAMIC, measure_caches, pads
@@ -31,12 +30,12 @@ from miinb.engine.parallel import PeerLost
 from miinb.engine.ranks import ALONE, Ranks
 from miinb.engine.rows import check_request
 from miinb.engine.transformers_encoder import load_encoding
+from miinb.engine.transformers_model import load_model
+from miinb.engine.weights import DTYPES
 from miinb.errors import (
-    BrokenCheckpoint,
     DeadlineExceeded,
     InvalidRequest,
     MiinbError,
-    MissingHead,
     QueueFull,
     UnsupportedModel,
 )
@@ -55,75 +54,9 @@ from miinb.messages import (
 )
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
+from miinb.wording import size_words
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> Any:
-    """The transformers model of a task, on its device, in its dtype, ready to run.
-
-    Raises:
-        MissingHead: the checkpoint lacks weights that the task needs.
-        UnsupportedModel: the installed transformers does not know the family, or cannot make the model.
-    """
-    if model.family not in CONFIG_MAPPING and not config.trust_remote_code:
-        raise UnsupportedModel(
-            f"transformers {transformers.__version__} does not know the model type {model.family!r}.",
-            hint="Is it misspelled in config.json? A newer transformers may know it.",
-        )
-    try:
-        loaded = _load_model(model, config, info)
-        if getattr(loaded.config, "attn_logit_softcapping", None):
-            loaded.set_attn_implementation("eager")  # some transformers (5.17) take sdpa, which leaves the cap out
-        return loaded
-    except (MiinbError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # what transformers makes of an unusual config.json or checkpoint
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise UnsupportedModel(
-            f"transformers cannot make the model of {model.source} ({why}).", hint="Look at its config.json."
-        ) from error
-
-
-def _load_model(model: ModelInfo, config: DeploymentConfig, info: EngineInfo) -> Any:
-    cls = getattr(transformers, TASKS[info.task].auto_class)
-    dtype = DTYPES[info.dtype]
-    device = info.device if config.tensor_parallel == 1 else "cpu"  # the whole model may not fit a GPU
-    if config.load_format == "dummy":
-        torch.manual_seed(0)  # every rank must make the same
-        settings = transformers.AutoConfig.from_pretrained(
-            model.folder, local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
-        with torch.device(device):
-            loaded = cls.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        return loaded.eval()
-    extra = {"gguf_file": model.files[0].name} if model.format == "gguf" else {"use_safetensors": True}
-    loaded, report = cls.from_pretrained(
-        model.folder,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they are named here
-        **extra,
-    )
-    for name, *shapes in sorted(report["mismatched_keys"])[:1]:
-        found, wanted = (list(shape) for shape in shapes)
-        raise BrokenCheckpoint(
-            f"{name} has shape {found}, config.json asks for {wanted}.", hint="Fetch the model again."
-        )
-    missing = sorted(report["missing_keys"])
-    if info.task == "feature-extraction":  # its answers are the last hidden states, which a pooler does not touch
-        missing = [name for name in missing if "pooler" not in name.split(".")]
-    if missing:
-        raise MissingHead(
-            f"The checkpoint has no weights for {missing[0]}"
-            + (f" and {len(missing) - 1} more." if missing[1:] else "."),
-            hint=f"It cannot serve {info.task}.",
-        )
-    return loaded.to(device).eval()
 
 
 def load_baseline(
@@ -150,7 +83,8 @@ def load_baseline(
     report(Phase("load", 0, 1, f"{model.family} with transformers"))
     loaded = load_model(model, config, info)
     report(Phase("load", 1, 1))
-    if config.options.parity != "off" and config.load_format != "dummy":
+    offloaded = config.options.offload != "off"
+    if config.options.parity != "off" and config.load_format != "dummy" and not offloaded:
         report(Phase("verify"))
         check_finite(loaded.parameters(), model, DTYPES[info.dtype])
     attention = getattr(loaded.config, "_attn_implementation", None) or "eager"
@@ -158,6 +92,10 @@ def load_baseline(
     if config.tensor_parallel > 1:
         loaded, plan = _split(loaded, config, ranks, plan)
     plan = dataclasses.replace(plan, weights_bytes=sum(parameter.nbytes for parameter in loaded.parameters()))
+    if offloaded:
+        where = "the host's memory" if config.options.offload == "cpu" else config.options.offload_folder
+        why = f"in {where}: ZeRO-Inference fetches a layer at a time"
+        plan = plan.with_line("offload", size_words(offload.bytes_of(loaded)), why)
     info = dataclasses.replace(info, plan=plan)
     lead = Lead(ranks.leader, config.tensor_parallel - 1) if ranks.leader is not None else None
     if not TASKS[info.task].streams:
@@ -182,6 +120,8 @@ def _choose_cache(
     """The cache for a row alone, that for several, and the plan with a line on them; all ranks make the same calls."""
     # In place of the optimized engine transformers gets its fastest cache on a GPU; on a CPU compiling takes too long.
     stands_in = config.engine == "optimized"
+    if config.options.offload != "off":
+        return DYNAMIC, DYNAMIC, plan
     if stands_in and info.device != "cuda":
         why = "static ones and torch.compile are tried on GPUs, or with engine='baseline' and options.compile"
         return DYNAMIC, DYNAMIC, plan.with_line("cache", DYNAMIC, why)

@@ -102,7 +102,7 @@ def load_rank(
         ranks = thread.submit(join, config, replica=replica, rank=rank, folder=folder, device=kind)
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
         executor: Executor | Following | None = None
-        if config.engine == "optimized":
+        if info.engine == "optimized":
             aside = Aside(ranks, kernels)
             try:
                 if TASKS[task].streams:
@@ -138,7 +138,8 @@ def _export_tokenizer(config: DeploymentConfig, model: ModelInfo, task: str, ran
 def _engine_info(
     config: DeploymentConfig, replica: int, model: ModelInfo, task: str, place: Place, folder: Path
 ) -> EngineInfo:
-    plan = Plan(config.engine, place.device.type, place.dtype, config.tensor_parallel, config.replicas)
+    engine = config.engine if config.options.offload == "off" else "baseline"
+    plan = Plan(engine, place.device.type, place.dtype, config.tensor_parallel, config.replicas)
     for note in place.notes:
         plan = plan.with_line(*note)
     limit = model.context_length or config.max_length or 4096
@@ -150,7 +151,7 @@ def _engine_info(
         replica=replica,
         model=config.model,
         task=task,
-        engine=config.engine,
+        engine=engine,
         dtype=place.dtype,
         device=place.device.type,
         vocab_size=model.vocab_size,
@@ -217,7 +218,7 @@ def _step_executor(
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
     ranks.meet()  # before the first collective, whose time is limited
-    free = ranks.share_of(free_bytes(place.device), place.device)
+    free = ranks.share_of(free_bytes(place.device, config), place.device)
     kv_dtype = cache_dtype(config.kv_dtype, DTYPES[place.dtype])
     size = size_cache(local, config, place.device.type, kv_dtype, free)
     plan = dataclasses.replace(ranks.describe(plan), max_length=size.max_length, max_batch=size.max_batch)
@@ -384,7 +385,10 @@ def _batch_executor(
         )
     # Each rank reads the whole model into the host's memory before it keeps its part.
     need = count * model.weights_bytes(place.dtype)
-    free = free_bytes(place.device if count == 1 else torch.device("cpu"))
+    on_host = count > 1 or config.options.offload != "off"
+    free = free_bytes(torch.device("cpu")) if on_host else free_bytes(place.device, config)
+    if config.options.offload == "nvme":
+        need = 0
     if need > free:
         raise OutOfMemory(f"The weights need {size_words(need)}, {size_words(free)} are free.")
     from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without

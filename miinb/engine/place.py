@@ -42,6 +42,9 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
             raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
         device = torch.device("cuda", gpu or 0)
         torch.cuda.set_device(device)
+        if limit := config.options.memory_limit_bytes:
+            share = limit / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
             raise InvalidValue("kv_dtype: this GPU has no fp8.", hint="Use kv_dtype='auto'.")
         if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -80,9 +83,12 @@ def device_name(device: torch.device) -> str:
     return "CPU"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
+def free_bytes(device: torch.device, config: DeploymentConfig | None = None) -> int:
+    """Free memory of the device; at most what a configuration's `memory_limit_bytes` leaves of it."""
+    limit = config.options.memory_limit_bytes if config is not None else None
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+        free = torch.cuda.mem_get_info(device)[0]
+        return free if limit is None else min(free, limit - torch.cuda.memory_reserved(device))
+    free = int(psutil.virtual_memory().available)
+    return free if limit is None else min(free, limit)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from miinb.config import DeploymentConfig
-from miinb.engine.baseline import load_model
 from miinb.engine.finite import check_finite
+from miinb.engine.transformers_model import load_model
 from miinb.engine.weights import DTYPES
 from miinb.messages import EngineInfo, Plan
 from miinb.models import ModelInfo
