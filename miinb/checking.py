@@ -94,7 +94,10 @@ class Comparison:
         word = "passed" if self.passed else "failed"
         if not self.tokens:
             return f"{word}: error of the outputs {self.logits[0]:.1e} ({limit})"
-        equal = f"{self.equal_tokens} of {len(self.tokens)} greedy tokens equal"
+        equal = f"all {len(self.tokens)} greedy tokens equal"
+        if (same := self.equal_tokens) < len(self.tokens):
+            rounding = "" if self.exact else ", as rounding can make them at a near tie"
+            equal = f"greedy tokens differ from number {same + 1} of {len(self.tokens)} on{rounding}"
         return f"{word}: error of the logits {self.logits[0]:.1e} ({limit}), {equal}"
 
 

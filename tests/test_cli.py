@@ -17,13 +17,14 @@ from miinb.commands import keeping
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
+from tests.bench.test_records import make as made
 
 
 @pytest.mark.parametrize(
     ("options", "config", "elsewhere"),
     [
         (DEPLOYMENT, DeploymentConfig, {"model", "options"}),
-        (ENGINE, EngineOptions, set()),
+        (ENGINE, EngineOptions, {"ds_config"}),  # a nested table, for --config and cells
         (GENERATION, GenerationParams, set()),
         (BENCH, BenchConfig, {"prompts"}),
     ],
@@ -145,7 +146,29 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     shutil.rmtree(folder)
 
 
-def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_found_where_the_settings_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MIINB_RUN_DIR", str(tmp_path / "kept"))
+    assert cli.main(["runs"]) == 0
+    assert "There is no benchmark run yet" in capsys.readouterr().out
+    for number, arm in (("1", "early"), ("2", "late")):
+        made(f"2026013{number}-000000-aaaa", arms=(arm,)).save(tmp_path / "kept")
+    assert cli.main(["runs"]) == 0
+    shown = capsys.readouterr().out
+    assert "early" in shown
+    assert "late" in shown
+    assert cli.main(["runs", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "late" in shown  # the last one
+    assert "early" not in shown
+    assert cli.main(["runs", "drop", "20260131-000000-aaaa"]) == 2
+    assert "not in memory" in capsys.readouterr().err
+
+
+def test_a_deployment_from_start_to_stop(
+    state: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def said(*words: str) -> str:
         assert cli.main(words) == 0, capsys.readouterr().err
         return capsys.readouterr().out
@@ -168,13 +191,16 @@ def test_a_deployment_from_start_to_stop(state: None, capsys: pytest.CaptureFixt
     assert listed["owner"] == "persistent"
     words = ["gen", "Once upon a time,", "-n", "12"]
     assert said(*words) == said(*words, "-d", "cli", "--no-stream")
+    for text, dash in (("Once upon a time,\n", ["-"]), ("Once upon a time,", [])):  # as `echo ... | miinb gen`
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert said("gen", *dash, "-n", "12") == said(*words)
     assert cli.main(["gen", "Hi", "-n", "9999"]) == 1
     assert "max_new_tokens" in capsys.readouterr().err
     assert "compiled" in said("logs") or "ready" in said("logs")
     assert "optimized, fp32 on cpu" in said("status", "cli")
     assert json.loads(said(*words, "--format", "json"))["usage"]["output_tokens"] == 12
     assert said("logs", "--grep", "miinb.worker INFO ready", "-n", "1").count("INFO ready") == 1
-    assert said("logs", "--level", "error") == "\n"
+    assert said("logs", "--level", "error") == "No line of the last 100,000 of a log matches.\n"
     assert "INFO ready" in said("logs", "cli", "--follow", "0.2s")
     assert said("stop", "--grace", "1s") == "Stopped cli.\n"
     assert "No deployment is running" in said("list")

@@ -55,6 +55,15 @@ def test_only_the_nearest_pyproject_counts(project: Path) -> None:
     assert load()[0] == Settings()
 
 
+def test_a_folder_in_a_file_is_beside_that_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "pyproject.toml").write_text("[tool.miinb]\nrun_dir = 'runs'\n")
+    assert load()[0].run_dir == str(project / "runs")
+    (project / "pyproject.toml").write_text("[tool.miinb]\nrun_dir = '/data/runs'\n")
+    assert load()[0].run_dir == "/data/runs"
+    monkeypatch.setenv("MIINB_RUN_DIR", "here")
+    assert load()[0].run_dir == "here"  # of the working folder, as any path that is typed
+
+
 def test_empty_variables_and_other_peoples_mistakes_do_not_count(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,8 @@ def prompts_of(source: Any, name: str = "prompts") -> list[Any] | None:
     if isinstance(source, Path) or (isinstance(source, str) and _names_a_file(source)):
         return _read(Path(source).expanduser())
     if isinstance(source, str):
+        if Path(source).suffix and len(source) < 256 and Path(source).is_file():
+            raise InvalidValue(f"{name}: the file {source} is none of {', '.join(ENDINGS)}.", hint=_FORMS)
         return _texts([source], name)
     if isinstance(source, Mapping):
         return [dict(source)]

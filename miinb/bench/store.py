@@ -6,6 +6,8 @@ Rows are appended, flushed and synced; a last line that a crash cut short is lef
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import json
 import os
 import warnings
@@ -19,6 +21,7 @@ from miinb.writing import writing
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+_NUMBERS = tuple(field.name for field in dataclasses.fields(Record) if field.type in ("float", "int"))
 ENV, REQUESTS = "env.json", "requests.jsonl"
 
 
@@ -66,8 +69,8 @@ def load(path: Path) -> Runs:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # a copied folder has no request twice
     env: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        for row in _read_lines(folder / REQUESTS):
-            key = (row.get("run_id"), row["seq"]) if row.get("seq") is not None else (len(rows), "unnumbered")
+        for row in _requests(folder / REQUESTS):
+            key = (row["run_id"], row["seq"]) if row.get("seq") is not None else (len(rows), "unnumbered")
             rows[key] = {**dict.fromkeys(Record.__slots__), **row}
         env[folder.name] = _read_facts(folder / ENV)
     return Runs(rows.values(), {str(facts.get("run_id", name)): facts for name, facts in env.items()})
@@ -77,11 +80,11 @@ def _load_jsonl(path: Path) -> Runs:
     """The file that `write_jsonl` wrote; without its `.meta.json` the environment is not known."""
     if path.suffix != ".jsonl":
         raise InvalidValue(f"{path} is no .jsonl file.", hint="Give one of Runs.to_jsonl, or the folder of Runs.save.")
-    rows = [row for row in _read_lines(path) if "run_id" in row and "arm" in row]
+    rows = _requests(path)
     if not rows:
         raise InvalidValue(f"There are no saved runs in {path}.", hint="Give a file that Runs.to_jsonl wrote.")
     facts = _read_facts(_meta(path)).get("env")
-    env = facts if isinstance(facts, dict) and all(isinstance(one, dict) for one in facts.values()) else {}
+    env = {run_id: one for run_id, one in facts.items() if _is_facts(one)} if isinstance(facts, dict) else {}
     return Runs([{**dict.fromkeys(Record.__slots__), **row} for row in rows], env)
 
 
@@ -171,10 +174,37 @@ def _read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_bytes())
     except ValueError:
         facts = None
-    if not isinstance(facts, dict):
+    if not _is_facts(facts):
         warnings.warn(f"{path} is damaged: the runs are read without their environment.", stacklevel=4)
         return {}
-    return facts
+    return dict(facts)
+
+
+def _is_facts(facts: Any) -> bool:
+    """Whether this can be a run's environment: an object whose arms are objects of theirs."""
+    arms = facts.get("arms", {}) if isinstance(facts, dict) else None
+    return isinstance(arms, dict) and all(isinstance(one, dict) for one in arms.values())
+
+
+def _requests(path: Path) -> list[dict[str, Any]]:
+    """The requests of a file; lines that are none are left out, with a warning."""
+    rows = _read_lines(path)
+    found = [row for row in rows if _is_request(row)]
+    if len(found) < len(rows):
+        warnings.warn(f"{path}: {len(rows) - len(found)} line(s) left out that are no requests.", stacklevel=4)
+    return found
+
+
+def _is_request(row: Mapping[str, Any]) -> bool:
+    """Whether a line has a run, an arm, and in every field what `Record` has there."""
+    if not (isinstance(row.get("run_id"), str) and isinstance(row.get("arm"), str)):
+        return False
+    with contextlib.suppress(ValueError, TypeError):
+        if row.get("t_submit"):
+            datetime.datetime.fromisoformat(row["t_submit"])
+        numbers = (row.get(name) for name in _NUMBERS)
+        return all(value is None or isinstance(value, (int, float)) for value in numbers)
+    return False
 
 
 def _read_lines(path: Path, *, quiet: bool = False) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miinb.commands.screen import PlainScreen, Screen
 from miinb.commands.settings import PACKAGE, Settings
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from miinb.bench.records import Runs
     from miinb.session import Session
 
+#: The word that stands for the standard input.
+STDIN = "-"
 #: States in which a session takes no more requests; its handle is forgotten.
 ENDED = ("stopped", "failed", "lost")
 
@@ -115,3 +118,10 @@ class Context:
         if name not in self.runs:
             raise InvalidValue(f"There is no run {name!r}.", hint=did_you_mean(name, self.runs))
         return self.runs[name]
+
+
+def stdin(context: Context, command: str) -> TextIO:
+    """The standard input. Raises InvalidValue in a notebook, which has none."""
+    if context.in_notebook:
+        raise InvalidValue(f"{command}: a notebook has no standard input.", hint="Write the text into the cell.")
+    return sys.stdin

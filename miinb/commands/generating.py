@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.context import Context
+from miinb.commands.context import STDIN, Context, stdin
 from miinb.commands.options import GENERATION, TIMEOUT, given
 from miinb.errors import InvalidRequest, InvalidValue
 from miinb.tasks import find_task
@@ -25,6 +26,8 @@ def _text(context: Context, values: Values, body: str | None, command: str) -> s
         raise InvalidValue(
             f"{command}: a prompt on the line and in the cell.", hint="Give one of them; a deployment goes after -d."
         )
+    if words == STDIN or not (words or body is not None or context.in_notebook or sys.stdin.isatty()):
+        body = stdin(context, command).read()
     text = body.removesuffix("\n") if body is not None else words
     if not text.strip():
         raise InvalidValue(f"{command}: the prompt is empty.", hint=f'{context.prog} {command} "Once upon a time"')

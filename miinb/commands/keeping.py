@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import Context
 from miinb.commands.screen import Table
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import one_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ FORMATS = ("jsonl", "csv", "parquet")
 def plot(context: Context, values: Values, body: str | None) -> Any:
     """A chart of a benchmark run; the figure."""
     kind = values["kind"] or "latency"
-    measured = _chosen(context, values["run"] or [], values["load"])
+    measured = _chosen(context, values["run"] or [], _folder(context, values))
     if not values["save"] and not context.in_notebook:
         raise InvalidValue("plot: where to?", hint=f"{context.prog} plot {kind} --save chart.png")
     from miinb.bench import charts
@@ -64,15 +64,23 @@ def runs(context: Context, values: Values, body: str | None) -> Any:
     """List, show, merge, price, report, save, export, load or drop benchmark runs."""
     what = values["what"] or "list"
     if what == "list":
-        return _list(context, values["load"])
+        return _list(context, _folder(context, values))
     action = ACTIONS.get(what)
     if action is None:
         return _load(context, values)
-    return action(context, values, _chosen(context, values["names"] or [], values["load"]))
+    return action(context, values, _chosen(context, values["names"] or [], _folder(context, values)))
+
+
+def _folder(context: Context, values: Values) -> str | None:
+    """Where the runs are: the folder of --load, or the one that keeps all runs if there are none in memory."""
+    kept = context.settings.run_dir
+    if values["load"] or context.runs or not kept or not any(Path(kept).glob("*/requests.jsonl")):
+        return values["load"] or None
+    return kept
 
 
 def _chosen(context: Context, names: list[str], folder: str | None) -> Runs:
-    """The runs of these names together; the last one without, or all of a folder."""
+    """The runs of these names together; without, the last one, or all of a folder that was named."""
     import miinb
 
     if folder is None:
@@ -82,7 +90,8 @@ def _chosen(context: Context, names: list[str], folder: str | None) -> Runs:
         found = [context.run(name) for name in names] or [context.run()]
     else:
         saved = miinb.load_runs(folder)
-        found = [saved.select(name) for name in names] or [saved]
+        last = saved.select(max(saved.env)) if folder == context.settings.run_dir else saved  # ids sort by time
+        found = [saved.select(name) for name in names] or [last]
     merged = found[0]
     for more in found[1:]:
         merged = merged + more
@@ -136,8 +145,10 @@ def _drop(context: Context, values: Values, run: Runs) -> str:
     names = values["names"] or [next(reversed(context.runs), "")]
     if values["load"]:
         raise InvalidValue("runs drop: only what is in memory.", hint="Remove the run's folder to delete a saved one.")
+    if unknown := [name for name in names if name not in context.runs]:
+        raise InvalidValue(f"runs drop: {unknown[0]!r} is not in memory.", hint=did_you_mean(unknown[0], context.runs))
     for name in names:
-        context.runs.pop(name, None)
+        context.runs.pop(name)
     return "Dropped."
 
 

@@ -145,6 +145,9 @@ _ENGINE_HELP = {
     "max_queue": "most requests that wait",
     "threads": "CPU threads of one rank",
     "all_reduce": "several ranks on a CPU: through shared memory (compiled at first use) or gloo",
+    "memory_limit_bytes": "most memory of its device that a rank takes, however much is free",
+    "offload": "a model that fits no other way: its weights wait there (ZeRO-Inference, slow)",
+    "offload_folder": "of --offload nvme: a folder on a fast disk",
     "parity": "what a failed self-check at the start does",
 }
 _GENERATION_HELP = {

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from miinb.commands.context import Context
+from miinb.commands.context import STDIN, Context, stdin
 from miinb.commands.options import PREDICTION, given
 from miinb.errors import InvalidValue
 from miinb.predictions import Predictions
 
 Values = Mapping[str, Any]
-STDIN = "-"
 
 
 def predict(context: Context, values: Values, body: str | None) -> Predictions:
@@ -28,7 +26,7 @@ def _inputs(context: Context, values: Values, body: str | None) -> Any:
     texts = _texts(context, values, body)
     asked = {name: values[name] for name in ("question", "context") if values[name] is not None}
     if asked.get("context") == STDIN:
-        asked["context"] = _stdin(context).read()
+        asked["context"] = stdin(context, "predict").read()
     if not asked:
         if not texts:
             hint = f'{context.prog} predict "Paris is the capital of [MASK]."'
@@ -95,13 +93,9 @@ def _object(line: str) -> list[Any]:
 
 def _read(context: Context, file: str) -> str:
     try:
-        return _stdin(context).read() if file == STDIN else Path(file).expanduser().read_text(encoding="utf-8")
+        if file == STDIN:
+            return stdin(context, "predict").read()
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidValue(f"predict: {file} cannot be read: {why}.") from None
-
-
-def _stdin(context: Context) -> Any:
-    if context.in_notebook:
-        raise InvalidValue("predict: a notebook has no standard input.", hint="Write the text into the cell.")
-    return sys.stdin

@@ -52,9 +52,15 @@ def load(folder: Path | None = None) -> tuple[Settings, dict[str, str]]:
     sources = dict.fromkeys(Settings.model_fields, PACKAGE)
     for source, given in (*_files(folder), *_environment()):
         _checked(source, given)
-        values |= given
+        values |= _beside(source, given)
         sources |= dict.fromkeys(given, source)
     return Settings.parse(values), sources
+
+
+def _beside(source: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings with a relative `run_dir` of a file put beside that file."""
+    place, kept = Path(source.removesuffix(" [tool.miinb]")).parent, given.get("run_dir")
+    return {**given, "run_dir": str(place / kept)} if kept and place.is_absolute() else given
 
 
 def user_file() -> Path:

@@ -59,7 +59,8 @@ def logs(context: Context, values: Values, body: str | None) -> str:
     if not (values["grep"] or values["level"]):
         return session.logs(count, rank=values["rank"])
     found = {name: wanted(lines)[-count:] for name, lines in _sections(session.logs(SEARCHED, rank=values["rank"]))}
-    return "\n".join(_shown(name, [line for _, line in lines]) for name, lines in found.items() if lines)
+    shown = "\n".join(_shown(name, [line for _, line in lines]) for name, lines in found.items() if lines)
+    return shown or f"No line of the last {SEARCHED:,} of a log matches."
 
 
 def _shown(name: str, lines: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -14,6 +15,7 @@ from traitlets import Bool, Float, HasTraits, Int, Unicode
 from traitlets.config.loader import DeferredConfig
 
 from miinb import commands
+from miinb.cell import quiet
 from miinb.commands import settings
 from miinb.commands.options import IN_CELLS, Names, Option
 from miinb.commands.settings import Settings
@@ -73,7 +75,9 @@ class MiiMagics(Magics):  # type: ignore[misc]
         """
         silent = line.rstrip().endswith(";")  # a quoted text ends with its quote
         words = commands.split(line.rstrip().removesuffix(";"))
-        words = self._cell_words(words) if cell is not None else words or ["help"]
+        if cell is None and words[:1] in ([], ["--help"], ["-h"]):
+            words = ["help"]
+        words = self._cell_words(words) if cell is not None else words
         command = commands.find(words[0])
         if commands.wants_help(words[1:]):
             print(commands.help_text("%mii", command.name, IN_CELLS))
@@ -87,7 +91,8 @@ class MiiMagics(Magics):  # type: ignore[misc]
         if values["show"]:
             shown = cell if cell is not None else " ".join(values.get("prompt") or ())
             print(shown.removesuffix("\n"))
-        value = commands.execute(self.context, command, values, cell)
+        with quiet() if values["quiet"] else nullcontext():
+            value = commands.execute(self.context, command, values, cell)
         if variable is not None:
             self.shell.user_ns[variable] = value
         if commands.wants_json(values) and not values["quiet"]:

@@ -175,13 +175,25 @@ def test_save_and_load_give_the_same_runs(tmp_path: Path) -> None:
     assert len(load_runs(tmp_path / "a")) == 1
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", "\x00"])
+def test_lines_that_are_no_requests_are_left_out(tmp_path: Path) -> None:
+    runs = make("a")
+    runs.save(tmp_path)
+    good = json.loads((tmp_path / "a" / "requests.jsonl").read_text().splitlines()[0])
+    odd = [{"a": 1}, {**good, "arm": 5}, {**good, "e2e_s": "x"}, {**good, "t_submit": "noon"}, {**good, "t_submit": 7}]
+    with open(tmp_path / "a" / "requests.jsonl", "a") as file:
+        file.writelines(json.dumps({**row, "seq": 1000 + i}) + "\n" for i, row in enumerate(odd))
+    with pytest.warns(UserWarning, match=r"requests.jsonl: 5 line\(s\) left out that are no requests"):
+        back = load_runs(tmp_path)
+    assert len(back.requests) == len(runs.requests)
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", "\x00", '{"arms": 5}'])
 def test_runs_are_read_without_an_environment_that_is_damaged(tmp_path: Path, damage: str) -> None:
     runs = make("a")
     runs.save(tmp_path / "folder")
     (tmp_path / "folder" / "a" / "env.json").write_text(damage)
     file = runs.to_jsonl(tmp_path / "runs.jsonl")
-    file.with_name("runs.jsonl.meta.json").write_text(damage)
+    file.with_name("runs.jsonl.meta.json").write_text(damage if damage[-1] != "}" else "{")
     for path in (tmp_path / "folder", file):
         with pytest.warns(UserWarning, match="read without their environment"):
             back = load_runs(path)

@@ -585,7 +585,7 @@ def test_logs_are_searched(shell: Shell, deployments: dict[str, StandIn]) -> Non
     assert logs("--level warning") == warnings
     assert logs("--level warning -n 1") == [warnings[0], warnings[-1]]
     assert logs("--grep read[xy]") == [LOG.splitlines()[i] for i in (0, 1, 3, 8)]
-    assert logs("--level error --grep ready") == [""]
+    assert logs("--level error --grep ready") == ["No line of the last 100,000 of a log matches."]
 
 
 def test_logs_are_followed(shell: Shell, deployments: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
