@@ -36,6 +36,7 @@ TIMEOUT_S = 300.0
 LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
+LOOK_S = 0.2  # between two looks of a loop at an answer that it waits for
 MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
 CLOSE_S = 3.0  # a channel that has not closed by then is left to itself
 SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
@@ -365,8 +366,14 @@ def _channel(address: str) -> Any:
 
 
 async def _run(work: Callable[[], _T]) -> _T:
-    """The result of a call that waits, in a thread of a pool that holds many (the loop's own has six on two cores)."""
-    return await asyncio.get_running_loop().run_in_executor(_pool(), work)
+    """The result of a call that waits, in a thread of a pool that holds many (the loop's own has six on two cores).
+
+    The loop looks about now and then: a kernel's Stop cancels the task by a signal, which does not wake the loop.
+    """
+    result = asyncio.get_running_loop().run_in_executor(_pool(), work)
+    while not result.done():
+        await asyncio.wait((result,), timeout=LOOK_S)
+    return result.result()
 
 
 @functools.cache

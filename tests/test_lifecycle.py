@@ -145,6 +145,13 @@ def test_stop_button_then_shutdown(kernel: Callable[[], Kernel], run_dir: Path) 
             assert answer["error"].startswith("Interrupted: stopped after")
             assert answer["error"].count("\n") == 0
         assert one.run("print(c.cancelled, c.output_tokens < 450)").split() == ["True", "True"]
+    awaits = f"import os; os.kill({before[1]}, 19); print('got'); await s.agenerate('Once', max_new_tokens=450)"
+    message = one.begin(awaits)
+    one.wait_for("got")
+    time.sleep(0.5)
+    one.manager.interrupt_kernel()
+    assert "CancelledError" in one.finish(message, timeout_s=10.0)["error"]
+    os.kill(before[1], signal.SIGCONT)
     free = "import time; time.sleep(1.2); st = s.status(); print(json.dumps([st.state, st.in_flight, st.queued]))"
     assert json.loads(one.run(free)) == ["ready", 0, 0]
     assert json.loads(one.run(pids)) == before

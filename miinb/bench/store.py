@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from miinb.errors import InvalidValue, MiinbError
 from miinb.writing import writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _NUMBERS = tuple(field.name for field in dataclasses.fields(Record) if field.type in ("float", "int"))
 ENV, REQUESTS = "env.json", "requests.jsonl"
@@ -34,12 +35,24 @@ def save(runs: Runs, path: Path) -> Path:
         if Path(run_id).name != run_id:
             raise InvalidValue(f"The run id {run_id!r} is no name of a folder.", hint="Runs.to_jsonl writes one file.")
         folder = path / run_id
-        with writing(path):
+        with writing(path), _whole(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / ENV, _to_json(runs.env[run_id], indent=1))
             there = {row["seq"] for row in _read_lines(folder / REQUESTS, quiet=True)}
             append_rows(folder / REQUESTS, [row for row in rows if row["seq"] not in there])
     return path
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Remove a folder that was not there before if what is written into it cannot be written whole."""
+    new = not folder.exists()
+    try:
+        yield
+    except (OSError, MiinbError):
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -190,7 +203,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
     """The requests of a file; lines that are none are left out, with a warning."""
     rows = _read_lines(path)
     found = [row for row in rows if _is_request(row)]
-    if len(found) < len(rows):
+    if 0 < len(found) < len(rows):
         warnings.warn(f"{path}: {len(rows) - len(found)} line(s) left out that are no requests.", stacklevel=4)
     return found
 

@@ -35,6 +35,7 @@ PANELS = ("text", "encoder", "compare", "bench", "server")
 def start(context: Context, values: Values, body: str | None) -> Session:
     """Start a deployment, or find the one that the same command started before."""
     import miinb
+    from miinb import commands  # whose table this function is in
 
     options: dict[str, Any] = {}
     if values["config"]:
@@ -48,6 +49,8 @@ def start(context: Context, values: Values, body: str | None) -> Session:
         options["persist"] = True
     if values["model"]:
         options["model"] = values["model"]
+    if (name := options.get("name")) in commands.COMMANDS:
+        raise InvalidValue(f"start: {name!r} is a command, and %%mii {name} would be that.", hint="Use another --name.")
     if "model" not in options:
         raise InvalidValue("start: which model?", hint=f"{context.prog} start MODEL (a folder or a hub name).")
     for name, config in context.configs.items():
@@ -243,7 +246,9 @@ def _gpu_bytes(session: Session) -> int:
 
 def restart(context: Context, values: Values, body: str | None) -> Session:
     """The same configuration again."""
-    session = context.session(values["name"] or values["deployment"])
+    name = values["name"] or values["deployment"]
+    ended = context.sessions.get(name or context.default)  # killed, perhaps: its handle begins it anew
+    session = ended if ended is not None else context.session(name)
     session.restart()
     return session
 

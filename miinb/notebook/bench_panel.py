@@ -129,8 +129,7 @@ class BenchPanel(WorkPanel):
                 self._say(error.line())
                 return
             names = [self.deployment.value] + [self.beside.value] * (self.beside.value != ALONE)
-            self.runs, self.bar.value = None, 0
-            self.output.value = self.files.value = ""
+            self.bar.value = 0  # table and chart stay until the new run has its own
             self._begin(lambda: self._measure(names, fields), "Preparing the requests …")
 
     def save(self, _: Any = None) -> None:
@@ -167,9 +166,10 @@ class BenchPanel(WorkPanel):
                     if not stop.is_set():
                         self._say(f"{_count(done, total)}{about}")
 
-        self._keep(miinb.compare(sessions, dict(fields), progress=progress, on_point=self._keep, stop=stop))
-        assert self.runs is not None
-        (env,) = self.runs.env.values()
+        runs = miinb.compare(sessions, dict(fields), progress=progress, on_point=self._keep, stop=stop)
+        (env,) = runs.env.values()
+        if env["done"]:
+            self._keep(runs)
         ended = "Cancelled" if env.get("interrupted") else "Ended early" if env.get("gone") else "Done"
         failed = f" ({env['failed']} failed)" if env.get("failed") else ""
         took = cards.duration(time.monotonic() - began)

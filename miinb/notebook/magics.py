@@ -91,8 +91,14 @@ class MiiMagics(Magics):  # type: ignore[misc]
         if values["show"]:
             shown = cell if cell is not None else " ".join(values.get("prompt") or ())
             print(shown.removesuffix("\n"))
-        with quiet() if values["quiet"] else nullcontext():
-            value = commands.execute(self.context, command, values, cell)
+        measured = len(self.context.runs)
+        try:
+            with quiet() if values["quiet"] else nullcontext():
+                value = commands.execute(self.context, command, values, cell)
+        except MiinbError:
+            if variable is not None and len(self.context.runs) > measured:  # a run that no disk would keep
+                self.shell.user_ns[variable] = self.context.run()
+            raise
         if variable is not None:
             self.shell.user_ns[variable] = value
         if commands.wants_json(values) and not values["quiet"]:

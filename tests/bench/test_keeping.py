@@ -234,6 +234,30 @@ def test_a_run_that_could_not_be_written_is_shown(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_no_half_of_a_run(
+    measured: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, rows: object) -> None:
+        path.write_text('{"run_id"')
+        raise OSError(28, "No space left on device")
+
+    context = Context(prog="miinb", sessions={"one": measured})
+    with monkeypatch.context() as patch:
+        patch.setattr("miinb.bench.store.append_rows", full)
+        with pytest.raises(MiinbError, match=r"cannot be written: No space left"):
+            do(context, *BENCH, "--save", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    do(context, "runs", "save", "--to", str(tmp_path))
+    (kept,) = tmp_path.iterdir()
+    size = (kept / "requests.jsonl").stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr("miinb.bench.store.append_rows", full)
+        with pytest.raises(MiinbError):
+            do(context, "runs", "save", "--to", str(tmp_path))
+    assert kept.is_dir()  # a folder that was there before stays, whatever happens
+    assert size
+
+
 def test_folders_are_made_and_what_cannot_be_is_said(context: Context, tmp_path: Path) -> None:
     do(context, "runs", "report", "a", "--to", str(tmp_path / "new" / "report.html"))
     do(context, "runs", "export", "a", "--to", str(tmp_path / "more" / "a.csv"))

@@ -128,6 +128,22 @@ def test_cancel_keeps_what_was_measured(make: Make) -> None:
     assert not shown.run.disabled
 
 
+def test_a_run_stays_until_the_next_one_has_its_first_point(make: Make) -> None:
+    shown = make(StandIn())
+    shown.workload.loads.value = "1"
+    measured(shown)
+    first, table = shown.runs, shown.output.value
+    assert first is not None
+    shown.workload.slo.value = "speed=1"  # found wrong by the worker
+    measured(shown)
+    assert "speed" in shown.status.value
+    assert (shown.runs, shown.output.value) == (first, table)
+    assert not shown.saving.disabled
+    shown.workload.slo.value = ""
+    measured(shown)
+    assert shown.runs is not first
+
+
 def test_a_deployment_that_has_ended_is_told(make: Make) -> None:
     shown = make(StandIn(dies_after=5))
     shown.workload.loads.value = "1"

@@ -572,6 +572,27 @@ engine   optimized
 Fatal Python error: Segmentation fault"""
 
 
+def test_help_quiet_and_names_that_are_commands(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    with capture_output() as shown:
+        for words in ("", "help", "-h", "--help"):
+            shell.run(f"%mii {words}")
+    whole = shown.stdout
+    assert whole[: len(whole) // 4] * 4 == whole
+    with pytest.raises(InvalidValue, match="'list' is a command, and %%mii list would be that"):
+        shell.run("%mii start folder --name list")
+
+
+def test_a_killed_deployment_begins_anew(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    shell.run("%mii use tiny")
+    shell.run("%mii status tiny")
+    tiny = deployments.pop("tiny")
+    tiny.state, began = "lost", []
+    tiny.restart = lambda: began.append("anew")  # type: ignore[method-assign]
+    shell.run("%mii restart tiny")
+    shell.run("%mii restart")
+    assert began == ["anew", "anew"]
+
+
 def test_logs_are_searched(shell: Shell, deployments: dict[str, StandIn]) -> None:
     deployments["tiny"].log = LOG
 
