@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import threading
@@ -16,6 +15,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else every `!command` 
 
 import grpc
 
+from miinb import awaiting
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.frozen import plain
@@ -24,7 +24,7 @@ from miinb.predicting import GrpcCall, PredictCall, PredictCalls
 from miinb.predictions import Predictions, predictions_of
 from miinb.results import Result, frame_of, merge
 from miinb.rpc import codec, failures
-from miinb.rpc.address import socket_path
+from miinb.rpc.address import file_at, socket_path
 from miinb.rpc.direct import Connections, socket_beside
 from miinb.spinning import spin_s
 from miinb.streams import Stream, StreamGroup
@@ -36,8 +36,6 @@ TIMEOUT_S = 300.0
 LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
-LOOK_S = 0.2  # between two looks of a loop at an answer that it waits for
-MAX_AWAITED = 512  # awaitable calls at the same time; the others wait here
 CLOSE_S = 3.0  # a channel that has not closed by then is left to itself
 SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
 
@@ -73,8 +71,9 @@ class Client:
         self._channel = _channel(address)
         self._generate = self._channel.unary_stream(codec.GENERATE)
         self._predict = self._channel.unary_unary(codec.PREDICT)
-        socket = socket_path(address)
-        self._direct = Connections(None if socket is None else socket_beside(socket))
+        self._socket = socket_path(address)
+        self._file = file_at(self._socket)
+        self._direct = Connections(None if self._socket is None else socket_beside(self._socket))
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._columns: dict[str, Any] | None = None
@@ -101,6 +100,9 @@ class Client:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise Unavailable(self._closed.message, hint=self._closed.hint)
+        if file_at(self._socket) not in (None, self._file):  # gRPC would go on with whoever is there now
+            hint = "Join it with miinb.attach(name)."
+            raise Unavailable("Another process has started the deployment again.", hint=hint)
 
     # Text
 
@@ -268,23 +270,23 @@ class Client:
         """`generate`, awaitable; canceling the task cancels the requests."""
         group = StreamGroup()
         requests = text_requests(prompts, parameters)
-        return await _in_thread(lambda: self._run_all(requests, timeout_s, group), group)
+        return await awaiting.in_thread(lambda: self._run_all(requests, timeout_s, group), group)
 
     async def achat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Result:
         """`chat`, awaitable."""
         group = StreamGroup()
         request = chat_request(messages, parameters)
-        return await _in_thread(lambda: self._run_all([request], timeout_s, group), group)
+        return await awaiting.in_thread(lambda: self._run_all([request], timeout_s, group), group)
 
     async def apredict(self, inputs: Any, *, timeout_s: float | None = None, **options: Any) -> Predictions:
         """`predict`, awaitable; canceling the task cancels the calls."""
         calls = self._calls()
-        return await _in_thread(lambda: self._predictions(inputs, options, timeout_s, calls), calls)
+        return await awaiting.in_thread(lambda: self._predictions(inputs, options, timeout_s, calls), calls)
 
     async def astream(self, prompt: str | Sequence[Mapping[str, str]], **parameters: Any) -> AsyncIterator[Chunk]:
         """`stream` as an asynchronous iterator; leaving it cancels the request."""
         with self.stream(prompt, **parameters) as stream:
-            while (chunk := await _run(lambda: next(stream, None))) is not None:
+            while (chunk := await awaiting.run(lambda: next(stream, None))) is not None:
                 yield chunk
 
     # The deployment
@@ -363,30 +365,6 @@ class Client:
 def _channel(address: str) -> Any:
     """A channel for bytes in and out: the codec knows the messages (and gRPC's type stubs ask for serializers)."""
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-
-
-async def _run(work: Callable[[], _T]) -> _T:
-    """The result of a call that waits, in a thread of a pool that holds many (the loop's own has six on two cores).
-
-    The loop looks about now and then: a kernel's Stop cancels the task by a signal, which does not wake the loop.
-    """
-    result = asyncio.get_running_loop().run_in_executor(_pool(), work)
-    while not result.done():
-        await asyncio.wait((result,), timeout=LOOK_S)
-    return result.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MAX_AWAITED, "miinb-await")
-
-
-async def _in_thread(work: Callable[[], _T], group: StreamGroup | PredictCalls) -> _T:
-    try:
-        return await _run(work)
-    except asyncio.CancelledError:
-        group.cancel()
-        raise
 
 
 def _failure_of_prompt(place: int, failure: BaseException) -> BaseException:

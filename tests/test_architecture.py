@@ -18,6 +18,7 @@ KERNEL_SIDE = (
     "predicting",
     "streams",
     "asking",
+    "awaiting",
     "queries",
     "checking",
     "session",
@@ -82,7 +83,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),
     "asking": CORE,
-    "client": (*CORE, "frozen", "rpc", "results", "predictions", "predicting", "streams", "asking", "spinning"),
+    "awaiting": (),
+    "client": (
+        *(*CORE, "frozen", "rpc", "results", "predictions", "predicting", "streams", "asking", "awaiting"),
+        "spinning",
+    ),
     "cell": (*CORE,),
     "queries": (*CORE, "results", "predictions", "client"),
     "session": (

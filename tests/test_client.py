@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from miinb import awaiting, errors
 from miinb import client as client_module
-from miinb import errors
 from miinb.client import Client
 from miinb.queries import query
 from miinb.results import ConversationReply, Result
@@ -216,7 +216,7 @@ def test_many_awaitable_calls_run_at_once() -> None:
     together = threading.Barrier(40)
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(client_module._run(lambda: together.wait(20)) for _ in range(40)))
+        await asyncio.gather(*(awaiting.run(lambda: together.wait(20)) for _ in range(40)))
 
     asyncio.run(all_of_them())
 

@@ -227,7 +227,7 @@ def fresh(tmp_path: Path) -> Iterator[Callable[[], FrontendProcess]]:
         process.close()
 
 
-def test_a_frontend_that_dies_is_said_and_its_successor_found(fresh: Any) -> None:
+def test_a_frontend_that_dies_is_said_and_its_successor_is_not_taken_for_it(fresh: Any) -> None:
     frontend = fresh()
     with frontend.client() as client, ThreadPoolExecutor(1) as pool:
         assert client.predict("abc")
@@ -242,6 +242,9 @@ def test_a_frontend_that_dies_is_said_and_its_successor_found(fresh: Any) -> Non
             client.predict("abc", timeout_s=5)
         frontend.ranks[0].kill()
         successor = fresh()
+        with pytest.raises(errors.Unavailable, match="started the deployment again"):
+            client.predict("abc")
+    with successor.client() as client:
         assert client.predict("abc")
         assert len(successor.told("encode")) >= 1
 

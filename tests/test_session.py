@@ -217,6 +217,8 @@ def test_who_joined_before_a_restart_is_told_to_join_again(state: Path) -> None:
     with miinb.Session(tiny_model(), name="shared", **TINY) as owner:
         joined = miinb.Session._of(Deployment(registry.find("shared")))  # as another process has it
         owner.restart()
+        with pytest.raises(Unavailable, match=r"started the deployment again\. Join it with miinb\.attach\(name\)"):
+            joined.generate(PROMPT)  # though the other answers at the same address
         with pytest.raises(Unavailable, match=r"another deployment has its name now\. Use miinb\.attach\('shared'\)"):
             joined.keep()
         for ask in (joined.restart, lambda: joined.generate(PROMPT)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from miinb.bench.environment import differences, hardware_words
-from miinb.bench.summary import encodes, ratio_text
+from miinb.bench.summary import encodes, ratio_text, reference_arm
 from miinb.bench.sweeping import saturation_words
 from miinb.bench_fields import slo_words
 from miinb.wording import number, one_line, size_words
@@ -166,6 +166,9 @@ def notes(runs: Runs) -> list[str]:
     lines = []
     if (runs.summary["passes"] > 1).any():
         lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
+    reference = reference_arm(runs.summary)
+    if reference != "baseline" and runs.summary["speedup"].notna().any():
+        lines.append(f"speed-up: against {reference}")
     for run_id, env in runs.env.items():
         hardware = hardware_words(env.get("host", {}))
         lines.append(" · ".join(part for part in (f"run {run_id}", env.get("name") or "", hardware) if part))

@@ -217,8 +217,10 @@ class Runs:
             raise InvalidValue(f"There is no run {run_id!r}.", hint=did_you_mean(run_id, [*self.env, *names]))
         return Runs(_rows(self.requests[self.requests["run_id"] == key]), {key: self.env[key]})
 
-    def compare(self, baseline: str = "baseline") -> pd.DataFrame:
+    def compare(self, baseline: str | None = None) -> pd.DataFrame:
         """Every other arm against `baseline` at the same point: ratios above 1 mean better than it.
+
+        Without a name it is the arm "baseline"; where there is none, the first arm.
 
         Raises:
             InvalidValue: no arm has that name.

@@ -94,13 +94,14 @@ def _answers(runs: Runs) -> list[str]:
     """What most readers look for: how much faster each arm is, whether its answers are the same, what is cheapest."""
     lines = []
     arms = list(dict.fromkeys(runs.summary["arm"]))
-    table = runs.compare() if "baseline" in arms else pd.DataFrame()
+    table = runs.compare() if len(arms) > 1 else pd.DataFrame()
     if len(table):
         for arm, rows in table.groupby("arm", sort=False):
             shown = rows[rows["verdict"].str.contains("faster")]  # the interval leaves no doubt
             best = (shown if len(shown) else rows).sort_values("speedup", ascending=False).iloc[0]
             at = f" at {_load(best)}" if len(rows) > 1 and _load(best) else ""
-            words = f"{arm}: {best['verdict']}{at}" + (", the most of its loads" if at else "")
+            against = "" if best["baseline"] == "baseline" else f" than {best['baseline']}"
+            words = f"{arm}: {best['verdict']}{against}{at}" + (", the most of its loads" if at else "")
             lines.append(words + _same(rows))
     known = runs.summary[runs.summary["n"] > 0]
     if known["price_usd_per_gpu_hour"].notna().any() or known["slo_share"].notna().any():

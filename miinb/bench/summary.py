@@ -78,7 +78,7 @@ def summarize(requests: pd.DataFrame) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     for index, row in frame.iterrows():
-        reference = _reference(frame, row, "baseline", env)
+        reference = _reference(frame, row, reference_arm(frame, row["run_id"]), env)
         if reference is not None:
             ratio = _speedup(requests, reference, row)
             for name, value in zip(("speedup", "speedup_lo", "speedup_hi"), ratio, strict=True):
@@ -236,6 +236,12 @@ def _machine(env: Mapping[str, Mapping[str, Any]], run_id: Any) -> str:
     return hardware_words(env.get(str(run_id), {}).get("host", {}))
 
 
+def reference_arm(summary: pd.DataFrame, run_id: Any = None) -> str:
+    """The arm that others are compared with: "baseline" if some run has it, else the first of several of a run."""
+    arms = list(dict.fromkeys(summary["arm"] if run_id is None else summary["arm"][summary["run_id"] == run_id]))
+    return "baseline" if len(arms) < 2 or (summary["arm"] == "baseline").any() else str(arms[0])
+
+
 def _reference(
     summary: pd.DataFrame, row: pd.Series, baseline: str, env: Mapping[str, Mapping[str, Any]]
 ) -> pd.Series | None:
@@ -263,13 +269,16 @@ def _speedup(requests: pd.DataFrame, reference: pd.Series, row: pd.Series) -> tu
     return speedup(rows(reference), rows(row), concurrency=concurrency, rate=rate)
 
 
-def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Each other arm against `baseline`: `speedup` (end to end) and ratios of TTFT, TPOT, throughput and cost.
+
+    Without a name it is the arm "baseline", or the first where there is none.
 
     Raises:
         InvalidValue: no arm has that name.
     """
     arms = list(dict.fromkeys(summary["arm"]))
+    baseline = baseline or reference_arm(summary)
     if baseline not in arms:
         raise InvalidValue(f"baseline: there is no arm {baseline!r}.", hint=did_you_mean(baseline, arms))
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import pandas as pd
 from miinb.bench.charts import names
 from miinb.bench.charts.measures import METRICS
 from miinb.bench.environment import differences, hardware_words, version_words
-from miinb.bench.records import Runs
-from miinb.bench.summary import summarize
+from miinb.bench.records import REQUEST_COLUMNS, Runs, requests_frame
+from miinb.bench.summary import SUMMARY_COLUMNS, summarize
 from miinb.errors import InvalidValue
 
 MOST_LEFT_OUT = 6  # points that a caption names
@@ -25,8 +26,8 @@ def requests_of(frame: Any, chart: str) -> pd.DataFrame:
     """
     if isinstance(frame, Runs):
         return frame.requests
-    if isinstance(frame, pd.DataFrame) and {"e2e_s", "status", "warmup"} <= set(frame.columns):
-        return frame
+    if isinstance(frame, pd.DataFrame) and "e2e_s" in frame.columns:
+        return _whole(frame, chart)
     raise InvalidValue(
         f"charts.{chart}: this frame has no single requests.", hint="Give runs, or runs.requests (not runs.summary)."
     )
@@ -41,9 +42,9 @@ def summary_of(frame: Any, chart: str) -> pd.DataFrame:
     if isinstance(frame, Runs):
         summary = frame.summary
     elif isinstance(frame, pd.DataFrame) and {"arm", "e2e_p50_s"} <= set(frame.columns):
-        summary = frame
+        summary = _whole_summary(frame)
     elif isinstance(frame, pd.DataFrame) and "e2e_s" in frame.columns:
-        summary = summarize(frame)
+        summary = summarize(_whole(frame, chart))
     else:
         kind = type(frame).__name__
         raise InvalidValue(f"charts.{chart}: cannot draw a {kind}.", hint="Give runs, runs.requests or runs.summary.")
@@ -51,6 +52,35 @@ def summary_of(frame: Any, chart: str) -> pd.DataFrame:
     if summary.empty:
         raise InvalidValue(f"charts.{chart}: no successful request to draw.", hint="Look at runs.requests['error'].")
     summary.attrs = {**every.attrs, "all_failed": int(every["n_failed"].sum()), "left_out": _left_out(every)}
+    return summary
+
+
+def _whole(frame: pd.DataFrame, chart: str) -> pd.DataFrame:
+    """A frame of requests with every column; of what a user made, those that are missing are as for one run.
+
+    Raises:
+        InvalidValue: there are no arms, or a time is no number.
+    """
+    if set(REQUEST_COLUMNS) <= set(frame.columns):
+        return frame
+    if "arm" not in frame.columns or frame["arm"].isna().any():
+        raise InvalidValue(f"charts.{chart}: which arm is a request of?", hint="The column 'arm' names it in each row.")
+    made = frame.replace([math.inf, -math.inf], math.nan).assign(arm=frame["arm"].astype(str))
+    for name in ({"run_id", "seq"} & {*REQUEST_COLUMNS}) - {*frame.columns}:
+        made[name] = "run" if name == "run_id" else range(len(frame))
+    try:
+        rows: Any = made.to_dict("records")
+        return requests_frame(rows, frame.attrs.get("env", {}))
+    except (ValueError, TypeError) as error:
+        raise InvalidValue(f"charts.{chart}: these are no requests: {error}.") from None
+
+
+def _whole_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of a summary with every column; those that are missing are as for one run."""
+    usual: dict[str, Any] = {"run_id": "run", "model": "", "task": "", "dtype": "", "n": 1, "n_failed": 0}
+    usual |= {name: math.nan for name in SUMMARY_COLUMNS if name not in usual}
+    summary = frame.assign(**{name: value for name, value in usual.items() if name not in frame.columns})
+    summary.attrs = dict(frame.attrs)
     return summary
 
 

@@ -39,6 +39,8 @@ def check_by(frame: pd.DataFrame, by: str | None, chart: str) -> None:
     """
     if by is None:
         return
+    if not isinstance(by, str):
+        raise InvalidValue(f"by: {by!r} is no name of a column.", hint=f"Give one of {', '.join(BY)}.")
     if by not in BY:
         raise InvalidValue(f"by: charts are not grouped by {by!r}.", hint=did_you_mean(by, BY))
     if by != "run" and not any(map(_known, frame[by])):

@@ -35,7 +35,8 @@ def waterfall(frame: Any, *, ax: Any = None, floor_s: float | None = None) -> An
     if len(rows) < 3 or rows["arm"].duplicated().any():
         raise InvalidValue(
             "charts.waterfall: draws three or more arms at one load, each a step after the one before.",
-            hint="Compare sessions that differ by one option each, or use charts.latency.",
+            hint="Compare sessions that differ by one option each; of several loads choose one: "
+            "runs.requests.query('concurrency == 8').",
         )
     floor = _floor_of(rows) if floor_s is None else floor_s
     scale, unit = time_unit(float(rows["e2e_p50_s"].max()))

@@ -68,6 +68,8 @@ def new_axes(ax: Any, height_in: float = 4.2) -> Any:
     """`ax` itself, or the axes of a new figure of the charts' width."""
     if ax is None:
         ax = new_panels([height_in])[0]
+    if not isinstance(ax, Axes):
+        raise InvalidValue(f"ax: {type(ax).__name__} is no matplotlib Axes.", hint="Give one of plt.subplots().")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):

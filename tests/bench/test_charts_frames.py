@@ -1,0 +1,56 @@
+"""Charts of frames that users made: drawn, or refused in words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from miinb.bench import charts
+from miinb.commands.keeping import CHARTS
+from miinb.errors import InvalidValue
+
+FRAMES = {
+    "requests": {"arm": ["a", "b"], "e2e_s": [1.0, 2.0]},
+    "no arm": {"e2e_s": [1.0, 2.0]},
+    "an arm is missing": {"arm": ["a", None], "e2e_s": [1.0, 2.0]},
+    "a number for an arm": {"arm": ["a", 5], "e2e_s": [1.0, 2.0]},
+    "a time is text": {"arm": ["a", "b"], "e2e_s": ["x", 2.0]},
+    "endless": {"arm": ["a", "b"], "e2e_s": [math.inf, 2.0]},
+    "summary": {"arm": ["a", "b", "c"], "e2e_p50_s": [1.0, 2.0, 3.0]},
+    "empty": {"arm": [], "e2e_s": []},
+    "else": {"x": [1]},
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHARTS if kind != "images"])
+def test_any_frame_is_drawn_or_refused(kind: str) -> None:
+    for name, columns in FRAMES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                chart = charts.draw(kind, pd.DataFrame(columns))
+                charts.png(chart)
+            except InvalidValue:
+                drawn = False
+            else:
+                drawn = True
+        if name in ("no arm", "an arm is missing", "a time is text", "empty", "else"):
+            assert not drawn, name
+        if kind == "latency" and name in ("requests", "summary", "endless", "a number for an arm"):
+            assert drawn, name
+
+
+def test_what_is_no_axes_and_no_column_is_said() -> None:
+    frame = pd.DataFrame(FRAMES["requests"])
+    for ax in (Figure(), [1]):
+        with pytest.raises(InvalidValue, match="is no matplotlib Axes"):
+            charts.latency(frame, ax=ax)
+    with pytest.raises(InvalidValue, match="is no name of a column"):
+        charts.latency(frame, by=["arm", "dtype"])
+    twice = pd.DataFrame({"arm": ["a", "b", "c"] * 2, "e2e_p50_s": [1.0] * 6, "concurrency": [1] * 3 + [8] * 3})
+    with pytest.raises(InvalidValue, match="concurrency == 8"):
+        charts.waterfall(twice)
