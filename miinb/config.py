@@ -15,7 +15,7 @@ from miinb.bench_fields import Tokens, read_slo, read_tokens
 from miinb.errors import InvalidRequest, near
 from miinb.frozen import Frozen, InvalidValueError
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,64}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._/][A-Za-z0-9._/-]{0,63}")
 MAX_NEW_TOKENS = 1 << 20
 MAX_SEED = (1 << 63) - 1
 MAX_STOP_STRINGS = 16
@@ -183,7 +183,7 @@ class DeploymentConfig(Frozen):
 def check_name(name: str) -> None:
     """Refuse a deployment name that is not [A-Za-z0-9._/-]{1,64} or that would leave the state folder."""
     if not NAME_PATTERN.fullmatch(name) or any(part in ("", ".", "..") for part in name.split("/")):
-        raise InvalidValueError(f"name: {name!r} may hold letters, digits and ._/- (1 to 64 of them)")
+        raise InvalidValueError(f"name: {name!r} may hold letters, digits and ._/- (1 to 64, not - first)")
 
 
 def _stop_list(value: object) -> object:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from miinb.errors import MiinbError
+from miinb.errors import InvalidValue, MiinbError
 from miinb.notebook import cards
 from miinb.notebook.controls import (
     GENERATING,
@@ -213,7 +213,13 @@ class ComparePanel(WorkPanel):
             self._begin(lambda: self._answers(pair, together), "Asking both …")
 
     def vote(self, vote: str) -> None:
-        """Vote on the shown pair: "left", "right", "tie" or "both bad". Once; then names and times are shown."""
+        """Vote on the shown pair: "left", "right", "tie" or "both bad". Once; then names and times are shown.
+
+        Raises:
+            InvalidValue: it is none of these.
+        """
+        if vote not in VOTES:
+            raise InvalidValue(f"vote: {vote!r} is no vote.", hint=f"One of: {', '.join(VOTES)}.")
         with self._lock:
             pair = self._history.shown
             if self._busy or pair is None or not pair.complete or pair.vote:
