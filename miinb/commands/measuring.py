@@ -27,7 +27,7 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
 
     fields = given(values, BENCH)
     if body is not None and body.strip():
-        fields["prompts"] = _prompts(body)
+        fields["prompts"] = prompts_in(body)
     if values["prompts"]:
         if "prompts" in fields:
             raise InvalidValue("bench: prompts in the cell and in a file.", hint="Give them in one place.")
@@ -89,7 +89,7 @@ def _write(context: Context, values: Values, runs: Runs, places: Sequence[tuple[
         raise MiinbError(" ".join(error.line() for error in failed), hint=kept)
 
 
-def _prompts(body: str) -> list[Any]:
+def prompts_in(body: str) -> list[Any]:
     """Parts between lines of "---"; without such a line every line is a prompt. Where all are JSON objects, these."""
     parts = body.split("\n---\n") if "\n---\n" in body else body.splitlines()
     texts = [part.strip("\n") for part in parts if part.strip()]

@@ -22,8 +22,8 @@ _SETTINGS = f"""
 From the weakest to the strongest source: the package, `[tool.miinb]` of the nearest `pyproject.toml` from the working
 folder upwards, `config.toml` in the user's folder of settings (`%mii config` tells where), `{PREFIX}NAME` in the
 environment, `%config MiiMagics.NAME = VALUE` (in a notebook), an argument. An unknown name or a wrong value in any of
-them is an error that names the place (of an unknown `%config` name IPython warns). A relative `run_dir` of a file is beside
-that file. Settings hold for commands, not for the Python interface.
+them is an error that names the place (of an unknown `%config` name IPython warns). A relative `run_dir` of a file is
+beside that file. Settings hold for commands, not for the Python interface.
 
 | setting | default | is |
 |---|---|---|

@@ -7,6 +7,7 @@ from typing import Any
 import ipywidgets as W
 
 from miinb.bench.summary import encodes
+from miinb.commands.measuring import prompts_in
 from miinb.commands.options import BENCH, floats, integers
 from miinb.config import BenchConfig
 from miinb.errors import InvalidValue
@@ -51,10 +52,17 @@ class WorkloadControls:
         self.warmup = control(whole, "warmup", _HELP["warmup"], value=2, min=0, max=1000)
         self.seed = control(whole, "seed", _HELP["seed"], value=0, min=0, max=(1 << 31) - 1)
         self.price = control(W.Text, "price", f"{_HELP['price']}; empty: no cost", placeholder="no price")
+        self.prompts = control(
+            W.Textarea,
+            "prompts",
+            "Your own, one a line (or parts between lines of ---), taken in turn; empty: made of prompt_tokens",
+            placeholder="one a line; empty: made of prompt_tokens",
+            rows=2,
+        )
         columns = (
             (self.prompt_tokens, self.new_tokens, self.batch_size, self.requests),
             (self.load, self.loads, self.sweep, self.warmup),
-            (self.seed, self.slo, self.price),
+            (self.seed, self.slo, self.price, self.prompts),
         )
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
         self.box = named(grid, "workload")
@@ -73,7 +81,9 @@ class WorkloadControls:
             InvalidValue: a number is none.
         """
         fields: dict[str, Any] = {"warmup": self.warmup.value, "seed": self.seed.value}
-        if self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):  # else it is made to fit a short model
+        if self.prompts.value.strip():
+            fields["prompts"] = prompts_in(self.prompts.value)
+        elif self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):  # else it is made to fit a short model
             fields["prompt_tokens"] = self.prompt_tokens.value.strip()
         own = self.batch_size if encodes(self._task) else self.new_tokens
         fields[own.description] = own.value

@@ -92,6 +92,19 @@ def test_rates_seed_and_requests_reach_the_workload(make: Make) -> None:
     assert env["workload"]["seed"] == 7
 
 
+def test_own_prompts(make: Make) -> None:
+    session = StandIn()
+    shown = make(session)
+    shown.workload.loads.value, shown.workload.requests.value, shown.workload.warmup.value = "1", "4", 0
+    shown.workload.prompt_tokens.value = "77"  # not of one's own prompts
+    shown.workload.prompts.value = "one cat\n\ntwo dogs\n"
+    measured(shown)
+    assert shown.runs is not None, shown.status.value
+    assert shown.runs.requests["prompt_id"].nunique() == 2
+    (env,) = shown.runs.env.values()
+    assert env["workload"]["prompts"]
+
+
 def test_a_sweep_with_objectives_and_ranges(make: Make) -> None:
     shown = make(StandIn(token_s=0.001))
     shown.workload.sweep.value = True
