@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from miinb.bench.records import Runs
 
 STYLE = (
-    "<style>.miinb-runs table{border-collapse:collapse;font-size:13px}"
-    ".miinb-runs th,.miinb-runs td{padding:3px 10px;text-align:right;border-bottom:1px solid #8886}"
+    "<style>.miinb-runs{overflow-x:auto}.miinb-runs table{border-collapse:collapse;font-size:12px}"
+    ".miinb-runs th,.miinb-runs td{padding:3px 5px;text-align:right;border-bottom:1px solid #8886}"
     ".miinb-runs th:first-child,.miinb-runs td:first-child{text-align:left}"
     ".miinb-runs .miinb-note{opacity:.75;font-size:12px;margin:4px 0}</style>"
 )

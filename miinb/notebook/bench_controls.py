@@ -62,10 +62,12 @@ class WorkloadControls:
         columns = (
             (self.prompt_tokens, self.new_tokens, self.batch_size, self.requests),
             (self.load, self.loads, self.sweep, self.warmup),
-            (self.seed, self.slo, self.price, self.prompts),
+            (self.seed, self.slo, self.price),
         )
+        self.prompts.layout.width = "44em"
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
-        self.box = named(grid, "workload")
+        self._fields = [*(widget for column in columns for widget in column), self.prompts]
+        self.box = named(W.VBox([grid, self.prompts]), "workload")
         self._task = ""
 
     def set_task(self, task: str) -> None:
@@ -102,9 +104,8 @@ class WorkloadControls:
 
     def set_busy(self, busy: bool) -> None:
         """Turn the fields on and off."""
-        for column in self.box.children:
-            for widget in column.children:
-                widget.disabled = busy
+        for widget in self._fields:
+            widget.disabled = busy
 
 
 def _read(name: str, text: str, read: Any, example: str) -> Any:

@@ -44,6 +44,16 @@ def test_any_frame_is_drawn_or_refused(kind: str) -> None:
             assert drawn, name
 
 
+@pytest.mark.parametrize(("slow", "ticks"), [(1.1, 4), (2.5, 3), (400.0, 3)])
+def test_a_logarithmic_axis_has_some_ticks(slow: float, ticks: int) -> None:
+    frame = pd.DataFrame({"arm": ["a", "b"], "e2e_p50_s": [1.0, slow], "output_tok_s": [9.0, 5.0]})
+    chart = charts.frontier(frame)
+    low, high = chart.get_xlim()
+    shown = [label.get_text() for at, label in zip(chart.get_xticks(), chart.get_xticklabels(), strict=True)]
+    assert len(shown) >= ticks
+    assert all(low <= at <= high for at in chart.get_xticks())
+
+
 def test_what_is_no_axes_and_no_column_is_said() -> None:
     frame = pd.DataFrame(FRAMES["requests"])
     for ax in (Figure(), [1]):

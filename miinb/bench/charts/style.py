@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from miinb.errors import InvalidValue
 from miinb.wording import one_line
@@ -250,10 +251,15 @@ def unit_word(unit: str) -> str:
 
 
 def plain_log_ticks(ax: Any, low: float, high: float) -> None:
-    """A logarithmic x axis from `low` to `high` with ticks at 1, 2, 5 times powers of ten, as plain numbers."""
+    """A logarithmic x axis from `low` to `high` with ticks at 1, 2, 5 times powers of ten, as plain numbers.
+
+    An axis that has not three of these has round numbers at equal steps.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 100 else (1,)
-    ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high] or [low, high]
+    ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high] or [low, high]
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ax.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
