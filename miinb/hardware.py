@@ -101,6 +101,23 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         pynvml.nvmlShutdown()
 
 
+def gpu_free_bytes() -> dict[int, int]:
+    """Free memory of this machine's GPUs by their physical index, as far as the driver tells."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, or its errors for "no driver": either way there is nothing to see
+        return {}
+    try:
+        handles = enumerate(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
+        return {index: pynvml.nvmlDeviceGetMemoryInfo(handle).free for index, handle in handles}
+    except pynvml.NVMLError:
+        return {}
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def gpu_processes() -> set[int]:
     """The processes that hold memory of a GPU of this machine, as far as the driver tells."""
     try:

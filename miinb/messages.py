@@ -268,6 +268,7 @@ class Plan:
     max_batch: int = 0
     kv_cache_bytes: int = 0
     weights_bytes: int = 0
+    graphs_bytes: int = 0
     lines: tuple[PlanLine, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -348,19 +349,18 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """One rank as the supervisor sees it. `gpu` is the physical index, None on a CPU.
-
-    `memory_bytes` is what it has reserved on its GPU at the end of its start; on a CPU, what is resident now.
-    """
+    """One rank as the supervisor sees it."""
 
     replica: int
     rank: int
     pid: int
     state: str
-    gpu: int | None = None
-    memory_bytes: int = 0
-    weights_bytes: int = 0
+    gpu: int | None = None  # the physical index; None on a CPU
+    memory_bytes: int = 0  # reserved on its GPU at the end of its start; on a CPU, resident now
+    weights_bytes: int = 0  # like the next two, part of it
     kv_cache_bytes: int = 0
+    graphs_bytes: int = 0
+    free_bytes: int = 0  # of its GPU, now; 0 on a CPU
 
 
 @dataclass(frozen=True, slots=True)

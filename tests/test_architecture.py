@@ -63,7 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "splitting",
         "fitting",
     ),
-    "server": ("rpc", "config", "messages", "errors", "tasks", "registry", "spinning"),
+    "server": ("rpc", "config", "messages", "errors", "tasks", "registry", "spinning", "hardware"),
     "server.worker": ("engine", "config", "messages", "errors", "tasks", "spinning"),
     "hardware": (),
     "spinning": (),

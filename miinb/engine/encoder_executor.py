@@ -51,7 +51,7 @@ def fused_executor(
         usual = usual_reduction(info.task, function=info.function, vocab_size=info.vocab_size, labels=len(info.labels))
         sizes = graph_sizes(tokens, length, ROWS[info.task])
         model = graphed = GraphedEncoder(encoder, inputs, usual, sizes, recorder)
-        plan = plan.with_line("graphs", "on", str(graphed))
+        plan = plan.with_line("graphs", "on", str(graphed), graphs_bytes=recorder.bytes)
     elif info.device == "cuda":
         plan = plan.with_line("graphs", "off", "asked for")
     info = dataclasses.replace(info, max_length=length, plan=dataclasses.replace(plan, max_length=length))

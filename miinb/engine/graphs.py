@@ -148,6 +148,11 @@ class GraphRunner:
         enough, group = self._recorder.full, self._decoder.group
         return enough if group is None else not group.least(int(not enough), self._cache.k[0].device)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the graphs."""
+        return self._recorder.bytes
+
     def __str__(self) -> str:
         rows, tokens = (", ".join(map(str, sorted(sizes))) for sizes in (self._decodes, self._mixed))
         words = f"steps of {rows} rows" + (f" and of {tokens} tokens with prompts" if tokens else "")

@@ -306,15 +306,15 @@ def _capture(loaded: StepExecutor | Follower, config: DeploymentConfig, report: 
     compute, info = loaded.compute, loaded.info
     if compute.device.type != "cuda":
         return loaded
-    if config.options.cuda_graphs:
-        report(Phase("capture"))
-        tokens = config.options.step_tokens("cuda")
-        rows = min(info.max_batch, tokens)
-        compute.runner = runner = GraphRunner(compute.decoder, compute.cache, compute.inputs, rows, tokens)
-        line = ("graphs", "on", str(runner))
-    else:
-        line = ("graphs", "off", "asked for")
-    loaded.info = dataclasses.replace(info, plan=info.plan.with_line(*line))
+    if not config.options.cuda_graphs:
+        loaded.info = dataclasses.replace(info, plan=info.plan.with_line("graphs", "off", "asked for"))
+        return loaded
+    report(Phase("capture"))
+    tokens = config.options.step_tokens("cuda")
+    rows = min(info.max_batch, tokens)
+    compute.runner = runner = GraphRunner(compute.decoder, compute.cache, compute.inputs, rows, tokens)
+    plan = info.plan.with_line("graphs", "on", str(runner), graphs_bytes=runner.bytes)
+    loaded.info = dataclasses.replace(info, plan=plan)
     return loaded
 
 

@@ -188,14 +188,13 @@ def _task(session: Session) -> str:
 def status_facts(status: Status) -> list[tuple[str, Any]]:
     """What a status says, as named facts."""
     cache = f", KV cache in {status.kv_dtype}" if status.kv_dtype != "auto" else ""
-    memory = sum(rank.memory_bytes for rank in status.ranks)
     work = f"{status.requests} done, {status.in_flight} in flight, {status.queued} waiting"
     return [
         ("model", _at_home(status.model)),
         ("task", status.task),
         ("engine", f"{status.engine}, {status.dtype} on {status.device}{cache}"),
         ("processes", f"{len(status.ranks)} rank{'s' * (len(status.ranks) != 1)}, supervisor pid {status.pid}"),
-        ("memory", size_words(memory) if memory else ""),
+        ("memory", _memory_words(status)),
         ("up", duration(max(round(status.uptime_s), 0)).replace(".00 s", " s") + (", persistent" * status.persist)),
         ("requests", work),
         (
@@ -203,6 +202,19 @@ def status_facts(status: Status) -> list[tuple[str, Any]]:
             f"{status.phase.name} {status.phase.text}".strip() if status.phase and status.state == "starting" else "",
         ),
     ]
+
+
+def _memory_words(status: Status) -> str:
+    """What all ranks hold; on GPUs what of it weights, cache and graphs are, and what is free."""
+    if not (memory := sum(rank.memory_bytes for rank in status.ranks)):
+        return ""
+    kinds = {"weights": "weights_bytes", "KV cache": "kv_cache_bytes", "graphs": "graphs_bytes"}
+    on_gpus = [rank for rank in status.ranks if rank.gpu is not None]
+    sums = {kind: sum(getattr(rank, name) for rank in on_gpus) for kind, name in kinds.items()}
+    parts = ", ".join(f"{size_words(count)} {kind}" for kind, count in sums.items() if count)
+    free = {rank.gpu: rank.free_bytes for rank in on_gpus if rank.free_bytes}
+    left = ", ".join(f"{size_words(count)} free on GPU {gpu}" for gpu, count in sorted(free.items()))
+    return size_words(memory) + f" ({parts})" * bool(parts) + f"; {left}" * bool(left)
 
 
 def status_card(status: Status) -> Card:

@@ -26,6 +26,7 @@ import psutil
 from miinb import __version__, registry
 from miinb.config import DeploymentConfig
 from miinb.errors import MiinbError
+from miinb.hardware import gpu_free_bytes
 from miinb.messages import RankStatus, Status, from_dict
 from miinb.server.children import Children
 from miinb.server.control import ControlSocket
@@ -295,17 +296,24 @@ class Supervisor:
             queued=self.activity.get("queued", 0),
             requests=self.activity.get("requests", 0),
             kv_dtype=config.kv_dtype,
-            ranks=tuple(self._rank_status(child) for child in self.children if child.replica is not None),
+            ranks=self._ranks(),
             phase=phase,
         )
 
-    def _rank_status(self, child: Process) -> RankStatus:
+    def _ranks(self) -> tuple[RankStatus, ...]:
+        ranks = [child for child in self.children if child.replica is not None]
+        on_gpus = any(self.launch.gpu(child.replica or 0, child.rank) is not None for child in ranks)
+        free = gpu_free_bytes() if on_gpus else {}
+        return tuple(self._rank_status(child, free) for child in ranks)
+
+    def _rank_status(self, child: Process, free: Mapping[int, int]) -> RankStatus:
         state = "ready" if child.ready is not None else (child.phase.name if child.phase else "start")
         facts: dict[str, Any] = {}
         with contextlib.suppress(psutil.Error):
             facts["memory_bytes"] = psutil.Process(child.pid).memory_info().rss
         facts |= {**(child.ready or {}), "state": state, "pid": child.pid}  # a rank on a GPU tells its memory there
         gpu = self.launch.gpu(child.replica or 0, child.rank)
+        facts["free_bytes"] = 0 if gpu is None else free.get(gpu, 0)
         return from_dict(RankStatus, {**facts, "replica": child.replica, "rank": child.rank, "gpu": gpu})
 
 

@@ -281,6 +281,7 @@ def _facts(info: EngineInfo) -> dict[str, Any]:
         "device": info.device,
         "weights_bytes": info.plan.weights_bytes,
         "kv_cache_bytes": info.plan.kv_cache_bytes,
+        "graphs_bytes": info.plan.graphs_bytes,
         **device_memory(),
     }
 

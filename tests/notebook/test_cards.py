@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from html.parser import HTMLParser
 from typing import Any, cast
 
@@ -116,3 +117,14 @@ def test_the_card_of_a_session_that_has_ended_does_not_fail() -> None:
     assert text.startswith("Session gone (lost)")
     assert "task" not in text
     assert "lost" in html
+
+
+def test_memory_tells_its_parts_on_gpus_alone() -> None:
+    status = StandIn(gpu=3).status()
+    (rank,) = status.ranks
+    rank = dataclasses.replace(rank, kv_cache_bytes=1 << 30, graphs_bytes=10 << 20, free_bytes=5 * 10**9)
+    facts = dict(cards.status_facts(dataclasses.replace(status, ranks=(rank, rank))))
+    parts = "1.07 GB weights, 2.15 GB KV cache, 21.0 MB graphs"
+    assert facts["memory"] == f"3.22 GB ({parts}); 5.00 GB free on GPU 3"
+    alone = dataclasses.replace(rank, gpu=None, free_bytes=0)
+    assert dict(cards.status_facts(dataclasses.replace(status, ranks=(alone,))))["memory"] == "1.61 GB"
