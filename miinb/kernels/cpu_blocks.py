@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.kernels.linear import PackedLinear
-from miinb.kernels.reference import GROUP
+from miinb.kernels.formats import GROUP
 
 #: Columns of one output that stand together in an int8 tile: what one instruction adds up.
 _TOGETHER = 4

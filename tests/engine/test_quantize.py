@@ -20,7 +20,7 @@ from miinb.engine.weights import load_weights, tensors, weights_bytes
 from miinb.errors import BrokenCheckpoint, InvalidValue
 from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.linear import PackedLinear
-from miinb.kernels.reference import GROUP, dequantize
+from miinb.kernels.formats import GROUP, dequantize
 from tests.engine.conftest import real_text
 from tests.engine.test_loading import answer, edit, load, stand_in_tokenizer
 
