@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.kernels.formats import GROUP, INT4_MAX, groups_of, int4_words, pack_int4
+from miinb.kernels.formats import GROUP, INT4_MAX, INT8_OFFSET, groups_of, pack, words_of
 
 #: Quantized at a time: on a CPU what is computed in between stays in its cache.
 _BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -46,7 +45,7 @@ class Quantizer:
     Args:
         bits: 8 or 4.
         levels: the largest number of int8.
-        scale_dtype: of int8's scales; those of int4 are bf16.
+        words: int8 in the form of a GPU; int4 has only that one.
         account: shared with other quantizers of the model, or None.
     """
 
@@ -55,22 +54,23 @@ class Quantizer:
         bits: int = 8,
         *,
         levels: int = 127,
-        scale_dtype: torch.dtype = torch.float32,
+        words: bool = False,
         account: Account | None = None,
     ) -> None:
         self.bits = bits
         self.account = account or Account()
         self._levels = levels
-        self._scale_dtype = scale_dtype
+        self._words = words or bits == 4
 
     def empty(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for a matrix: numbers and scales as `kernels.formats` has them."""
         groups = groups_of(columns)
-        if self.bits == 4:
-            words = torch.empty((rows, int4_words(columns)), dtype=torch.int32, device=device)
-            return words, torch.empty((rows, groups, 2), dtype=torch.bfloat16, device=device)
-        numbers = torch.empty((rows, columns), dtype=torch.int8, device=device)
-        return numbers, torch.empty((rows, groups), dtype=self._scale_dtype, device=device)
+        if not self._words:
+            numbers = torch.empty((rows, columns), dtype=torch.int8, device=device)
+            return numbers, torch.empty((rows, groups), device=device)
+        words = torch.empty((rows, words_of(columns, self.bits)), dtype=torch.int32, device=device)
+        shape = (rows, groups, 2) if self.bits == 4 else (rows, groups)
+        return words, torch.empty(shape, dtype=torch.bfloat16, device=device)
 
     def quantize(self, weight: Tensor, numbers: Tensor, scale: Tensor) -> None:
         """Quantize `weight` [N, K] into what `empty` made. What is not finite makes a scale that is not."""
@@ -87,14 +87,15 @@ class Quantizer:
         used = factors.float()[..., None]
         scaled = groups / used.clamp(min=torch.finfo(torch.float32).tiny)
         whole = scaled.round().clamp(-self._levels, self._levels)
-        out.copy_(whole.flatten(1)[:, : part.shape[1]])
+        numbers = whole.flatten(1)[:, : part.shape[1]]
+        out.copy_(pack(numbers + INT8_OFFSET, 8) if self._words else numbers)
         self._count(part, groups, (scaled - whole) * used)
 
     def _int4(self, part: Tensor, out: Tensor, factors: Tensor) -> None:
         groups = grouped(part)
         factors.copy_(fit_int4(groups))
         numbers = round_int4(groups, factors)
-        out.copy_(pack_int4(numbers.flatten(1)[:, : part.shape[1]]))
+        out.copy_(pack(numbers.flatten(1)[:, : part.shape[1]], 4))
         step, low = factors.float()[..., None].unbind(-2)
         self._count(part, groups, numbers * step + low - groups)
 

@@ -1,11 +1,15 @@
 """Quantized weights as data: how the numbers and the scales of a matrix [N, K] lie in memory, and what they stand for.
 
-int8: numbers [N, K], and a scale for each `GROUP` columns of a row: [N, ceil(K / GROUP)].
+Columns of a row are in groups of `GROUP`, the last of which may have fewer. There are three forms.
 
-int4: whole numbers from 0 to 15, eight in a word: [N, 4 * ceil(K / 32)] int32. Four words, 16 bytes, hold 32 columns:
-the number of column 32 h + 4 j + w is in word 4 h + w, in the bits from 4 j on. So whoever has four words and takes the
-j-th number of each has four neighbors, whose inputs are one load. A group of `GROUP` columns has a pair of bf16,
-[N, ceil(K / GROUP), 2]: its step, and what the number 0 stands for. Numbers past the last column are 0 and are not read.
+* int8 of a CPU: numbers [N, K] int8, and a scale a group, [N, groups] fp32.
+* int8 of a GPU: numbers plus 128 in words, four each, and a scale a group, [N, groups] bf16.
+* int4: whole numbers from 0 to 15 in words, eight each, and a pair a group, [N, groups, 2] bf16: the step, and what the
+  number 0 stands for.
+
+Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. The number of a part's
+column 4 j + w is the j-th of word w, counted from the lowest bits. So who has a part and takes the j-th number of each
+word has four neighbors, whose inputs are one load. Numbers past the last column are not read.
 """
 
 from __future__ import annotations
@@ -16,20 +20,15 @@ from torch import Tensor
 
 #: Columns of a quantized weight that have one scale; the last group of a row may have fewer.
 GROUP = 64
-#: Columns of four words of int4, the words, and the numbers in each.
-INT4_COLUMNS, INT4_WORDS, INT4_NUMBERS = 32, 4, 8
-#: The largest int4 number.
-INT4_MAX = 15
+#: Words of a part.
+PART_WORDS = 4
+#: The largest int4 number, and what int8 numbers in words are moved by.
+INT4_MAX, INT8_OFFSET = 15, 128
 
 
-def is_int4(weight: Tensor) -> bool:
-    """Whether these are packed numbers of four bits."""
-    return weight.dtype == torch.int32
-
-
-def int4_words(columns: int) -> int:
-    """Words of a row of so many columns."""
-    return -(-columns // INT4_COLUMNS) * INT4_WORDS
+def bits_of(scale: Tensor) -> int:
+    """4 or 8: of the numbers that have these scales."""
+    return 4 if scale.dim() == 3 else 8
 
 
 def groups_of(columns: int) -> int:
@@ -37,35 +36,49 @@ def groups_of(columns: int) -> int:
     return -(-columns // GROUP)
 
 
-def pack_int4(numbers: Tensor) -> Tensor:
-    """[N, K] whole numbers from 0 to 15, of any dtype, as words [N, int4_words(K)] int32."""
+def part_columns(bits: int) -> int:
+    """Columns of a part."""
+    return PART_WORDS * 32 // bits
+
+
+def words_of(columns: int, bits: int) -> int:
+    """Words of a row of so many columns."""
+    return -(-columns // part_columns(bits)) * PART_WORDS
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """[N, K] whole numbers from 0 to 2**bits - 1, of any dtype, as words [N, words_of(K, bits)] int32."""
     rows, columns = numbers.shape
-    parts = F.pad(numbers.to(torch.int32), (0, -columns % INT4_COLUMNS)).view(rows, -1, INT4_NUMBERS, INT4_WORDS)
+    filled = F.pad(numbers.to(torch.int32), (0, -columns % part_columns(bits)))
+    parts = filled.view(rows, -1, 32 // bits, PART_WORDS)
     words = parts[:, :, 0].clone()
-    for j in range(1, INT4_NUMBERS):
-        words |= parts[:, :, j] << 4 * j
+    for j in range(1, 32 // bits):
+        words |= parts[:, :, j] << bits * j
     return words.flatten(1)
 
 
-def unpack_int4(words: Tensor) -> Tensor:
-    """The whole numbers [..., K] int32 of words [..., W]; K is a multiple of 32."""
-    parts = words.unflatten(-1, (-1, 1, INT4_WORDS))
-    shifts = torch.arange(0, 4 * INT4_NUMBERS, 4, dtype=torch.int32, device=words.device)[:, None]
-    return ((parts >> shifts) & INT4_MAX).flatten(-3)
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The whole numbers [..., K] int32 of words [..., W]; K is that of whole parts."""
+    parts = words.reshape(*words.shape[:-1], -1, 1, PART_WORDS)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
+    numbers: Tensor = (parts >> shifts) & ((1 << bits) - 1)
+    return numbers.flatten(-3)
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     """The fp32 numbers that quantized rows stand for.
 
     Args:
-        weight: [..., K] int8, or [..., words] int32 of int4.
+        weight: [..., K] int8 or [..., W] words.
         scale: [..., groups]; of int4 [..., groups, 2].
 
     Returns:
-        [..., K]; of int4 with K filled up to a multiple of 32.
+        [..., K]; of words with K filled up to whole parts.
     """
-    if not is_int4(weight):
-        return weight * scale.float().repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
-    numbers = unpack_int4(weight).float()
-    step, low = scale.float().repeat_interleave(GROUP, -2)[..., : numbers.shape[-1], :].unbind(-1)
-    return numbers * step + low
+    wide = scale.float()
+    if bits_of(scale) == 4:
+        numbers = unpack(weight, 4)
+        step, low = wide.repeat_interleave(GROUP, -2)[..., : numbers.shape[-1], :].unbind(-1)
+        return numbers * step + low
+    numbers = unpack(weight, 8) - INT8_OFFSET if weight.dtype == torch.int32 else weight
+    return numbers * wide.repeat_interleave(GROUP, -1)[..., : numbers.shape[-1]]

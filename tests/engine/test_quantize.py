@@ -19,8 +19,8 @@ from miinb.engine.quantize import Quantizer
 from miinb.engine.weights import load_weights, tensors, weights_bytes
 from miinb.errors import BrokenCheckpoint, InvalidValue
 from miinb.kernels.cpu import CpuKernels
-from miinb.kernels.linear import PackedLinear
 from miinb.kernels.formats import GROUP, dequantize
+from miinb.kernels.linear import PackedLinear
 from tests.engine.conftest import real_text
 from tests.engine.test_loading import answer, edit, load, stand_in_tokenizer
 
