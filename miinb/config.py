@@ -49,6 +49,9 @@ class EngineOptions(Frozen):
         threads: CPU threads of one rank; None: the cores divided by the ranks.
         all_reduce: CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
             up to a minute) or gloo's; "auto" is the former where cores are left beside the ranks.
+        quantize_head: dtype "int8" and "int4": the embedding and the head are int8 too; else in the activations' dtype.
+        calibration: dtype "int4": what its rounding is fitted to: "auto" is a sample of Python's documentation; else a
+            text file's path, or a list of texts; "off" rounds to the nearest, which starts sooner and loses more.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
             (weights are then not checked for NaN either).
     """
@@ -63,6 +66,8 @@ class EngineOptions(Frozen):
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     all_reduce: Literal["auto", "shared_memory", "gloo"] = "auto"
+    quantize_head: bool = True
+    calibration: Annotated[str, Field(min_length=1)] | list[str] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
 
     def step_tokens(self, device: str, *, encoder: bool = False) -> int:

@@ -145,6 +145,8 @@ _ENGINE_HELP = {
     "max_queue": "most requests that wait",
     "threads": "CPU threads of one rank",
     "all_reduce": "several ranks on a CPU: through shared memory (compiled at first use) or gloo",
+    "quantize_head": "int8, int4: keep the embedding and the head in bf16 (fp32 on a CPU)",
+    "calibration": "int4: what its rounding is fitted to: a text file, auto (Python's documentation) or off",
     "parity": "what a failed self-check at the start does",
 }
 _GENERATION_HELP = {

@@ -93,7 +93,8 @@ class Quantizer:
 
     def _int4(self, part: Tensor, out: Tensor, factors: Tensor) -> None:
         groups = grouped(part)
-        factors.copy_(fit_int4(groups))
+        there = torch.arange(groups[0].numel(), device=part.device).view(groups.shape[1:]) < part.shape[1]
+        factors.copy_(fit_int4(groups, there))
         numbers = round_int4(groups, factors)
         out.copy_(pack(numbers.flatten(1)[:, : part.shape[1]], 4))
         step, low = factors.float()[..., None].unbind(-2)

@@ -21,7 +21,7 @@ __all__ = ["GROUP", "dequantize"]  # of weights; the operators are used by the m
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
-_WIDENED_ROWS = 4096
+_WIDENED = 1 << 22  # numbers of a quantized weight at a time
 #: The largest number of torch.float8_e4m3fn, and what each byte stands for.
 FP8_MAX = 448.0
 _FP8_NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -271,7 +271,8 @@ def linear(
     if scale is None:
         y = F.linear(x, weight, bias)
     else:
-        rows = zip(torch.split(weight, _WIDENED_ROWS), torch.split(scale, _WIDENED_ROWS), strict=True)
+        count = max(1, _WIDENED // x.shape[-1])
+        rows = zip(torch.split(weight, count), torch.split(scale, count), strict=True)
         y = torch.cat([F.linear(x, dequantize(w, s)[:, : x.shape[-1]].to(x.dtype)) for w, s in rows], -1)
         y = y if bias is None else y + bias
     if activation is not None:
