@@ -131,14 +131,14 @@ def _layer_outputs(
     pages = int(steps["prefill"].block_table.shape[1])
     outputs: dict[str, list[Tensor]] = {name: [] for name in steps}
     for model in (decoder, plain):
-        cache = _one_layer_cache(model, pages, page_tokens, kv_dtype)
+        cache = one_layer_cache(model, pages, page_tokens, kv_dtype)
         for name, batch in steps.items():
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
             outputs[name].append(x if residual is None else x + residual)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
 
 
-def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:
+def one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:
     """A small cache of which every layer is the same memory."""
     spec = dataclasses.replace(decoder.spec, layers=1)
     size = CacheSize(pages, page_tokens, decoder.spec.max_length, 1, 0)

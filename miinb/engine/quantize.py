@@ -16,7 +16,7 @@ from torch import Tensor
 from miinb.kernels.formats import GROUP, INT4_MAX, INT8_OFFSET, groups_of, pack, words_of
 
 #: Quantized at a time: on a CPU what is computed in between stays in its cache.
-_BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}
+_BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 #: Shares of a group's range that int4 tries to cover: a few large weights that are cut may make all others better.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 

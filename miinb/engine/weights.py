@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miinb.engine.calibrate import Calibration
 from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
@@ -160,6 +161,10 @@ class _Builder:
             at = end
         return PackedLinear(packed.weight, bias, packed.scale)
 
+    def plain(self) -> _Builder:
+        """The same, without quantized layers."""
+        return replace(self, quantizer=None)  # what is read is noted in the same place
+
     def layer(self, i: int) -> LayerWeights:
         attn_norm = self.norm("attn_norm", i)
         if attn_norm is None:
@@ -219,6 +224,7 @@ def load_weights(
     ranks: int = 1,
     dummy: bool = False,
     quantize_head: bool = True,
+    calibration: Sequence[int] = (),
     report: Callable[[Phase], None] = lambda phase: None,
 ) -> DecoderWeights:
     """One rank's weights.
@@ -233,6 +239,7 @@ def load_weights(
         ranks: how many there are.
         dummy: random weights instead of the checkpoint's.
         quantize_head: with "int8" and "int4": the embedding and the head are int8; else they are as the activations.
+        calibration: with "int4", on one rank: tokens of a text that the rounding is fitted to (`calibrate.py`).
         report: told "load", layer by layer.
 
     Raises:
@@ -249,14 +256,10 @@ def load_weights(
         build = _Builder(policy, spec, reader, kind, device, ranks, rank, source, quantizer, tables, set())
         width = spec.embed_size or spec.hidden_size
         embed = build.embedding(spec.vocab_size, width)
-        layers = []
-        for i in range(spec.layers):
-            report(Phase("load", i, spec.layers))
-            layers.append(build.layer(i))
         weights = DecoderWeights(
             embed=embed.weight,
             embed_int8_scale=embed.scale,
-            layers=layers,
+            layers=[],
             head=build.head(embed),
             norm=build.norm("norm") if spec.final_norm else None,
             positions=build.positions(spec.positions, spec.hidden_size) if spec.positions else None,
@@ -264,6 +267,13 @@ def load_weights(
             project_in=build.linear("project_in") if spec.embed_size else None,
             project_out=build.linear("project_out") if spec.embed_size else None,
         )
+        fit = Calibration(calibration, spec, quantizer.account) if quantizer and calibration else None
+        for i in range(spec.layers):
+            report(Phase("load", i, spec.layers))
+            if fit is None:
+                weights.layers.append(build.layer(i))
+            else:
+                fit.add(build.plain().layer(i), weights)
         weights.rounding = quantizer.rounding if quantizer else 0.0
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))

@@ -1,0 +1,70 @@
+"""GPTQ (Frantar et al., 2022): a matrix rounded to int4 so that its products change least, not its numbers.
+
+What a column's rounding adds to the error of the products, the columns that are not rounded yet take away again, as far
+as their inputs go along with the column's. Columns go from the one with the largest inputs on (GPTQ's "act order"); the
+steps and lowest values of the groups are chosen before, by the weights and by how large the columns' inputs are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miinb.engine.quantize import Account, fit_int4, grouped
+from miinb.kernels.formats import GROUP, INT4_MAX, pack
+
+#: Added to the diagonal of the inputs' second moments, relative to its mean: few inputs say little about some columns.
+_DAMPING = 0.01
+#: Columns after which the error goes on to all later ones at once.
+_BLOCK = 128
+
+
+def round_by_inputs(weight: Tensor, moments: Tensor, account: Account) -> tuple[Tensor, Tensor]:
+    """Round a matrix to int4 for the inputs that it gets.
+
+    Args:
+        weight: [N, K], of any dtype.
+        moments: [K, K] fp32, the sum of x x^T over many of its inputs x; it is changed.
+        account: told what has changed.
+
+    Returns:
+        Words and pairs, as `kernels.formats` has them.
+    """
+    rows, columns = weight.shape
+    exact = weight.float()
+    size = moments.diagonal().clone()
+    importance = torch.nn.functional.pad(size / size.mean(), (0, -columns % GROUP)).view(-1, GROUP)
+    pair = fit_int4(grouped(exact), importance)
+    order = size.argsort(descending=True)
+    step, low = (pair.float().repeat_interleave(GROUP, 1)[:, :columns][:, order]).unbind(-1)
+    inverse = _inverse_root(moments[order][:, order])
+    left, numbers = exact[:, order], torch.empty_like(exact)
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        errors = torch.empty((rows, last - first), device=weight.device)
+        for i in range(first, last):
+            whole = ((left[:, i] - low[:, i]) / step[:, i].clamp(min=1e-30)).round_().clamp_(0, INT4_MAX)
+            numbers[:, i] = whole
+            error = (left[:, i] - whole * step[:, i] - low[:, i]) / inverse[i, i]
+            left[:, i:last] -= error[:, None] * inverse[i, i:last]
+            errors[:, i - first] = error
+        left[:, last:] -= errors @ inverse[first:last, last:]
+    account.add(exact, numbers * step + low - exact[:, order])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(columns, device=order.device)
+    return pack(numbers[:, back], 4), pair
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """The upper triangle U with U^T U the inverse of the moments, which are damped until there is one."""
+    diagonal = moments.diagonal()
+    diagonal[diagonal == 0] = 1.0  # a column without inputs may be rounded as it is
+    damping = _DAMPING * diagonal.mean()
+    while True:
+        diagonal += damping
+        root, failed = torch.linalg.cholesky_ex(moments)
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not failed:
+                return inverse
+        damping *= 10
