@@ -1,12 +1,13 @@
 """Fits the rounding of int4 to a text, layer by layer while a model loads: one layer at a time is there unquantized.
 
-The text's hidden states go through the layers as these are made. A layer first computes them as it is, and the inputs
-of its matrices are noted (their second moments); then it is rounded for these inputs (`gptq.py`) and computes them
-again, so that the next layer is fitted to what the rounded ones before it make.
+The text's hidden states go through the layers as these are made, twice: as they are, and as the layers make them that
+are rounded already. Each matrix of a layer is rounded (`gptq.py`) for the inputs that it gets from the rounded ones
+before it, so that its outputs are near those that the model had without rounding: it makes up for what they changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miinb.config import DeploymentConfig
 from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.parity import one_layer_cache
 from miinb.engine.quantize import Account
 from miinb.engine.spec import DecoderSpec
 from miinb.errors import InvalidValue
+from miinb.kernels.activation import gated
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.models import ModelInfo
 
@@ -48,6 +51,29 @@ def calibration_text(source: str | Sequence[str]) -> str:
         raise InvalidValue(f"options.calibration: {source} cannot be read ({error}).", hint=hint) from None
 
 
+def calibration_of(config: DeploymentConfig, model: ModelInfo, dtype: str) -> list[int]:
+    """The tokens that a deployment's rounding is fitted to; none where it is not."""
+    options = config.options
+    asked = dtype == "int4" and options.calibration != "off" and config.load_format != "dummy"
+    return calibration_tokens(model, options.calibration) if asked and config.tensor_parallel == 1 else []
+
+
+def calibration_line(config: DeploymentConfig, tokens: int) -> tuple[str, str, str]:
+    """The plan's line on an int4 model that was fitted to so many tokens."""
+    options = config.options
+    if tokens:
+        source = "a sample of Python's documentation" if options.calibration == "auto" else "the text that was given"
+        return (
+            "calibration",
+            f"{tokens:,} tokens",
+            f"of {source}: int4 is rounded for the inputs that they make",
+        )
+    why = "asked for" if options.calibration == "off" else "there is no tokenizer.json"
+    why = "random weights" if config.load_format == "dummy" else why
+    why = "several ranks: each would need the others' part of every layer" if config.tensor_parallel > 1 else why
+    return "calibration", "off", f"{why}; int4 is rounded to the nearest, which loses more"
+
+
 def calibration_tokens(model: ModelInfo, source: str | Sequence[str]) -> list[int]:
     """The text's tokens; none where the model's folder has no tokenizer that can be read alone."""
     from tokenizers import Tokenizer
@@ -59,8 +85,12 @@ def calibration_tokens(model: ModelInfo, source: str | Sequence[str]) -> list[in
     return [token for token in ids if token < model.vocab_size]
 
 
+class _Reached(Exception):
+    """The matrix whose inputs are wanted has been reached: the rest of the layer need not be computed."""
+
+
 class Calibration:
-    """The hidden states of a text on their way through the layers.
+    """The hidden states of a text on their way through the layers, as they are and as rounded layers make them.
 
     Args:
         tokens: of the text; windows spread over all of it are used.
@@ -71,15 +101,17 @@ class Calibration:
     def __init__(self, tokens: Sequence[int], spec: DecoderSpec, account: Account) -> None:
         window = min(WINDOW, spec.max_length, len(tokens))
         count = min(len(tokens) // window, _MOST) if window else 0
-        stride = len(tokens) / max(1, count)
-        starts = [int(i * stride) for i in range(count)]
+        starts = [i * len(tokens) // max(1, count) for i in range(count)]
         self._rows = [list(tokens[start : start + window]) for start in starts]
         self._window = window
         self._spec = spec
         self._account = account
         self._decoder: Decoder | None = None
-        self._steps: list[tuple[StepBatch, Stream]] = []
-        self._moments: dict[int, Tensor] = {}
+        self._steps: list[StepBatch] = []
+        self._exact: list[Stream] = []
+        self._rounded: list[Stream] = []
+        self._inputs: dict[int, Tensor] = {}  # of matrices that are watched, in the step that is computed
+        self._last: PackedLinear | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,14 +124,24 @@ class Calibration:
         index = len(weights.layers)
         weights.layers.append(plain)
         decoder = self._decoder or self._begin(weights)
-        self._moments = {id(getattr(plain, name)): torch.empty(0) for name in _MATRICES}
-        self._run(decoder, index, keep=False)
-        rounded = {name: self._rounded(getattr(plain, name)) for name in _MATRICES}
-        weights.layers[index] = dataclasses.replace(plain, **rounded)
-        self._run(decoder, index, keep=True)
+        matrices = {name: getattr(plain, name) for name in _MATRICES}
+        exact = []
+        for at, batch in enumerate(self._steps):
+            self._inputs = {id(packed): torch.empty(0) for packed in matrices.values()}
+            self._exact[at] = decoder.layer(index, *self._exact[at], batch, self._cache)
+            exact.append(self._inputs)
+        for name, packed in matrices.items():
+            moments, drift = self._moments(decoder, index, packed, [inputs.pop(id(packed)) for inputs in exact])
+            words, scale = round_by_inputs(packed.weight, moments, drift, self._account)
+            rounded = PackedLinear(words, packed.bias, scale)
+            change: dict[str, Any] = {name: rounded}
+            weights.layers[index] = dataclasses.replace(weights.layers[index], **change)
+        for at, batch in enumerate(self._steps):
+            self._rounded[at] = decoder.layer(index, *self._rounded[at], batch, self._cache)
 
     def _begin(self, weights: DecoderWeights) -> Decoder:
-        decoder = self._decoder = Decoder(self._spec, weights, ops=Operators(linear=self._linear, gated_linear=self._gated))
+        operators = Operators(linear=self._linear, gated_linear=self._gated)
+        decoder = self._decoder = Decoder(self._spec, weights, ops=operators)
         device = weights.embed.device
         page_tokens = _PAGE_TOKENS if device.type == "cuda" else self._window
         pages = -(-self._window // page_tokens)
@@ -110,27 +152,34 @@ class Calibration:
                 for i, row in enumerate(self._rows[first : first + _TOGETHER])
             ]
             batch = StepBatch.of_rows(rows, page_tokens, device)
-            self._steps.append((batch, (decoder.embed(batch), None)))
+            self._steps.append(batch)
+            self._exact.append((decoder.embed(batch), None))
+        self._rounded = list(self._exact)
         return decoder
 
-    def _run(self, decoder: Decoder, index: int, *, keep: bool) -> None:
-        for at, (batch, stream) in enumerate(self._steps):
-            after = decoder.layer(index, *stream, batch, self._cache)
-            if keep:
-                self._steps[at] = (batch, after)
+    def _moments(
+        self, decoder: Decoder, index: int, packed: PackedLinear, exact: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over all tokens of x x^T, and of (y - x) x^T where y is what x would be without rounding."""
+        columns = exact[0].shape[1]
+        moments, drift = torch.zeros((2, columns, columns), device=exact[0].device)
+        self._last = packed
+        for stream, batch, right in zip(self._rounded, self._steps, exact, strict=True):
+            self._inputs = {id(packed): torch.empty(0)}
+            with contextlib.suppress(_Reached):
+                decoder.layer(index, *stream, batch, self._cache)
+            x = self._inputs.pop(id(packed)).float()
+            moments.addmm_(x.t(), x)
+            drift.addmm_((right.float() - x).t(), x)
+        self._last = None
+        return moments, drift
 
     def _linear(self, x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
-        if id(packed) in self._moments:
-            wide = x.float()
-            known = self._moments[id(packed)]
-            self._moments[id(packed)] = torch.addmm(known, wide.t(), wide) if known.numel() else wide.t() @ wide
+        if id(packed) in self._inputs:
+            self._inputs[id(packed)] = x
+        if packed is self._last:
+            raise _Reached
         return linear(x, packed, **options)
 
     def _gated(self, x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
-        from miinb.kernels.activation import gated
-
         return gated(self._linear(x, packed), kind)
-
-    def _rounded(self, plain: PackedLinear) -> PackedLinear:
-        words, scale = round_by_inputs(plain.weight, self._moments.pop(id(plain)), self._account)
-        return PackedLinear(words, plain.bias, scale)

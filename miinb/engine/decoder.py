@@ -130,6 +130,7 @@ class DecoderWeights:
         embed: [vocab, embed or hidden size]; int8 (see `kernels.formats`) where there is an `embed_int8_scale`.
         positions: [rows, hidden].
         rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
+        fitted_tokens: of a text that the rounding was fitted to; 0: it was to the nearest.
     """
 
     embed: Tensor
@@ -142,6 +143,7 @@ class DecoderWeights:
     project_out: PackedLinear | None = None
     embed_int8_scale: Tensor | None = None
     rounding: float = 0.0
+    fitted_tokens: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,25 +19,29 @@ _DAMPING = 0.01
 _BLOCK = 128
 
 
-def round_by_inputs(weight: Tensor, moments: Tensor, account: Account) -> tuple[Tensor, Tensor]:
+def round_by_inputs(weight: Tensor, moments: Tensor, drift: Tensor, account: Account) -> tuple[Tensor, Tensor]:
     """Round a matrix to int4 for the inputs that it gets.
 
     Args:
         weight: [N, K], of any dtype.
         moments: [K, K] fp32, the sum of x x^T over many of its inputs x; it is changed.
+        drift: [K, K] fp32, the sum of (y - x) x^T, where y is the input that it would get if nothing were rounded.
         account: told what has changed.
 
     Returns:
         Words and pairs, as `kernels.formats` has them.
     """
     rows, columns = weight.shape
-    exact = weight.float()
+    given = weight.float()
     size = moments.diagonal().clone()
+    size[size == 0] = size.mean().clamp(min=1e-30) * 1e-6  # a column without inputs may be rounded as it is
+    moments.diagonal().copy_(size + _DAMPING * size.mean())
+    exact = given + given @ torch.cholesky_solve(drift.t(), _root(moments)).t()
     importance = torch.nn.functional.pad(size / size.mean(), (0, -columns % GROUP)).view(-1, GROUP)
     pair = fit_int4(grouped(exact), importance)
     order = size.argsort(descending=True)
     step, low = (pair.float().repeat_interleave(GROUP, 1)[:, :columns][:, order]).unbind(-1)
-    inverse = _inverse_root(moments[order][:, order])
+    inverse = _root(torch.cholesky_inverse(_root(moments[order][:, order])), upper=True)
     left, numbers = exact[:, order], torch.empty_like(exact)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
@@ -49,22 +53,20 @@ def round_by_inputs(weight: Tensor, moments: Tensor, account: Account) -> tuple[
             left[:, i:last] -= error[:, None] * inverse[i, i:last]
             errors[:, i - first] = error
         left[:, last:] -= errors @ inverse[first:last, last:]
-    account.add(exact, numbers * step + low - exact[:, order])
+    account.add(given, numbers * step + low - given[:, order])
     back = torch.empty_like(order)
     back[order] = torch.arange(columns, device=order.device)
     return pack(numbers[:, back], 4), pair
 
 
-def _inverse_root(moments: Tensor) -> Tensor:
-    """The upper triangle U with U^T U the inverse of the moments, which are damped until there is one."""
-    diagonal = moments.diagonal()
-    diagonal[diagonal == 0] = 1.0  # a column without inputs may be rounded as it is
-    damping = _DAMPING * diagonal.mean()
-    while True:
-        diagonal += damping
-        root, failed = torch.linalg.cholesky_ex(moments)
-        if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
-            if not failed:
-                return inverse
-        damping *= 10
+def _root(matrix: Tensor, *, upper: bool = False) -> Tensor:
+    """The Cholesky factor of a matrix, to whose diagonal is added until there is one; NaN of what is not finite."""
+    more = _DAMPING * matrix.diagonal().mean()
+    while bool(more.isfinite()):
+        found = torch.linalg.cholesky_ex(matrix, upper=upper)
+        if not found.info:
+            root: Tensor = found.L
+            return root
+        matrix.diagonal().add_(more)
+        more *= 10
+    return torch.full_like(matrix, torch.nan)

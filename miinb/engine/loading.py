@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from miinb import models, splitting
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, parity
+from miinb.engine.calibrate import calibration_line, calibration_of
 from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.encoder import Encoder, EncoderWeights
@@ -33,7 +32,7 @@ from miinb.engine.place import Place, device_name, find_place, free_bytes, refus
 from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
-from miinb.engine.tokenizer_files import ensure_chat_template, export_tokenizer
+from miinb.engine.tokenizer_files import ensure_chat_template, eos_token_ids, export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.kernels.dequantize import scratch
@@ -168,19 +167,6 @@ def _engine_info(
     )
 
 
-def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's."""
-    file = model.folder / "generation_config.json"
-    values: dict[str, Any] = {}
-    if file.exists():
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            values = {}  # transformers itself only warns about a damaged one
-    ids = values.get("eos_token_id", model.config.get("eos_token_id"))
-    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
-
-
 def _step_executor(
     config: DeploymentConfig,
     model: ModelInfo,
@@ -211,9 +197,11 @@ def _step_executor(
         ranks=config.tensor_parallel,
         dummy=config.load_format == "dummy",
         quantize_head=config.options.quantize_head,
+        calibration=calibration_of(config, model, place.dtype),
         report=report,
     )
     plan = _load_lines(info.plan, weights, place, time.monotonic() - started)
+    plan = plan.with_line(*calibration_line(config, weights.fitted_tokens)) if place.dtype == "int4" else plan
     ops, plan = operators_of(plan, local, place)
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)
@@ -288,7 +276,7 @@ def _encode_executor(
 def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, place: Place, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
     if weights.rounding and place.device.type == "cuda":
-        scratch(place.device, weights.dtype)  # before what is free is shared out
+        scratch(place.device, weights.dtype)  # now, as what is then free is shared out
     size = weights_bytes(weights)
     rate = f", {size_words(size / seconds)}/s" if size >= 1e8 else ""
     plan = plan.with_line("load", size_words(size), f"in {seconds:.1f} s{rate}")

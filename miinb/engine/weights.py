@@ -274,6 +274,7 @@ def load_weights(
                 weights.layers.append(build.layer(i))
             else:
                 fit.add(build.plain().layer(i), weights)
+        weights.fitted_tokens = fit.tokens if fit else 0
         weights.rounding = quantizer.rounding if quantizer else 0.0
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))
