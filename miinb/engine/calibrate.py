@@ -20,6 +20,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.parity import one_layer_cache
+from miinb.engine.place import Place
 from miinb.engine.quantize import Account
 from miinb.engine.spec import DecoderSpec
 from miinb.errors import InvalidValue
@@ -27,8 +28,11 @@ from miinb.kernels.activation import gated
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.models import ModelInfo
 
-#: Tokens of one sequence, sequences of a step, and most of all.
-WINDOW, _TOGETHER, _MOST = 512, 8, 32
+#: Tokens of one sequence, sequences of a step, and most of all by device: they take a CPU minutes, a GPU seconds.
+WINDOW, _TOGETHER = 512, 8
+_MOST = {"cuda": 96, "cpu": 32}
+#: Parameters of the largest model that a CPU fits to the sample: SmolLM2-135M takes it some five minutes.
+_MOST_ON_CPU = 300_000_000
 _PAGE_TOKENS = 16
 #: Topics of Python's own documentation that make the sample.
 _TOPICS = ("specialnames", "compound", "types", "string-methods", "debugger", "execmodel", "strings", "try", "calls")
@@ -51,27 +55,34 @@ def calibration_text(source: str | Sequence[str]) -> str:
         raise InvalidValue(f"options.calibration: {source} cannot be read ({error}).", hint=hint) from None
 
 
-def calibration_of(config: DeploymentConfig, model: ModelInfo, dtype: str) -> list[int]:
+def calibration_of(config: DeploymentConfig, model: ModelInfo, place: Place) -> list[int]:
     """The tokens that a deployment's rounding is fitted to; none where it is not."""
-    options = config.options
-    asked = dtype == "int4" and options.calibration != "off" and config.load_format != "dummy"
-    return calibration_tokens(model, options.calibration) if asked and config.tensor_parallel == 1 else []
+    if place.dtype != "int4" or _why_not(config, model, place):
+        return []
+    return calibration_tokens(model, config.options.calibration)
 
 
-def calibration_line(config: DeploymentConfig, tokens: int) -> tuple[str, str, str]:
+def calibration_line(config: DeploymentConfig, model: ModelInfo, place: Place, tokens: int) -> tuple[str, str, str]:
     """The plan's line on an int4 model that was fitted to so many tokens."""
-    options = config.options
-    if tokens:
-        source = "a sample of Python's documentation" if options.calibration == "auto" else "the text that was given"
-        return (
-            "calibration",
-            f"{tokens:,} tokens",
-            f"of {source}: int4 is rounded for the inputs that they make",
-        )
-    why = "asked for" if options.calibration == "off" else "there is no tokenizer.json"
-    why = "random weights" if config.load_format == "dummy" else why
-    why = "several ranks: each would need the others' part of every layer" if config.tensor_parallel > 1 else why
-    return "calibration", "off", f"{why}; int4 is rounded to the nearest, which loses more"
+    if not tokens:
+        why = _why_not(config, model, place) or "there is no tokenizer.json"
+        return "calibration", "off", f"{why}; int4 is rounded to the nearest, which loses more"
+    source = "the text that was given"
+    if config.options.calibration == "auto":
+        source = "a sample of Python's documentation"
+    return "calibration", f"{tokens:,} tokens", f"of {source}: int4 is rounded for the inputs that they make"
+
+
+def _why_not(config: DeploymentConfig, model: ModelInfo, place: Place) -> str:
+    """Why int4 is not fitted to a text, or ""."""
+    if config.options.calibration == "off":
+        return "asked for"
+    if config.load_format == "dummy":
+        return "random weights"
+    if config.tensor_parallel > 1:
+        return "several ranks: each would need the others' part of every layer"
+    large = place.device.type == "cpu" and model.parameters > _MOST_ON_CPU
+    return "it would take a CPU long (give a text to have it)" if large and config.options.calibration == "auto" else ""
 
 
 def calibration_tokens(model: ModelInfo, source: str | Sequence[str]) -> list[int]:
@@ -96,11 +107,12 @@ class Calibration:
         tokens: of the text; windows spread over all of it are used.
         spec: of the model, on one rank.
         account: told what rounding has changed.
+        device: of the weights.
     """
 
-    def __init__(self, tokens: Sequence[int], spec: DecoderSpec, account: Account) -> None:
+    def __init__(self, tokens: Sequence[int], spec: DecoderSpec, account: Account, device: torch.device) -> None:
         window = min(WINDOW, spec.max_length, len(tokens))
-        count = min(len(tokens) // window, _MOST) if window else 0
+        count = min(len(tokens) // window, _MOST[device.type]) if window else 0
         starts = [i * len(tokens) // max(1, count) for i in range(count)]
         self._rows = [list(tokens[start : start + window]) for start in starts]
         self._window = window

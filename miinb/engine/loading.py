@@ -197,11 +197,12 @@ def _step_executor(
         ranks=config.tensor_parallel,
         dummy=config.load_format == "dummy",
         quantize_head=config.options.quantize_head,
-        calibration=calibration_of(config, model, place.dtype),
+        calibration=calibration_of(config, model, place),
         report=report,
     )
     plan = _load_lines(info.plan, weights, place, time.monotonic() - started)
-    plan = plan.with_line(*calibration_line(config, weights.fitted_tokens)) if place.dtype == "int4" else plan
+    if place.dtype == "int4":
+        plan = plan.with_line(*calibration_line(config, model, place, weights.fitted_tokens))
     ops, plan = operators_of(plan, local, place)
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)

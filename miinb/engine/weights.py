@@ -267,18 +267,26 @@ def load_weights(
             project_in=build.linear("project_in") if spec.embed_size else None,
             project_out=build.linear("project_out") if spec.embed_size else None,
         )
-        fit = Calibration(calibration, spec, quantizer.account) if quantizer and calibration else None
-        for i in range(spec.layers):
-            report(Phase("load", i, spec.layers))
-            if fit is None:
-                weights.layers.append(build.layer(i))
-            else:
-                fit.add(build.plain().layer(i), weights)
-        weights.fitted_tokens = fit.tokens if fit else 0
+        _add_layers(build, weights, calibration, report)
         weights.rounding = quantizer.rounding if quantizer else 0.0
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))
     return weights
+
+
+def _add_layers(
+    build: _Builder, weights: DecoderWeights, calibration: Sequence[int], report: Callable[[Phase], None]
+) -> None:
+    fit = None
+    if calibration and build.quantizer is not None and build.quantizer.bits == 4:
+        fit = Calibration(calibration, build.spec, build.quantizer.account, build.device)
+    for i in range(build.spec.layers):
+        report(Phase("load", i, build.spec.layers))
+        if fit is None:
+            weights.layers.append(build.layer(i))
+        else:
+            fit.add(build.plain().layer(i), weights)
+    weights.fitted_tokens = fit.tokens if fit else 0
 
 
 def quantizers(dtype: str, device: torch.device, levels: int = 127) -> tuple[Quantizer | None, Quantizer | None]:

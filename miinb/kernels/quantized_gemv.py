@@ -81,12 +81,8 @@ def quantized_gemv_tile(n: int, k: int, bits: int, *, gated_pair: bool) -> dict[
     some 16 KB of loads in flight each, and that sums over threads are few.
     """
     parts = -(-k // part_columns(bits))
-    if n * k <= 1 << 25:  # few programs: a row's bytes are all in flight at once
-        block_n, block_p, warps = 8, 128, 4
-    else:
-        block_n, block_p, warps = 8, 64, 2
-    if n <= 2048:
-        block_n = 1
+    block_n = 8 if n > 2048 else 1
+    block_p, warps = (128, 4) if n <= 8192 else (64, 2)  # few programs need more warps each
     block_p = min(block_p, power_of_2(parts))
     warps = max(1, min(warps, block_p // 32))
     if gated_pair and block_n > 4:

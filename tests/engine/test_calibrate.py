@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from miinb import models
+from miinb.config import DeploymentConfig
 from miinb.demo import fetch
-from miinb.engine.calibrate import calibration_text, calibration_tokens
+from miinb.engine.calibrate import calibration_line, calibration_of, calibration_text, calibration_tokens
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.perplexity import perplexity
+from miinb.engine.place import Place
 from miinb.engine.quantize import Account, Quantizer
 from miinb.engine.weights import tensors
 from miinb.errors import InvalidValue
@@ -118,6 +121,20 @@ def test_a_deployment_says_what_it_was_fitted_to(tiny: Tiny, tmp_path: Path) -> 
     given = line(options={"calibration": ["word " * 2000]})
     assert "of the text that was given" in given
     assert int(given.split()[0].replace(",", "")) >= 128
+
+
+def test_a_cpu_does_not_fit_a_large_model_unasked(tiny: Tiny) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    model = dataclasses.replace(models.inspect(folder), parameters=1_000_000_000)
+    config = DeploymentConfig.parse({"model": str(folder), "dtype": "int4"})
+    place = Place(torch.device("cpu"), "int4")
+    assert calibration_of(config, model, place) == []
+    assert "take a CPU long" in calibration_line(config, model, place, 0)[2]
+    asked = DeploymentConfig.parse({"model": str(folder), "dtype": "int4", "options": {"calibration": ["a word"]}})
+    assert calibration_of(asked, model, place)
+    assert calibration_of(config, model, Place(torch.device("cuda"), "int4"))
+    assert calibration_of(config, model, Place(torch.device("cuda"), "int8")) == []
 
 
 @pytest.mark.slow
