@@ -15,6 +15,8 @@ from miinb.kernels.formats import GROUP, INT4_MAX, pack
 
 #: Added to the diagonal of the inputs' second moments, relative to its mean: few inputs say little about some columns.
 _DAMPING = 0.01
+#: Share of what inputs have drifted by that is made up for: more of it fits the text at the cost of others.
+_MADE_UP = 0.5
 #: Columns after which the error goes on to all later ones at once.
 _BLOCK = 128
 
@@ -36,7 +38,7 @@ def round_by_inputs(weight: Tensor, moments: Tensor, drift: Tensor, account: Acc
     size = moments.diagonal().clone()
     size[size == 0] = size.mean().clamp(min=1e-30) * 1e-6  # a column without inputs may be rounded as it is
     moments.diagonal().copy_(size + _DAMPING * size.mean())
-    exact = given + given @ torch.cholesky_solve(drift.t(), _root(moments)).t()
+    exact = given + _MADE_UP * given @ torch.cholesky_solve(drift.t(), _root(moments)).t()
     importance = torch.nn.functional.pad(size / size.mean(), (0, -columns % GROUP)).view(-1, GROUP)
     pair = fit_int4(grouped(exact), importance)
     order = size.argsort(descending=True)

@@ -67,7 +67,7 @@ def test_what_inputs_have_drifted_by_is_made_up_for() -> None:
     wanted = right @ weight.t()
     backs = (fitted(weight, x, (right - x).t() @ x), fitted(weight, x), nearest(weight))
     lost = [float((x @ back.t() - wanted).norm()) for back in backs]
-    assert lost[0] < 0.1 * min(lost[1:])
+    assert lost[0] < 0.6 * min(lost[1:]), "a half of it"
 
 
 def test_columns_without_inputs_and_few_inputs() -> None:
@@ -147,5 +147,5 @@ def test_perplexity_of_a_real_model() -> None:
     fitted_to = calibration_tokens(models.inspect(folder), "auto")
     ours, plain = decoder(folder, "int4", calibration=fitted_to), decoder(folder, "int4")
     before, lost, nearest_lost = (perplexity(each, ids) for each in (exact, ours, plain))
-    assert lost < 1.06 * before
+    assert lost < 1.03 * before
     assert nearest_lost > 1.2 * before
