@@ -248,3 +248,18 @@ def gguf_config(metadata: Mapping[str, Any], entries: list[TensorEntry], file: P
     for name in ("bos", "eos"):
         config[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{name}_token_id")
     return config
+
+
+_FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def main_dtype(config: Mapping[str, Any], entries: list[TensorEntry]) -> str:
+    """The dtype of most of the checkpoint's bytes; without files, what config.json says."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        name = _FILE_DTYPES.get(entry.dtype, "bf16")  # quantized GGUF blocks are unpacked to bf16
+        sizes[name] = sizes.get(name, 0) + entry.size_bytes
+    if sizes:
+        return max(sizes, key=lambda name: sizes[name])
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return {"float16": "fp16", "bfloat16": "bf16"}.get(named, "fp32")

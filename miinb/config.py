@@ -54,6 +54,9 @@ class EngineOptions(Frozen):
             weights of each layer from the host's memory ("cpu") or a fast disk ("nvme") when it is their turn.
         offload_folder: "nvme": where.
         ds_config: DeepSpeed's own configuration of the offload (ZeRO stage 3), for what is not said here.
+        quantize_head: dtype "int8" and "int4": the embedding and the head are int8 too; else in the activations' dtype.
+        calibration: dtype "int4": what its rounding is fitted to: "auto" is a sample of Python's documentation; else a
+            text file's path, or a list of texts; "off" rounds to the nearest, which starts sooner and loses more.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"
             (weights are then not checked for NaN either).
     """
@@ -72,6 +75,8 @@ class EngineOptions(Frozen):
     offload: Literal["off", "cpu", "nvme"] = "off"
     offload_folder: str | None = None
     ds_config: dict[str, Any] | None = None
+    quantize_head: bool = True
+    calibration: Annotated[str, Field(min_length=1)] | list[str] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
 
     @model_validator(mode="after")

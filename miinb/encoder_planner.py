@@ -69,9 +69,10 @@ def memory(choice: Plan, config: DeploymentConfig, model: ModelInfo, length: int
     Raises:
         OutOfMemory: it cannot fit; the hint has what would.
     """
-    weights = model.weights_bytes(choice.dtype)
+    on_gpu = choice.device == "cuda"
+    weights = model.weights_bytes(choice.dtype, on_gpu=on_gpu)
     tokens = config.options.step_tokens(choice.device, encoder=True)
-    step = model.step_bytes(choice.dtype, max(tokens, length))
+    step = model.step_bytes(choice.dtype, max(tokens, length), on_gpu=on_gpu)
     if weights + step > usable:
         raise _does_not_fit(config, choice, model, weights, step, usable)
     why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}"
@@ -101,11 +102,11 @@ def _why_length(model: ModelInfo, length: int) -> str:
 def _does_not_fit(
     config: DeploymentConfig, choice: Plan, model: ModelInfo, weights: int, step: int, usable: int
 ) -> OutOfMemory:
-    smaller = ("bf16",) if choice.device == "cuda" else ("bf16", "int8")
+    on_gpu = choice.device == "cuda"
     fits = [
         f"dtype={dtype!r}"
-        for dtype in smaller
-        if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype] and model.weights_bytes(dtype) + step <= usable
+        for dtype in ("bf16", "int8")
+        if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype] and model.weights_bytes(dtype, on_gpu=on_gpu) + step <= usable
     ]
     if weights < usable:
         fits.append("a smaller options.max_step_tokens")

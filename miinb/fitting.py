@@ -9,6 +9,7 @@ from miinb.errors import OutOfMemory
 from miinb.hardware import Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, ModelInfo
+from miinb.quantized_planner import QUANTIZED
 from miinb.wording import size_words
 
 #: Share of the free memory that weights and cache may take.
@@ -55,8 +56,8 @@ def does_not_fit(
     config: DeploymentConfig, choice: Plan, model: ModelInfo, hardware: Hardware, place: Place, length: int
 ) -> OutOfMemory:
     """The error with the estimate, and with what would fit."""
-    weights = model.weights_bytes(choice.dtype, place.ranks)
-    token = model.kv_bytes_per_token(choice.dtype, place.ranks, config.kv_dtype)
+    weights = model.weights_bytes(choice.dtype, place.ranks, on_gpu=place.on_gpu)
+    token = model.kv_bytes_per_token(choice.dtype, place.ranks, config.kv_dtype, on_gpu=place.on_gpu)
     tokens = config.max_length or min(length, 64)
     need = weights + token * tokens + (GPU_RUNTIME_BYTES if place.on_gpu else RUNTIME_BYTES)
     fits = [*_smaller_cache(place, weights, token), *_smaller_dtypes(choice, model, place)]
@@ -83,10 +84,10 @@ def _smaller_cache(place: Place, weights: int, token: int) -> list[str]:
 def _smaller_dtypes(choice: Plan, model: ModelInfo, place: Place) -> list[str]:
     smaller = [
         dtype
-        for dtype in (("bf16",) if place.on_gpu else ("bf16", "int8"))
+        for dtype in ("bf16", *(QUANTIZED if model.spec is not None and choice.engine == "optimized" else ()))
         if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
     ]
-    needs = {dtype: model.weights_bytes(dtype, place.ranks) for dtype in smaller}
+    needs = {dtype: model.weights_bytes(dtype, place.ranks, on_gpu=place.on_gpu) for dtype in smaller}
     return [f"dtype={dtype!r} ({size_words(need)} of weights)" for dtype, need in needs.items() if need < place.usable]
 
 
@@ -95,7 +96,7 @@ def _more_gpus(choice: Plan, model: ModelInfo, place: Place) -> list[str]:
     if not place.on_gpu or model.spec is None:
         return []
     for ranks in (2, 4, 8, 16):
-        need = model.weights_bytes(choice.dtype, ranks)
+        need = model.weights_bytes(choice.dtype, ranks, on_gpu=True)
         if ranks > place.ranks and need < place.usable and not model.spec.heads % ranks:
             return [f"tensor_parallel={ranks} on {ranks} such GPUs ({size_words(need)} of weights on each)"]
     return []

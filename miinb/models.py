@@ -14,23 +14,23 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from miinb.checkpoint import TensorEntry, gguf_config, read_gguf, read_safetensors, safetensors_files
+import miinb.engine.parameters as sizes
+from miinb.checkpoint import TensorEntry, gguf_config, main_dtype, read_gguf, read_safetensors, safetensors_files
 from miinb.config import LoadFormat
 from miinb.engine.encoder_spec import EncoderSpec
 from miinb.engine.labels import function_of, labels_of
-from miinb.engine.parameters import Parameters, count_encoder, count_parameters, int8_bytes, step_bytes
+from miinb.engine.parameters import QUANTIZED, Parameters, count_encoder, count_parameters
 from miinb.engine.policies import ENCODERS, POLICIES, decoder_spec, encoder_spec
 from miinb.engine.spec import NO_LIMIT, DecoderSpec
 from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError, UnsupportedModel
 from miinb.location import gguf_file, locate, read_config
 from miinb.tasks import TASKS, find_task, tasks_of
 
-#: The least compute capability of a GPU that converts fp8 by itself.
-FP8_CAPABILITY = (8, 9)
-#: Bytes of one weight by miinb's dtype names; int8 has a scale of fp32 for each 64 weights.
-DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5}
+#: The least compute capability of a GPU that converts fp8 by itself, and of one that multiplies quantized weights.
+FP8_CAPABILITY, QUANTIZED_CAPABILITY = (8, 9), (8, 0)
+#: Bytes of one weight by miinb's dtype names; int8 and int4 have scales of about four bytes for each 64 weights.
+DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5625}
 
-_FILE_DTYPES = {"F32": "fp32", "F64": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TEXT = ("text-generation", "conversational")
 _ENCODER = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 #: config.json's names of one fact, by family; the first that is there counts.
@@ -117,24 +117,30 @@ class ModelInfo:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
         return sizes
 
-    def weights_bytes(self, dtype: str | None = None, ranks: int = 1) -> int:
+    def weights_bytes(
+        self, dtype: str | None = None, ranks: int = 1, *, on_gpu: bool = False, quantize_head: bool = True
+    ) -> int:
         """Bytes of the weights in a dtype (default: the checkpoint's); with several ranks, those of each.
 
-        Ranks share the matrices; embeddings, norms and biases are whole on each.
+        Ranks share the matrices; embeddings, norms and biases are whole on each. The options are of quantized dtypes.
         """
-        if self.encoder is not None and dtype == "int8":
-            return int8_bytes(self.encoder)
+        dtype = dtype or self.dtype
+        if self.encoder is not None and dtype in QUANTIZED:
+            return sizes.int8_bytes(self.encoder, on_gpu=on_gpu)
+        if self.spec is not None and dtype in QUANTIZED:
+            form = {"on_gpu": on_gpu, "tables": quantize_head}
+            return sizes.quantized_bytes(self.spec, POLICIES[self.family], dtype, ranks, **form)
         counted = self.counted
         numbers = self.parameters if counted is None else counted.others + -(-counted.matrices // ranks)
-        return int(numbers * DTYPE_BYTES[dtype or self.dtype])
+        return int(numbers * DTYPE_BYTES[dtype])
 
-    def step_bytes(self, dtype: str, tokens: int) -> int:
+    def step_bytes(self, dtype: str, tokens: int, *, on_gpu: bool = False) -> int:
         """About what an encoder's step of so many tokens takes besides the weights; 0 without an encoder."""
-        if self.encoder is None:
-            return 0
-        return step_bytes(
-            self.encoder, 4.0 if dtype == "int8" else DTYPE_BYTES[dtype], tokens
-        )  # weights alone are int8
+        return (
+            0
+            if self.encoder is None
+            else sizes.step_bytes(self.encoder, sizes.activation_bytes(dtype, on_gpu=on_gpu), tokens)
+        )
 
     def labels(self) -> tuple[tuple[str, ...], str]:
         """The labels of a classifier's outputs, in their order, and what is wrong with config.json's names, or ""."""
@@ -144,17 +150,20 @@ class ModelInfo:
         """What makes a text classifier's logits scores: softmax, sigmoid or none."""
         return function_of(self.config)
 
-    def kv_bytes_per_token(self, dtype: str | None = None, ranks: int = 1, kv_dtype: str = "auto") -> int:
+    def kv_bytes_per_token(
+        self, dtype: str = "", ranks: int = 1, kv_dtype: str = "auto", *, on_gpu: bool = False
+    ) -> int:
         """Bytes of keys and values that one token adds to the cache of each rank.
 
         Args:
             dtype: of the weights, and so of the cache.
             ranks: that share the model.
             kv_dtype: "fp8" is one byte a number, and a scale of two bytes for each head's key and value.
+            on_gpu: with quantized weights the cache has 2 bytes a number on a GPU, 4 on a CPU.
         """
         if self.encoder is not None or (self.tasks and "text-generation" not in self.tasks):
             return 0  # encoders keep nothing
-        number = 4.0 if dtype == "int8" else DTYPE_BYTES[dtype or self.dtype]  # weights alone are int8
+        number = sizes.activation_bytes(dtype or self.dtype, on_gpu=on_gpu)
         layers, heads, size = self.layers, self.kv_heads, self.head_size
         if self.spec is not None:
             layers, heads, size = self.spec.layers, self.spec.kv_heads, self.spec.head_size
@@ -278,7 +287,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         config=config,
         tensors={entry.name: entry for entry in entries},
         parameters=counted or sum(entry.elements for entry in entries) or estimate_parameters(config),
-        dtype=_main_dtype(config, entries),
+        dtype=main_dtype(config, entries),
         context_length=0 if longest == NO_LIMIT else longest,
         vocab_size=facts["vocab_size"],
         layers=facts["layers"],
@@ -331,18 +340,6 @@ def _check_numbers(config: Mapping[str, Any], source: str) -> None:
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     values = (config.get(key) for key in keys)
     return next((value for value in values if isinstance(value, int)), 0)
-
-
-def _main_dtype(config: Mapping[str, Any], entries: list[TensorEntry]) -> str:
-    """The dtype of most of the checkpoint's bytes; without files, what config.json says."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        name = _FILE_DTYPES.get(entry.dtype, "bf16")  # quantized GGUF blocks are unpacked to bf16
-        sizes[name] = sizes.get(name, 0) + entry.size_bytes
-    if sizes:
-        return max(sizes, key=lambda name: sizes[name])
-    named = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return {"float16": "fp16", "bfloat16": "bf16"}.get(named, "fp32")
 
 
 def estimate_parameters(config: Mapping[str, Any]) -> int:

@@ -15,11 +15,10 @@ from miinb.fitting import USABLE, Place, does_not_fit, live_parameters
 from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, FP8_CAPABILITY, ModelInfo
+from miinb.quantized_planner import QUANTIZED, quantized
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
-#: Dtypes that are planned but not built: what to do instead.
-_NOT_BUILT = {"int4": "bf16", "fp8": "bf16"}
 #: Most tokens of one sequence and most rows on a CPU unless asked for: a page is a whole slot there.
 CPU_MAX_LENGTH = 4096
 CPU_MAX_BATCH = 16
@@ -34,7 +33,8 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
         OutOfMemory: the model cannot fit; the message has the estimate, the hint what would.
         ModelError: the model does not serve the task.
     """
-    _refuse_unbuilt(config)
+    if config.dtype == "fp8":
+        raise InvalidValue("dtype: fp8 is not built yet.", hint="Use dtype='int8', 'bf16' or 'auto'.")
     task = model.task(config.task)
     model = model.serving(task)
     groups = _device_groups(config, hardware)
@@ -65,13 +65,6 @@ def resolve(config: DeploymentConfig, choice: Plan, hardware: Hardware) -> Deplo
         "gpus": [[gpu.index for gpu in group] for group in groups] or None,
     }
     return config.model_copy(update=changes)
-
-
-def _refuse_unbuilt(config: DeploymentConfig) -> None:
-    if config.dtype in _NOT_BUILT:
-        raise InvalidValue(
-            f"dtype: {config.dtype} is not built yet.", hint=f"Use dtype={_NOT_BUILT[config.dtype]!r} or 'auto'."
-        )
 
 
 def _device_groups(config: DeploymentConfig, hardware: Hardware) -> list[list[Gpu]]:
@@ -171,8 +164,8 @@ def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: 
 def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
     asked = config.dtype if config.dtype != "auto" else model.dtype
     origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
-    if asked == "int8":
-        return _int8(choice)
+    if asked in QUANTIZED:
+        return quantized(choice, config, model, hardware)
     if choice.device == "cpu" and model.encoder is not None:
         used, reason = encoder_planner.dtype_on_cpu(asked, origin, hardware)
         return choice.with_line("dtype", used, reason, dtype=used)
@@ -186,19 +179,6 @@ def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: H
             return choice.with_line("dtype", "fp16", "this GPU has no bf16", dtype="fp16")
         raise InvalidValue("dtype: this GPU has no bf16.", hint="Use dtype='fp16' or 'fp32'.")
     return choice.with_line("dtype", asked, origin, dtype=asked)
-
-
-def _int8(choice: Plan) -> Plan:
-    """Weight-only int8, where it is built. Raises InvalidValue."""
-    if choice.device == "cuda":
-        raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
-    if choice.engine == "baseline":
-        raise InvalidValue(
-            "dtype: int8 needs the optimized engine, and plain transformers serve this.",
-            hint="Use dtype='bf16' or 'auto'.",
-        )
-    reason = "asked for: weights in groups of 64 with one scale; activations, norms and cache in fp32"
-    return choice.with_line("dtype", "int8", reason, dtype="int8")
 
 
 def _check_fp8_cache(choice: Plan, groups: list[list[Gpu]], *, encodes: bool) -> None:
@@ -221,11 +201,12 @@ def _memory(
     free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
     free //= 1 if groups else config.replicas * ranks
     place = Place(bool(groups), min(free, config.options.memory_limit_bytes or free), ranks)
-    weights = model.weights_bytes(choice.dtype, ranks)
+    form = {"on_gpu": place.on_gpu, "quantize_head": config.options.quantize_head}
+    weights = model.weights_bytes(choice.dtype, ranks, **form)
     if config.options.offload != "off":
         choice = _offload(choice, config, model, hardware)
         weights = int(live_parameters(model) * DTYPE_BYTES[choice.dtype])
-    token = model.kv_bytes_per_token(choice.dtype, ranks, config.kv_dtype)
+    token = model.kv_bytes_per_token(choice.dtype, ranks, config.kv_dtype, on_gpu=place.on_gpu)
     length = _length(config, model, on_gpu=place.on_gpu)
     if choice.engine == "optimized" and model.encoder is not None:
         return encoder_planner.memory(choice, config, model, length, place.usable)

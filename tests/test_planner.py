@@ -344,3 +344,48 @@ def test_visible_gpus_follow_cuda() -> None:
     assert [g.physical for g in _visible(found, "1,9,0")] == [1]
     assert _visible(found, "") == ()
     assert len(_visible(found, None)) == 4
+
+
+def test_quantized_weights() -> None:
+    sizes = {}
+    for hardware, place in ((CPU, "cpu"), (TWO_GPUS, "cuda")):
+        for dtype in ("int8", "int4"):
+            choice = planned(hardware, dtype=dtype)
+            sizes[place, dtype] = choice.weights_bytes
+            assert (choice.device, choice.dtype) == (place, dtype)
+            assert choice.weights_bytes == LLAMA.weights_bytes(dtype, on_gpu=place == "cuda")
+            number = "fp32" if place == "cpu" else "bf16"
+            assert f"norms and cache in {number}" in line(choice, "dtype")
+            token = LLAMA.kv_bytes_per_token(dtype, on_gpu=place == "cuda")
+            assert token == LLAMA.kv_bytes_per_token(number)
+            if place == "cpu":
+                assert choice.kv_cache_bytes == choice.max_batch * choice.max_length * token
+            else:
+                assert f"pages for {choice.kv_cache_bytes // token:,} tokens" in line(choice, "kv_cache")
+    matrices = LLAMA.parameters
+    assert sizes["cuda", "int8"] == pytest.approx(matrices * (1 + 2 / 64), rel=1e-3)
+    assert sizes["cpu", "int8"] == pytest.approx(matrices * (1 + 4 / 64), rel=1e-3)
+    tables = 2 * 32000 * 2048
+    rest = (matrices - tables) * (0.5 + 4 / 64)
+    assert sizes["cuda", "int4"] == pytest.approx(rest + tables * (1 + 2 / 64), rel=1e-3)
+    choice = planned(TWO_GPUS, dtype="int4", options={"quantize_head": False})
+    assert choice.weights_bytes == pytest.approx(rest + 2 * tables, rel=1e-3)
+    assert "embedding and head in bf16" in line(choice, "dtype")
+    choice = planned(TWO_GPUS, dtype="int8", options={"quantize_head": False})
+    assert "embedding and head in bf16" in line(choice, "dtype")
+    half = planned(TWO_GPUS, dtype="int4", tensor_parallel=2)
+    assert half.weights_bytes == pytest.approx(rest / 2 + 0.75 * tables * (1 + 2 / 64), rel=1e-3)
+    assert "saves memory, not time" in line(planned(dtype="int4"), "speed")
+    fp16 = dataclasses.replace(LLAMA, dtype="fp16")
+    assert "norms and cache in fp16" in line(planned(TWO_GPUS, fp16, dtype="int8"), "dtype")
+
+
+def test_quantized_weights_that_cannot_be(tmp_path: Path) -> None:
+    turing = dataclasses.replace(CPU, gpus=(dataclasses.replace(GPUS[0], capability=(7, 5)),))
+    for dtype in ("int8", "int4"):
+        with pytest.raises(InvalidValue, match=f"{dtype} needs an Ampere GPU"):
+            planned(turing, dtype=dtype)
+    with pytest.raises(InvalidValue, match="int4 is for models that generate text"):
+        planned(TWO_GPUS, encoder(tmp_path), dtype="int4")
+    choice = planned(TWO_GPUS, encoder(tmp_path), dtype="int8")
+    assert choice.weights_bytes == pytest.approx(85.6e6 * (1 + 2 / 64) + 23.8e6 * 2, rel=0.01)

@@ -49,7 +49,7 @@ from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import ENCODERS, POLICIES, encoder_spec
 from miinb.engine.reduction import usual_reduction
 from miinb.engine.sampling import Needs, Sampler
-from miinb.engine.weights import DTYPES, load_weights
+from miinb.engine.weights import activation_dtype, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels.head import argmax
 from miinb.kernels.shares import best_shares
@@ -178,20 +178,24 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     spec = dataclasses.replace(spec, layers=len(kinds), windows=kinds if spec.windows else ())
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     ranks = config.tensor_parallel
-    weights = load_weights(model, policy, spec, dtype=dtype, device=META, ranks=ranks, dummy=True)
+    options = config.options
+    weights = load_weights(
+        model, policy, spec, dtype=dtype, device=META, ranks=ranks, dummy=True, quantize_head=options.quantize_head
+    )
+    activations = activation_dtype(dtype, META, model.dtype)
     local = spec.shard(ranks)
     decoder = Decoder(local, weights)
     page_tokens = config.options.page_tokens
     pages = -(-config.options.step_tokens("cuda") // page_tokens)
     size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
-    cache = KVCache(local, size, cache_dtype(config.kv_dtype, DTYPES[dtype]), META)
+    cache = KVCache(local, size, cache_dtype(config.kv_dtype, activations), META)
     rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.step_tokens("cuda"))
     with recording() as kernels:
         for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:
             argmax(decoder.forward(batch, cache))
             decoder.greedy(batch, cache)
         sampler = Sampler(2, spec.vocab_size, META)
-        for logits_dtype in (DTYPES[dtype], torch.float32):  # as the model makes them, and with penalties
+        for logits_dtype in (activations, torch.float32):  # as the model makes them, and with penalties
             for rows in (1, 2):  # columns of a table of one row are views of it, of more they are copied
                 logits = _meta(rows, spec.vocab_size, dtype=logits_dtype)
                 sampler.choose(logits, (), (), _meta(rows), _meta(rows), Needs.SAMPLE)

@@ -20,10 +20,10 @@ from miinb.engine.parallel import Group
 from miinb.engine.positions import alibi_slopes, rotary_tables
 from miinb.engine.spec import DecoderSpec
 from miinb.kernels.attention import paged_attention
+from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
-from miinb.kernels.reference import dequantize
 from miinb.kernels.rope import rope_append
 
 
@@ -127,9 +127,10 @@ class DecoderWeights:
     """All weights; those without a comment are as the spec says.
 
     Attributes:
-        embed: [vocab, embed or hidden size]; int8 where there is an `embed_int8_scale`, as in a `PackedLinear`.
+        embed: [vocab, embed or hidden size]; int8 (see `kernels.formats`) where there is an `embed_int8_scale`.
         positions: [rows, hidden].
         rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
+        fitted_tokens: of a text that the rounding was fitted to; 0: it was to the nearest.
     """
 
     embed: Tensor
@@ -142,6 +143,7 @@ class DecoderWeights:
     project_out: PackedLinear | None = None
     embed_int8_scale: Tensor | None = None
     rounding: float = 0.0
+    fitted_tokens: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -282,9 +284,8 @@ class Decoder:
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""
         w = self.weights
-        x = F.embedding(batch.token_ids, w.embed)
-        if w.embed_int8_scale is not None:
-            x = dequantize(x, F.embedding(batch.token_ids, w.embed_int8_scale))
+        width = self.spec.embed_size or self.spec.hidden_size
+        x = embedding_rows(batch.token_ids, w.embed, w.embed_int8_scale, width, w.dtype)
         if self._embed_scale != 1.0:
             x = x * self._embed_scale
         if w.project_in is not None:

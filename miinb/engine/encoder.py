@@ -16,8 +16,8 @@ from torch import Tensor
 
 from miinb.engine.decoder import Norm
 from miinb.engine.encoder_spec import BODY, EncoderSpec
-from miinb.kernels import reference
 from miinb.kernels.cpu_blocks import BlockedLinear
+from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.kernels.norm import post_norm
@@ -193,7 +193,7 @@ class Encoder:
         w, norm = self.weights, self.weights.embed_norm
         words, token_ids = w.words, batch.token_ids
         if w.words_scale is not None:  # int8: a table of the batch's own tokens
-            words = reference.dequantize(words[token_ids], w.words_scale[token_ids]).to(w.dtype)
+            words = embedding_rows(token_ids, words, w.words_scale, self.spec.embed_size, w.dtype)
             token_ids = torch.arange(len(token_ids), device=token_ids.device)
         tables = (words, w.positions, w.token_types)
         x = self.ops.embedding_norm(

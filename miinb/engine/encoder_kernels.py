@@ -10,7 +10,7 @@ import torch
 from miinb.engine.encoder import EncoderOperators, Matrix
 from miinb.engine.parity import TOLERANCE
 from miinb.engine.place import Place
-from miinb.engine.weights import DTYPES
+from miinb.engine.weights import activation_dtype
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Plan
 
@@ -35,9 +35,15 @@ class EncoderKernels:
     pack: Callable[[PackedLinear], Matrix] = lambda packed: packed
 
 
-def encoder_kernels(plan: Plan, place: Place) -> tuple[EncoderKernels, Plan]:
-    """The operators for a device and dtype, and the plan with a line on them where there is a choice."""
-    dtype, int8 = DTYPES[place.dtype], place.dtype == "int8"
+def encoder_kernels(plan: Plan, place: Place, checkpoint: str = "") -> tuple[EncoderKernels, Plan]:
+    """The operators for a device and dtype, and the plan with a line on them where there is a choice.
+
+    Args:
+        plan: so far.
+        place: the device and the dtype.
+        checkpoint: the checkpoint's dtype, by miinb's names.
+    """
+    dtype, int8 = activation_dtype(place.dtype, place.device, checkpoint), place.dtype == "int8"
     plain = EncoderKernels(EncoderOperators(), TOLERANCE[dtype])
     if place.device.type == "cuda":
         return plain, plan

@@ -16,7 +16,7 @@ from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec, HeadLayer
 from miinb.engine.finite import check_finite
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
-from miinb.engine.weights import DTYPES, open_reader
+from miinb.engine.weights import activation_dtype, open_reader, quantizers
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
@@ -91,6 +91,8 @@ class _Builder:
                 self.fill(packed.weight[rows], name, region)
             else:
                 plain = self.empty(size, columns)
+                if self.device.type == "cuda":  # what is read goes there on other streams
+                    torch.cuda.current_stream(self.device).synchronize()
                 self.fill(plain, name, region)
                 self.quantizer.quantize(plain, packed.weight[rows], packed.scale[rows])
             at += size
@@ -176,7 +178,7 @@ def load_encoder_weights(
         info: the model's files; `models.ModelInfo.serving` has seen that the head is in them.
         policy: of its family.
         spec: with the head of the task.
-        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
+        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in `activation_dtype`.
         device: where the weights go.
         dummy: random weights instead of the checkpoint's.
         levels: the largest number of int8 weights.
@@ -189,8 +191,9 @@ def load_encoder_weights(
     """
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
-        quantizer = Quantizer(levels) if dtype == "int8" else None
-        build = _Builder(info, policy, spec, reader, DTYPES[dtype], device, quantizer, pack)
+        quantizer, _ = quantizers(dtype, device, levels)
+        kind = activation_dtype(dtype, device, info.dtype)
+        build = _Builder(info, policy, spec, reader, kind, device, quantizer, pack)
         words = build.words()
         layers = []
         for i in range(spec.layers):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from miinb import models, splitting
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, parity
+from miinb.engine.calibrate import calibration_line, calibration_of
 from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.encoder import Encoder, EncoderWeights
@@ -28,13 +27,15 @@ from miinb.engine.finite import check_finite
 from miinb.engine.followers import Follower, Followers, Following
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import KVCache, cache_dtype, size_cache
+from miinb.engine.parameters import QUANTIZED
 from miinb.engine.place import Place, device_name, find_place, free_bytes, refuse_fallback, set_threads
 from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
-from miinb.engine.tokenizer_files import ensure_chat_template, export_tokenizer
+from miinb.engine.tokenizer_files import ensure_chat_template, eos_token_ids, export_tokenizer
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
+from miinb.kernels.dequantize import scratch
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
@@ -167,19 +168,6 @@ def _engine_info(
     )
 
 
-def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's."""
-    file = model.folder / "generation_config.json"
-    values: dict[str, Any] = {}
-    if file.exists():
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            values = {}  # transformers itself only warns about a damaged one
-    ids = values.get("eos_token_id", model.config.get("eos_token_id"))
-    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
-
-
 def _step_executor(
     config: DeploymentConfig,
     model: ModelInfo,
@@ -209,9 +197,13 @@ def _step_executor(
         rank=rank,
         ranks=config.tensor_parallel,
         dummy=config.load_format == "dummy",
+        quantize_head=config.options.quantize_head,
+        calibration=calibration_of(config, model, place),
         report=report,
     )
-    plan = _load_lines(info.plan, weights, time.monotonic() - started)
+    plan = _load_lines(info.plan, weights, place, time.monotonic() - started)
+    if place.dtype == "int4":
+        plan = plan.with_line(*calibration_line(config, model, place, weights.fitted_tokens))
     ops, plan = operators_of(plan, local, place)
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)
@@ -219,13 +211,13 @@ def _step_executor(
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
     ranks.meet()  # before the first collective, whose time is limited
     free = ranks.share_of(free_bytes(place.device, config), place.device)
-    kv_dtype = cache_dtype(config.kv_dtype, DTYPES[place.dtype])
+    kv_dtype = cache_dtype(config.kv_dtype, weights.dtype)
     size = size_cache(local, config, place.device.type, kv_dtype, free)
     plan = dataclasses.replace(ranks.describe(plan), max_length=size.max_length, max_batch=size.max_batch)
     plan = dataclasses.replace(plan, kv_cache_bytes=size.size_bytes, weights_bytes=weights_bytes(weights))
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
-        check_finite(tensors(weights), model, DTYPES[place.dtype])
+        check_finite(tensors(weights), model, weights.dtype)
     plan = _verified(plan, lambda: parity.check(decoder, size.page_tokens, kv_dtype), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, kv_dtype, place.device)
@@ -253,7 +245,7 @@ def _encode_executor(
         raise UnsupportedModel(splitting.FUSED_ENCODER)
     report(Phase("load", 0, spec.layers))
     started = time.monotonic()
-    kernels, plan = encoder_kernels(info.plan, place)
+    kernels, plan = encoder_kernels(info.plan, place, model.dtype)
     weights = load_encoder_weights(
         model,
         ENCODERS[model.family],
@@ -265,7 +257,7 @@ def _encode_executor(
         pack=kernels.pack,
         report=report,
     )
-    plan = _load_lines(plan, weights, time.monotonic() - started)
+    plan = _load_lines(plan, weights, place, time.monotonic() - started)
     if weights.unread:
         plan = plan.with_line(
             "unread", ", ".join(weights.unread), f"heads of the checkpoint that {info.task} has no use for"
@@ -276,20 +268,23 @@ def _encode_executor(
     ranks = aside.ranks.result()
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
-        check_finite(tensors(weights), model, DTYPES[place.dtype])
+        check_finite(tensors(weights), model, weights.dtype)
     plan = _verified(plan, lambda: encoder_parity.check(encoder, kernels.tolerance), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     plan = dataclasses.replace(plan, weights_bytes=weights_bytes(weights))
     return fused_executor(encoder, config, dataclasses.replace(info, plan=plan, load_peak_bytes=peak), report)
 
 
-def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, seconds: float) -> Plan:
+def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, place: Place, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
+    if weights.rounding and place.device.type == "cuda":
+        scratch(place.device, weights.dtype)  # now, as what is then free is shared out
     size = weights_bytes(weights)
     rate = f", {size_words(size / seconds)}/s" if size >= 1e8 else ""
     plan = plan.with_line("load", size_words(size), f"in {seconds:.1f} s{rate}")
     if weights.rounding:
-        plan = plan.with_line("int8", f"{weights.rounding:.2%}", "change of the weights by rounding (root mean square)")
+        what = "change of the weights by rounding (root mean square)"
+        plan = plan.with_line(place.dtype, f"{weights.rounding:.2%}", what)
     return plan
 
 
@@ -328,11 +323,11 @@ def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators
     try:
         if spec.head_size > MAX_HEAD_SIZE:
             raise Unavailable(f"heads of {spec.head_size} are wider than {MAX_HEAD_SIZE}")
-        kernels = CpuKernels(DTYPES[place.dtype], int8=place.dtype == "int8")
+        kernels = CpuKernels(DTYPES.get(place.dtype, torch.float32), int8=place.dtype in QUANTIZED)
     except Unavailable as reason:
         plan = plan.with_line("kernels", "PyTorch's", str(reason))
-        if place.dtype == "int8":
-            slow = f"int8 without compiled operators widens every weight in every step, which is slow: {reason}."
+        if place.dtype in QUANTIZED:
+            slow = f"{place.dtype} without compiled operators widens weights in every step, which is slow: {reason}."
             plan = dataclasses.replace(plan, warnings=(*plan.warnings, slow))
         return Operators(), plan
     ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})

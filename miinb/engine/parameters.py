@@ -47,8 +47,52 @@ def count_parameters(spec: DecoderSpec, policy: Policy) -> Parameters:
     return Parameters(matrices, others)
 
 
-#: Columns of an int8 matrix that share a scale of four bytes (`quantize.py`).
+#: Dtypes of weights alone: whole numbers with scales (kernels/formats.py has the layouts).
+QUANTIZED = ("int8", "int4")
+#: Columns of a quantized matrix that share a scale.
 _GROUP = 64
+
+
+def activation_bytes(dtype: str, *, on_gpu: bool) -> float:
+    """Bytes of an activation, and of a number in the cache, by the dtype of the weights."""
+    if dtype in QUANTIZED:
+        return 2.0 if on_gpu else 4.0
+    return {"fp32": 4.0}.get(dtype, 2.0)
+
+
+def row_bytes(columns: int, dtype: str, *, on_gpu: bool) -> int:
+    """Bytes of a row of a quantized matrix, with its scales."""
+    groups = -(-columns // _GROUP)
+    if dtype == "int4":
+        return -(-columns // 32) * 16 + groups * 4
+    return -(-columns // 16) * 16 + groups * 2 if on_gpu else columns + groups * 4
+
+
+def quantized_bytes(
+    spec: DecoderSpec, policy: Policy, dtype: str, ranks: int = 1, *, on_gpu: bool, tables: bool = True
+) -> int:
+    """Bytes of a decoder's quantized weights, of each of several ranks those of the first.
+
+    Args:
+        spec: of the whole model.
+        policy: of its family.
+        dtype: "int8" or "int4".
+        ranks: that share it.
+        on_gpu: the form of the numbers, and of what is not quantized.
+        tables: whether the embedding and the head are int8.
+    """
+    local, number = spec.shard(ranks), activation_bytes(dtype, on_gpu=on_gpu)
+    others = count_parameters(spec, policy).others - spec.vocab_size * (spec.embed_size or spec.hidden_size)
+    size = int(others * number)
+    parts = (*_LAYER_LINEARS * spec.layers, *(("project_in", "project_out") if spec.embed_size else ()))
+    for part in parts:
+        sizes, columns, _, _ = linear_shape(local, part)
+        size += sum(sizes) * row_bytes(columns, dtype, on_gpu=on_gpu)
+    columns = spec.embed_size or spec.hidden_size
+    row = row_bytes(columns, "int8", on_gpu=on_gpu) if tables else int(columns * number)
+    return size + (spec.vocab_size + (0 if spec.tied else local.vocab_size)) * row
+
+
 #: A CPU's int8 tiles (kernels/cpu_blocks.py): of so many outputs (with AVX-512 of twice as many, which matters to tiny
 #: models alone), and for each output and group of columns the numbers, a scale, and what their sum begins with.
 TILE_OUTPUTS = 16
@@ -61,10 +105,12 @@ def count_encoder(spec: EncoderSpec) -> Parameters:
     return Parameters(sum(rows * columns for rows, columns in matrices), others)
 
 
-def int8_bytes(spec: EncoderSpec, tile: int = TILE_OUTPUTS) -> int:
-    """Bytes of an encoder whose matrices are int8, in a CPU's tiles of so many outputs, and the rest fp32."""
+def int8_bytes(spec: EncoderSpec, tile: int = TILE_OUTPUTS, *, on_gpu: bool = False) -> int:
+    """Bytes of an encoder whose matrices are int8: in a CPU's tiles of so many outputs, or in the form of a GPU."""
     matrices, others = _encoder_numbers(spec)
-    size = 4 * others
+    size = int(activation_bytes("int8", on_gpu=on_gpu)) * others
+    if on_gpu:
+        return size + sum(rows * row_bytes(columns, "int8", on_gpu=True) for rows, columns in matrices)
     if spec.decodes and spec.tied:  # the embedding, which tokens are looked up in too, stays as it is
         matrices.remove((spec.vocab_size, spec.embed_size))
         size += spec.vocab_size * (spec.embed_size + 4 * -(-spec.embed_size // _GROUP))

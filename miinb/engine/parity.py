@@ -95,7 +95,7 @@ def check(decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype | None = Non
             error = difference(ours, theirs)
             if error > worst:
                 worst, where = error, f"layer {index}, {step}"
-    x = _head_input(decoder.weights.head, decoder.weights.dtype)
+    x = _head_input(decoder)
     error = difference(decoder.ops.linear(x, decoder.weights.head), plain.ops.linear(x, decoder.weights.head))
     if error > worst:
         worst, where = error, "head"
@@ -103,10 +103,13 @@ def check(decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype | None = Non
     return ParityReport(worst, allowed, where, time.monotonic() - started)
 
 
-def _head_input(head: PackedLinear, dtype: torch.dtype) -> Tensor:
+def _head_input(decoder: Decoder) -> Tensor:
     """Three rows of the head: of the right width and size."""
+    head, width = decoder.weights.head, decoder.spec.embed_size or decoder.spec.hidden_size
     rows, scale = head.weight[:3], head.scale
-    return rows.clone() if scale is None else reference.dequantize(rows, scale[:3]).to(dtype)
+    if scale is None:
+        return rows.clone()
+    return reference.dequantize(rows, scale[:3])[:, :width].to(decoder.weights.dtype)
 
 
 def batches(decoder: Decoder, page_tokens: int) -> dict[str, StepBatch]:
@@ -128,14 +131,14 @@ def _layer_outputs(
     pages = int(steps["prefill"].block_table.shape[1])
     outputs: dict[str, list[Tensor]] = {name: [] for name in steps}
     for model in (decoder, plain):
-        cache = _one_layer_cache(model, pages, page_tokens, kv_dtype)
+        cache = one_layer_cache(model, pages, page_tokens, kv_dtype)
         for name, batch in steps.items():
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
             outputs[name].append(x if residual is None else x + residual)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
 
 
-def _one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:
+def one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:
     """A small cache of which every layer is the same memory."""
     spec = dataclasses.replace(decoder.spec, layers=1)
     size = CacheSize(pages, page_tokens, decoder.spec.max_length, 1, 0)

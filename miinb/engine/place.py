@@ -10,8 +10,9 @@ import psutil
 import torch
 
 from miinb.config import DeploymentConfig
+from miinb.engine.parameters import QUANTIZED
 from miinb.errors import InvalidValue
-from miinb.models import FP8_CAPABILITY, ModelInfo
+from miinb.models import FP8_CAPABILITY, QUANTIZED_CAPABILITY, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
     Raises:
         InvalidValue: the device is not there, or the dtype is not built.
     """
-    if config.dtype in ("int4", "fp8"):
-        raise InvalidValue(f"dtype: {config.dtype} is not built yet.", hint="Use dtype='auto'.")
+    if config.dtype == "fp8":
+        raise InvalidValue("dtype: fp8 is not built yet.", hint="Use dtype='int8' or 'auto'.")
     if config.engine == "baseline":
         refuse_fallback(config, "plain transformers have no such form")
     has_gpu = torch.cuda.is_available()
@@ -38,13 +39,13 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
         raise InvalidValue("device: PyTorch sees no GPU here.", hint="Use device='auto' or 'cpu'.")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     if config.device != "cpu" and has_gpu:
-        if dtype == "int8":
-            raise InvalidValue("dtype: int8 is built for CPUs alone yet.", hint="Use dtype='bf16' or 'auto' on a GPU.")
         device = torch.device("cuda", gpu or 0)
         torch.cuda.set_device(device)
         if limit := config.options.memory_limit_bytes:
             share = limit / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        if dtype in QUANTIZED and torch.cuda.get_device_capability(device) < QUANTIZED_CAPABILITY:
+            raise InvalidValue(f"dtype: {dtype} needs an Ampere GPU or a later one.", hint="Use dtype='fp16'.")
         if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
             raise InvalidValue("kv_dtype: this GPU has no fp8.", hint="Use kv_dtype='auto'.")
         if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -57,7 +58,7 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
 
 def refuse_fallback(config: DeploymentConfig, reason: str) -> None:
     """Raise InvalidValue where transformers are to serve and what was asked for is the optimized engine's alone."""
-    for name, value in (("dtype", "int8"), ("kv_dtype", "fp8")):
+    for name, value in (*(("dtype", dtype) for dtype in QUANTIZED), ("kv_dtype", "fp8")):
         if getattr(config, name) == value:
             raise InvalidValue(
                 f"{name}: {value} needs the optimized engine: {reason.rstrip('.')}.", hint=f"Use {name}='auto'."

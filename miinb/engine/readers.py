@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,21 @@ class Region:
     columns: slice | None = None
     transposed: bool = False
     head_size: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of what is wanted of a matrix."""
+        return 0 if self.columns is None else self.columns.stop - self.columns.start
+
+    def slices(self, numbers: int) -> Iterator[tuple[int, int, Region]]:
+        """(first, last, region) of so many rows of what is wanted as hold about so many numbers; one of all of them
+        where the checkpoint has the rows in another order.
+        """
+        rows = self.rows.stop - self.rows.start
+        step = rows if self.transposed or self.head_size else max(1, numbers // max(1, self.width))
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            yield first, last, replace(self, rows=slice(self.rows.start + first, self.rows.start + last))
 
     def place(self, target: Tensor) -> tuple[Tensor, int]:
         """`target` seen in the checkpoint's order: its first dimension counts so many rows of the checkpoint each."""

@@ -163,3 +163,16 @@ def _stand_in(vocab_size: int, target: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+
+
+def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's, else config.json's."""
+    file = model.folder / "generation_config.json"
+    values: dict[str, Any] = {}
+    if file.exists():
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            values = {}  # transformers itself only warns about a damaged one
+    ids = values.get("eos_token_id", model.config.get("eos_token_id"))
+    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miinb.engine.calibrate import Calibration
 from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
@@ -21,8 +22,26 @@ from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
 from miinb.models import ModelInfo
 
-#: Of activations, the cache, and all weights that are not quantized.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+#: Dtypes of weights that are what they say.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Numbers of a matrix that are there unquantized at a time, on a GPU.
+_SLICE = 1 << 24
+
+
+def activation_dtype(dtype: str, device: torch.device, checkpoint: str) -> torch.dtype:
+    """Of activations, the cache, and all weights that are not quantized.
+
+    Args:
+        dtype: the deployment's. With "int8" and "int4" a CPU computes in fp32, a GPU in fp16 if the checkpoint is fp16,
+            else in bf16.
+        device: where.
+        checkpoint: the checkpoint's dtype, by miinb's names.
+    """
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if checkpoint == "fp16" else torch.bfloat16
 
 
 @dataclass(slots=True)
@@ -36,7 +55,9 @@ class _Builder:
     device: torch.device
     ranks: int
     rank: int
+    source_dtype: torch.dtype  # of a matrix that is to be quantized
     quantizer: Quantizer | None
+    tables: Quantizer | None  # of the embedding and the head
     consumed: set[str]
 
     def has(self, part: str) -> bool:
@@ -68,28 +89,34 @@ class _Builder:
         bias = self.vector(part, size, layer, "bias") if self.spec.norm == "layer" else None
         return Norm(self.vector(part, size, layer), bias)
 
-    def matrix(self, rows: int, columns: int) -> PackedLinear:
+    def matrix(self, rows: int, columns: int, quantizer: Quantizer | None) -> PackedLinear:
         """Room for a weight matrix, which may be quantized."""
-        if self.quantizer is None:
+        if quantizer is None:
             return PackedLinear(self.empty(rows, columns))
-        weight, scale = self.quantizer.empty(rows, columns, self.device)
+        weight, scale = quantizer.empty(rows, columns, self.device)
         return PackedLinear(weight, scale=scale)
 
-    def fill_matrix(self, target: PackedLinear, rows: slice, name: str, region: Region) -> None:
-        """Fill rows of a matrix from one tensor of the checkpoint: the only one that is there unquantized."""
-        if self.quantizer is None or target.scale is None:
+    def fill_matrix(
+        self, target: PackedLinear, rows: slice, name: str, region: Region, quantizer: Quantizer | None
+    ) -> None:
+        """Fill rows of a matrix from one tensor of the checkpoint, of which a slice at a time is there unquantized."""
+        if quantizer is None or target.scale is None:
             self.fill(target.weight[rows], name, region)
             return
-        plain = self.empty(rows.stop - rows.start, target.weight.shape[1])
-        self.fill(plain, name, region)
-        self.quantizer.quantize(plain, target.weight[rows], target.scale[rows])
+        for first, last, part in region.slices(_SLICE):
+            plain = torch.empty((last - first, region.width), dtype=self.source_dtype, device=self.device)
+            if self.device.type == "cuda":  # what is read goes there on other streams
+                torch.cuda.current_stream(self.device).synchronize()
+            self.fill(plain, name, part)
+            to = slice(rows.start + first, rows.start + last)
+            quantizer.quantize(plain, target.weight[to], target.scale[to])
 
     def embedding(self, rows: int, width: int) -> PackedLinear:
         """The tokens' embedding, whole on every rank."""
         (module,) = self.policy.weights["embed"].modules
-        target = self.matrix(rows, width)
+        target = self.matrix(rows, width, self.tables)
         region = Region((rows, width), slice(0, rows), slice(0, width))
-        self.fill_matrix(target, slice(0, rows), f"{module}.weight", region)
+        self.fill_matrix(target, slice(0, rows), f"{module}.weight", region, self.tables)
         return target
 
     def positions(self, rows: int, width: int) -> Tensor:
@@ -117,7 +144,8 @@ class _Builder:
         columns = self.share(width, unit) if source.split == "row" else slice(0, width)
         shares = [self.share(size, unit) if source.split == "column" else slice(0, size) for size in sizes]
         shares = [self.vocabulary()] if part == "head" else shares
-        packed = self.matrix(sum(s.stop - s.start for s in shares), columns.stop - columns.start)
+        quantizer = self.tables if part == "head" else self.quantizer
+        packed = self.matrix(sum(s.stop - s.start for s in shares), columns.stop - columns.start, quantizer)
         bias = self.empty(packed.weight.shape[0]) if has_bias and (source.split != "row" or self.rank == 0) else None
         at = 0
         for module, total, offset, share in _matrices(source, sizes, shares, layer):
@@ -125,13 +153,17 @@ class _Builder:
             end = at + share.stop - share.start
             head_size = unit if source.by_head else 0
             region = Region((total, width), rows, columns, source.transposed, head_size)
-            self.fill_matrix(packed, slice(at, end), f"{module}.weight", region)
+            self.fill_matrix(packed, slice(at, end), f"{module}.weight", region, quantizer)
             if has_bias:
                 self.consumed.add(f"{module}.bias")
             if bias is not None:
                 self.fill(bias[at:end], f"{module}.bias", Region((total,), rows, head_size=head_size))
             at = end
         return PackedLinear(packed.weight, bias, packed.scale)
+
+    def plain(self) -> _Builder:
+        """The same, without quantized layers."""
+        return replace(self, quantizer=None)  # what is read is noted in the same place
 
     def layer(self, i: int) -> LayerWeights:
         attn_norm = self.norm("attn_norm", i)
@@ -191,6 +223,8 @@ def load_weights(
     rank: int = 0,
     ranks: int = 1,
     dummy: bool = False,
+    quantize_head: bool = True,
+    calibration: Sequence[int] = (),
     report: Callable[[Phase], None] = lambda phase: None,
 ) -> DecoderWeights:
     """One rank's weights.
@@ -199,11 +233,13 @@ def load_weights(
         info: the model's files.
         policy: of its family.
         spec: of the whole model, not of the rank.
-        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in fp32.
+        dtype: "fp32", "bf16", "fp16", or "int8" or "int4" for matrices of those and the rest in `activation_dtype`.
         device: where the weights go.
         rank: which share.
         ranks: how many there are.
         dummy: random weights instead of the checkpoint's.
+        quantize_head: with "int8" and "int4": the embedding and the head are int8; else they are as the activations.
+        calibration: with "int4", on one rank: tokens of a text that the rounding is fitted to (`calibrate.py`).
         report: told "load", layer by layer.
 
     Raises:
@@ -213,18 +249,17 @@ def load_weights(
     """
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
-        quantizer = Quantizer() if dtype == "int8" else None
-        build = _Builder(policy, spec, reader, DTYPES[dtype], device, ranks, rank, quantizer, set())
+        kind = activation_dtype(dtype, device, info.dtype)
+        source = torch.float32 if info.dtype == "fp32" else kind
+        quantizer, tables = quantizers(dtype, device)
+        tables = tables if quantize_head else None
+        build = _Builder(policy, spec, reader, kind, device, ranks, rank, source, quantizer, tables, set())
         width = spec.embed_size or spec.hidden_size
         embed = build.embedding(spec.vocab_size, width)
-        layers = []
-        for i in range(spec.layers):
-            report(Phase("load", i, spec.layers))
-            layers.append(build.layer(i))
         weights = DecoderWeights(
             embed=embed.weight,
             embed_int8_scale=embed.scale,
-            layers=layers,
+            layers=[],
             head=build.head(embed),
             norm=build.norm("norm") if spec.final_norm else None,
             positions=build.positions(spec.positions, spec.hidden_size) if spec.positions else None,
@@ -232,10 +267,34 @@ def load_weights(
             project_in=build.linear("project_in") if spec.embed_size else None,
             project_out=build.linear("project_out") if spec.embed_size else None,
         )
+        _add_layers(build, weights, calibration, report)
         weights.rounding = quantizer.rounding if quantizer else 0.0
         _check_left_over(reader.names() - build.consumed, policy, spec, info.source)
     report(Phase("load", spec.layers, spec.layers))
     return weights
+
+
+def _add_layers(
+    build: _Builder, weights: DecoderWeights, calibration: Sequence[int], report: Callable[[Phase], None]
+) -> None:
+    fit = None
+    if calibration and build.quantizer is not None and build.quantizer.bits == 4:
+        fit = Calibration(calibration, build.spec, build.quantizer.account, build.device)
+    for i in range(build.spec.layers):
+        report(Phase("load", i, build.spec.layers))
+        if fit is None:
+            weights.layers.append(build.layer(i))
+        else:
+            fit.add(build.plain().layer(i), weights)
+    weights.fitted_tokens = fit.tokens if fit else 0
+
+
+def quantizers(dtype: str, device: torch.device, levels: int = 127) -> tuple[Quantizer | None, Quantizer | None]:
+    """Of layers, and of the embedding and the head, with one account; (None, None) where nothing is quantized."""
+    if dtype in DTYPES:
+        return None, None
+    tables = Quantizer(levels=levels, words=device.type != "cpu")
+    return (Quantizer(4, account=tables.account) if dtype == "int4" else tables), tables
 
 
 def open_reader(info: ModelInfo, prefix: str, device: torch.device, stack: ExitStack) -> Reader:

@@ -68,9 +68,7 @@ class CpuKernels:
         if given.isdigit():
             return int(given) or 1 << 30
         if torch.backends.cpu.get_cpu_capability() == "AVX2":
-            return (
-                1 << 30
-            )  # PyTorch is as fast at best there (see docs/decisions): no trial that other work may disturb
+            return 1 << 30  # PyTorch is as fast at best there (see docs/decisions): no trial that others may disturb
         packed = PackedLinear(torch.randn(512, 768).to(self.dtype))
         for rows in _TRIED_ROWS:
             x = torch.randn(rows, 768).to(self.dtype)
@@ -124,15 +122,21 @@ class CpuKernels:
         """See `linear.linear`."""
         if isinstance(packed, BlockedLinear):
             return self._run_blocked(x, packed, activation, residual)
-        if x.shape[0] >= self.limit and packed.scale is None:
-            return reference.linear(x, packed.weight, packed.bias, activation=activation, residual=residual)
+        if self._is_references(x, packed):
+            return reference.linear(
+                x, packed.weight, packed.bias, activation=activation, residual=residual, scale=packed.scale
+            )
         return self._run_linear(x, packed, packed.weight.shape[0], activation, residual, 0)
 
     def gated_linear(self, x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
         """See `linear.gated_linear`."""
-        if x.shape[0] >= self.limit and packed.scale is None:
-            return reference.gated(reference.linear(x, packed.weight, packed.bias), kind)
+        if self._is_references(x, packed):
+            return reference.gated(reference.linear(x, packed.weight, packed.bias, scale=packed.scale), kind)
         return self._run_linear(x, packed, packed.weight.shape[0] // 2, kind, None, 1)
+
+    def _is_references(self, x: Tensor, packed: PackedLinear) -> bool:
+        """Whether PyTorch multiplies: int4, which has no operator here, and what it is clearly faster with."""
+        return packed.weight.dtype == torch.int32 or (x.shape[0] >= self.limit and packed.scale is None)
 
     def _run_linear(
         self, x: Tensor, packed: PackedLinear, n: int, activation: str | None, residual: Tensor | None, gated: int

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miinb.kernels.formats import GROUP
 from miinb.kernels.linear import PackedLinear
-from miinb.kernels.reference import GROUP
 
 #: Columns of one output that stand together in an int8 tile: what one instruction adds up.
 _TOGETHER = 4

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
+from miinb.kernels.dequantize import product_of_many
 from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.formats import bits_of
 from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.product import product, product_tile
+from miinb.kernels.quantized_gemv import quantized_gemv
+from miinb.kernels.quantized_product import quantized_product, quantized_product_tile
 
 
 @dataclass(slots=True)
@@ -23,10 +27,11 @@ class PackedLinear:
     """Weights of one linear layer in the layout that the kernels read.
 
     Attributes:
-        weight: [N, K]: one row an output, as `torch.nn.Linear` has it; int8 where there is a `scale`.
+        weight: [N, K]: one row an output, as `torch.nn.Linear` has it; where there is a `scale`, a quantized one of the
+            forms that `formats` has.
         bias: [N] or None.
-        scale: [N, ceil(K / reference.GROUP)] fp32: what each group of an int8 row's columns is multiplied by. None: the
-            weight is what it says. Operators that have no kernel for int8 use the reference, which widens it.
+        scale: of each group of a quantized row's columns. None: the weight is what it says. Operators that have no
+            kernel for a form use the reference, which widens it.
     """
 
     weight: Tensor
@@ -58,10 +63,12 @@ def linear(
     Returns:
         [T, N] in x's dtype; sums are fp32.
     """
-    if not use_triton(x) or packed.scale is not None:
+    if not use_triton(x) or (packed.scale is not None and packed.weight.dtype != torch.int32):
         return reference.linear(
             x, packed.weight, packed.bias, activation=activation, residual=residual, scale=packed.scale
         )
+    if packed.scale is not None:
+        return _quantized(x, packed, packed.scale, activation, residual, out)
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
     fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
@@ -83,6 +90,18 @@ def linear(
     return y if residual is None else y + residual
 
 
+def _quantized(
+    x: Tensor, packed: PackedLinear, scale: Tensor, activation: str | None, residual: Tensor | None, out: Tensor | None
+) -> Tensor:
+    weight, bias = packed.weight, packed.bias
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
+    if x.shape[0] == 1:
+        return quantized_gemv(x, weight, scale, bias, **options)
+    if tile := quantized_product_tile(x, weight.shape[0], bits_of(scale), gated=False):
+        return quantized_product(x, weight, scale, bias, tile, **options)
+    return product_of_many(x, weight, scale, bias, **options)
+
+
 def _cublas(x: Tensor, packed: PackedLinear, out: Tensor) -> Tensor:
     if packed.bias is None:
         return torch.mm(x, packed.weight.t(), out=out)
@@ -100,7 +119,13 @@ def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
     Returns:
         [T, I].
     """
-    if use_triton(x) and packed.scale is None:
+    if use_triton(x) and packed.scale is not None and packed.weight.dtype == torch.int32:
+        weight, scale, bias, n = packed.weight, packed.scale, packed.bias, packed.weight.shape[0] // 2
+        if x.shape[0] == 1:
+            return quantized_gemv(x, weight, scale, bias, activation=kind, gated_pair=True)
+        if tile := quantized_product_tile(x, n, bits_of(scale), gated=True):
+            return quantized_product(x, weight, scale, bias, tile, activation=kind, gated=True)
+    elif use_triton(x) and packed.scale is None:
         if x.shape[0] == 1:
             return _gemv_launch(x, packed, kind, None, gated_pair=True)
         if tile := product_tile(x, packed.weight.shape[0] // 2, gated=True):

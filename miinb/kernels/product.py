@@ -216,15 +216,15 @@ def _product(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for i in tl.static_range(SPLIT):  # past the first-level cache, which does not see the others' writes
                 acc += tl.load(partial + i * rows * n + to, mask=mask, other=0.0, cache_modifier=".cg")
-            _finish(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
+            finish_tile(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
     elif GATED:
-        _finish(acc, acc2, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
+        finish_tile(acc, acc2, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
     else:
-        _finish(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
+        finish_tile(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
 
 
 @jit
-def _finish(
+def finish_tile(
     acc, acc2, bias, residual, y, to, j, n, mask, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miinb.kernels.formats import GROUP, dequantize
+
+__all__ = ["GROUP", "dequantize"]  # of weights; the operators are used by the module's name
+
 #: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
-#: Columns of an int8 weight that have one scale; the last group of a row may have fewer.
-GROUP = 64
-_WIDENED_ROWS = 4096
+_WIDENED = 1 << 22  # numbers of a quantized weight at a time
 #: The largest number of torch.float8_e4m3fn, and what each byte stands for.
 FP8_MAX = 448.0
 _FP8_NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -265,26 +267,17 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """See `linear.linear`. With a `scale` the weight is int8, and widened by and by: it may be a whole head."""
+    """See `linear.linear`. With a `scale` the weight is quantized, and widened by and by: it may be a whole head."""
     if scale is None:
         y = F.linear(x, weight, bias)
     else:
-        rows = zip(torch.split(weight, _WIDENED_ROWS), torch.split(scale, _WIDENED_ROWS), strict=True)
-        y = torch.cat([F.linear(x, dequantize(w, s).to(x.dtype)) for w, s in rows], -1)
+        count = max(1, _WIDENED // x.shape[-1])
+        rows = zip(torch.split(weight, count), torch.split(scale, count), strict=True)
+        y = torch.cat([F.linear(x, dequantize(w, s)[:, : x.shape[-1]].to(x.dtype)) for w, s in rows], -1)
         y = y if bias is None else y + bias
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     return y if residual is None else y + residual
-
-
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 numbers that int8 rows stand for.
-
-    Args:
-        weight: [..., K] int8.
-        scale: [..., ceil(K / GROUP)] fp32.
-    """
-    return weight * scale.repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
 
 
 def best_shares(logits: Tensor, k: int) -> Tensor:

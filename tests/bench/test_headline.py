@@ -16,7 +16,7 @@ from miinb.bench.headline import __main__ as command
 from miinb.bench.headline import arms, figures, floors, profile
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
-from miinb.bench.headline.suites import ARMS, TINY, Choice, Job, Sizes, jobs, workload
+from miinb.bench.headline.suites import ARMS, DEFAULT_SUITES, TINY, Choice, Job, Sizes, jobs, workload
 from miinb.bench.headline.table import table
 from miinb.bench.headline.trace import Measured
 from miinb.bench.records import Record, load_runs
@@ -233,3 +233,19 @@ def test_a_profile_names_the_operators_of_every_kind_of_step(capsys: pytest.Capt
     kinds = [line.partition(":")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert kinds[-3:] == ["decode, 1 rows of 20 tokens", "decode, 3 rows of 20 tokens", "prompts of 20 tokens"]
     assert out.count("paged_attention") == 3
+
+
+def test_quantized_arms_are_compared_with_the_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--suite", "quantized", "--models", "llama-8b"])
+    runs = load_runs(tmp_path)
+    assert {row["arm"]: row["dtype"] for _, row in runs.summary.iterrows()} == {
+        "optimized": "fp32",
+        "optimized int8": "int8",
+        "optimized int4": "int4",
+    }
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("llama-8b")]
+    assert [sum(word.endswith("x") for word in row) for row in rows] == [0, 2, 2], "ratios to the first"
+    found = jobs(Choice(["quantized"], "cuda", "bf16"), dict.fromkeys(presets.PRESETS, ""))
+    assert {j.model for j in found} == {"gpt-j-6b", "llama-8b", "gpt-neox-20b"}
+    assert [j.dtype for j in found if j.model == "gpt-j-6b"] == ["bf16", "int8", "int4"]
+    assert "quantized" not in DEFAULT_SUITES["cuda"]

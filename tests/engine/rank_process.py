@@ -55,7 +55,7 @@ def load(folder: str, ranks: Ranks | None, dtype: str) -> tuple[EngineInfo, Deco
         model, POLICIES[model.family], spec, dtype=dtype, device=CPU, rank=ranks.rank if ranks else 0, ranks=size
     )
     local = spec.shard(size)
-    kernels = CpuKernels(DTYPES[dtype], int8=dtype == "int8")
+    kernels = CpuKernels(DTYPES.get(dtype, torch.float32), int8=dtype in ("int8", "int4"))
     ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})
     decoder = Decoder(local, weights, group=ranks.group if ranks else None, ops=ops)
     pages = CacheSize(24, 8, 96, 5, 0)  # too few for all rows: some are preempted
@@ -64,7 +64,7 @@ def load(folder: str, ranks: Ranks | None, dtype: str) -> tuple[EngineInfo, Deco
         vocab_size=spec.vocab_size, max_length=96, max_batch=5, eos_token_ids=(2,), tokenizer_folder="",
         plan=Plan("optimized", "cpu", "fp32"),
     )  # fmt: skip
-    return info, decoder, KVCache(local, pages, DTYPES[dtype], CPU)
+    return info, decoder, KVCache(local, pages, weights.dtype, CPU)
 
 
 def answers(executor: StepExecutor, requests: list[tuple[list[int], dict[str, Any]]]) -> list[Any]:
@@ -114,7 +114,7 @@ def run_pass(folder: str, fault: str, ranks: Ranks) -> dict[str, Any]:
         seen[name] = seen.get(name, 0) + target.numel()
         fill(self, target, name, region)
 
-    dtype = fault if fault in DTYPES else "fp32"
+    dtype = fault if fault in (*DTYPES, "int8", "int4") else "fp32"
     alone = load(folder, None, dtype)
     SafetensorsReader.fill = counting  # type: ignore[method-assign]
     info, decoder, cache = load(folder, ranks, dtype)

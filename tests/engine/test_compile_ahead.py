@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
+from miinb.engine import weights as weights_module
 from miinb.engine.compile import Kernel, compiling_for, kernels_of, recording
 from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.decoder import Decoder
@@ -24,11 +25,26 @@ from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
-from miinb.kernels import activation, attention, dispatch, head, linear, norm, product, rope, sample
+from miinb.kernels import (
+    activation,
+    attention,
+    dequantize,
+    dispatch,
+    head,
+    linear,
+    norm,
+    product,
+    quantized_gemv,
+    quantized_product,
+    rope,
+    sample,
+)
 from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
-OPERATORS = (activation, attention, head, linear, norm, product, rope, sample)
+OPERATORS = (
+    *(activation, attention, dequantize, head, linear, norm, product, quantized_gemv, quantized_product, rope, sample),
+)
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {
     "gpt2": {"n_layer": 1, "n_embd": 128, "n_head": 2},
@@ -75,23 +91,35 @@ class Blank:
             monkeypatch.setattr(module, "launch_options", lambda x: {"PDL": True, "launch_pdl": True}, raising=False)
 
 
-@pytest.mark.parametrize(("preset", "kv_dtype"), [*((preset, "auto") for preset in SMALL), ("smollm2-135m", "fp8")])
+@pytest.mark.parametrize(
+    ("preset", "dtype", "kv_dtype"),
+    [
+        *((preset, "bf16", "auto") for preset in SMALL),
+        ("smollm2-135m", "bf16", "fp8"),
+        ("smollm2-135m", "int8", "auto"),
+        ("gpt2", "int4", "auto"),
+    ],
+)
 def test_an_executor_launches_nothing_else(
-    preset: str, kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, dtype: str, kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
     folder = presets.write(preset, tmp_path, vocab_size=1003, **SMALL[preset])
-    fields = {"max_batch": 20, "max_length": 512, "kv_dtype": kv_dtype}
+    fields = {"max_batch": 20, "max_length": 512, "kv_dtype": kv_dtype, "dtype": dtype}
     fields |= {"options": {"max_step_tokens": 2048}}  # as a GPU has it
     config, model = of_folder(folder, **fields)
     spec = model.spec
     assert spec is not None
     compiled = keys(ahead(folder, **fields))
+    quantizers, activations = weights_module.quantizers, weights_module.activation_dtype
+    gpu = torch.device("cuda")  # its forms of numbers, though the memory is the host's
+    monkeypatch.setattr(weights_module, "quantizers", lambda dtype, _: quantizers(dtype, gpu))
+    monkeypatch.setattr(weights_module, "activation_dtype", lambda dtype, _, stored: activations(dtype, gpu, stored))
+    weights = load_weights(model, POLICIES[model.family], spec, dtype=dtype, device=torch.device("cpu"), dummy=True)
     Blank(monkeypatch)
-    weights = load_weights(model, POLICIES[model.family], spec, dtype="bf16", device=torch.device("cpu"), dummy=True)
     size = CacheSize(256, config.options.page_tokens, 512, 20, 0)
     decoder = Decoder(spec, weights)
-    cache = KVCache(spec, size, cache_dtype(kv_dtype, torch.bfloat16), torch.device("cpu"))
+    cache = KVCache(spec, size, cache_dtype(kv_dtype, weights.dtype), torch.device("cpu"))
     info = EngineInfo(0, "", "text-generation", "optimized", "bf16", "cpu", 1003, 512, 20, (), "", Plan("", "", ""))
     with compiling_for(H100), recording() as launched:
         engine = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)

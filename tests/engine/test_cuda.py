@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from miinb import models
+from miinb.bench import presets
 from miinb.config import EngineOptions, GenerationParams
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
@@ -18,7 +19,7 @@ from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
-from miinb.engine.weights import DTYPES, load_weights
+from miinb.engine.weights import DTYPES, load_weights, weights_bytes
 from miinb.messages import EngineInfo, Plan, SequenceRequest, TokensEvent
 from tests.engine.conftest import CONFIGS
 
@@ -31,7 +32,7 @@ def load(folder: Path, dtype: str) -> tuple[Decoder, KVCache]:
     policy = POLICIES[info.family]
     spec = policy.spec(info.config)
     decoder = Decoder(spec, load_weights(info, policy, spec, dtype=dtype, device=device))
-    return decoder, KVCache(spec, CacheSize(48, 16, 128, 6, 0), DTYPES[dtype], device)
+    return decoder, KVCache(spec, CacheSize(48, 16, 128, 6, 0), decoder.weights.dtype, device)
 
 
 def executor_of(decoder: Decoder, cache: KVCache, *, graphs: bool) -> StepExecutor:
@@ -121,3 +122,47 @@ def test_error_of_few_bits_is_near_the_baselines(tiny: Tiny, name: str, dtype: s
     error, allowed = ((logits.double().cpu() - exact).norm() / exact.norm() for logits in (ours, theirs))
     assert error <= 1.5 * allowed
     assert parity.check(decoder, 16).passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "gpt_neox", "opt-350m", "bloom", "gemma2"])
+def test_quantized_weights(tiny: Tiny, name: str, dtype: str) -> None:
+    """The kernels against their reference, graphs against none, and the logits near those of fp32."""
+    folder = tiny(name)[1]
+    exact, exact_cache = load(folder, "fp32")
+    decoder, cache = load(folder, dtype)
+    assert parity.check(decoder, 16).passed
+    prompt = PROMPTS[3]
+    batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0])], 16, "cuda")
+    wanted, found = exact.forward(batch, exact_cache).float(), decoder.forward(batch, cache).float()
+    assert (found - wanted).norm() < (0.05 if dtype == "int8" else 0.5) * wanted.norm()
+    together = generate(executor_of(decoder, cache, graphs=True), PROMPTS)
+    assert generate(executor_of(decoder, cache, graphs=False), PROMPTS) == together
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_weights_are_never_there_in_full(tmp_path: Path, dtype: str) -> None:
+    folder = presets.write("opt-1.3b", tmp_path)
+    info = models.inspect(folder, load_format="dummy")
+    assert info.spec is not None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    policy = POLICIES[info.family]
+    weights = load_weights(info, policy, info.spec, dtype=dtype, device=torch.device("cuda", 0), dummy=True)
+    size, peak = weights_bytes(weights), torch.cuda.max_memory_allocated() - before
+    assert size == info.weights_bytes(dtype, on_gpu=True)
+    layer = 2 * (4 * 2048**2 + 2 * 2048 * 8192)
+    assert peak <= 1.15 * size + layer
+
+
+@pytest.mark.gpu
+def test_int4_is_fitted_on_a_gpu(tiny: Tiny) -> None:
+    info, device = models.inspect(tiny("llama")[1]), torch.device("cuda", 0)
+    assert info.spec is not None
+    policy, ids = POLICIES[info.family], [(17 * i + i * i) % 98 + 3 for i in range(600)]
+    weights = load_weights(info, policy, info.spec, dtype="int4", device=device, calibration=ids)
+    assert weights.fitted_tokens >= 500
+    assert parity.check(Decoder(info.spec, weights), 16).passed

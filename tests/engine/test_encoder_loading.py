@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miinb import encoder_planner, models
 from miinb.config import DeploymentConfig
-from miinb.engine import encoder_parity, loading
+from miinb.engine import encoder_parity, encoder_weights, loading
 from miinb.engine.encoder import Encoder, EncoderBatch
 from miinb.engine.encoder_kernels import encoder_kernels
 from miinb.engine.encoder_weights import load_encoder_weights
@@ -27,7 +27,7 @@ from miinb.engine.parameters import TILE_OUTPUTS, int8_bytes
 from miinb.engine.parity import ParityReport
 from miinb.engine.place import Place
 from miinb.engine.policies import ENCODERS
-from miinb.engine.weights import weights_bytes
+from miinb.engine.weights import tensors, weights_bytes
 from miinb.errors import BrokenCheckpoint, MissingHead, RankFailed, UnsupportedModel
 from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.messages import EncodedEvent, EncodeRequest, Plan
@@ -162,6 +162,28 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
     layer = weights.layers[0].up
     tile = layer.tile if isinstance(layer, BlockedLinear) else TILE_OUTPUTS  # this CPU's: tiny matrices fill few
     assert int8_bytes(info.encoder, tile) == pytest.approx(weights_bytes(weights), rel=0.05)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_int8_of_a_gpu(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its form of the numbers, though the tensors are on a CPU, by the reference."""
+    build(name, "fill-mask", tmp_path)
+    info = models.inspect(tmp_path).serving("fill-mask")
+    policy, spec = ENCODERS[info.family], info.encoder
+    assert spec is not None
+    exact = Encoder(spec, load_encoder_weights(info, policy, spec, dtype="fp32", device=CPU))
+    made = encoder_weights.quantizers
+    monkeypatch.setattr(
+        encoder_weights, "quantizers", lambda dtype, _, levels: made(dtype, torch.device("cuda"), levels)
+    )
+    ours = Encoder(spec, load_encoder_weights(info, policy, spec, dtype="int8", device=CPU))
+    assert ours.weights.layers[0].up.weight.dtype == torch.int32
+    assert 0 < ours.weights.rounding < 0.02
+    batch = EncoderBatch.of_sequences([[5, 6, 7, 8], [9, 10]])
+    wanted = exact.outputs(batch)
+    assert (ours.outputs(batch) - wanted).norm() < 0.05 * wanted.norm()
+    wide = sum(tensor.nbytes for tensor in tensors(ours.weights) if tensor.dtype == torch.float32)
+    assert info.weights_bytes("int8", on_gpu=True) == weights_bytes(ours.weights) - wide // 2
 
 
 @pytest.fixture

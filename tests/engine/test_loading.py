@@ -170,7 +170,7 @@ def test_wrong_tensors_are_named(tiny: Tiny, tmp_path: Path) -> None:
 def test_options_that_cannot_be_had_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("llama")[1]
     stand_in_tokenizer(folder)
-    for fields in ({"dtype": "int4"}, {"max_length": 4096}):
+    for fields in ({"dtype": "fp8"}, {"max_length": 4096}):
         with pytest.raises(InvalidValue, match=next(iter(fields))):
             load(folder, tmp_path, **fields)
     if not torch.cuda.is_available():

@@ -65,7 +65,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for name, changes in CHANGES.items():
         build(name, folder / name, changes)
     build("llama", folder / "wide", WIDE)
-    passes = [f"{folder / name}=none" for name in CHANGES] + [f"{folder / 'wide'}=int8"]
+    passes = [f"{folder / name}=none" for name in CHANGES] + [
+        f"{folder / 'wide'}={dtype}" for dtype in ("int8", "int4")
+    ]
     passes += [f"{folder / 'llama'}={fault}" for fault in FAULTS]
     results = run_ranks(folder / "run", "gloo", passes, "29871")
     return [{key.rpartition("/")[2]: value for key, value in one.items()} for one in results]
@@ -86,12 +88,13 @@ def test_two_ranks_that_launch_ahead_and_guess_give_the_tokens_of_one(pair: list
     assert pair[0]["llama=ahead"]["accepted"] > 0
 
 
-def test_two_ranks_round_to_int8_as_one_does(pair: list[dict[str, Any]]) -> None:
-    seen = pair[0]["wide=int8"]
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_two_ranks_round_as_one_does(pair: list[dict[str, Any]], dtype: str) -> None:
+    seen = pair[0][f"wide={dtype}"]
     assert seen["together"] == seen["alone"]
     matrices = 0
     for name, size in seen["shapes"].items():
-        read = [rank["wide=int8"]["read"][name.removeprefix("model.")] for rank in pair]
+        read = [rank[f"wide={dtype}"]["read"][name.removeprefix("model.")] for rank in pair]
         assert sum(read) == size if "_proj" in name else max(read) <= size, name
         matrices += "_proj" in name
     assert matrices == 21

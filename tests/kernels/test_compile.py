@@ -11,7 +11,20 @@ import torch
 
 pytest.importorskip("triton")
 from miinb.engine.compile import compiling_for, recording
-from miinb.kernels import attention, dispatch, embedding, head, linear, norm, packed_attention, rope, sample, shares
+from miinb.kernels import (
+    attention,
+    dequantize,
+    dispatch,
+    embedding,
+    formats,
+    head,
+    linear,
+    norm,
+    packed_attention,
+    rope,
+    sample,
+    shares,
+)
 
 
 def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -24,6 +37,35 @@ def ids(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def packed(n: int, k: int, bias: bool) -> linear.PackedLinear:
     return linear.PackedLinear(t(n, k), t(n) if bias else None)
+
+
+def quantized(n: int, k: int, bits: int, bias: bool = False) -> linear.PackedLinear:
+    scale = t(n, formats.groups_of(k), 2) if bits == 4 else t(n, formats.groups_of(k))
+    words = ids(n, formats.words_of(k, bits))
+    return linear.PackedLinear(words, t(n) if bias else None, scale)
+
+
+def embedding_call(bits: int) -> Callable[[], Any]:
+    table, tokens = quantized(50400, 4096, bits), ids(1, dtype=torch.int64)
+    return lambda: dequantize.embedding_rows(tokens, table.weight, table.scale, 4096, torch.bfloat16)
+
+
+def quantized_calls(bits: int) -> dict[str, Callable[[], Any]]:
+    """Shapes of llama-8b, gpt-j-6b (biases) and gpt-neox-20b."""
+    calls: dict[str, Callable[[], Any]] = {
+        "gemv": lambda: linear.linear(t(1, 4096), quantized(4096, 4096, bits), residual=t(1, 4096)),
+        "gemv bias": lambda: linear.linear(t(1, 4096), quantized(16384, 4096, bits, True), activation="gelu_tanh"),
+        "gemv deep": lambda: linear.linear(t(1, 24576), quantized(6144, 24576, bits, True)),
+        "gemv gated": lambda: linear.gated_linear(t(1, 4096), quantized(2 * 14336, 4096, bits), "silu"),
+        "gemv odd": lambda: linear.linear(t(1, 100), quantized(7, 100, bits)),
+        "product": lambda: linear.linear(t(2, 4096), quantized(4096, 4096, bits), residual=t(2, 4096)),
+        "product deep": lambda: linear.linear(t(32, 24576), quantized(6144, 24576, bits, True)),
+        "product gated": lambda: linear.gated_linear(t(64, 4096), quantized(2 * 14336, 4096, bits), "silu"),
+        "many": lambda: linear.linear(t(512, 4096), quantized(16384, 4096, bits, True), activation="gelu_tanh"),
+        "head": lambda: head.greedy_head(t(1, 4096), quantized(128256, 4096, bits)),
+        "embedding": embedding_call(bits),
+    }
+    return {f"int{bits} {name}": call for name, call in calls.items()}
 
 
 def kv_cache(kv_heads: int, size: int, options: dict[str, Any]) -> torch.Tensor:
@@ -107,6 +149,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "embedding_norm": lambda: embedding.embedding_norm(
         *(ids(4, dtype=torch.int64),) * 3, t(30522, 768), t(512, 768), t(2, 768), t(768), t(768), 1e-12
     ),
+    **quantized_calls(8),
+    **quantized_calls(4),
 }
 
 
@@ -130,6 +174,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("decode fp8", (8, 9)),
         ("argmax", (8, 0)),
         ("best_shares", (8, 0)),
+        *((f"int{bits} {name}", (8, 0)) for bits in (8, 4) for name in ("gemv gated", "product", "many")),
         ("packed attention", (8, 0)),
         ("packed attention long", (8, 0)),
     ],
@@ -165,3 +210,25 @@ def test_an_fp8_cache_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:
     assert "cvt.rn.f16x2.e4m3x2" in ptx
     assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
     assert "ld.shared.b8" not in ptx
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_row_is_read_16_bytes_at_a_time_and_converted_by_no_instruction(bits: int) -> None:
+    (kernel,) = compiled(CALLS[f"int{bits} gemv"], (9, 0))
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") >= 8
+    assert 0 < ptx.index("ld.global.v4.b32") < ptx.index("griddepcontrol.wait")
+    assert "cvt.rn.f32.s" not in ptx
+    assert ("prmt.b32" if bits == 8 else "lop3.b32") in ptx
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_numbers_reach_tensor_cores_without_a_way_through_shared_memory(bits: int) -> None:
+    """Words are read from shared memory where the tensor cores want the weights, and widened there."""
+    for name in ("product", "product deep", "product gated"):
+        (kernel,) = compiled(CALLS[f"int{bits} {name}"], (9, 0))
+        graph = kernel.asm["ttgir"]
+        loop = graph[graph.index("scf.for") : graph.index("scf.yield")]
+        assert loop.count("tt.dot") >= 8
+        assert "ttg.local_alloc" not in loop
+        assert "ttg.convert_layout" not in loop

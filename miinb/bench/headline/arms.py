@@ -313,7 +313,8 @@ def floor_of(
     weights = executor.info.plan.weights_bytes or model.weights_bytes(executor.info.dtype)
     if not workload.at_once:
         return {"floor_s": floors.one_row_s(model, weights, rates)}
-    token = model.kv_bytes_per_token(executor.info.dtype, kv_dtype=job.arm.kv_dtype)
+    on_gpu = job.device == "cuda"
+    token = model.kv_bytes_per_token(executor.info.dtype, kv_dtype=job.arm.kv_dtype, on_gpu=on_gpu)
     whole = floors.all_rows_s(model, weights, token, workload.lengths, rates)
     tokens = sum(new for _, new in workload.lengths)
     return {"floor_tok_s": tokens / whole if whole > 0 else math.inf}

@@ -16,14 +16,15 @@ MODELS: dict[str, dict[str, tuple[str, ...]]] = {
         "ragged": ("llama-8b",),
         "server": ("gpt2", "llama-8b"),
         "memory": ("opt-1.3b",),
+        "quantized": ("gpt-j-6b", "llama-8b", "gpt-neox-20b"),
         "cpu": ("smollm2-135m", "gpt2"),
     },
-    "cpu": dict.fromkeys(("decode", "throughput", "ragged", "server", "memory"), ("smollm2-135m",))
+    "cpu": dict.fromkeys(("decode", "throughput", "ragged", "server", "memory", "quantized"), ("smollm2-135m",))
     | {"cpu": ("smollm2-135m", "gpt2")},
 }
 SUITES = tuple(MODELS["cuda"])
 #: Suites that run where none is named.
-DEFAULT_SUITES = {"cuda": SUITES[:-1], "cpu": ("cpu",)}
+DEFAULT_SUITES = {"cuda": ("decode", "throughput", "ragged", "server", "memory"), "cpu": ("cpu",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ ARMS = {
         Arm("optimized", "optimized"),
         Arm("baseline", "baseline"),
         Arm(FP8_CACHE, "optimized", kv_dtype="fp8"),
+        Arm("optimized int8", "optimized", "int8"),
+        Arm("optimized int4", "optimized", "int4"),
         Arm("served", "optimized", served=True, turn=1),
         Arm("baseline-continuous", "baseline", continuous=True, turn=2),
         Arm("baseline-best", "baseline", compiled=True, turn=3),
@@ -79,6 +82,7 @@ SUITE_ARMS = {
     "throughput": ("optimized", "baseline", "baseline-best"),
     "ragged": ("optimized", "baseline", "baseline-continuous"),
     "memory": ("optimized",),
+    "quantized": ("optimized", "optimized int8", "optimized int4"),  # ratios are to the first
 }
 
 
@@ -203,7 +207,7 @@ def workload(suite: str, sizes: Sizes) -> Workload:
     if suite == "memory":
         common |= {"warmup": 0, "repeats": 1}
         return Workload(suite, ((sizes.prompt_tokens, min(sizes.new_tokens, 8)),), **common)
-    name = "decode" if suite == "server" else suite
+    name = "decode" if suite == "server" else suite  # "quantized" has the lengths of "decode"
     return Workload(name, ((sizes.prompt_tokens, sizes.new_tokens),), **common)
 
 

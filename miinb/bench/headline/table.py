@@ -27,7 +27,7 @@ def table(runs: Runs) -> str:
     summary = runs.summary
     for suite in dict.fromkeys(env["suite"] for env in runs.env.values()):
         ids = [run_id for run_id, env in runs.env.items() if env["suite"] == suite]
-        rows = [_row(suite, runs.env[run_id], group) for run_id in ids for _, group in _arms(summary, run_id)]
+        rows = [_row(suite, runs.env[run_id], group) for run_id in ids for _, group in _arms(summary, run_id, suite)]
         frame = pd.DataFrame(rows).fillna("")
         body = frame.to_string(index=False) if len(frame) else "nothing was measured"
         parts.append(f"{suite}: {lengths(runs.env[ids[0]])}\n{body}")
@@ -35,10 +35,10 @@ def table(runs: Runs) -> str:
     return "\n\n".join(parts)
 
 
-def _arms(summary: pd.DataFrame, run_id: str) -> list[tuple[str, pd.Series]]:
-    """The run's rows of the summary, baselines first, each with the baseline's row as attribute `baseline`."""
+def _arms(summary: pd.DataFrame, run_id: str, suite: str = "") -> list[tuple[str, pd.Series]]:
+    """The run's rows of the summary, baselines first, each with the row that it is compared with as `_baseline`."""
     rows = summary[summary["run_id"] == run_id]
-    baseline = rows[rows["arm"] == "baseline"]
+    baseline = rows[rows["arm"] == ("optimized" if suite == "quantized" else "baseline")]
     found = []
     for _, row in rows.sort_values("arm", key=lambda arms: ~arms.str.startswith("baseline"), kind="stable").iterrows():
         row["_baseline"] = None if baseline.empty else baseline.iloc[0]
@@ -133,7 +133,7 @@ def _span(pair: Any) -> str:
 
 
 def _ratio(base: pd.Series | None, row: pd.Series, name: str) -> str:
-    if base is None or row["arm"] == "baseline" or not row[name] > 0:
+    if base is None or row["arm"] in ("baseline", base["arm"]) or not row[name] > 0:
         return ""
     ratio = float(base[name]) / float(row[name])
     return ratio_text(ratio) if math.isfinite(ratio) else ""

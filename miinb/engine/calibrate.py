@@ -1,0 +1,197 @@
+"""Fits the rounding of int4 to a text, layer by layer while a model loads: one layer at a time is there unquantized.
+
+The text's hidden states go through the layers as these are made, twice: as they are, and as the layers make them that
+are rounded already. Each matrix of a layer is rounded (`gptq.py`) for the inputs that it gets from the rounded ones
+before it, so that its outputs are near those that the model had without rounding: it makes up for what they changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb.config import DeploymentConfig
+from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
+from miinb.engine.gptq import round_by_inputs
+from miinb.engine.parity import one_layer_cache
+from miinb.engine.place import Place
+from miinb.engine.quantize import Account
+from miinb.engine.spec import DecoderSpec
+from miinb.errors import InvalidValue
+from miinb.kernels.activation import gated
+from miinb.kernels.linear import PackedLinear, linear
+from miinb.models import ModelInfo
+
+#: Tokens of one sequence, sequences of a step, and most of all by device: they take a CPU minutes, a GPU seconds.
+WINDOW, _TOGETHER = 512, 8
+_MOST = {"cuda": 96, "cpu": 32}
+#: Parameters of the largest model that a CPU fits to the sample: SmolLM2-135M takes it some five minutes.
+_MOST_ON_CPU = 300_000_000
+_PAGE_TOKENS = 16
+#: Topics of Python's own documentation that make the sample.
+_TOPICS = ("specialnames", "compound", "types", "string-methods", "debugger", "execmodel", "strings", "try", "calls")
+_MATRICES = ("qkv", "out", "up", "down")
+
+
+def calibration_text(source: str | Sequence[str]) -> str:
+    """The text of the option `calibration`. Raises InvalidValue where a file cannot be read."""
+    if not isinstance(source, str):
+        return "\n\n".join(source)
+    if source == "auto":
+        import pydoc_data.topics
+
+        topics = pydoc_data.topics.topics
+        return "\n\n".join(topics[name] for name in _TOPICS if name in topics)
+    try:
+        return Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "Give the path of a text file, a list of texts, 'auto' or 'off'."
+        raise InvalidValue(f"options.calibration: {source} cannot be read ({error}).", hint=hint) from None
+
+
+def calibration_of(config: DeploymentConfig, model: ModelInfo, place: Place) -> list[int]:
+    """The tokens that a deployment's rounding is fitted to; none where it is not."""
+    if place.dtype != "int4" or _why_not(config, model, place):
+        return []
+    return calibration_tokens(model, config.options.calibration)
+
+
+def calibration_line(config: DeploymentConfig, model: ModelInfo, place: Place, tokens: int) -> tuple[str, str, str]:
+    """The plan's line on an int4 model that was fitted to so many tokens."""
+    if not tokens:
+        why = _why_not(config, model, place) or "there is no tokenizer.json"
+        return "calibration", "off", f"{why}; int4 is rounded to the nearest, which loses more"
+    source = "the text that was given"
+    if config.options.calibration == "auto":
+        source = "a sample of Python's documentation"
+    return "calibration", f"{tokens:,} tokens", f"of {source}: int4 is rounded for the inputs that they make"
+
+
+def _why_not(config: DeploymentConfig, model: ModelInfo, place: Place) -> str:
+    """Why int4 is not fitted to a text, or ""."""
+    if config.options.calibration == "off":
+        return "asked for"
+    if config.load_format == "dummy":
+        return "random weights"
+    if config.tensor_parallel > 1:
+        return "several ranks: each would need the others' part of every layer"
+    large = place.device.type == "cpu" and model.parameters > _MOST_ON_CPU
+    return "it would take a CPU long (give a text to have it)" if large and config.options.calibration == "auto" else ""
+
+
+def calibration_tokens(model: ModelInfo, source: str | Sequence[str]) -> list[int]:
+    """The text's tokens; none where the model's folder has no tokenizer that can be read alone."""
+    from tokenizers import Tokenizer
+
+    text, file = calibration_text(source), model.folder / "tokenizer.json"
+    if not file.exists():
+        return []
+    ids: list[int] = Tokenizer.from_file(str(file)).encode(text).ids
+    return [token for token in ids if token < model.vocab_size]
+
+
+class _Reached(Exception):
+    """The matrix whose inputs are wanted has been reached: the rest of the layer need not be computed."""
+
+
+class Calibration:
+    """The hidden states of a text on their way through the layers, as they are and as rounded layers make them.
+
+    Args:
+        tokens: of the text; windows spread over all of it are used.
+        spec: of the model, on one rank.
+        account: told what rounding has changed.
+        device: of the weights.
+    """
+
+    def __init__(self, tokens: Sequence[int], spec: DecoderSpec, account: Account, device: torch.device) -> None:
+        window = min(WINDOW, spec.max_length, len(tokens))
+        count = min(len(tokens) // window, _MOST[device.type]) if window else 0
+        starts = [i * len(tokens) // max(1, count) for i in range(count)]
+        self._rows = [list(tokens[start : start + window]) for start in starts]
+        self._window = window
+        self._spec = spec
+        self._account = account
+        self._decoder: Decoder | None = None
+        self._steps: list[StepBatch] = []
+        self._exact: list[Stream] = []
+        self._rounded: list[Stream] = []
+        self._inputs: dict[int, Tensor] = {}  # of matrices that are watched, in the step that is computed
+        self._last: PackedLinear | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self._window * len(self._rows)
+
+    @torch.inference_mode()
+    def add(self, plain: LayerWeights, weights: DecoderWeights) -> None:
+        """Round the next layer and add it to the weights, whose embedding is there."""
+        index = len(weights.layers)
+        weights.layers.append(plain)
+        decoder = self._decoder or self._begin(weights)
+        matrices = {name: getattr(plain, name) for name in _MATRICES}
+        exact = []
+        for at, batch in enumerate(self._steps):
+            self._inputs = {id(packed): torch.empty(0) for packed in matrices.values()}
+            self._exact[at] = decoder.layer(index, *self._exact[at], batch, self._cache)
+            exact.append(self._inputs)
+        for name, packed in matrices.items():
+            moments, drift = self._moments(decoder, index, packed, [inputs.pop(id(packed)) for inputs in exact])
+            words, scale = round_by_inputs(packed.weight, moments, drift, self._account)
+            rounded = PackedLinear(words, packed.bias, scale)
+            change: dict[str, Any] = {name: rounded}
+            weights.layers[index] = dataclasses.replace(weights.layers[index], **change)
+        for at, batch in enumerate(self._steps):
+            self._rounded[at] = decoder.layer(index, *self._rounded[at], batch, self._cache)
+
+    def _begin(self, weights: DecoderWeights) -> Decoder:
+        operators = Operators(linear=self._linear, gated_linear=self._gated)
+        decoder = self._decoder = Decoder(self._spec, weights, ops=operators)
+        device = weights.embed.device
+        page_tokens = _PAGE_TOKENS if device.type == "cuda" else self._window
+        pages = -(-self._window // page_tokens)
+        self._cache = one_layer_cache(decoder, pages * _TOGETHER, page_tokens, weights.dtype)
+        for first in range(0, len(self._rows), _TOGETHER):
+            rows = [
+                StepRow(row, 0, range(i * pages, (i + 1) * pages))
+                for i, row in enumerate(self._rows[first : first + _TOGETHER])
+            ]
+            batch = StepBatch.of_rows(rows, page_tokens, device)
+            self._steps.append(batch)
+            self._exact.append((decoder.embed(batch), None))
+        self._rounded = list(self._exact)
+        return decoder
+
+    def _moments(
+        self, decoder: Decoder, index: int, packed: PackedLinear, exact: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over all tokens of x x^T, and of (y - x) x^T where y is what x would be without rounding."""
+        columns = exact[0].shape[1]
+        moments, drift = torch.zeros((2, columns, columns), device=exact[0].device)
+        self._last = packed
+        for stream, batch, right in zip(self._rounded, self._steps, exact, strict=True):
+            self._inputs = {id(packed): torch.empty(0)}
+            with contextlib.suppress(_Reached):
+                decoder.layer(index, *stream, batch, self._cache)
+            x = self._inputs.pop(id(packed)).float()
+            moments.addmm_(x.t(), x)
+            drift.addmm_((right.float() - x).t(), x)
+        self._last = None
+        return moments, drift
+
+    def _linear(self, x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
+        if id(packed) in self._inputs:
+            self._inputs[id(packed)] = x
+        if packed is self._last:
+            raise _Reached
+        return linear(x, packed, **options)
+
+    def _gated(self, x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
+        return gated(self._linear(x, packed), kind)

@@ -1,0 +1,84 @@
+"""Quantized weights as data: how the numbers and the scales of a matrix [N, K] lie in memory, and what they stand for.
+
+Columns of a row are in groups of `GROUP`, the last of which may have fewer. There are three forms.
+
+* int8 of a CPU: numbers [N, K] int8, and a scale a group, [N, groups] fp32.
+* int8 of a GPU: numbers plus 128 in words, four each, and a scale a group, [N, groups] bf16.
+* int4: whole numbers from 0 to 15 in words, eight each, and a pair a group, [N, groups, 2] bf16: the step, and what the
+  number 0 stands for.
+
+Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. The number of a part's
+column 4 j + w is the j-th of word w, counted from the lowest bits. So who has a part and takes the j-th number of each
+word has four neighbors, whose inputs are one load. Numbers past the last column are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Columns of a quantized weight that have one scale; the last group of a row may have fewer.
+GROUP = 64
+#: Words of a part.
+PART_WORDS = 4
+#: The largest int4 number, and what int8 numbers in words are moved by.
+INT4_MAX, INT8_OFFSET = 15, 128
+
+
+def bits_of(scale: Tensor) -> int:
+    """4 or 8: of the numbers that have these scales."""
+    return 4 if scale.dim() == 3 else 8
+
+
+def groups_of(columns: int) -> int:
+    """Groups of a row of so many columns."""
+    return -(-columns // GROUP)
+
+
+def part_columns(bits: int) -> int:
+    """Columns of a part."""
+    return PART_WORDS * 32 // bits
+
+
+def words_of(columns: int, bits: int) -> int:
+    """Words of a row of so many columns."""
+    return -(-columns // part_columns(bits)) * PART_WORDS
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """[N, K] whole numbers from 0 to 2**bits - 1, of any dtype, as words [N, words_of(K, bits)] int32."""
+    rows, columns = numbers.shape
+    filled = F.pad(numbers.to(torch.int32), (0, -columns % part_columns(bits)))
+    parts = filled.view(rows, -1, 32 // bits, PART_WORDS)
+    words = parts[:, :, 0].clone()
+    for j in range(1, 32 // bits):
+        words |= parts[:, :, j] << bits * j
+    return words.flatten(1)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The whole numbers [..., K] int32 of words [..., W]; K is that of whole parts."""
+    parts = words.reshape(*words.shape[:-1], -1, 1, PART_WORDS)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
+    numbers: Tensor = (parts >> shifts) & ((1 << bits) - 1)
+    return numbers.flatten(-3)
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The fp32 numbers that quantized rows stand for.
+
+    Args:
+        weight: [..., K] int8 or [..., W] words.
+        scale: [..., groups]; of int4 [..., groups, 2].
+
+    Returns:
+        [..., K]; of words with K filled up to whole parts.
+    """
+    wide = scale.float()
+    if bits_of(scale) == 4:
+        numbers = unpack(weight, 4)
+        step, low = wide.repeat_interleave(GROUP, -2)[..., : numbers.shape[-1], :].unbind(-1)
+        return numbers * step + low
+    numbers = unpack(weight, 8) - INT8_OFFSET if weight.dtype == torch.int32 else weight
+    return numbers * wide.repeat_interleave(GROUP, -1)[..., : numbers.shape[-1]]
