@@ -90,7 +90,9 @@ def test_short_dtypes_are_as_exact_as_transformers(tiny: Tiny, name: str, task: 
     encoder = load(folder, task, dtype)
     ours = encoder.outputs(batch_of(encoder, SEQUENCES, TYPES))
     assert ours.dtype == DTYPES[dtype]
-    assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
+    allowed = 1.5 * (theirs.float() - exact).norm()
+    few = torch.finfo(DTYPES[dtype]).eps * exact.norm()  # of a head with a few outputs theirs may be exact by chance
+    assert (ours.float() - exact).norm() <= allowed + 0.5 * few
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
