@@ -128,12 +128,13 @@ def _created(run: Runs) -> str:
 def _load(context: Context, values: Values) -> Runs:
     import miinb
 
-    source = values["load"] or values["to"]
+    names, source = values["names"] or [], values["load"] or values["to"]
+    if not source and names and Path(names[-1]).exists():
+        *names, source = names
     if not source:
         raise InvalidValue("runs load: from where?", hint=f"{context.prog} runs load NAME --load FOLDER")
-    names = values["names"] or [source]
     loaded = miinb.load_runs(source)
-    context.keep_run(names[0], loaded)
+    context.keep_run(names[0] if names else Path(source).stem, loaded)
     return loaded
 
 

@@ -46,7 +46,9 @@ def test_runs_are_saved_and_found_again(context: Context, tmp_path: Path) -> Non
     assert [row[0] for row in do(other, "runs", "--load", str(tmp_path)).rows] == ["a", "b"]
     assert len(do(other, "runs", "show", "b", "--load", str(tmp_path))) == 1
     assert len(do(other, "runs", "load", "mine", "--to", str(tmp_path))) == 2
-    assert list(other.runs) == ["mine"]
+    assert len(do(other, "runs", "load", str(tmp_path))) == 2
+    assert len(do(other, "runs", "load", "again", str(tmp_path))) == 2
+    assert list(other.runs) == ["mine", tmp_path.stem, "again"]
     with pytest.raises(InvalidValue, match="no runs here") as failure:
         do(Context(prog="miinb"), "runs", "show")
     assert "--save FOLDER" in failure.value.hint

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -65,6 +66,7 @@ def shell(
     yield shell
     unload_ipython_extension(shell)
     Shell.clear_instance()
+    atexit.unregister(shell.atexit_operations)  # of a hundred shells they take minutes, each collecting garbage
 
 
 def test_a_prompt_on_the_line_streams_and_gives_the_result(shell: Shell, deployments: dict[str, StandIn]) -> None:
