@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
@@ -13,6 +15,9 @@ _INTERESTING_FLAGS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "bf16", "i8mm", "sve"),
 )
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,34 +108,30 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
 
 def gpu_free_bytes() -> dict[int, int]:
     """Free memory of this machine's GPUs by their physical index, as far as the driver tells."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, or its errors for "no driver": either way there is nothing to see
-        return {}
-    try:
-        handles = enumerate(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
-        return {index: pynvml.nvmlDeviceGetMemoryInfo(handle).free for index, handle in handles}
-    except pynvml.NVMLError:
-        return {}
-    finally:
-        pynvml.nvmlShutdown()
+    return dict(enumerate(_asked_gpus(lambda nvml, gpu: int(nvml.nvmlDeviceGetMemoryInfo(gpu).free))))
 
 
 def gpu_processes() -> set[int]:
     """The processes that hold memory of a GPU of this machine, as far as the driver tells."""
+    return {one.pid for found in _asked_gpus(_processes_on) for one in found}
+
+
+def _processes_on(nvml: Any, gpu: Any) -> Any:
+    return nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+
+
+def _asked_gpus(ask: Callable[[Any, Any], T]) -> list[T]:
+    """What `ask` says of each GPU of this machine, given NVML and its handle; [] where there is nothing to see."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no package, or its errors for "no driver": either way there is nothing to see
-        return set()
+        return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return {found.pid for handle in handles for found in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        return [ask(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
-        return set()
+        return []
     finally:
         pynvml.nvmlShutdown()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miinb.engine.buffers import exact_buffers, put_back
 from miinb.engine.caches import ROUNDING
 from miinb.errors import UnsupportedModel
 
@@ -43,8 +44,7 @@ def split(model: Any, ranks: int, *, device: str, verify: bool) -> tuple[Any, fl
     import deepspeed
 
     whole = _outputs(model) if verify else None
-    # DeepSpeed converts the buffers to the dtype, too: rotary frequencies would lose their digits.
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+    buffers = exact_buffers(model)
     family = model.config.model_type
     try:
         model = deepspeed.init_inference(
@@ -53,9 +53,7 @@ def split(model: Any, ranks: int, *, device: str, verify: bool) -> tuple[Any, fl
             replace_with_kernel_inject=False,
             tensor_parallel={"tp_size": ranks, "mpu": _World(), "tp_group": _World.get_model_parallel_group()},
         ).module
-        for name, buffer in buffers.items():
-            place, _, last = name.rpartition(".")
-            model.get_submodule(place)._buffers[last] = buffer.to(device)
+        put_back(model, buffers)
         model = model.to(device).eval()
         parts = _outputs(model) if verify else None
     except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from miinb.config import DeploymentConfig
+from miinb.engine.buffers import exact_buffers, put_back
 from miinb.errors import InvalidValue
 from miinb.fitting import LIVE_LAYERS, live_parameters
 from miinb.messages import EngineInfo
@@ -62,13 +61,9 @@ def held(model: Any, settings: Mapping[str, Any]) -> Any:
     """The model with DeepSpeed's hooks, which bring its parameters when they are needed."""
     import deepspeed
 
-    # DeepSpeed converts the buffers to the dtype, too: rotary frequencies would lose their digits.
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+    buffers = exact_buffers(model)
     module = deepspeed.initialize(model=model, config=dict(settings), dist_init_required=False)[0].module
-    for name, buffer in buffers.items():
-        place, _, last = name.rpartition(".")
-        parent = module.get_submodule(place)
-        parent._buffers[last] = buffer.to(parent._buffers[last].device)
+    put_back(module, buffers)
     return module.eval()
 
 

@@ -24,7 +24,7 @@ from miinb.kernels.dispatch import (
     wait_for_inputs,
 )
 from miinb.kernels.formats import bits_of
-from miinb.kernels.product import finish_tile
+from miinb.kernels.product import write_tile
 from miinb.kernels.widen import byte_of, even_of, odd_of
 
 
@@ -173,19 +173,10 @@ def _product(
                     acc2 = tl.dot(value, plane.T, acc2)
     to = m[:, None] * n + j[None, :]
     mask = (m < rows)[:, None]
-    if SPLIT > 1:  # not GATED, whose outputs alone are many
-        tl.store(partial + part * rows * n + to, acc, mask=mask)
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(counters + unit, 1, sem="acq_rel") == SPLIT - 1:
-            tl.store(counters + unit, 0)
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for i in tl.static_range(SPLIT):  # past the first-level cache, which does not see the others' writes
-                acc += tl.load(partial + i * rows * n + to, mask=mask, other=0.0, cache_modifier=".cg")
-            finish_tile(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
-    elif GATED:
-        finish_tile(acc, acc2, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
-    else:
-        finish_tile(acc, acc, bias, residual, y, to, j, n, mask, ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL)
+    write_tile(
+        acc, acc2 if GATED else acc, bias, residual, y, partial, counters, unit, part, rows, to, j, n, mask, SPLIT,
+        ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
+    )
 
 
 @jit
