@@ -16,6 +16,7 @@ from torch import Tensor
 from miinb.kernels import formats
 from miinb.kernels.activation import activate
 from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.widen import halves_of, widened
 
 #: Numbers in the scratch: 32 MB of 2 bytes each. Not measured yet.
 _SCRATCH = 1 << 24
@@ -101,26 +102,21 @@ def _dequantize(
     weight, scale, y, rows, K: tl.constexpr, BITS: tl.constexpr, GATHER: tl.constexpr, BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row of y and BLOCK_P parts of it: of row rows[i] of the weight, or of row i.
-
-    Numbers of a word come first, so that Triton has neighboring threads write neighboring columns.
-    """
-    NUMBERS: tl.constexpr = 32 // BITS
+    """One program a row of y and BLOCK_P parts of it: of row rows[i] of the weight, or of row i."""
+    COLUMNS: tl.constexpr = 128 // BITS
     PARTS: tl.constexpr = (K * BITS + 127) // 128
-    part = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    j = tl.arange(0, NUMBERS)[:, None, None]
-    w = tl.arange(0, 4)[None, None, :]
+    first = tl.program_id(1) * BLOCK_P
+    word = first * 4 + tl.arange(0, BLOCK_P * 4)[None, :]
     wait_for_inputs(PDL)
     to = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + to) if GATHER else to
-    there = part < PARTS
-    word = tl.load(weight + row * (4 * PARTS) + part[None, :, None] * 4 + w, mask=there[None, :, None], other=0)
-    factor = tl.load(scale + row * ((K + 63) // 64) + part // (BITS // 2), mask=there, other=0)
-    number = ((word >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.float32)
+    words = tl.load(weight + row * (4 * PARTS) + word, mask=word < 4 * PARTS, other=0)
+    factor = tl.load(scale + row * ((K + 63) // 64) + word // (2 * BITS), mask=word < 4 * PARTS, other=0)
     if BITS == 8:
-        number = (number - 128.0) * factor.to(tl.float32)[None, :, None]
+        step = factor.to(tl.float32)
+        zero = -128.0 * step
     else:
-        low = (factor & -65536).to(tl.float32, bitcast=True)
-        number = number * (factor << 16).to(tl.float32, bitcast=True)[None, :, None] + low[None, :, None]
-    column = part[None, :, None] * (4 * NUMBERS) + 4 * j + w
-    tl.store(y + to * K + column, number.to(y.dtype.element_ty), mask=column < K)
+        step, zero = halves_of(factor)
+    column = first * COLUMNS + tl.arange(0, BLOCK_P * COLUMNS)[None, :]
+    value = widened(words, step, zero, BITS, y.dtype.element_ty, True)
+    tl.store(y + to * K + column, value, mask=column < K)

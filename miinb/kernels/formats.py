@@ -7,9 +7,11 @@ Columns of a row are in groups of `GROUP`, the last of which may have fewer. The
 * int4: whole numbers from 0 to 15 in words, eight each, and a pair a group, [N, groups, 2] bf16: the step, and what the
   number 0 stands for.
 
-Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. The number of a part's
-column 4 j + w is the j-th of word w, counted from the lowest bits. So who has a part and takes the j-th number of each
-word has four neighbors, whose inputs are one load. Numbers past the last column are not read.
+Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. Word w of a part has its
+columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4 of
+int4. So four neighboring threads with a word each have all that a tensor core wants from them (`mma` and `wgmma`
+give thread w of four the columns 2 w, 2 w + 1, 2 w + 8 and 2 w + 9 of 16), and neighbors of int4 come out of a word
+together, each in its half of 32 bits. Numbers past the last column are not read.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     """[N, K] whole numbers from 0 to 2**bits - 1, of any dtype, as words [N, words_of(K, bits)] int32."""
     rows, columns = numbers.shape
     filled = F.pad(numbers.to(torch.int32), (0, -columns % part_columns(bits)))
-    parts = filled.view(rows, -1, 32 // bits, PART_WORDS)
-    words = parts[:, :, 0].clone()
-    for j in range(1, 32 // bits):
-        words |= parts[:, :, j] << bits * j
+    half = 16 // bits
+    parts = filled.view(rows, -1, half, PART_WORDS, 2)
+    words = parts[:, :, 0, :, 0].clone()
+    for j in range(1, 2 * half):
+        words |= parts[:, :, j % half, :, j // half] << bits * j
     return words.flatten(1)
 
 
@@ -61,8 +64,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     """The whole numbers [..., K] int32 of words [..., W]; K is that of whole parts."""
     parts = words.reshape(*words.shape[:-1], -1, 1, PART_WORDS)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
-    numbers: Tensor = (parts >> shifts) & ((1 << bits) - 1)
-    return numbers.flatten(-3)
+    numbers = (parts >> shifts) & ((1 << bits) - 1)
+    return numbers.unflatten(-2, (2, -1)).movedim(-3, -1).flatten(-4)
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""A few rows times a quantized matrix on tensor cores: numbers are widened on their way to them.
+"""Rows times a quantized matrix on tensor cores: weights are widened on their way to them, once for up to 128 rows.
 
-Numbers j of all words go along as one plane of weights, whose columns are those of x from 4 j on in each part; so a
-step is as many products as a word has numbers, and no number has to change its place: Triton 3.6 has the words read
-where the tensor cores want the weights, as long as nothing but memory and constants goes into them. A weight is a
+The weights are the left operand, which Hopper's tensor cores take from registers: a tile of words is read as they want
+it, widened there, and multiplied 16 columns at a time, while the next ones are widened (see `formats`). A weight is a
 number times its step plus what 0 stands for, rounded once to x's dtype, as `dequantized` rounds it.
 """
 
@@ -23,49 +22,52 @@ from miinb.kernels.dispatch import (
     tl,
     wait_for_inputs,
 )
-from miinb.kernels.formats import bits_of
+from miinb.kernels.formats import GROUP, bits_of
 from miinb.kernels.product import write_tile
-from miinb.kernels.widen import byte_of, even_of, odd_of
+from miinb.kernels.widen import halves_of, widened
 
 
 class Tile(NamedTuple):
-    """What one program computes, and how: `rows` x `outputs` (of a gated pair half as many, twice)."""
+    """What one program computes, and how: `rows` of x times `outputs` of the weight's rows, 128 columns a step."""
 
     rows: int
     outputs: int
     warps: int
     stages: int  # loads in flight
+    programs: int  # so many are wanted: a sum is split where there are fewer tiles
 
 
-#: The first tile that has the rows, or some of the last one, of which the second reads the weights from the L2 cache.
-#: Not measured yet. Of 64 rows and more Triton would use instructions that take weights from shared memory alone.
-_TILES = (Tile(16, 64, 4, 4), Tile(32, 64, 4, 4))
+#: By bits. The first tile that has the rows, or the last; measured on an H200 at the sizes of LLaMA-8B: each within 10%
+#: of the fastest, but for int8's second (16%).
+_TILES = {
+    8: (Tile(16, 64, 4, 4, 512), Tile(32, 64, 4, 6, 256), Tile(64, 128, 8, 3, 128), Tile(128, 128, 8, 3, 128)),
+    4: (Tile(16, 64, 4, 6, 512), Tile(32, 64, 4, 4, 512), Tile(64, 128, 8, 3, 128), Tile(128, 128, 8, 3, 128)),
+}
 #: Of more rows the weights are widened once for all (`dequantize.py`).
-MOST_ROWS = 64
-_PROGRAMS = 264  # two for each multiprocessor of an H100
+MOST_ROWS = 256
+_COLUMNS = 128
 _MOST_PARTS = 8
 
 
 def quantized_product_tile(x: Tensor, n: int, bits: int, *, gated: bool) -> dict[str, Any] | None:
     """The kernel's options for x [T, K] and N outputs (of a gated pair: one half's), or None where it has no form.
 
-    Columns must divide into steps, so that the kernel needs no masks for weights.
+    Columns must divide into groups; of a gated pair rows must divide into tiles.
     """
     rows, k = x.shape
     if not 2 <= rows <= MOST_ROWS or x.element_size() != 2:
         return None
-    tile = next((tile for tile in _TILES if rows <= tile.rows), _TILES[-1])
-    outputs = tile.outputs // 2 if gated else tile.outputs
-    words = 32 if bits == 4 and k % 256 == 0 else 16
-    columns = 256 if words == 32 else 128
-    if k % columns or k % 128 or n % outputs:
+    tile = next((tile for tile in _TILES[bits] if rows <= tile.rows), _TILES[bits][-1])
+    weight_rows = 2 * n if gated else n
+    if k % GROUP or (gated and weight_rows % tile.outputs):
         return None
-    stage_bytes = tile.rows * columns * 2 + tile.outputs * (columns * bits // 8 + 16)
-    stages = min(shared_memory_bytes(x) // 2 // stage_bytes, tile.stages)
+    stage_bytes = tile.rows * _COLUMNS * 2 + tile.outputs * (_COLUMNS * bits // 8 + 16)
+    stages = min(shared_memory_bytes(x) // stage_bytes, tile.stages)
     if stages < 2:
         return None
-    split = 1 if gated else min(max(_PROGRAMS // (n // outputs), 1), _MOST_PARTS, k // columns)
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": outputs, "BLOCK_W": words, "SPLIT": split}
+    tiles = -(-weight_rows // tile.outputs) * -(-rows // tile.rows)
+    split = 1 if gated else min(max(tile.programs // tiles, 1), _MOST_PARTS, -(-k // _COLUMNS))
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_W": _COLUMNS * bits // 32, "SPLIT": split}
     return blocks | {"num_warps": tile.warps, "num_stages": stages}
 
 
@@ -102,10 +104,10 @@ def quantized_product(
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
     split, bits = tile["SPLIT"], bits_of(scale)
     partial = torch.empty((split, rows, n), dtype=torch.float32, device=x.device) if split > 1 else None
-    _product[(-(-rows // tile["BLOCK_M"]) * (n // tile["BLOCK_N"]), split)](
+    _product[(-(-rows // tile["BLOCK_M"]) * -(-weight.shape[0] // tile["BLOCK_N"]), split)](
         x,
         weight,
-        scale.view(torch.int32),
+        scale.view(torch.int32) if bits == 4 or k % _COLUMNS == 0 else scale,  # what a step needs of a row is one load
         bias,
         residual,
         y,
@@ -133,46 +135,49 @@ def _product(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order."""
+    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order.
+
+    Of a gated pair it takes 8 rows of the gate, the 8 of the other half that belong to them, and so on: a thread's sums
+    are then of both.
+    """
     unit, part = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(rows, BLOCK_M)
     m = unit % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = unit // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    word = tl.arange(0, BLOCK_W)
-    NUMBERS: tl.constexpr = 32 // BITS
-    PITCH: tl.constexpr = K // NUMBERS
-    HALVES: tl.constexpr = 2 if BITS == 8 else 1  # int8: a step is two groups, whose scales are a word
-    STEPS: tl.constexpr = PITCH // BLOCK_W // HALVES
-    SPAN: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    first = unit // tiles * OUTPUTS
+    row = tl.arange(0, BLOCK_N)
     # places past the last row compute another row again
-    from_x = x + (m % rows)[:, None] * K + (word // 4 * (4 * NUMBERS) + word % 4)[None, :]
-    from_weight = weight + j.to(tl.int64)[:, None] * PITCH + word[None, :]
-    SCALES: tl.constexpr = K // 64 if BITS == 4 else K // 128  # of a row: pairs, or scales of two groups
-    SPREAD: tl.constexpr = BLOCK_W // (BLOCK_W * NUMBERS // 64) if BITS == 4 else BLOCK_W  # words with one of them
-    from_scale = scale + j.to(tl.int64)[:, None] * SCALES + tl.arange(0, BLOCK_W // SPREAD)[None, :]
-    other, other_scale = n.to(tl.int64) * PITCH, n.to(tl.int64) * SCALES
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if GATED:
-        acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    row = first + row // 16 * 8 + row % 8 + row // 8 % 2 * n if GATED else tl.minimum(first + row, n - 1)
+    NUMBERS: tl.constexpr = 32 // BITS
+    COLUMNS: tl.constexpr = BLOCK_W * NUMBERS
+    STEPS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    SPAN: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    SCALES: tl.constexpr = 1 if BITS == 8 and K % COLUMNS == 0 else COLUMNS // 64  # of a step: a word is two of int8
+    column, word, scales = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_W), tl.arange(0, SCALES)
+    from_x = x + (m % rows)[None, :] * K + column[:, None]
+    from_weight = weight + row.to(tl.int64)[:, None] * (K // NUMBERS) + word[None, :]
+    from_scale = scale + row.to(tl.int64)[:, None] * (K * SCALES // COLUMNS) + scales[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     wait_for_inputs(PDL)
     for step in range(part * SPAN, tl.minimum((part + 1) * SPAN, STEPS)):
-        factor = spread(tl.load(from_scale + step * (BLOCK_W // SPREAD)), SPREAD)
-        if GATED:
-            factor2 = spread(tl.load(from_scale + other_scale + step * (BLOCK_W // SPREAD)), SPREAD)
-        for half in tl.static_range(HALVES):
-            at = (step * HALVES + half) * BLOCK_W
-            words = tl.load(from_weight + at)
-            if GATED:
-                words2 = tl.load(from_weight + other + at)
-            for i in tl.static_range(NUMBERS):
-                value = tl.load(from_x + at * NUMBERS + 4 * i)
-                plane = weights_of(words, factor, i, half, BITS).to(x.dtype.element_ty)
-                acc = tl.dot(value, plane.T, acc)
-                if GATED:
-                    plane = weights_of(words2, factor2, i, half, BITS).to(x.dtype.element_ty)
-                    acc2 = tl.dot(value, plane.T, acc2)
+        if K % COLUMNS == 0:
+            value = tl.load(from_x + step * COLUMNS)
+            words = tl.load(from_weight + step * BLOCK_W)
+            factor = tl.load(from_scale + step * SCALES)
+        else:
+            value = tl.load(from_x + step * COLUMNS, mask=(column < K - step * COLUMNS)[:, None], other=0.0)
+            words = tl.load(from_weight + step * BLOCK_W, mask=(word < K // NUMBERS - step * BLOCK_W)[None, :], other=0)
+            mask = (scales < K // 64 - step * SCALES)[None, :]
+            factor = tl.load(from_scale + step * SCALES, mask=mask, other=0)
+        acc = tl.dot(_weights(words, factor, BITS, x.dtype.element_ty), value, acc)
+    acc = acc.T
+    if GATED:
+        acc, acc2 = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, OUTPUTS // 8, 2, 8]), (0, 1, 3, 2)))
+        acc, acc2 = tl.reshape(acc, [BLOCK_M, OUTPUTS]), tl.reshape(acc2, [BLOCK_M, OUTPUTS])
+    j = first + tl.arange(0, OUTPUTS)
     to = m[:, None] * n + j[None, :]
-    mask = (m < rows)[:, None]
+    mask = (m < rows)[:, None] & (j < n)[None, :]
+    j = tl.minimum(j, n - 1)
     write_tile(
         acc, acc2 if GATED else acc, bias, residual, y, partial, counters, unit, part, rows, to, j, n, mask, SPLIT,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
@@ -180,27 +185,23 @@ def _product(
 
 
 @jit
-def spread(factor, SPREAD: tl.constexpr):
-    """Scales [BLOCK_N, n] for each of the words that they belong to, [BLOCK_N, SPREAD * n]."""
-    wide = tl.broadcast_to(factor[:, :, None], [factor.shape[0], factor.shape[1], SPREAD])
-    return tl.reshape(wide, [factor.shape[0], factor.shape[1] * SPREAD])
+def _weights(words, factor, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of weights [BLOCK_N, COLUMNS] as tensor cores want them, from its words and the scales of its groups."""
+    if BITS == 4:
+        step, zero = halves_of(factor)
+        step, zero = _spread(step, words.shape[1]), _spread(zero, words.shape[1])
+    else:
+        if factor.dtype == tl.int32:
+            factor = tl.reshape(tl.join(*halves_of(factor)), [factor.shape[0], 2 * factor.shape[1]])
+        step = _spread(factor.to(tl.float32), words.shape[1])
+        zero = -128.0 * step
+    return widened(words, step, zero, BITS, DTYPE, False)
 
 
 @jit
-def weights_of(words, factor, J: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
-    """The fp32 weights that numbers J of words stand for, by their scales."""
-    if BITS == 8:
-        factor = (factor << 16 if HALF == 0 else factor & -65536).to(tl.float32, bitcast=True)
-        weights = byte_of(words, J) * factor - 32896.0 * factor
-    else:
-        step = (factor << 16).to(tl.float32, bitcast=True)
-        low = (factor & -65536).to(tl.float32, bitcast=True)
-        if J < 3:
-            words = words << (16 if J == 0 else 8)
-        elif J > 4:
-            words = words >> (16 if J == 7 else 8)
-        if J % 2 == 0:
-            weights = even_of(words) * step + (low - 128.0 * step)
-        else:
-            weights = odd_of(words) * step + (low - 2048.0 * step)
-    return weights
+def _spread(factor, WORDS: tl.constexpr):
+    """Of each group [BLOCK_N, n] as of each of its words, [BLOCK_N, WORDS]."""
+    N: tl.constexpr = factor.shape[0]
+    GROUPS: tl.constexpr = factor.shape[1]
+    wide = tl.broadcast_to(factor[:, :, None], [N, GROUPS, WORDS // GROUPS])
+    return tl.reshape(wide, [N, WORDS])

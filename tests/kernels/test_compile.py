@@ -61,6 +61,8 @@ def quantized_calls(bits: int) -> dict[str, Callable[[], Any]]:
         "product": lambda: linear.linear(t(2, 4096), quantized(4096, 4096, bits), residual=t(2, 4096)),
         "product deep": lambda: linear.linear(t(32, 24576), quantized(6144, 24576, bits, True)),
         "product gated": lambda: linear.gated_linear(t(64, 4096), quantized(2 * 14336, 4096, bits), "silu"),
+        "product wide": lambda: linear.linear(t(200, 4096), quantized(50257, 4096, bits)),
+        "product odd": lambda: linear.linear(t(9, 576), quantized(1536, 576, bits)),
         "many": lambda: linear.linear(t(512, 4096), quantized(16384, 4096, bits, True), activation="gelu_tanh"),
         "head": lambda: head.greedy_head(t(1, 4096), quantized(128256, 4096, bits)),
         "embedding": embedding_call(bits),
@@ -224,11 +226,16 @@ def test_a_quantized_row_is_read_16_bytes_at_a_time_and_converted_by_no_instruct
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_numbers_reach_tensor_cores_without_a_way_through_shared_memory(bits: int) -> None:
-    """Words are read from shared memory where the tensor cores want the weights, and widened there."""
-    for name in ("product", "product deep", "product gated"):
+    """Words are read from shared memory as the tensor cores want the weights, and widened there while those work."""
+    for name in ("product", "product deep", "product gated", "product wide"):
         (kernel,) = compiled(CALLS[f"int{bits} {name}"], (9, 0))
         graph = kernel.asm["ttgir"]
         loop = graph[graph.index("scf.for") : graph.index("scf.yield")]
-        assert loop.count("tt.dot") >= 8
+        assert loop.count("ttng.warp_group_dot ") == 8  # 16 columns each
+        assert loop.count("isAsync = true") == 8
         assert "ttg.local_alloc" not in loop
-        assert "ttg.convert_layout" not in loop
+        assert "ttg.local_store" not in loop
+        ptx = kernel.asm["ptx"]
+        begin, end = ptx.index("wgmma.mma_async"), ptx.rindex("wgmma.mma_async")
+        assert "st.shared" not in ptx[begin:end]
+        assert ptx[begin:end].count("wgmma.wait_group.sync.aligned 0") == 0
