@@ -27,6 +27,8 @@ SCRIPT = Path(__file__).with_name("encoder_rank_process.py")
 NAMES = [name for name, (_, values) in tiny_encoders.CONFIGS.items() if values.get("num_attention_heads") != 1]
 TASKS = [(name, task) for name in ("bert", "electra") for task in tiny_encoders.HEADS if task != "feature-extraction"]
 MODELS = [*((name, "feature-extraction") for name in NAMES), *TASKS]
+#: Halves that are whole groups of 64 columns: int8 rounds them as one rank does.
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
 FAULTS = ("memory-0", "memory-1", "ahead-1", "poison-0", "poison-1", "late-1", "nan-1", "parity-1", "death-1")
 STEPS = {"max_step_tokens": 32, "threads": 1}
 
@@ -36,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     for name, task in MODELS:
         tiny_encoders.build(name, task, folder / f"{name}-{task}")
+    tiny_encoders.build("bert", "fill-mask", folder / "wide-fill-mask", WIDE)
     return folder
 
 
@@ -45,6 +48,7 @@ def pair(folder: Path) -> list[dict[str, Any]]:
     passes = [f"{folder / f'{name}-{task}'}={task}=none" for name, task in MODELS]
     tagger = f"{folder / 'bert-token-classification'}=token-classification"
     passes += [f"{tagger}={dtype}=" + json.dumps({"dtype": dtype}) for dtype in ("bf16", "int8")]
+    passes += [f"{folder / 'wide-fill-mask'}=fill-mask=int8=" + json.dumps({"dtype": "int8"})]
     passes += [f"{tagger}={fault}" for fault in ("graphs", *FAULTS)]
     return run_ranks(folder / "run", "gloo", passes, "29875", script=SCRIPT)
 
@@ -80,6 +84,11 @@ def test_two_ranks_answer_in_other_dtypes(
 ) -> None:
     wanted = one_rank(folder, "bert", "token-classification")
     same(pair[0][f"bert-token-classification=token-classification={dtype}"]["answers"], wanted, tolerance)
+
+
+def test_two_ranks_round_as_one_does(pair: list[dict[str, Any]], folder: Path) -> None:
+    wanted = one_rank(folder, "wide", "fill-mask", dtype="int8")
+    same(pair[0]["wide-fill-mask=fill-mask=int8"]["answers"], wanted, 1e-3)
 
 
 def test_two_ranks_pad_steps_to_the_same_graphs(pair: list[dict[str, Any]], folder: Path) -> None:
