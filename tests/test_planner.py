@@ -175,14 +175,16 @@ def test_an_encoder_that_transformers_run(tmp_path: Path) -> None:
 def test_an_encoder_on_several_ranks(tmp_path: Path) -> None:
     one, two = planned(TWO_GPUS, encoder(tmp_path)), planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2)
     assert (two.engine, two.warnings) == ("optimized", ())
-    whole = "the embeddings and the task's head are whole on each"
-    assert line(two, "tensor_parallel") == f"2 ranks: 6 of 12 attention heads each; {whole}"
+    words = "2 ranks: 6 of 12 attention heads each; the embeddings and the task's head are whole on each"
+    assert line(two, "tensor_parallel") == words
     assert line(two, "device") == "cuda 0 (H100), 1 (H100): 2 a replica"
     assert one.weights_bytes - two.weights_bytes == pytest.approx(85e6 / 2 * 4, rel=0.01)  # half of the layers, in fp32
     assert line(two, "weights").endswith("the share of each of 2 ranks")
     with pytest.raises(InvalidValue, match=r"the 12 attention heads .* do not divide by 5") as caught:
         planned(model=encoder(tmp_path), tensor_parallel=5)
     assert caught.value.hint == "Numbers of ranks that work: 1, 2, 3, 4, 6, 12."
+    whole, half = (planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=n, dtype="int8").weights_bytes for n in (1, 2))
+    assert whole - half == pytest.approx(85e6 / 2 * (1 + 2 / 64), rel=0.01)
     split = planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2, engine="baseline")
     assert line(split, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP: 6 of 12 attention heads each")
 

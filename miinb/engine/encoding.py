@@ -206,14 +206,14 @@ class EncodeExecutor:
         step = self.queue.next_step()
         try:
             launched = self._launch(step) if step else None
+            before, self._flight = self._flight, launched if self._ahead else None
+            for flight in (before, None if self._ahead else launched):
+                if flight is not None:
+                    self._land(flight)
         except PeerLost:
             self._tell(emit)
             poll()
             raise
-        before, self._flight = self._flight, launched if self._ahead else None
-        for flight in (before, None if self._ahead else launched):
-            if flight is not None:
-                self._land(flight)
         self._tell(emit)
 
     def _tell(self, emit: Emit) -> None:

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from miinb import models
+from miinb.engine.compute import in_step
 from miinb.engine.encode_followers import read_step, write_step
-from miinb.engine.encode_queue import Bounds, EncodeQueue, make_job
+from miinb.engine.encode_queue import Bounds, EncodeQueue, EncodeStep, make_job
+from miinb.engine.encoder_inputs import EncoderInputs, Sizes
 from miinb.engine.encoder_weights import load_encoder_weights
+from miinb.engine.parallel import Group, PeerLost
 from miinb.engine.policies import ENCODERS
 from miinb.engine.reduction import Reduction
 from miinb.engine.weights import weights_bytes
@@ -178,6 +181,32 @@ def test_four_ranks_give_the_answers_of_one(folder: Path) -> None:
     for name in ("bert", "xlm-roberta"):
         found = seen[f"{name}-feature-extraction=feature-extraction=none"]
         same(found["answers"], one_rank(folder, name, "feature-extraction"))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_rank_that_cannot_end_a_failed_step_is_lost(captured: bool) -> None:
+    inputs, told = EncoderInputs(64, torch.device("cpu")), []
+    inputs.graphs = [Sizes(32, 32, 8, 32)]
+    inputs.write(whole_step(row=0 if captured else 2))
+    assert inputs.captured == captured
+
+    def stand_in() -> None:
+        raise RuntimeError("nor this")
+
+    with (
+        pytest.raises(PeerLost, match="captured" if captured else "could not be ended"),
+        in_step(Group(0, 2), captured=lambda: inputs.captured, on_error=told.append, stand_in=stand_in),
+    ):
+        raise ValueError("a fault")
+    assert len(told) == (not captured), "one launch: the others hear of it as the replica ends"
+
+
+def whole_step(row: int) -> EncodeStep:
+    queue = EncodeQueue(Bounds(48, 101, 2, 64))
+    queue.jobs = [make_job(request_of(row, "token-classification"), Reduction("token-classification"), queue.bounds)]
+    step = queue.next_step()
+    assert step is not None
+    return step
 
 
 @pytest.mark.parametrize("typed", [False, True])
