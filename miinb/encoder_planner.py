@@ -70,12 +70,14 @@ def memory(choice: Plan, config: DeploymentConfig, model: ModelInfo, length: int
         OutOfMemory: it cannot fit; the hint has what would.
     """
     on_gpu = choice.device == "cuda"
-    weights = model.weights_bytes(choice.dtype, on_gpu=on_gpu)
+    ranks = config.tensor_parallel
+    weights = model.weights_bytes(choice.dtype, ranks, on_gpu=on_gpu)
     tokens = config.options.step_tokens(choice.device, encoder=True)
-    step = model.step_bytes(choice.dtype, max(tokens, length), on_gpu=on_gpu)
+    step = model.step_bytes(choice.dtype, max(tokens, length), ranks, on_gpu=on_gpu)
     if weights + step > usable:
         raise _does_not_fit(config, choice, model, weights, step, usable)
-    why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}"
+    share = f", the share of each of {ranks} ranks" if ranks > 1 else ""
+    why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}{share}"
     choice = choice.with_line("weights", size_words(weights), why, weights_bytes=weights)
     choice = choice.with_line("kv_cache", "none", "an encoder keeps nothing between requests")
     why = "asked for" if config.max_length else _why_length(model, length)
@@ -102,12 +104,10 @@ def _why_length(model: ModelInfo, length: int) -> str:
 def _does_not_fit(
     config: DeploymentConfig, choice: Plan, model: ModelInfo, weights: int, step: int, usable: int
 ) -> OutOfMemory:
-    on_gpu = choice.device == "cuda"
-    fits = [
-        f"dtype={dtype!r}"
-        for dtype in ("bf16", "int8")
-        if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype] and model.weights_bytes(dtype, on_gpu=on_gpu) + step <= usable
-    ]
+    on_gpu, ranks = choice.device == "cuda", config.tensor_parallel
+    smaller = [dtype for dtype in ("bf16", "int8") if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]]
+    needs = {dtype: model.weights_bytes(dtype, ranks, on_gpu=on_gpu) + step for dtype in smaller}
+    fits = [f"dtype={dtype!r}" for dtype, need in needs.items() if need <= usable]
     if weights < usable:
         fits.append("a smaller options.max_step_tokens")
     if choice.device == "cpu" and config.replicas > 1:

@@ -96,8 +96,10 @@ def _more_gpus(choice: Plan, model: ModelInfo, place: Place) -> list[str]:
     if not place.on_gpu or model.spec is None:
         return []
     for ranks in (2, 4, 8, 16):
+        if ranks <= place.ranks or model.spec.misfit(ranks):
+            continue
         need = model.weights_bytes(choice.dtype, ranks, on_gpu=True)
-        if ranks > place.ranks and need < place.usable and not model.spec.heads % ranks:
+        if need < place.usable:
             return [f"tensor_parallel={ranks} on {ranks} such GPUs ({size_words(need)} of weights on each)"]
     return []
 

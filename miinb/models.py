@@ -122,25 +122,26 @@ class ModelInfo:
     ) -> int:
         """Bytes of the weights in a dtype (default: the checkpoint's); with several ranks, those of each.
 
-        Ranks share the matrices; embeddings, norms and biases are whole on each. The options are of quantized dtypes.
+        Ranks share the matrices (of an encoder the layers'); all else is whole on each. What cannot be split counts
+        whole. The options are of quantized dtypes.
         """
         dtype = dtype or self.dtype
-        if self.encoder is not None and dtype in QUANTIZED:
-            return sizes.int8_bytes(self.encoder, on_gpu=on_gpu)
+        if self.encoder is not None:
+            return sizes.encoder_bytes(self.encoder, dtype, ranks, on_gpu=on_gpu)
         if self.spec is not None and dtype in QUANTIZED:
             form = {"on_gpu": on_gpu, "tables": quantize_head}
             return sizes.quantized_bytes(self.spec, POLICIES[self.family], dtype, ranks, **form)
-        counted = self.counted
-        numbers = self.parameters if counted is None else counted.others + -(-counted.matrices // ranks)
+        numbers = self.parameters
+        if self.spec is not None and (counted := self.counted) is not None:
+            numbers = counted.others + sizes.rank_matrices(self.spec, counted.matrices, ranks)
         return int(numbers * DTYPE_BYTES[dtype])
 
-    def step_bytes(self, dtype: str, tokens: int, *, on_gpu: bool = False) -> int:
-        """About what an encoder's step of so many tokens takes besides the weights; 0 without an encoder."""
-        return (
-            0
-            if self.encoder is None
-            else sizes.step_bytes(self.encoder, sizes.activation_bytes(dtype, on_gpu=on_gpu), tokens)
-        )
+    def step_bytes(self, dtype: str, tokens: int, ranks: int = 1, *, on_gpu: bool = False) -> int:
+        """About what an encoder's step of so many tokens takes of each rank besides the weights, else 0."""
+        if self.encoder is None:
+            return 0
+        number = sizes.activation_bytes(dtype, on_gpu=on_gpu)
+        return sizes.step_bytes(sizes.rank_encoder(self.encoder, ranks), number, tokens)
 
     def labels(self) -> tuple[tuple[str, ...], str]:
         """The labels of a classifier's outputs, in their order, and what is wrong with config.json's names, or ""."""

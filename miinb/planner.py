@@ -102,8 +102,6 @@ def _engine(choice: Plan, config: DeploymentConfig, model: ModelInfo, task: str)
     why = ""
     if (model.spec if generates else model.encoder) is None:
         why = model.unfused.message if model.unfused else f"There is no policy for {task} of {model.family}."
-    elif not generates and config.tensor_parallel > 1:
-        why = splitting.FUSED_ENCODER
     if why:
         reason = f"plain transformers run it: {why}"
         return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
@@ -121,16 +119,21 @@ def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
     ranks = config.tensor_parallel
     if ranks == 1:
         return choice
-    if choice.engine != "optimized" or model.spec is None:
+    spec = model.spec or model.encoder
+    if choice.engine != "optimized" or spec is None:
         return _split_by_autotp(choice, model, ranks)
-    if misfit := model.spec.misfit(ranks):
-        fits = [str(n) for n in range(1, 65) if not model.spec.misfit(n)]
+    if misfit := spec.misfit(ranks):
+        fits = [str(n) for n in range(1, 65) if not spec.misfit(n)]
         raise InvalidValue(
             f"tensor_parallel: the {misfit} of {model.source} do not divide by {ranks}.",
             hint=f"Numbers of ranks that work: {', '.join(fits)}.",
         )
-    heads = model.spec.shard(ranks).heads
-    return choice.with_line("tensor_parallel", f"{ranks} ranks", f"{heads} of {model.heads} attention heads each")
+    reason = f"{spec.heads // ranks} of {spec.heads} attention heads each"
+    if model.spec is None:
+        reason += "; the embeddings and the task's head are whole on each"
+    elif model.spec.kv_heads < ranks:
+        reason += f"; each key/value head is on {ranks // model.spec.kv_heads} of them"
+    return choice.with_line("tensor_parallel", f"{ranks} ranks", reason)
 
 
 def _split_by_autotp(choice: Plan, model: ModelInfo, ranks: int) -> Plan:

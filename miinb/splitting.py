@@ -22,8 +22,6 @@ _ONLY: dict[str, dict[str, bool]] = {
     "falcon": {"new_decoder_architecture": True},
     "stablelm": {"qk_layernorm": False},
 }
-#: Why an encoder on several ranks is not the optimized engine's.
-FUSED_ENCODER = "The fused encoder runs on one rank of each replica: replicas=N serves N of them."
 #: CodeGen's fused projection comes in blocks of this many, which AutoTP splits each.
 _CODEGEN_BLOCKS = 4
 

@@ -18,7 +18,6 @@ from miinb.hardware import Gpu, Hardware, _visible
 from miinb.messages import Plan
 from miinb.models import ModelInfo, inspect
 from miinb.planner import plan, resolve
-from miinb.splitting import FUSED_ENCODER
 
 GB = 1 << 30
 CPU = Hardware("A CPU", 8, 64 * GB, 32 * GB, frozenset({"avx2"}))
@@ -167,16 +166,27 @@ def test_an_encoders_dtype_follows_the_instructions(
 
 
 def test_an_encoder_that_transformers_run(tmp_path: Path) -> None:
-    choice = planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2)
-    assert choice.engine == "baseline"
-    assert line(choice, "engine") == f"baseline: plain transformers run it: {FUSED_ENCODER}"
-    assert choice.warnings == (f"plain transformers run it: {FUSED_ENCODER}",), "it is slower than what was asked for"
-    assert line(choice, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP")
-    assert line(choice, "device") == "cuda 0 (H100), 1 (H100): 2 a replica"
     choice = planned(model=encoder(tmp_path, position_embedding_type="relative_key"))
     assert "'relative_key' have no fused form" in choice.warnings[0]
     choice = planned(model=encoder(tmp_path, num_labels=50, id2label={"0": "a", "1": "b"}))
     assert "names 2 of the 50 labels" in choice.warnings[0]
+
+
+def test_an_encoder_on_several_ranks(tmp_path: Path) -> None:
+    one, two = planned(TWO_GPUS, encoder(tmp_path)), planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2)
+    assert (two.engine, two.warnings) == ("optimized", ())
+    words = "2 ranks: 6 of 12 attention heads each; the embeddings and the task's head are whole on each"
+    assert line(two, "tensor_parallel") == words
+    assert line(two, "device") == "cuda 0 (H100), 1 (H100): 2 a replica"
+    assert one.weights_bytes - two.weights_bytes == pytest.approx(85e6 / 2 * 4, rel=0.01)  # half of the layers, in fp32
+    assert line(two, "weights").endswith("the share of each of 2 ranks")
+    with pytest.raises(InvalidValue, match=r"the 12 attention heads .* do not divide by 5") as caught:
+        planned(model=encoder(tmp_path), tensor_parallel=5)
+    assert caught.value.hint == "Numbers of ranks that work: 1, 2, 3, 4, 6, 12."
+    whole, half = (planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=n, dtype="int8").weights_bytes for n in (1, 2))
+    assert whole - half == pytest.approx(85e6 / 2 * (1 + 2 / 64), rel=0.01)
+    split = planned(TWO_GPUS, encoder(tmp_path), tensor_parallel=2, engine="baseline")
+    assert line(split, "tensor_parallel").startswith("2 ranks, DeepSpeed AutoTP: 6 of 12 attention heads each")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,23 @@ def test_ranks_share_weights_cache_and_cores() -> None:
     assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes  # each has the whole embedding
     assert two.kv_cache_bytes == one.kv_cache_bytes / 2
     assert "2 ranks" in line(two, "threads")
+
+
+def test_few_key_value_heads_are_copied() -> None:
+    eight, more = (planned(max_batch=2, max_length=512, tensor_parallel=ranks) for ranks in (8, 16))
+    assert line(eight, "tensor_parallel") == "8 ranks: 4 of 32 attention heads each"
+    assert line(more, "tensor_parallel").endswith("2 of 32 attention heads each; each key/value head is on 2 of them")
+    one_head = 16 * 2 * 64 * 2  # keys and values of each layer, in two bytes
+    assert more.kv_cache_bytes == eight.kv_cache_bytes == 2 * 512 * one_head
+    shared = 16 * (2 * 2048 * 2048 + 3 * 2048 * 5632) + 32000 * 2048  # of queries, outputs, MLP and head
+    copied = 16 * 2 * 64 * 2048  # a head's part of the keys' and values' projections
+    norms = LLAMA.weights_bytes("bf16", 1) - 2 * (shared + 8 * copied)  # and the embedding
+    assert more.weights_bytes == norms + 2 * (shared // 16 + copied)
+    odd = CONFIG | {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 768, "intermediate_size": 3072}
+    model = dataclasses.replace(LLAMA, spec=decoder_spec(odd, "llama"))
+    with pytest.raises(InvalidValue, match=r"the 4 key/value heads of llama do not divide by 6") as caught:
+        planned(model=model, tensor_parallel=6)
+    assert caught.value.hint == "Numbers of ranks that work: 1, 2, 4, 12."
 
 
 def test_transformers_models_are_split_by_autotp() -> None:

@@ -6,17 +6,21 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import transformers
 
 import miinb
 from miinb import Session
 from miinb.errors import InvalidValue, Unavailable
 from miinb.server.watchdog import IDLE_S
+from tests.engine.test_baseline import save_bert
 
 TINY = Path(miinb.__file__).parent / "demo" / "tiny"
-OPTIONS = {"all_reduce": "gloo", "threads": 1, "speculative": "prompt_lookup"}
+ENCODER_OPTIONS = {"all_reduce": "gloo", "threads": 1}
+OPTIONS = {**ENCODER_OPTIONS, "speculative": "prompt_lookup"}
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +59,39 @@ def _lose_a_follower(two: Session, fault: signal.Signals) -> None:
     with pytest.raises(Unavailable):
         list(stream)
     assert time.monotonic() - began < IDLE_S + 20
+    _await_others(two, before)
+
+
+def _await_others(two: Session, before: set[int]) -> None:
+    """Until other ranks than those serve."""
     deadline = time.monotonic() + 120
     while two.state != "ready" or before & {rank.pid for rank in two.status().ranks}:
         assert time.monotonic() < deadline, two.logs()
         time.sleep(0.2)
     assert not any(psutil.pid_exists(pid) for pid in before)
+
+
+def test_two_ranks_of_an_encoder_serve_and_come_back(tmp_path: Path) -> None:
+    folder = save_bert(transformers.BertForMaskedLM, tmp_path)
+    texts = ["deep [MASK] is great", "[MASK] is"]
+    with Session(folder, device="cpu", dtype="fp32") as one:
+        wanted = one.predict(texts, top_k=3)
+    with Session(folder, device="cpu", dtype="fp32", tensor_parallel=2, options=ENCODER_OPTIONS) as two:
+        lines = {line.what: f"{line.choice}: {line.reason}" for line in two.plan().lines}
+        assert lines["engine"].startswith("optimized")
+        assert lines["tensor_parallel"].startswith("2 ranks: 1 of 2 attention heads each")
+        _check_fills(two.predict(texts, top_k=3), wanted)
+        before = {rank.pid for rank in two.status().ranks}
+        os.kill(max(two.status().ranks, key=lambda rank: rank.rank).pid, signal.SIGKILL)
+        _await_others(two, before)
+        assert "Rank 1 of replica 0 ended" in two.logs(200)
+        _check_fills(two.predict(texts, top_k=3), wanted)
+
+
+def _check_fills(found: Any, wanted: Any) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert [fill.token for fill in ours] == [fill.token for fill in theirs]
+        assert [fill.score for fill in ours] == pytest.approx([fill.score for fill in theirs], rel=1e-4)
 
 
 def test_what_does_not_divide_is_refused_before_anything_starts() -> None:

@@ -41,7 +41,6 @@ from miinb.engine.decoder import Decoder, StepBatch
 from miinb.engine.encoder import Encoder, EncoderBatch
 from miinb.engine.encoder_graphs import graph_sizes
 from miinb.engine.encoder_inputs import Sizes
-from miinb.engine.encoder_spec import EncoderSpec
 from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.heads import reduce
@@ -166,10 +165,9 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     """The kernels that serving a model launches, none without a fused form; to be called within `compiling_for`."""
     if model.family in ENCODERS:
         try:
-            spec_of_task = encoder_spec(model.config, model.task(config.task), model.source)
+            return _kernels_of_encoder(config, model)
         except UnsupportedModel:
             return []
-        return _kernels_of_encoder(config, model, spec_of_task) if config.tensor_parallel == 1 else []
     spec = model.spec
     if spec is None:
         return []
@@ -202,12 +200,18 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     return kernels
 
 
-def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: EncoderSpec) -> list[Kernel]:
-    policy = ENCODERS[model.family]
+def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
+    policy, task, ranks = ENCODERS[model.family], model.task(config.task), config.tensor_parallel
+    spec = encoder_spec(model.config, task, model.source)
     spec = dataclasses.replace(spec, layers=2)  # the last layer computes only the rows that the head reads
     dtype = model.dtype if config.dtype == "auto" else config.dtype
-    weights = load_encoder_weights(model, policy, spec, dtype=dtype, device=META, dummy=True)
-    encoder, task = Encoder(spec, weights), model.task(config.task)
+    encoders = [  # the first rank's, and another's, where some products have no bias
+        Encoder(
+            spec.shard(ranks),
+            load_encoder_weights(model, policy, spec, dtype=dtype, device=META, rank=rank, ranks=ranks, dummy=True),
+        )
+        for rank in range(min(ranks, 2))
+    ]
     labels = len(model.labels()[0])
     usual = usual_reduction(task, function=model.function(), vocab_size=spec.vocab_size, labels=labels)
     length = min(config.max_length or spec.max_length, spec.max_length)
@@ -215,7 +219,8 @@ def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo, spec: Encode
     with recording() as kernels:
         for size in (*graph_sizes(tokens, length, spec.head.rows), *_large_steps(tokens, length)):
             step = _encoder_step(size)
-            reduce(encoder.outputs(step), usual, step.starts, best_shares)
+            for encoder in encoders:
+                reduce(encoder.outputs(step), usual, step.starts, best_shares)
     return kernels
 
 

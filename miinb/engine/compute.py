@@ -162,25 +162,48 @@ class StepCompute:
 
     @contextmanager
     def _in_step(self, plan: StepPlan, needs: Needs, on_error: OnError) -> Iterator[None]:
-        """If this rank fails within a step, take part in what is left of its collectives: the others wait in them."""
+        """See `in_step`."""
         if self._group is None:
             yield
             return
-        self._group.begin()
-        self._captured = self.device.type == "cuda"  # until the step's inputs say otherwise
-        try:
-            yield
-        except STEP_ERRORS as error:
-            if self._captured:  # one launch: how much of its collectives it has done is not known
-                raise PeerLost("A captured step failed.") from error
-            on_error(error)
+
+        def stand_in() -> None:
             rows = sampled_rows(plan)
             whole = bool(rows) and needs != Needs.NOTHING
-            try:
-                self.decoder.stand_in(plan.tokens, max(len(rows), 1), whole=whole)
-            except STEP_ERRORS as second:
-                raise PeerLost("A failed step could not be ended.") from second
-            raise
+            self.decoder.stand_in(plan.tokens, max(len(rows), 1), whole=whole)
+
+        self._captured = self.device.type == "cuda"  # until the step's inputs say otherwise
+        with in_step(self._group, captured=lambda: self._captured, on_error=on_error, stand_in=stand_in):
+            yield
+
+
+@contextmanager
+def in_step(
+    group: Group, *, captured: Callable[[], bool], on_error: OnError, stand_in: Callable[[], None]
+) -> Iterator[None]:
+    """If this rank fails within a step, take part in what is left of its collectives: the others wait in them.
+
+    Args:
+        group: the ranks that compute the step.
+        captured: whether the step is run as a CUDA graph.
+        on_error: hears what was raised before the other ranks can.
+        stand_in: takes part in the collectives that are left, with zeros.
+
+    Raises:
+        PeerLost: that could not be done, so this rank cannot go on.
+    """
+    group.begin()
+    try:
+        yield
+    except STEP_ERRORS as error:
+        if captured():  # one launch: how much of its collectives it has done is not known
+            raise PeerLost("A captured step failed.") from error
+        on_error(error)
+        try:
+            stand_in()
+        except STEP_ERRORS as second:
+            raise PeerLost("A failed step could not be ended.") from second
+        raise
 
 
 def sampled_rows(plan: StepPlan) -> list[Row]:

@@ -166,7 +166,7 @@ class EncodeStep:
             return cls.of_whole(pieces[0])
         tokens = [piece.within(piece.job.token_starts) for piece in pieces]
         lengths = _joined([piece.job.lengths[piece.sequences] for piece in pieces])
-        starts = _starts(lengths)
+        starts = starts_of(lengths)
         parts = [piece.job.token_ids[place] for piece, place in zip(pieces, tokens, strict=True)]
         token_ids, type_ids = _joined(parts), None
         if any(piece.job.type_ids is not None for piece in pieces):
@@ -197,7 +197,7 @@ def _joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _starts(lengths: Numbers) -> Numbers:
+def starts_of(lengths: Numbers) -> Numbers:
     """Where each sequence begins, and the end."""
     starts = np.zeros(len(lengths) + 1, np.int64)
     lengths.cumsum(out=starts[1:])
@@ -249,7 +249,7 @@ def make_job(request: EncodeRequest, reduction: Reduction, bounds: Bounds) -> Jo
     longest = max(request.lengths, default=0)
     told = len(request.type_ids) and bounds.token_types  # transformers' models without types do not read them either
     type_ids = np.asarray(request.type_ids, np.int32) if told else None
-    starts = _starts(lengths)
+    starts = starts_of(lengths)
     if min(request.lengths, default=1) < 1:
         raise InvalidRequest("lengths: a sequence has no tokens.")
     if starts[-1] != len(token_ids):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miinb.engine.decoder import Norm
 from miinb.engine.encoder_spec import BODY, EncoderSpec
+from miinb.engine.parallel import Group
 from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.embedding import embedding_norm
@@ -85,7 +86,7 @@ Matrix = PackedLinear | BlockedLinear
 
 @dataclass(slots=True)
 class EncoderLayer:
-    """One layer; H is hidden_size.
+    """One layer; H is hidden_size, heads and inner_size are one rank's.
 
     Attributes:
         qkv: [3 * heads * head_size, H], all queries' rows, then keys', then values'.
@@ -154,17 +155,26 @@ class EncoderOperators(NamedTuple):
 
 
 class Encoder:
-    """A loaded model: its spec, its weights, and the forward pass.
+    """A loaded model: its spec (one rank's share), its weights, and the forward pass.
 
     Attributes:
-        spec: its shape.
-        weights: on their device.
+        spec: the rank's shape.
+        weights: the rank's, on their device.
+        group: the tensor-parallel group, None with one rank.
         ops: the operators.
     """
 
-    def __init__(self, spec: EncoderSpec, weights: EncoderWeights, *, ops: EncoderOperators | None = None) -> None:
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights: EncoderWeights,
+        *,
+        group: Group | None = None,
+        ops: EncoderOperators | None = None,
+    ) -> None:
         self.spec = spec
         self.weights = weights
+        self.group = group
         self.ops = ops or EncoderOperators()
 
     @torch.inference_mode()
@@ -214,9 +224,26 @@ class Encoder:
         )
         if rows is not None:
             a, x = a[rows], x[rows]
-        x = self._norm(w.attn_norm, self.ops.linear(a, w.out), x)
+        x = self._norm(w.attn_norm, self._reduce(self.ops.linear(a, w.out)), x)
         y = self.ops.linear(x, w.up, activation=spec.activation)
-        return self._norm(w.mlp_norm, self.ops.linear(y, w.down), x)
+        return self._norm(w.mlp_norm, self._reduce(self.ops.linear(y, w.down)), x)
+
+    def stand_in(self, tokens: int, rows: int) -> None:
+        """Take part with zeros in what is left of a step's reductions, after this rank failed within the step.
+
+        Args:
+            tokens: T of the step.
+            rows: L of the step.
+        """
+        if self.group is None:
+            return
+        last, device = 2 * (self.spec.layers - 1), self.weights.words.device
+        for done in range(self.group.reductions, last + 2):
+            shape = (tokens if done < last else rows, self.spec.hidden_size)
+            self.group.all_reduce(torch.zeros(shape, dtype=self.weights.dtype, device=device))
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return x if self.group is None else self.group.all_reduce(x)
 
     def _head(self, x: Tensor) -> Tensor:
         for layer, w in zip(self.spec.head.layers, self.weights.head, strict=True):

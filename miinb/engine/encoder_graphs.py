@@ -103,7 +103,7 @@ class GraphedEncoder:
         self._numbers = reduced.numbers.new_empty((rows, reduced.numbers.shape[1]))
         self._has_ids = reduced.has_ids
         for size in capture_order(sizes):
-            if self._recorder.full:
+            if self._recorder.full():
                 break
             self._capture(inputs, size)
         self._recorder.settle()

@@ -91,7 +91,13 @@ class EncoderInputs:
         self._counting = np.arange(max_tokens)
         self._places: dict[Sizes, _Place] = {}  # of the graphs' steps, which come often
         self.graphs: Sequence[Sizes] = ()
-        self._written = self._place(Sizes(0, 0, 0, 0))
+        self._sizes = Sizes(0, 0, 0, 0)
+        self._written = self._place(self._sizes)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step that was written last is one of the graphs'."""
+        return self._sizes in self.graphs
 
     def write(self, step: EncodeStep) -> None:
         """Write a step for `send`: in the sizes of the first graph that holds it, or in its own."""
@@ -100,7 +106,7 @@ class EncoderInputs:
         large = islice(self.graphs, bisect_left(self.graphs, own), None)
         sizes = next((graph for graph in large if graph.holds(own)), own)
         self._turn = (self._turn + 1) % len(self._host)
-        self._written = self._place(sizes)
+        self._sizes, self._written = sizes, self._place(sizes)
         token_ids, type_ids, positions, rows, starts = self._written.fields[self._turn]
         token_ids[:tokens] = step.token_ids
         type_ids[:tokens] = 0 if step.type_ids is None else step.type_ids

@@ -39,12 +39,12 @@ def check(encoder: Encoder, tolerance: float) -> ParityReport:
     """Compare the encoder's fused operators with the references on its own weights.
 
     Args:
-        encoder: on its device.
+        encoder: on its device; the rank's, and all ranks check together.
         tolerance: the largest difference that passes, relative to the reference's largest value.
     """
     started = time.monotonic()
     spec = encoder.spec
-    plain = Encoder(spec, encoder.weights, ops=REFERENCE)
+    plain = Encoder(spec, encoder.weights, group=encoder.group, ops=REFERENCE)
     lengths = [min(length, spec.max_length) for length in LENGTHS]
     tokens = [[(7 * i + 3 * length) % spec.vocab_size for i in range(length)] for length in lengths]
     batch = EncoderBatch.of_sequences(tokens, device=encoder.weights.words.device)

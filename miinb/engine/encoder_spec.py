@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from miinb.engine.spec import Source, checkpoint_name
+from miinb.errors import UnsupportedModel
 
 #: Activation of a head's layer that is the body's own (config.json's).
 BODY = "body"
@@ -53,7 +54,8 @@ HIDDEN_STATES = HeadSpec("all")
 class EncoderSpec:
     """The shape of an encoder's computation: embeddings with a norm, layers with their norms behind, a head.
 
-    Every linear layer has a bias, and attention is over all of a sequence's tokens.
+    Every linear layer has a bias, and attention is over all of a sequence's tokens. Sizes are one rank's after `shard`:
+    heads and the MLP's columns are shared, all else is whole on each rank.
 
     Attributes:
         inner_size: width between the two linear layers of the MLP.
@@ -109,16 +111,32 @@ class EncoderSpec:
         widths = [self.hidden_size, *(self.width(layer) for layer in self.head.layers)]
         return list(zip(widths[1:], widths, strict=False))
 
-    def linear_shape(self, part: str) -> tuple[list[int], int]:
-        """Of a fused linear layer: rows of each matrix in it, and columns."""
+    def linear_shape(self, part: str) -> tuple[list[int], int, int]:
+        """Of a fused linear layer: rows of each matrix in it, columns, and the unit of ranks' shares."""
         attention, hidden = self.heads * self.head_size, self.hidden_size
         return {
-            "qkv": ([attention] * 3, hidden),
-            "out": ([hidden], attention),
-            "up": ([self.inner_size], hidden),
-            "down": ([hidden], self.inner_size),
-            "project": ([hidden], self.embed_size),
+            "qkv": ([attention] * 3, hidden, self.head_size),
+            "out": ([hidden], attention, self.head_size),
+            "up": ([self.inner_size], hidden, 1),
+            "down": ([hidden], self.inner_size, 1),
+            "project": ([hidden], self.embed_size, 1),
         }[part]
+
+    def shard(self, ranks: int) -> EncoderSpec:
+        """The computation of one of so many tensor-parallel ranks: its share of heads and of the MLP's columns.
+
+        Raises:
+            UnsupportedModel: a size does not divide.
+        """
+        if misfit := self.misfit(ranks):
+            raise UnsupportedModel(f"{misfit} do not divide by {ranks} ranks.")
+        return dataclasses.replace(self, heads=self.heads // ranks, inner_size=self.inner_size // ranks)
+
+    def misfit(self, ranks: int) -> str:
+        """What cannot be shared by so many ranks, in words; "" if all can."""
+        if self.heads % ranks:
+            return f"{self.heads} attention heads"
+        return f"{self.inner_size} columns between the MLP's layers" if self.inner_size % ranks else ""
 
 
 class EncoderBody(Protocol):
@@ -142,7 +160,7 @@ class EncoderPolicy:
         body: config.json's content to the encoder's shape.
         prefix: of the base model's names; checkpoints of the base model alone lack it.
         weights: part (see `encoder.EncoderWeights` and `encoder.EncoderLayer`) to its source, with the way that
-            tensor-parallel ranks would share it.
+            tensor-parallel ranks share it.
         heads: by task; embeddings need none.
         ignored: patterns of checkpoint names that nothing here reads: buffers, and heads of no task.
     """

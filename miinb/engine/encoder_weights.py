@@ -1,4 +1,4 @@
-"""An encoder's weights: from a checkpoint by name straight into the fused layout, without a second copy."""
+"""An encoder's weights: from a checkpoint by name straight into the fused layout of one rank, without a second copy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from miinb.engine.encoder_spec import EncoderPolicy, EncoderSpec, HeadLayer
 from miinb.engine.finite import check_finite
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
+from miinb.engine.spec import rank_share
 from miinb.engine.weights import activation_dtype, open_reader, quantizers
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
@@ -32,16 +33,18 @@ def _as_it_is(packed: PackedLinear) -> PackedLinear:
 
 @dataclass(slots=True)
 class _Builder:
-    """Fills the weights; `consumed` holds the checkpoint names that were read."""
+    """Fills one rank's weights; `consumed` holds the checkpoint names that were read."""
 
     info: ModelInfo
     policy: EncoderPolicy
-    spec: EncoderSpec
+    spec: EncoderSpec  # of the whole model
     reader: Reader
     dtype: torch.dtype
     device: torch.device
     quantizer: Quantizer | None
     pack: Pack
+    ranks: int = 1
+    rank: int = 0
     consumed: set[str] = field(default_factory=set)
 
     def empty(self, *shape: int) -> Tensor:
@@ -77,36 +80,51 @@ class _Builder:
         places = self.table("positions", self.spec.max_length, self.spec.position_offset)
         return places + self.table("token_types", 1) if self.spec.token_types == 1 else places
 
-    def matrix(self, names: list[str], sizes: list[int], columns: int) -> PackedLinear:
-        """The checkpoint's matrices one below the other, quantized if asked."""
+    def matrix(self, names: list[str], regions: list[Region]) -> PackedLinear:
+        """Parts of the checkpoint's matrices, of equal width, one below the other; quantized if asked."""
+        height, width = sum(region.height for region in regions), regions[0].width
         if self.quantizer is None:
-            packed = PackedLinear(self.empty(sum(sizes), columns))
+            packed = PackedLinear(self.empty(height, width))
         else:
-            weight, scale = self.quantizer.empty(sum(sizes), columns, self.device)
+            weight, scale = self.quantizer.empty(height, width, self.device)
             packed = PackedLinear(weight, scale=scale)
         at = 0
-        for name, size in zip(names, sizes, strict=True):
-            region, rows = Region((size, columns), slice(0, size), slice(0, columns)), slice(at, at + size)
+        for name, region in zip(names, regions, strict=True):
+            rows = slice(at, at + region.height)
             if self.quantizer is None or packed.scale is None:
                 self.fill(packed.weight[rows], name, region)
             else:
-                plain = self.empty(size, columns)
+                plain = self.empty(region.height, width)
                 if self.device.type == "cuda":  # what is read goes there on other streams
                     torch.cuda.current_stream(self.device).synchronize()
                 self.fill(plain, name, region)
                 self.quantizer.quantize(plain, packed.weight[rows], packed.scale[rows])
-            at += size
+            at += region.height
         return packed
 
+    def whole(self, name: str, rows: int, columns: int) -> PackedLinear:
+        """One of the checkpoint's matrices, the same on every rank; quantized if asked."""
+        return self.matrix([name], [Region((rows, columns), slice(0, rows), slice(0, columns))])
+
     def linear(self, part: str, layer: int = 0) -> Matrix:
-        """A fused linear layer of the body."""
-        modules = [module.format(i=layer) for module in self.policy.weights[part].modules]
-        sizes, columns = self.spec.linear_shape(part)
-        packed = self.matrix([f"{module}.weight" for module in modules], sizes, columns)
-        packed.bias, at = self.empty(sum(sizes)), 0
-        for module, size in zip(modules, sizes, strict=True):
-            self.fill(packed.bias[at : at + size], f"{module}.bias", Region((size,), slice(0, size)))
-            at += size
+        """The rank's share of a fused linear layer of the body; the first rank alone has a bias that follows a sum."""
+        source = self.policy.weights[part]
+        modules = [module.format(i=layer) for module in source.modules]
+        sizes, width, unit = self.spec.linear_shape(part)
+        columns = rank_share(width, self.rank, self.ranks, unit) if source.split == "row" else slice(0, width)
+        split = source.split == "column"
+        shares = [rank_share(size, self.rank, self.ranks, unit) if split else slice(0, size) for size in sizes]
+        regions = [Region((size, width), share, columns) for size, share in zip(sizes, shares, strict=True)]
+        packed = self.matrix([f"{module}.weight" for module in modules], regions)
+        biases = [f"{module}.bias" for module in modules]
+        if source.split == "row" and self.rank > 0:
+            self.consumed.update(biases)
+            return self.packed(packed)
+        packed.bias, at = self.empty(packed.weight.shape[0]), 0
+        for name, region in zip(biases, regions, strict=True):
+            end = at + region.height
+            self.fill(packed.bias[at:end], name, Region(region.shape[:1], region.rows))
+            at = end
         return self.packed(packed)
 
     def packed(self, packed: PackedLinear) -> Matrix:
@@ -130,7 +148,7 @@ class _Builder:
         """The tokens' embedding, quantized only where it is a matrix of the head too."""
         rows, width = self.spec.vocab_size, self.spec.embed_size
         if self.spec.decodes and self.spec.tied:
-            return self.matrix([f"{self.module('words')}.weight"], [rows], width)
+            return self.whole(f"{self.module('words')}.weight", rows, width)
         return PackedLinear(self.table("words", rows))
 
     def head_layer(self, layer: HeadLayer, shape: tuple[int, int], words: PackedLinear) -> HeadWeights:
@@ -138,9 +156,9 @@ class _Builder:
         tied = layer.outputs == "vocab" and self.spec.tied
         weight = f"{layer.module}.weight"
         if not tied:
-            packed = self.matrix([weight], [outputs], inputs)
+            packed = self.whole(weight, outputs, inputs)
         elif weight in self.reader.names():  # transformers unties those that differ, whatever config.json says
-            own = self.matrix([weight], [outputs], inputs)
+            own = self.whole(weight, outputs, inputs)
             packed = words if torch.equal(own.weight, words.weight) else own
         else:
             packed = words
@@ -167,19 +185,23 @@ def load_encoder_weights(
     *,
     dtype: str,
     device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
     dummy: bool = False,
     levels: int = 127,
     pack: Pack = _as_it_is,
     report: Callable[[Phase], None] = lambda phase: None,
 ) -> EncoderWeights:
-    """The weights of an encoder and its head.
+    """One rank's weights of an encoder, and all of its head.
 
     Args:
         info: the model's files; `models.ModelInfo.serving` has seen that the head is in them.
         policy: of its family.
-        spec: with the head of the task.
+        spec: of the whole model, not of the rank, with the head of the task.
         dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in `activation_dtype`.
         device: where the weights go.
+        rank: which share.
+        ranks: how many there are.
         dummy: random weights instead of the checkpoint's.
         levels: the largest number of int8 weights.
         pack: lays each matrix out for the device's products, when it is read.
@@ -193,7 +215,7 @@ def load_encoder_weights(
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
         quantizer, _ = quantizers(dtype, device, levels)
         kind = activation_dtype(dtype, device, info.dtype)
-        build = _Builder(info, policy, spec, reader, kind, device, quantizer, pack)
+        build = _Builder(info, policy, spec, reader, kind, device, quantizer, pack, ranks, rank)
         words = build.words()
         layers = []
         for i in range(spec.layers):

@@ -12,14 +12,16 @@ import dataclasses
 import logging
 import math
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory
+from miinb.engine.compute import STEP_ERRORS, is_device_lost
+from miinb.engine.encode_followers import EncodeFollowers
 from miinb.engine.encode_queue import Bounds, EncodeQueue, EncodeStep, Job, Piece, make_job
 from miinb.engine.encoder import EncoderBatch
 from miinb.engine.encoder_inputs import EncoderInputs
@@ -28,7 +30,7 @@ from miinb.engine.heads import BestShares, Reduced, reduce
 from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
 from miinb.engine.reduction import Reduction, check_task, parse_reduction
-from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, QueueFull
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull
 from miinb.kernels import reference
 from miinb.messages import (
     EncodedEvent,
@@ -92,6 +94,8 @@ class _Flight:
     results: list[tuple[list[int], Reduced]]  # on the host once the turn has ended
     t_launch: float
     turn: _Turn | None
+    number: int  # as the followers know it
+    void: set[Job] = field(default_factory=set)  # whose earlier pieces have failed: these come again, too
 
     def wait(self) -> float:
         """Seconds that it took."""
@@ -112,7 +116,8 @@ class EncodeExecutor:
         inputs: the steps' memory; None: made here.
         reducing: asked first, where a step has one kind of options.
         best_shares: the operator by which it reduces.
-        lead: to the replica's other ranks, which compute the same forwards.
+        lead: to the replica's other ranks, where transformers compute.
+        followers: the replica's other ranks, where the fused encoder computes.
         launch_ahead: a step is launched before the one before it is read; None: on a GPU.
 
     Raises:
@@ -130,6 +135,7 @@ class EncodeExecutor:
         reducing: Reducing | None = None,
         best_shares: BestShares = reference.best_shares,
         lead: Lead | None = None,
+        followers: EncodeFollowers | None = None,
         launch_ahead: bool | None = None,
     ) -> None:
         check_task(info.task)
@@ -144,6 +150,7 @@ class EncodeExecutor:
         self.reducing = reducing
         self._best_shares = best_shares
         self._lead = lead
+        self._followers = followers
         self._jobs: dict[int, Job] = {}
         self._events: list[Event | EncodedEvent] = []
         self._flight: _Flight | None = None
@@ -189,8 +196,9 @@ class EncodeExecutor:
     def close(self) -> None:
         """See `Executor`."""
         self._flight = self.model = self.reducing = None
-        if self._lead is not None:
-            self._lead.close()
+        for others in (self._lead, self._followers):
+            if others is not None:
+                others.close()
 
     def step(self, emit: Emit, poll: Poll) -> None:
         """Launch the next step, then read the one before it (on a CPU: compute and read one step). Raises PeerLost."""
@@ -198,14 +206,14 @@ class EncodeExecutor:
         step = self.queue.next_step()
         try:
             launched = self._launch(step) if step else None
+            before, self._flight = self._flight, launched if self._ahead else None
+            for flight in (before, None if self._ahead else launched):
+                if flight is not None:
+                    self._land(flight)
         except PeerLost:
             self._tell(emit)
             poll()
             raise
-        before, self._flight = self._flight, launched if self._ahead else None
-        for flight in (before, None if self._ahead else launched):
-            if flight is not None:
-                self._land(flight)
         self._tell(emit)
 
     def _tell(self, emit: Emit) -> None:
@@ -239,14 +247,14 @@ class EncodeExecutor:
         turn = self._turns[self._counts["steps"] % 2] if self._on_gpu else None
         if turn is not None:
             turn.begin.record()
-        batch = self.inputs.send()
-        results = self._results(step, batch, turn)
+        with nullcontext(0) if self._followers is None else self._followers.computing(step) as number:
+            results = self._results(step, self.inputs.send(), turn)
         if turn is not None:
             turn.end.record()
         self._counts["steps"] += 1
         self._counts["tokens"] += len(step.token_ids)
         self._counts["sequences"] += len(step.lengths)
-        return _Flight(step, results, now, turn)
+        return _Flight(step, results, now, turn, number)
 
     def _results(self, step: EncodeStep, batch: EncoderBatch, turn: _Turn | None) -> list[tuple[list[int], Reduced]]:
         """Numbers of pieces, and their results on the way to the host."""
@@ -293,6 +301,12 @@ class EncodeExecutor:
         """Read a step's results."""
         seconds = flight.wait()
         step = flight.step
+        if self._followers is not None and (failure := self._followers.failure(flight.number)):
+            pieces = [piece for piece in step.pieces if piece.job not in flight.void]
+            if self._flight is not None:
+                self._flight.void.update(piece.job for piece in pieces)
+            self._blame(dataclasses.replace(step, pieces=pieces), failure)
+            return
         for numbers, reduced in flight.results:
             values, ids = reduced.parts()
             at = 0
@@ -301,7 +315,7 @@ class EncodeExecutor:
                 rows = piece.count if piece.job.reduction.one_a_sequence else step.row_counts[i]
                 place = slice(at, at + rows)
                 at += rows
-                if not piece.job.ended:
+                if not piece.job.ended and piece.job not in flight.void:
                     piece.job.model_s += seconds
                     self._take(piece, values[place], None if ids is None else ids[place])
 
@@ -331,13 +345,14 @@ class EncodeExecutor:
             for job in tuple(self._jobs.values()):
                 self._fail(job, failure)
             raise lost from error
-        if is_out_of_memory(error) and len(step.lengths) > 1:
+        if isinstance(failure, OutOfMemory) and len(step.lengths) > 1:
             self._shrink(len(step.token_ids) // 2)
         elif len(jobs) > 1:
             for job in jobs:
                 job.alone = True
         else:
-            self._fail(jobs.pop(), failure)
+            for job in jobs:
+                self._fail(job, failure)
         self.queue.put_back(step)
 
     def _shrink(self, tokens: int) -> None:

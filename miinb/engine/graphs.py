@@ -19,6 +19,7 @@ from torch import Tensor
 from miinb.engine.decoder import Decoder, StepBatch, Stream
 from miinb.engine.inputs import SMALL_STEP, StepInputs
 from miinb.engine.kv_cache import KVCache
+from miinb.engine.parallel import Group
 from miinb.wording import size_words
 
 #: Captures end when they have taken so long or so much memory; steps without a graph are padded to the next or eager.
@@ -36,8 +37,9 @@ class Recorder:
     """Records steps as CUDA graphs that share their memory.
 
     Args:
-        ranks: whether they hold collectives. NCCL's watchdog, a thread of its own, looks after its events at any time,
-            which a capture takes for an error unless it watches its own thread alone.
+        group: the ranks that capture and replay together, if the steps hold collectives. NCCL's watchdog, a thread of
+            its own, looks after its events at any time, which a capture takes for an error unless it watches its own
+            thread alone.
         most_bytes: that they may take.
 
     Attributes:
@@ -45,8 +47,9 @@ class Recorder:
         bytes: of memory that they took; until `settle`, with what the steps before them left in PyTorch's cache.
     """
 
-    def __init__(self, *, ranks: bool = False, most_bytes: int = MOST_BYTES) -> None:
-        self._mode = "thread_local" if ranks else "global"
+    def __init__(self, *, group: Group | None = None, most_bytes: int = MOST_BYTES) -> None:
+        self._group = group
+        self._mode = "thread_local" if group is not None else "global"
         self._most_bytes = most_bytes
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -72,12 +75,12 @@ class Recorder:
         self._measure()
         return graph.replay, results
 
-    @property
     def full(self) -> bool:
-        """Whether the graphs have taken the time or the memory that they may."""
+        """Whether the graphs have taken the time or the memory that they may: on all ranks, as soon as on one."""
         if self.bytes > self._most_bytes:
             self.settle()
-        return self.seconds > MOST_SECONDS or self.bytes > self._most_bytes
+        full = self.seconds > MOST_SECONDS or self.bytes > self._most_bytes
+        return full if self._group is None else not self._group.least(int(not full), torch.device("cuda"))
 
     def settle(self) -> None:
         """Give back what is no graph's: no later step runs on this stream, whose cached memory serves no other."""
@@ -126,7 +129,7 @@ class GraphRunner:
         self._cache = cache
         self._decodes: dict[int, _Decode] = {}
         self._mixed: dict[int, _Mixed] = {}
-        self._recorder = recorder or Recorder(ranks=decoder.group is not None)
+        self._recorder = recorder or Recorder(group=decoder.group)
         head = decoder.weights.head.weight
         # Of the rank's part of the vocabulary. All graphs write here: one each would be half a gigabyte.
         self._logits = torch.empty((max_batch, head.shape[0]), dtype=decoder.weights.dtype, device=head.device)
@@ -136,17 +139,12 @@ class GraphRunner:
         captures += [(self._capture_decode, rows) for rows in capture_order(max_batch)]
         captures += [(self._capture_mixed, tokens) for tokens in small]
         for capture, size in captures:
-            if self._enough():
+            if self._recorder.full():
                 break
             capture(inputs, size)
         self._recorder.settle()
         inputs.buckets = sorted(self._decodes)
         inputs.mixed_buckets = sorted(self._mixed)
-
-    def _enough(self) -> bool:
-        """Whether captures end; on all ranks of a model or on none, as they replay together."""
-        enough, group = self._recorder.full, self._decoder.group
-        return enough if group is None else not group.least(int(not enough), self._cache.k[0].device)
 
     @property
     def bytes(self) -> int:

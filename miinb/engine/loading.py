@@ -109,7 +109,7 @@ def load_rank(
                 if TASKS[task].streams:
                     executor = _step_executor(config, model, info, place, aside, rank, report)
                 else:
-                    executor = _encode_executor(config, model, info, place, aside, report)
+                    executor = _encode_executor(config, model, info, place, aside, rank, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, config, reason.message)
         tokenizer.result()
@@ -231,9 +231,9 @@ def _step_executor(
 
 
 def _encode_executor(
-    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, aside: Aside, report: Report
-) -> Executor:
-    """The fused encoder with the head of its task.
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, aside: Aside, rank: int, report: Report
+) -> Executor | Following:
+    """The fused encoder with the head of its task; on a follower what computes rank 0's steps.
 
     Raises:
         UnsupportedModel: the family has no policy, its configuration no fused form, or the parity check failed.
@@ -241,8 +241,7 @@ def _encode_executor(
     spec = model.encoder
     if spec is None:
         raise model.unfused or UnsupportedModel(f"There is no policy for {info.task} of {model.family}.")
-    if config.tensor_parallel > 1:
-        raise UnsupportedModel(splitting.FUSED_ENCODER)
+    local = spec.shard(config.tensor_parallel)
     report(Phase("load", 0, spec.layers))
     started = time.monotonic()
     kernels, plan = encoder_kernels(info.plan, place, model.dtype)
@@ -252,6 +251,8 @@ def _encode_executor(
         spec,
         dtype=place.dtype,
         device=place.device,
+        rank=rank,
+        ranks=config.tensor_parallel,
         dummy=config.load_format == "dummy",
         levels=kernels.levels,
         pack=kernels.pack,
@@ -262,17 +263,19 @@ def _encode_executor(
         plan = plan.with_line(
             "unread", ", ".join(weights.unread), f"heads of the checkpoint that {info.task} has no use for"
         )
-    encoder = Encoder(spec, weights, ops=kernels.operators)
+    ranks = aside.ranks.result()
+    encoder = Encoder(local, weights, group=ranks.group, ops=kernels.operators)
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
-    ranks = aside.ranks.result()
+    ranks.meet()  # before the first collective, whose time is limited
+    plan = ranks.describe(plan)
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, weights.dtype)
     plan = _verified(plan, lambda: encoder_parity.check(encoder, kernels.tolerance), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     plan = dataclasses.replace(plan, weights_bytes=weights_bytes(weights))
-    return fused_executor(encoder, config, dataclasses.replace(info, plan=plan, load_peak_bytes=peak), report)
+    return fused_executor(encoder, config, dataclasses.replace(info, plan=plan, load_peak_bytes=peak), report, ranks)
 
 
 def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, place: Place, seconds: float) -> Plan:

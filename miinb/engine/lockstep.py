@@ -77,7 +77,7 @@ class Lead:
             lost = gone
         told = [error for error in self._told if error is not None]
         if lost is not None and not told:
-            failure = Unavailable("Another rank of this replica ended.", hint="It is started again: ask once more.")
+            failure = _gone()
         elif lost is None and len(self._told) < self._count:
             lost = OutOfStep(f"This rank failed in a step that others went on with: {failure.message}")
         return told[0] if told else failure, lost
@@ -111,13 +111,19 @@ def settled(lead: Lead | None, error: Exception) -> tuple[MiinbError, PeerLost |
     """After a batch has raised: see that the other ranks leave it, too.
 
     Args:
-        lead: to them; None: there are none.
+        lead: to them; None: there are none, or they compute their part of each step whatever happens here.
         error: what was raised on rank 0.
 
     Returns:
         What the batch's rows are told, and, if this replica cannot go on, the error that has to end this rank.
     """
-    return (request_error(error), None) if lead is None else lead.settle(error)
+    if lead is not None:
+        return lead.settle(error)
+    return (_gone(), error) if isinstance(error, PeerLost) else (request_error(error), None)
+
+
+def _gone() -> MiinbError:
+    return Unavailable("Another rank of this replica ended.", hint="It is started again: ask once more.")
 
 
 class _TellChoice(transformers.LogitsProcessor):  # type: ignore[misc]  # transformers is untyped

@@ -1,4 +1,4 @@
-"""Ranks of one model: torch.distributed through DeepSpeed, and the two collectives that the decoder needs."""
+"""Ranks of one model: torch.distributed through DeepSpeed, and the two collectives that split models need."""
 
 from __future__ import annotations
 

@@ -47,6 +47,18 @@ def count_parameters(spec: DecoderSpec, policy: Policy) -> Parameters:
     return Parameters(matrices, others)
 
 
+def rank_matrices(spec: DecoderSpec, matrices: int, ranks: int) -> int:
+    """How many of a decoder's numbers in matrices each rank has: its share, and of few key/value heads a copy.
+
+    Args:
+        spec: of the whole model.
+        matrices: of `count_parameters`.
+        ranks: that share them.
+    """
+    copied = -spec.kv_heads % ranks  # heads that are on more ranks than one, once for each rank too many
+    return -(-(matrices + 2 * copied * spec.head_size * spec.hidden_size * spec.layers) // ranks)
+
+
 #: Dtypes of weights alone: whole numbers with scales (kernels/formats.py has the layouts).
 QUANTIZED = ("int8", "int4")
 #: Columns of a quantized matrix that share a scale.
@@ -100,7 +112,7 @@ _TILE_BYTES = _GROUP + 4 + 4
 
 
 def count_encoder(spec: EncoderSpec) -> Parameters:
-    """The parameters of an encoder with its head, as `encoder_weights.py` lays them out."""
+    """The parameters of an encoder (or of a rank's share of it) with its head, as `encoder_weights.py` has them."""
     matrices, others = _encoder_numbers(spec)
     return Parameters(sum(rows * columns for rows, columns in matrices), others)
 
@@ -117,6 +129,19 @@ def int8_bytes(spec: EncoderSpec, tile: int = TILE_OUTPUTS, *, on_gpu: bool = Fa
     for rows, columns in matrices:
         size += -(-rows // tile) * tile * -(-columns // _GROUP) * _TILE_BYTES
     return size
+
+
+def rank_encoder(spec: EncoderSpec, ranks: int) -> EncoderSpec:
+    """What each rank has of an encoder; one that does not divide (AutoTP may still split it) counts whole."""
+    return spec if spec.misfit(ranks) else spec.shard(ranks)
+
+
+def encoder_bytes(spec: EncoderSpec, dtype: str, ranks: int = 1, *, on_gpu: bool) -> int:
+    """Bytes of an encoder's weights with its head, of each of several ranks those of the first."""
+    local = rank_encoder(spec, ranks)
+    if dtype in QUANTIZED:
+        return int8_bytes(local, on_gpu=on_gpu)
+    return int(count_encoder(local).total * activation_bytes(dtype, on_gpu=on_gpu))
 
 
 #: Of the tokens of a step, one in so many is a mask whose logits over the vocabulary are wanted: about one a sentence.
@@ -140,7 +165,7 @@ def step_bytes(spec: EncoderSpec, number: float, tokens: int) -> int:
 def _encoder_numbers(spec: EncoderSpec) -> tuple[list[tuple[int, int]], int]:
     """[rows, columns] of each matrix that may be quantized, and the numbers in all else."""
     body = [spec.linear_shape(part) for part in (*_LAYER_LINEARS * spec.layers, *("project",) * spec.projected)]
-    matrices = [(sum(sizes), columns) for sizes, columns in body]
+    matrices = [(sum(sizes), columns) for sizes, columns, _ in body]
     others = 4 * spec.hidden_size * spec.layers + 2 * spec.embed_size  # norms
     others += spec.embed_size * (spec.max_length + (spec.token_types if spec.token_types > 1 else 0))
     words = (spec.vocab_size, spec.embed_size)

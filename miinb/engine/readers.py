@@ -35,6 +35,11 @@ class Region:
     head_size: int = 0
 
     @property
+    def height(self) -> int:
+        """Rows of what is wanted."""
+        return int(self.rows.stop) - int(self.rows.start)
+
+    @property
     def width(self) -> int:
         """Columns of what is wanted of a matrix."""
         return 0 if self.columns is None else self.columns.stop - self.columns.start
@@ -43,7 +48,7 @@ class Region:
         """(first, last, region) of so many rows of what is wanted as hold about so many numbers; one of all of them
         where the checkpoint has the rows in another order.
         """
-        rows = self.rows.stop - self.rows.start
+        rows = self.height
         step = rows if self.transposed or self.head_size else max(1, numbers // max(1, self.width))
         for first in range(0, rows, step):
             last = min(first + step, rows)

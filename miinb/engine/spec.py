@@ -124,7 +124,7 @@ class DecoderSpec:
         """What cannot be shared by so many ranks, in words; "" if all can."""
         if self.heads % ranks:
             return f"{self.heads} attention heads"
-        if self.kv_heads % ranks and ranks % self.kv_heads:  # fewer of them than ranks are repeated
+        if self.kv_heads % ranks and ranks % self.kv_heads:  # fewer of them than ranks are copied
             return f"{self.kv_heads} key/value heads"
         if self.inner_size % ranks:
             return f"{self.inner_size} columns between the MLP's layers"
@@ -154,6 +154,17 @@ class Source:
     sections: int = 1
     transposed: bool = False
     by_head: bool = False
+
+
+def rank_share(total: int, rank: int, ranks: int, unit: int = 1) -> slice:
+    """A rank's part of `total` rows or columns that go in whole `unit`s (heads).
+
+    Where there are fewer units than ranks, each is a copy on the ranks that use it: query heads go to ranks in order,
+    and so do the key/value heads that they read.
+    """
+    units = total // unit
+    start, count = rank * units // ranks, max(1, units // ranks)
+    return slice(start * unit, (start + count) * unit)
 
 
 def whole(*modules: str) -> Source:

@@ -15,7 +15,7 @@ from miinb.engine.calibrate import Calibration
 from miinb.engine.decoder import DecoderWeights, LayerWeights, Norm
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, GGUFWeights, Reader, Region, SafetensorsReader
-from miinb.engine.spec import DecoderSpec, Policy, Source, linear_shape
+from miinb.engine.spec import DecoderSpec, Policy, Source, linear_shape, rank_share
 from miinb.engine.transfer import Transfer
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
@@ -127,10 +127,8 @@ class _Builder:
         return target
 
     def share(self, total: int, unit: int = 1) -> slice:
-        """This rank's part of `total` rows or columns that go in whole `unit`s (heads); few units are repeated."""
-        units = total // unit
-        start, count = self.rank * units // self.ranks, max(1, units // self.ranks)
-        return slice(start * unit, (start + count) * unit)
+        """This rank's part of `total` rows or columns that go in whole `unit`s (heads)."""
+        return rank_share(total, self.rank, self.ranks, unit)
 
     def vocabulary(self) -> slice:
         """This rank's rows of the head."""

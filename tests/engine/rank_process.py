@@ -1,6 +1,6 @@
-"""One of two ranks: `python rank_process.py RANK FOLDER ALL_REDUCE PASS...`, where a pass is "model folder=fault".
+"""One of several ranks: `python rank_process.py RANK RANKS FOLDER ALL_REDUCE PASS...`; a pass is "model folder=fault".
 
-Both ranks go through the passes together. Rank 0 runs each model alone first, then with the follower, and both write
+The ranks go through the passes together. Rank 0 runs each model alone first, then with the followers, and all write
 what they saw to FOLDER/rank-N.json. Faults: "none"; "memory-0", "memory-1": that rank has none in the step of a prompt;
 "nan-0", "nan-1": a token's embedding is NaN there; "death-1": rank 1 is killed in a step. No faults but other ways:
 "int8", "bf16", and "ahead": steps are launched before the tokens of the one before are read.
@@ -28,7 +28,7 @@ from miinb.engine.parallel import PeerLost
 from miinb.engine.policies import POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.readers import SafetensorsReader
-from miinb.engine.weights import DTYPES, load_weights
+from miinb.engine.weights import DTYPES, load_weights, weights_bytes
 from miinb.kernels.cpu import CpuKernels
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest, TokensEvent
 
@@ -49,7 +49,7 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
 
 def load(folder: str, ranks: Ranks | None, dtype: str) -> tuple[EngineInfo, Decoder, KVCache]:
     model = models.inspect(folder)
-    spec, size = model.spec, 2 if ranks else 1
+    spec, size = model.spec, ranks.group.size if ranks and ranks.group else 1
     assert spec is not None
     weights = load_weights(
         model, POLICIES[model.family], spec, dtype=dtype, device=CPU, rank=ranks.rank if ranks else 0, ranks=size
@@ -121,11 +121,12 @@ def run_pass(folder: str, fault: str, ranks: Ranks) -> dict[str, Any]:
     SafetensorsReader.fill = fill  # type: ignore[method-assign]
     break_down(decoder, fault, ranks.rank)
     ranks.meet()
+    facts = {"read": seen, "weights": weights_bytes(decoder.weights), "cache": token_bytes(cache)}
     if ranks.link is not None:
         Follower(info, decoder, cache, OPTIONS, ranks.link).run()
-        return {"read": seen}
+        return facts
     requests = REQUESTS if "-" not in fault else REQUESTS[:3]
-    result: dict[str, Any] = {"read": seen, "shapes": sizes(folder)}
+    result: dict[str, Any] = {**facts, "shapes": sizes(folder)}
     one = StepExecutor(info=alone[0], decoder=alone[1], cache=alone[2], options=OPTIONS)
     result["alone"] = answers(one, requests)
     two = StepExecutor(
@@ -144,16 +145,21 @@ def run_pass(folder: str, fault: str, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
+def token_bytes(cache: KVCache) -> int:
+    """What a token takes of the rank's cache."""
+    return sum(layer[0, 0].nbytes for layer in (*cache.k, *cache.v))
+
+
 def sizes(folder: str) -> dict[str, int]:
     """Elements of each tensor of the checkpoint."""
     return {name: entry.elements for name, entry in models.inspect(folder).tensors.items()}
 
 
 def main() -> None:
-    rank, folder, all_reduce, *passes = sys.argv[1:]
+    rank, count, folder, all_reduce, *passes = sys.argv[1:]
     torch.set_num_threads(1)
     config = DeploymentConfig.parse(
-        {"model": "m", "tensor_parallel": 2, "device": "cpu", "options": {"all_reduce": all_reduce}}
+        {"model": "m", "tensor_parallel": int(count), "device": "cpu", "options": {"all_reduce": all_reduce}}
     )
     ranks = join(config, replica=0, rank=int(rank), folder=Path(folder), device="cpu")
     assert ranks.group is not None
@@ -161,7 +167,7 @@ def main() -> None:
     for each in passes:
         results[each] = run_pass(*each.split("="), ranks)
         Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # the last pass may have killed the other rank, for whom leaving the group would wait
+    os._exit(0)  # the last pass may have killed another rank, for whom leaving the group would wait
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ class Recomputing:
 
     seconds = 0.0
     bytes = 0
-    full = False
+    enough = False
     replays = 0
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -23,6 +23,9 @@ class Recomputing:
                 old.copy_(new)
 
         return replay, results
+
+    def full(self) -> bool:
+        return self.enough
 
     def settle(self) -> None:
         """There is no memory to give back."""

@@ -17,7 +17,6 @@ from miinb import splitting
 from miinb.config import DeploymentConfig
 from miinb.engine.loading import load_executor
 from miinb.engine.tokenizer_files import _stand_in
-from miinb.splitting import FUSED_ENCODER
 from tests.engine.autotp_process import REQUESTS, answers, predictions
 from tests.engine.test_baseline import save_bert
 
@@ -117,7 +116,7 @@ def pair(folders: Path) -> list[dict[str, Any]]:
     """What both ranks saw: one pair of processes for all."""
     given = json.dumps(BASELINE)
     passes = [f"{folders / 'olmo'}=none", f"{folders / 'granite'}=none", f"{folders / 'mpt'}=none"]
-    passes += [f"{folders / 'llama'}=none={given}", f"{folders / 'bert'}=none"]
+    passes += [f"{folders / 'llama'}=none={given}", f"{folders / 'bert'}=none={given}"]
     passes += [f"{folders / 'llama'}=parity"]  # the optimized engine, until its check fails
     passes += [f"{folders / 'olmo'}={fault}" for fault in ("all", "lead", "death")]
     return run_ranks(folders / "run", passes, "29873")
@@ -141,7 +140,7 @@ def test_an_encoder_is_split_too(pair: list[dict[str, Any]], folders: Path) -> N
     wanted = predictions(alone(folders / "bert", folders / "state"))
     assert len(wanted) == 6
     assert pair[0]["bert=none"]["answers"] == pytest.approx(wanted, abs=1e-5)
-    assert pair[0]["bert=none"]["plan"]["engine"] == f"baseline: plain transformers run it: {FUSED_ENCODER}"
+    assert pair[0]["bert=none"]["plan"]["tensor_parallel"].startswith("2 ranks, DeepSpeed AutoTP")
 
 
 def test_a_failed_check_of_one_rank_lets_all_fall_back(pair: list[dict[str, Any]]) -> None:

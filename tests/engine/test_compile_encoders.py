@@ -23,13 +23,21 @@ def found(kernels: list[Kernel]) -> set[tuple[str, str]]:
     return {(kernel.name, json.dumps(json.loads(kernel.specialization)["key"])) for kernel in kernels}
 
 
-@pytest.mark.parametrize(("preset", "task"), [("bert-base", "text-classification"), ("roberta-base", "fill-mask")])
+@pytest.mark.parametrize(
+    ("preset", "task", "ranks"),
+    [
+        ("bert-base", "text-classification", 1),
+        ("bert-base", "text-classification", 2),
+        ("roberta-base", "fill-mask", 1),
+    ],
+)
 def test_steps_of_any_size_find_their_kernels(
-    preset: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, task: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = presets.write(preset, tmp_path / preset)
     info = models.inspect(folder, load_format="dummy")
-    config = DeploymentConfig.parse({"model": str(folder), "task": task, "dtype": "fp16", "load_format": "dummy"})
+    fields = {"model": str(folder), "task": task, "dtype": "fp16", "load_format": "dummy", "tensor_parallel": ranks}
+    config = DeploymentConfig.parse(fields)
     with compiling_for(H100):
         ahead = found(kernels_of(config, info))
         names = {"_product", "_large_product", "_packed_attention", "_embedding_norm", "_norm"}

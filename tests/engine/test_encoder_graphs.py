@@ -92,7 +92,7 @@ def bounds() -> Any:
 
 def test_the_captures_end_with_time() -> None:
     recorder: Any = Recomputing()
-    recorder.full = True
+    recorder.enough = True
     inputs = EncoderInputs(64, torch.device("cpu"))
     model = GraphedEncoder(Summing(), inputs, Reduction("feature-extraction"), graph_sizes(64, 40, "all"), recorder)
     assert inputs.graphs == []

@@ -1,4 +1,4 @@
-"""Two ranks as two real processes: the tokens of one, each reading its slices alone, whatever fails."""
+"""Ranks as real processes: the tokens of one, each reading its slices alone, whatever fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from miinb import models
 from miinb.engine import shared_memory
 from miinb.engine.policies import POLICIES
 from tests.engine.conftest import build
@@ -32,30 +33,35 @@ WIDE = {"intermediate_size": 256, "head_dim": 32}
 FAULTS = ("ahead", "bf16", "nan-0", "nan-1", "memory-1", "memory-0", "death-1")
 
 
-def run_ranks(folder: Path, all_reduce: str, passes: list[str], port: str) -> list[dict[str, Any]]:
+def run_ranks(
+    folder: Path, all_reduce: str, passes: list[str], port: str, *, ranks: int = 2, script: Path = SCRIPT
+) -> list[dict[str, Any]]:
+    """What each rank saw of every pass."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
     folder.mkdir(exist_ok=True)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder), all_reduce, *passes],
+            [sys.executable, str(script), str(rank), str(ranks), str(folder), all_reduce, *passes],
             env=env,
             stderr=(folder / f"rank-{rank}.log").open("w"),
             stdout=subprocess.DEVNULL,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
     try:
         processes[0].wait(240)
-        processes[1].wait(20)
+        for process in processes[1:]:
+            process.wait(20)
     except subprocess.TimeoutExpired:
-        logs = [(folder / f"rank-{rank}.log").read_text()[-1500:] for rank in range(2)]
+        logs = [(folder / f"rank-{rank}.log").read_text()[-1500:] for rank in range(ranks)]
         pytest.fail("the ranks hang:\n" + "\n".join(logs))
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[0].returncode == 0, (folder / "rank-0.log").read_text()[-3000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    results = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return [{key.rpartition("/")[2]: value for key, value in one.items()} for one in results]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         f"{folder / 'wide'}={dtype}" for dtype in ("int8", "int4")
     ]
     passes += [f"{folder / 'llama'}={fault}" for fault in FAULTS]
-    results = run_ranks(folder / "run", "gloo", passes, "29871")
-    return [{key.rpartition("/")[2]: value for key, value in one.items()} for one in results]
+    return run_ranks(folder / "run", "gloo", passes, "29871")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -136,6 +141,46 @@ def test_each_rank_reads_its_slices_alone(pair: list[dict[str, Any]], name: str)
     assert matrices >= 10
 
 
+#: Fewer key/value heads than four ranks, in projections of their own and in fused ones; their number.
+FEW = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "phi3": 2, "gemma2": 2, "falcon": 1, "gpt_bigcode": 1}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The models' folder, and what four ranks saw of each."""
+    folder = tmp_path_factory.mktemp("four")
+    for name in FEW:
+        build(name, folder / name, {"n_head": 4} if name == "gpt_bigcode" else None)
+    passes = [f"{folder / name}=none" for name in FEW]
+    return folder, run_ranks(folder / "run", "gloo", passes, "29874", ranks=4)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_ranks_share_copies_of_few_key_value_heads(four: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    folder, ranks = four
+    model = models.inspect(folder / name)
+    assert model.spec is not None
+    assert (model.spec.heads, model.spec.kv_heads) == (4, FEW[name])
+    seen = [rank[f"{name}=none"] for rank in ranks]
+    assert seen[0]["together"] == seen[0]["alone"]
+    assert len({tuple(row) for row in seen[0]["alone"]}) == 6
+    for rank in seen:
+        assert rank["cache"] == model.kv_bytes_per_token("fp32", 4) == 2 * 3 * model.spec.head_size * 4
+        # The last rank has fewer tokens of the vocabulary, and the first one's biases are not halved.
+        assert rank["weights"] == pytest.approx(model.weights_bytes("fp32", 4), rel=0.06)
+        matrices = 0
+        for tensor, size in seen[0]["shapes"].items():
+            short = tensor.removeprefix(POLICIES[name].prefix)
+            if short.endswith((".k_proj.weight", ".v_proj.weight")):
+                assert rank["read"][short] == size // FEW[name], short
+            elif short.endswith((".qkv_proj.weight", ".c_attn.weight", ".query_key_value.weight")):
+                assert rank["read"][short] == size * 3 // (4 + 2 * FEW[name]), short  # a head's query, key and value
+            else:
+                continue
+            matrices += 1
+        assert matrices in (3, 6)
+
+
 @pytest.mark.parametrize("fault", ["memory-1", "memory-0"])
 def test_a_rank_without_memory_fails_its_request_and_the_others_go_on(pair: list[dict[str, Any]], fault: str) -> None:
     seen = pair[0][f"llama={fault}"]
@@ -155,7 +200,7 @@ def test_shared_memory_gives_the_same_and_leaves_nothing(tmp_path: Path) -> None
     build("llama", tmp_path / "llama")
     results = run_ranks(tmp_path / "run", "shared_memory", [f"{tmp_path / 'llama'}=none"], "29872")
     assert results[0]["kind"] == "shared memory"
-    seen = results[0][f"{tmp_path / 'llama'}=none"]
+    seen = results[0]["llama=none"]
     assert seen["together"] == seen["alone"]
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29872_*"))
 

@@ -53,9 +53,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, task: str, folder: Path) -> Any:
+def build(name: str, task: str, folder: Path, changes: dict[str, Any] | None = None) -> Any:
     """The model of a row of `CONFIGS` with a task's head, saved to `folder`."""
     prefix, values = CONFIGS[name]
+    values = values | (changes or {})
     torch.manual_seed(len(name))
     if task == "question-answering":
         values = {key: value for key, value in values.items() if key != "id2label"}
