@@ -8,8 +8,8 @@ Columns of a row are in groups of `GROUP`, the last of which may have fewer. The
   number 0 stands for.
 
 Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. Word w of a part has its
-columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4 of
-int4. So four neighboring threads with a word each have all that a tensor core wants from them (`mma` and `wgmma`
+columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4
+of int4. So four neighboring threads with a word each have all that a tensor core wants from them (`mma` and `wgmma`
 give thread w of four the columns 2 w, 2 w + 1, 2 w + 8 and 2 w + 9 of 16), and neighbors of int4 come out of a word
 together, each in its half of 32 bits. Numbers past the last column are not read.
 """
@@ -65,7 +65,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     parts = words.reshape(*words.shape[:-1], -1, 1, PART_WORDS)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
     numbers = (parts >> shifts) & ((1 << bits) - 1)
-    return numbers.unflatten(-2, (2, -1)).movedim(-3, -1).flatten(-4)
+    halves = numbers.view(*numbers.shape[:-2], 2, -1, PART_WORDS)
+    return halves.movedim(-3, -1).flatten(-4)
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:

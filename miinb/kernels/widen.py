@@ -99,7 +99,7 @@ def widened(words, step, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, EXACT: t
 @jit
 def _pair_of(words, step, zero, P: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
     """The weights of columns 8 P + 2 w and 8 P + 2 w + 1: [..., 2]."""
-    if _ASSEMBLY and BITS == 4 and DTYPE == tl.bfloat16:
+    if _ASSEMBLY and BITS == 4 and tl.bfloat16 == DTYPE:
         first, second = _bf16_pair(words, step, zero, P)
     else:
         first = _weights_of(words, step.to(tl.float32), zero.to(tl.float32), P, BITS, EXACT).to(DTYPE)

@@ -85,7 +85,9 @@ def test_gated(bits: int, rows: int, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("rows", "n", "k"), [(2, 64, 128), (5, 128, 1024), (33, 100, 192), (70, 130, 320), (MOST_ROWS, 128, 256)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(2, 64, 128), (5, 128, 1024), (33, 100, 192), (70, 130, 320), (MOST_ROWS, 128, 256)]
+)
 def test_few_rows(bits: int, rows: int, n: int, k: int) -> None:
     dtype = DOT_DTYPES[1]
     x, bias, residual = (rand(*shape, dtype=dtype) for shape in ((rows, k), (n,), (rows, n)))
