@@ -2,9 +2,9 @@
 
 A thread reads 16 bytes of a row, which are a part of one group of columns: 16 numbers of int8 or 32 of int4. It sums
 their products with x and multiplies the sum by the group's scale, so that a scale costs little. The numbers are not
-converted: put into the bits of a float they stand for 32768 + q (of int4 also 2048 + q or 128 + q: `widen`), and
+converted: put into the bits of a float they stand for 32768 + q (of int4 also for 2048 + q or 128 + q), and
 what that adds to the sum, so many times the sum of x, is subtracted once a part. A weight then takes a bit operation
-and a multiplication with addition (and a quarter of a shift in int4); the sums of x are shared by the rows of a program.
+and a multiplication with addition (in int4 a quarter of a shift, too); rows of a program share the sums of x.
 In fp32 a product so has about 2e-5 of its own size in error, far below what rounding x to bf16 or fp16 has.
 """
 
