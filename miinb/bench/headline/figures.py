@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from miinb.errors import InvalidValue
 from miinb.wording import number
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    """What the chart of a suite shows: `value` of an arm is from the run's environment and the arm's summary row."""
+    """What the chart of a suite shows: `value` of an arm is from the run's environment and the arm's summary row.
+
+    Where there is no baseline `reference` is the arm that others are compared with; floors are then each arm's own.
+    """
 
     title: str
     axis: str
@@ -33,6 +36,7 @@ class Kind:
     floor: Callable[[Mapping[str, Any]], float]
     lower_is_better: bool
     what: str
+    reference: str = ""
 
 
 def _floor_ms(facts: Mapping[str, Any]) -> float:
@@ -76,6 +80,13 @@ KINDS["ragged"] = Kind(
     *("Throughput, requests of all lengths at once", KINDS["throughput"].axis, "tokens/s", tok_s),
     *(KINDS["throughput"].floor, False, KINDS["throughput"].what),
 )
+KINDS["quantized"] = dataclasses.replace(
+    KINDS["decode"],
+    title="Time per token by the weights' precision",
+    what="Median time per output token, one request at a time, and its ratio to the unquantized weights'; floor: the "
+    "arm's own weights read once at the speed of a copy on this machine.",
+    reference="optimized",
+)
 ARMS = {
     "baseline": "transformers, eager",
     "baseline-best": "its KV cache (static or not, compiled or not) that was fastest here",
@@ -114,10 +125,12 @@ def _rows(runs: Runs, run_id: str, suite: str, kind: Kind) -> pd.DataFrame:
     rows["value"] = [kind.value(env, row) for _, row in rows.iterrows()]
     rows = rows[rows["value"] > 0].copy()  # what failed has none
     notes = []
+    reference = next(iter(rows["value"][rows["arm"] == kind.reference]), NAN)
     for arm, value in zip(rows["arm"], rows["value"], strict=True):
         floor = kind.floor(env["arms"].get(arm, {}))
         share = floor / value if kind.lower_is_better else value / floor
-        notes.append(f"{share:.0%} of floor" if math.isfinite(share) else "")
+        words = [f"{reference / value:.2f}x"] if math.isfinite(reference) and arm != kind.reference else []
+        notes.append(" · ".join([*words, *([f"{share:.0%} of floor"] if math.isfinite(share) else [])]))
     rows["note"] = notes
     rows[["concurrency", "rate_rps"]] = NAN  # the load is in the caption; arms may have run a sample of it
     elsewhere = published.vllm(suite, str(env["model"])) if _as_published(env) else NAN
@@ -163,7 +176,7 @@ def _panel(ax: Any, kind: Kind, rows: pd.DataFrame, env: Mapping[str, Any]) -> N
     floors = [kind.floor(facts) for facts in env["arms"].values()]
     floor = next((value for value in floors if math.isfinite(value)), NAN)
     name = str(env["model"])
-    if math.isfinite(floor) and kind.unit == "ms":
+    if math.isfinite(floor) and kind.unit == "ms" and not kind.reference:
         ax.axvline(floor, color=INK, linestyle="--", linewidth=1.0)
         name += f"   floor {number(floor)} {kind.unit}"
     name_panel(ax, name)
