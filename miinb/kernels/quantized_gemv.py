@@ -78,17 +78,15 @@ def quantized_gemv_tile(n: int, k: int, bits: int, *, gated_pair: bool) -> dict[
     """Outputs and parts (16 bytes each) of a row that a program reads at a time, and its warps.
 
     Of those measured on an H200 at the sizes of GPT-J, LLaMA-8B and GPT-NeoX-20B nearly the fastest: within 10%, which
-    is what they differ by from run to run. Where parts divide into blocks there are no masks.
+    is what they differ by from run to run. A thread with two parts of int4 has too many registers.
     """
     parts = -(-k // part_columns(bits))
     if n <= 2048:
         block_n, block_p, warps = 1, 128, 4
     elif bits == 8:
         block_n, block_p, warps = (4, 64, 2) if n > 8192 else (8, 128, 4) if k <= 8192 else (4, 256, 8)
-    elif n > 8192:
-        block_n, block_p, warps = (4, 64, 2) if parts % 128 else (8, 128, 4)
     else:
-        block_n, block_p, warps = 8, 128, 2
+        block_n, block_p, warps = (8, 128, 4) if k <= 4096 else (4, 64, 2)
     if gated_pair and block_n > 4:
         block_n = 4  # of each half: registers are few
     block_p = min(block_p, power_of_2(parts))
