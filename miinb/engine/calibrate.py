@@ -20,13 +20,14 @@ from miinb.config import DeploymentConfig
 from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.parity import one_layer_cache
-from miinb.engine.place import Place
+from miinb.engine.place import Place, free_bytes
 from miinb.engine.quantize import Account
 from miinb.engine.spec import DecoderSpec
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, OutOfMemory
 from miinb.kernels.activation import gated
 from miinb.kernels.linear import PackedLinear, linear
 from miinb.models import ModelInfo
+from miinb.wording import size_words
 
 #: Tokens of one sequence, sequences of a step, and most of all by device: they take a CPU minutes, a GPU seconds.
 WINDOW, _TOGETHER = 512, 8
@@ -56,7 +57,12 @@ def calibration_text(source: str | Sequence[str]) -> str:
 
 
 def calibration_of(config: DeploymentConfig, model: ModelInfo, place: Place) -> list[int]:
-    """The tokens that a deployment's rounding is fitted to; none where it is not."""
+    """The tokens that a deployment's rounding is fitted to; none where it is not.
+
+    Raises:
+        InvalidValue: the text cannot be read.
+        OutOfMemory: a text was given, and fitting to it takes more memory than is free.
+    """
     if place.dtype != "int4" or _why_not(config, model, place):
         return []
     return calibration_tokens(model, config.options.calibration)
@@ -74,15 +80,45 @@ def calibration_line(config: DeploymentConfig, model: ModelInfo, place: Place, t
 
 
 def _why_not(config: DeploymentConfig, model: ModelInfo, place: Place) -> str:
-    """Why int4 is not fitted to a text, or ""."""
+    """Why int4 is not fitted to a text, or "". Raises OutOfMemory where it was asked for and cannot be."""
     if config.options.calibration == "off":
         return "asked for"
     if config.load_format == "dummy":
         return "random weights"
     if config.tensor_parallel > 1:
         return "several ranks: each would need the others' part of every layer"
-    large = place.device.type == "cpu" and model.parameters > _MOST_ON_CPU
-    return "it would take a CPU long (give a text to have it)" if large and config.options.calibration == "auto" else ""
+    unasked = config.options.calibration == "auto"
+    if unasked and place.device.type == "cpu" and model.parameters > _MOST_ON_CPU:
+        return "it would take a CPU long (give a text to have it)"
+    working, free = working_bytes(model, place), free_bytes(place.device, config)
+    form: dict[str, Any] = {"on_gpu": place.device.type == "cuda", "quantize_head": config.options.quantize_head}
+    if model.weights_bytes("int4", **form) + working <= free:
+        return ""
+    needs = f"it would take about {size_words(working)} of memory besides the weights"
+    if unasked:
+        return f"{needs}, of {size_words(free)} that are free"
+    raise OutOfMemory(
+        f"options.calibration: {needs}, of {size_words(free)} that are free.",
+        hint="Use options.calibration='off', which loses more, or dtype='int8'.",
+    )
+
+
+def working_bytes(model: ModelInfo, place: Place) -> int:
+    """About what fitting takes besides the weights: a text on its way through the layers, and one matrix's equations.
+
+    These are, all in fp32 and of the widest input: two sums over the text's tokens, the one that is solved, its factor
+    and its inverse.
+    """
+    spec = model.spec
+    if spec is None:
+        return 0
+    number = 2 if place.device.type == "cuda" else 4
+    attended = spec.heads * spec.head_size
+    tokens = _MOST[place.device.type] * WINDOW * number
+    streams = 4 * tokens * spec.hidden_size  # as the layers are and as rounding makes them, each with its residual
+    inputs = tokens * (2 * spec.hidden_size + attended + spec.inner_size)
+    layer = number * model.parameters // max(1, model.layers)
+    return streams + inputs + layer + 5 * 4 * max(spec.hidden_size, attended, spec.inner_size) ** 2
 
 
 def calibration_tokens(model: ModelInfo, source: str | Sequence[str]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.demo import fetch
+from miinb.engine import calibrate
 from miinb.engine.calibrate import calibration_line, calibration_of, calibration_text, calibration_tokens
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.gptq import round_by_inputs
@@ -22,7 +23,7 @@ from miinb.engine.perplexity import perplexity
 from miinb.engine.place import Place
 from miinb.engine.quantize import Account, Quantizer
 from miinb.engine.weights import tensors
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, OutOfMemory
 from miinb.kernels.formats import dequantize
 from tests.engine.conftest import real_text
 from tests.engine.test_loading import answer, load, stand_in_tokenizer
@@ -123,7 +124,8 @@ def test_a_deployment_says_what_it_was_fitted_to(tiny: Tiny, tmp_path: Path) -> 
     assert int(given.split()[0].replace(",", "")) >= 128
 
 
-def test_a_cpu_does_not_fit_a_large_model_unasked(tiny: Tiny) -> None:
+def test_a_cpu_does_not_fit_a_large_model_unasked(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "free_bytes", lambda device, config: 100 << 30)
     folder = tiny("llama")[1]
     stand_in_tokenizer(folder)
     model = dataclasses.replace(models.inspect(folder), parameters=1_000_000_000)
@@ -135,6 +137,26 @@ def test_a_cpu_does_not_fit_a_large_model_unasked(tiny: Tiny) -> None:
     assert calibration_of(asked, model, place)
     assert calibration_of(config, model, Place(torch.device("cuda"), "int4"))
     assert calibration_of(config, model, Place(torch.device("cuda"), "int8")) == []
+
+
+def test_a_model_is_not_fitted_without_the_memory_for_it(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    model, place = models.inspect(folder), Place(torch.device("cpu"), "int4")
+    need = calibrate.working_bytes(model, place)
+    assert need > 5 * 4 * 64**2
+    assert calibrate.working_bytes(dataclasses.replace(model, spec=None), place) == 0
+
+    def config(text: Any, limit: int) -> DeploymentConfig:
+        options = {"calibration": text, "memory_limit_bytes": limit}
+        return DeploymentConfig.parse({"model": str(folder), "dtype": "int4", "options": options})
+
+    enough = need + model.weights_bytes("int4")
+    assert calibration_of(config("auto", enough), model, place)
+    assert calibration_of(config("auto", enough - 1), model, place) == []
+    assert "of memory besides the weights" in calibration_line(config("auto", enough - 1), model, place, 0)[2]
+    with pytest.raises(OutOfMemory, match=r"options\.calibration: it would take about .*calibration='off'"):
+        calibration_of(config(["a word"], enough - 1), model, place)
 
 
 @pytest.mark.slow
