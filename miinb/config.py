@@ -54,7 +54,7 @@ class EngineOptions(Frozen):
             weights of each layer from the host's memory ("cpu") or a fast disk ("nvme") when it is their turn.
         offload_folder: "nvme": where.
         ds_config: DeepSpeed's own configuration of the offload (ZeRO stage 3), for what is not said here.
-        quantize_head: dtype "int8" and "int4": the embedding and the head are int8 too; else in the activations' dtype.
+        quantize_head: of quantized weights: the embedding and the head are int8; else in the activations' dtype.
         calibration: dtype "int4": what its rounding is fitted to: "auto" is a sample of Python's documentation; else a
             text file's path, or a list of texts; "off" rounds to the nearest, which starts sooner and loses more.
         parity: "fallback": a parity failure at start-up falls back to the baseline with a warning; "raise"; "off"

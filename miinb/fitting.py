@@ -9,7 +9,6 @@ from miinb.errors import OutOfMemory
 from miinb.hardware import Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, ModelInfo
-from miinb.quantized_planner import QUANTIZED
 from miinb.wording import size_words
 
 #: Share of the free memory that weights and cache may take.
@@ -24,6 +23,8 @@ RUNTIME_BYTES = 600 << 20
 GPU_RUNTIME_BYTES = 1 << 30
 #: Layers whose weights are on the device at a time where the others wait in the host's memory or on a disk.
 LIVE_LAYERS = 4
+#: Quantized dtypes that a model that does not fit is offered: fp8 is as large as int8.
+_OFFERED = ("int8", "int4")
 #: What a GPU reads from the host's memory in a second: PCIe of the fourth generation, as a cautious guess.
 _HOST_BYTES_S = 20e9
 
@@ -84,7 +85,7 @@ def _smaller_cache(place: Place, weights: int, token: int) -> list[str]:
 def _smaller_dtypes(choice: Plan, model: ModelInfo, place: Place) -> list[str]:
     smaller = [
         dtype
-        for dtype in ("bf16", *(QUANTIZED if model.spec is not None and choice.engine == "optimized" else ()))
+        for dtype in ("bf16", *(_OFFERED if model.spec is not None and choice.engine == "optimized" else ()))
         if DTYPE_BYTES[dtype] < DTYPE_BYTES[choice.dtype]
     ]
     needs = {dtype: model.weights_bytes(dtype, place.ranks, on_gpu=place.on_gpu) for dtype in smaller}

@@ -26,7 +26,7 @@ from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError
 from miinb.location import gguf_file, locate, read_config
 from miinb.tasks import TASKS, find_task, tasks_of
 
-#: The least compute capability of a GPU that converts fp8 by itself, and of one that multiplies quantized weights.
+#: The least compute capability of a GPU that converts fp8 by itself, and of one that multiplies int8 and int4 weights.
 FP8_CAPABILITY, QUANTIZED_CAPABILITY = (8, 9), (8, 0)
 #: Bytes of one weight by miinb's dtype names; int8 and int4 have scales of about four bytes for each 64 weights.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5625}

@@ -33,8 +33,6 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
         OutOfMemory: the model cannot fit; the message has the estimate, the hint what would.
         ModelError: the model does not serve the task.
     """
-    if config.dtype == "fp8":
-        raise InvalidValue("dtype: fp8 is not built yet.", hint="Use dtype='int8', 'bf16' or 'auto'.")
     task = model.task(config.task)
     model = model.serving(task)
     groups = _device_groups(config, hardware)
@@ -43,7 +41,7 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     choice = _engine(choice, config, model, task)
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
-    choice = _dtype(choice, config, model, hardware)
+    choice = _dtype(choice, config, model, hardware, groups)
     choice = encoder_planner.labels(encoder_planner.head(choice, model, task), model, task)
     if config.kv_dtype == "fp8":
         _check_fp8_cache(choice, groups, encodes=not TASKS[task].streams)
@@ -164,11 +162,13 @@ def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: 
     return choice.with_line("threads", str(threads), f"{hardware.cores} cores for {ranks} rank{'s' * (ranks > 1)}")
 
 
-def _dtype(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:
+def _dtype(
+    choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
+) -> Plan:
     asked = config.dtype if config.dtype != "auto" else model.dtype
     origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
     if asked in QUANTIZED:
-        return quantized(choice, config, model, hardware)
+        return quantized(choice, config, model, groups)
     if choice.device == "cpu" and model.encoder is not None:
         used, reason = encoder_planner.dtype_on_cpu(asked, origin, hardware)
         return choice.with_line("dtype", used, reason, dtype=used)

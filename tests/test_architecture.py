@@ -63,6 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "wording",
         "splitting",
         "fitting",
+        "quantized_planner",
     ),
     "server": ("rpc", "config", "messages", "errors", "tasks", "registry", "spinning", "hardware"),
     "server.worker": ("engine", "config", "messages", "errors", "tasks", "spinning"),

@@ -24,6 +24,7 @@ CPU = Hardware("A CPU", 8, 64 * GB, 32 * GB, frozenset({"avx2"}))
 OLD_CPU = dataclasses.replace(CPU, cpu_flags=frozenset())
 GPUS = tuple(Gpu(n, n, "H100", 80 * GB, 78 * GB, (9, 0)) for n in range(2))
 TWO_GPUS = dataclasses.replace(CPU, gpus=GPUS)
+AMPERE = dataclasses.replace(CPU, gpus=(dataclasses.replace(GPUS[0], name="A100", capability=(8, 0)),))
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
@@ -193,7 +194,7 @@ def test_an_encoder_on_several_ranks(tmp_path: Path) -> None:
     ("fields", "error", "words"),
     [
         ({"dtype": "int8", "engine": "baseline"}, InvalidValue, "int8 needs the optimized engine"),
-        ({"dtype": "fp8"}, InvalidValue, "not built yet"),
+        ({"dtype": "fp8"}, InvalidValue, "a CPU has no fp8. Use dtype='int8'"),
         ({"kv_dtype": "fp8", "engine": "baseline"}, InvalidValue, "kv_dtype: fp8 needs the optimized engine"),
         ({"tensor_parallel": 3}, InvalidValue, "do not divide by 3. Numbers of ranks that work: 1, 2, 4, 8"),
         (
@@ -405,6 +406,61 @@ def test_quantized_weights() -> None:
     assert "saves memory, not time" in line(planned(dtype="int4"), "speed")
     fp16 = dataclasses.replace(LLAMA, dtype="fp16")
     assert "norms and cache in fp16" in line(planned(TWO_GPUS, fp16, dtype="int8"), "dtype")
+
+
+def test_fp8_weights(tmp_path: Path) -> None:
+    choice = planned(TWO_GPUS, dtype="fp8")
+    assert (choice.device, choice.dtype) == ("cuda", "fp8")
+    assert choice.weights_bytes == LLAMA.weights_bytes("fp8", on_gpu=True)
+    tables = 2 * 32000 * 2048
+    rest = LLAMA.parameters - tables
+    assert choice.weights_bytes == pytest.approx(rest + tables * (1 + 2 / 64), rel=2e-3)
+    assert "embedding and head in int8; activations, norms and cache in bf16, and" in line(choice, "dtype")
+    assert f"pages for {choice.kv_cache_bytes // LLAMA.kv_bytes_per_token('bf16'):,} tokens" in line(choice, "kv_cache")
+    choice = planned(TWO_GPUS, dtype="fp8", options={"quantize_head": False})
+    assert choice.weights_bytes == pytest.approx(rest + 2 * tables, rel=2e-3)
+    assert "embedding and head in bf16" in line(choice, "dtype")
+    half = planned(TWO_GPUS, dtype="fp8", tensor_parallel=2)
+    assert half.weights_bytes == pytest.approx(rest / 2 + 0.75 * tables * (1 + 2 / 64), rel=2e-3)
+    fp16 = dataclasses.replace(LLAMA, dtype="fp16")
+    assert line(planned(TWO_GPUS, fp16, dtype="fp8"), "dtype") == line(planned(TWO_GPUS, dtype="fp8"), "dtype")
+    choice = planned(TWO_GPUS, encoder(tmp_path), dtype="fp8")
+    assert choice.weights_bytes == pytest.approx(85.6e6 + 23.8e6 * 2, rel=0.01)
+    assert "vocabulary" not in line(choice, "dtype")
+    choice = planned(TWO_GPUS, encoder(tmp_path, architectures=["BertForMaskedLM"]), dtype="fp8")
+    assert "the head over the vocabulary in int8" in line(choice, "dtype")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "fields", "words"),
+    [
+        (CPU, {}, "dtype: a CPU has no fp8. Use dtype='int8' or 'auto'."),
+        (TWO_GPUS, {"device": "cpu"}, "dtype: a CPU has no fp8. Use dtype='int8' or 'auto'."),
+        (AMPERE, {}, "dtype: this GPU has no fp8; Ada, Hopper and later have. Use dtype='int8' or 'auto'."),
+        (TWO_GPUS, {"engine": "baseline"}, "dtype: fp8 needs the optimized engine"),
+        (TWO_GPUS, {"options": {"offload": "cpu"}}, "dtype: fp8 needs the optimized engine"),
+    ],
+)
+def test_fp8_weights_that_cannot_be(hardware: Hardware, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        planned(hardware, dtype="fp8", **fields)
+    assert words in str(caught.value)
+
+
+def test_fp8_is_asked_of_the_gpus_that_are_used() -> None:
+    mixed = dataclasses.replace(CPU, gpus=(GPUS[0], dataclasses.replace(GPUS[1], capability=(8, 0))))
+    assert planned(mixed, dtype="fp8", gpus=[0]).dtype == "fp8"
+    with pytest.raises(InvalidValue, match="no fp8"):
+        planned(mixed, dtype="fp8", gpus=[1])
+
+
+def test_what_is_offered_does_not_have_fp8() -> None:
+    """It takes as many bytes as int8, which more GPUs have."""
+    small = dataclasses.replace(CPU, gpus=(dataclasses.replace(GPUS[0], free_bytes=3 * GB),))
+    with pytest.raises(OutOfMemory) as caught:
+        planned(small, dtype="fp32")
+    assert "dtype='int8'" in caught.value.hint
+    assert "fp8" not in caught.value.hint
 
 
 def test_quantized_weights_that_cannot_be(tmp_path: Path) -> None:

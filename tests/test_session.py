@@ -285,7 +285,7 @@ def test_models_that_cannot_work(state: Path, tmp_path: Path, change: str, error
     ("fields", "error", "words"),
     [
         ({"model": "/no/such/folder"}, ModelNotFound, "/no/such/folder"),
-        ({"dtype": "fp8"}, InvalidValue, "not built yet"),
+        ({"dtype": "fp8"}, InvalidValue, "a CPU has no fp8. Use dtype='int8'"),
         ({"device": "cuda", "gpus": [0]}, InvalidValue, "no GPU can be seen"),
         ({"tensor_parallell": 2}, UnknownOption, "Did you mean 'tensor_parallel'"),
         ({"options": {"pages": 1}}, UnknownOption, "pages"),

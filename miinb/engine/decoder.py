@@ -127,7 +127,7 @@ class DecoderWeights:
     """All weights; those without a comment are as the spec says.
 
     Attributes:
-        embed: [vocab, embed or hidden size]; int8 (see `kernels.formats`) where there is an `embed_int8_scale`.
+        embed: [vocab, embed or hidden size]; quantized (see `kernels.formats`) where there is an `embed_scale`.
         positions: [rows, hidden].
         rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
         fitted_tokens: of a text that the rounding was fitted to; 0: it was to the nearest.
@@ -141,7 +141,7 @@ class DecoderWeights:
     embed_norm: Norm | None = None
     project_in: PackedLinear | None = None
     project_out: PackedLinear | None = None
-    embed_int8_scale: Tensor | None = None
+    embed_scale: Tensor | None = None
     rounding: float = 0.0
     fitted_tokens: int = 0
 
@@ -285,7 +285,7 @@ class Decoder:
         """[T, hidden]: the tokens' embeddings with their positions'."""
         w = self.weights
         width = self.spec.embed_size or self.spec.hidden_size
-        x = embedding_rows(batch.token_ids, w.embed, w.embed_int8_scale, width, w.dtype)
+        x = embedding_rows(batch.token_ids, w.embed, w.embed_scale, width, w.dtype)
         if self._embed_scale != 1.0:
             x = x * self._embed_scale
         if w.project_in is not None:

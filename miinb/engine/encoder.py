@@ -118,7 +118,7 @@ class EncoderWeights:
     """All weights.
 
     Attributes:
-        words: [vocab, embed]; int8 where there is a `words_scale`, as in a `PackedLinear`.
+        words: [vocab, embed]; quantized where there is a `words_scale`, as in a `PackedLinear`.
         positions: [max_length, embed], from the first token's on.
         token_types: [types, embed]; None where there are not several: a single one is in `positions`.
         embed_norm: behind the sum of the three.
@@ -202,7 +202,7 @@ class Encoder:
         """[T, H]: the tokens' embeddings with their positions' and types', normalized."""
         w, norm = self.weights, self.weights.embed_norm
         words, token_ids = w.words, batch.token_ids
-        if w.words_scale is not None:  # int8: a table of the batch's own tokens
+        if w.words_scale is not None:  # quantized: a table of the batch's own tokens
             words = embedding_rows(token_ids, words, w.words_scale, self.spec.embed_size, w.dtype)
             token_ids = torch.arange(len(token_ids), device=token_ids.device)
         tables = (words, w.positions, w.token_types)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine.encoder import Encoder, EncoderBatch, EncoderOperators, Matrix
-from miinb.engine.parity import ParityReport, difference
+from miinb.engine.parity import ParityReport, difference, products_of_many
 from miinb.kernels import reference
 from miinb.kernels.linear import PackedLinear
 
@@ -56,6 +56,9 @@ def check(encoder: Encoder, tolerance: float) -> ParityReport:
         error = difference(encoder.layer(index, theirs, batch), plain.layer(index, theirs, batch))
         if error > worst:
             worst, where = error, f"layer {index}"
+        for name, *pair in products_of_many(encoder.ops.linear, encoder.weights.layers[index], encoder.weights.dtype):
+            if (error := difference(*pair)) > worst:
+                worst, where = error, f"layer {index}, {name}"
     error = difference(encoder.head(theirs, rows), plain.head(theirs, rows))
     if error > worst:
         worst, where = error, "head"

@@ -17,7 +17,7 @@ from miinb.engine.finite import check_finite
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
 from miinb.engine.spec import rank_share
-from miinb.engine.weights import activation_dtype, open_reader, quantizers
+from miinb.engine.weights import activation_dtype, open_reader, quantizers, tensors
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
@@ -31,6 +31,12 @@ def _as_it_is(packed: PackedLinear) -> PackedLinear:
     return packed
 
 
+def _equal(one: PackedLinear, other: PackedLinear) -> bool:
+    """Whether two matrices are the same to the byte (not all dtypes can be compared)."""
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
 @dataclass(slots=True)
 class _Builder:
     """Fills one rank's weights; `consumed` holds the checkpoint names that were read."""
@@ -42,6 +48,7 @@ class _Builder:
     dtype: torch.dtype
     device: torch.device
     quantizer: Quantizer | None
+    tables: Quantizer | None  # of the embedding, where it is a matrix of the head, and of a head as large
     pack: Pack
     ranks: int = 1
     rank: int = 0
@@ -80,31 +87,31 @@ class _Builder:
         places = self.table("positions", self.spec.max_length, self.spec.position_offset)
         return places + self.table("token_types", 1) if self.spec.token_types == 1 else places
 
-    def matrix(self, names: list[str], regions: list[Region]) -> PackedLinear:
+    def matrix(self, names: list[str], regions: list[Region], quantizer: Quantizer | None) -> PackedLinear:
         """Parts of the checkpoint's matrices, of equal width, one below the other; quantized if asked."""
         height, width = sum(region.height for region in regions), regions[0].width
-        if self.quantizer is None:
+        if quantizer is None:
             packed = PackedLinear(self.empty(height, width))
         else:
-            weight, scale = self.quantizer.empty(height, width, self.device)
+            weight, scale = quantizer.empty(height, width, self.device)
             packed = PackedLinear(weight, scale=scale)
         at = 0
         for name, region in zip(names, regions, strict=True):
             rows = slice(at, at + region.height)
-            if self.quantizer is None or packed.scale is None:
+            if quantizer is None or packed.scale is None:
                 self.fill(packed.weight[rows], name, region)
             else:
                 plain = self.empty(region.height, width)
                 if self.device.type == "cuda":  # what is read goes there on other streams
                     torch.cuda.current_stream(self.device).synchronize()
                 self.fill(plain, name, region)
-                self.quantizer.quantize(plain, packed.weight[rows], packed.scale[rows])
+                quantizer.quantize(plain, packed.weight[rows], packed.scale[rows])
             at += region.height
         return packed
 
-    def whole(self, name: str, rows: int, columns: int) -> PackedLinear:
+    def whole(self, name: str, rows: int, columns: int, quantizer: Quantizer | None) -> PackedLinear:
         """One of the checkpoint's matrices, the same on every rank; quantized if asked."""
-        return self.matrix([name], [Region((rows, columns), slice(0, rows), slice(0, columns))])
+        return self.matrix([name], [Region((rows, columns), slice(0, rows), slice(0, columns))], quantizer)
 
     def linear(self, part: str, layer: int = 0) -> Matrix:
         """The rank's share of a fused linear layer of the body; the first rank alone has a bias that follows a sum."""
@@ -115,7 +122,7 @@ class _Builder:
         split = source.split == "column"
         shares = [rank_share(size, self.rank, self.ranks, unit) if split else slice(0, size) for size in sizes]
         regions = [Region((size, width), share, columns) for size, share in zip(sizes, shares, strict=True)]
-        packed = self.matrix([f"{module}.weight" for module in modules], regions)
+        packed = self.matrix([f"{module}.weight" for module in modules], regions, self.quantizer)
         biases = [f"{module}.bias" for module in modules]
         if source.split == "row" and self.rank > 0:
             self.consumed.update(biases)
@@ -128,7 +135,7 @@ class _Builder:
         return self.packed(packed)
 
     def packed(self, packed: PackedLinear) -> Matrix:
-        """The layer in the layout of the device. Raises BrokenCheckpoint where int8 hides what is not finite."""
+        """The layer in the layout of the device. Raises BrokenCheckpoint where what is quantized is not finite."""
         if packed.scale is not None and self.device.type != "meta":
             check_finite([packed.scale], self.info, self.dtype)
         return self.pack(packed)
@@ -148,18 +155,19 @@ class _Builder:
         """The tokens' embedding, quantized only where it is a matrix of the head too."""
         rows, width = self.spec.vocab_size, self.spec.embed_size
         if self.spec.decodes and self.spec.tied:
-            return self.whole(f"{self.module('words')}.weight", rows, width)
+            return self.whole(f"{self.module('words')}.weight", rows, width, self.tables)
         return PackedLinear(self.table("words", rows))
 
     def head_layer(self, layer: HeadLayer, shape: tuple[int, int], words: PackedLinear) -> HeadWeights:
         outputs, inputs = shape
-        tied = layer.outputs == "vocab" and self.spec.tied
+        decodes = layer.outputs == "vocab"
+        tied, quantizer = decodes and self.spec.tied, self.tables if decodes else self.quantizer
         weight = f"{layer.module}.weight"
         if not tied:
-            packed = self.whole(weight, outputs, inputs)
+            packed = self.whole(weight, outputs, inputs, quantizer)
         elif weight in self.reader.names():  # transformers unties those that differ, whatever config.json says
-            own = self.whole(weight, outputs, inputs)
-            packed = words if torch.equal(own.weight, words.weight) else own
+            own = self.whole(weight, outputs, inputs, quantizer)
+            packed = words if _equal(own, words) else own
         else:
             packed = words
         bias = self.vector(self._bias(layer, tied), outputs)
@@ -198,7 +206,8 @@ def load_encoder_weights(
         info: the model's files; `models.ModelInfo.serving` has seen that the head is in them.
         policy: of its family.
         spec: of the whole model, not of the rank, with the head of the task.
-        dtype: "fp32", "bf16", "fp16", or "int8" for matrices of int8 and the rest in `activation_dtype`.
+        dtype: "fp32", "bf16", "fp16", or "int8" or "fp8" for matrices of those (a head over the
+            vocabulary always of int8) and the rest in `activation_dtype`.
         device: where the weights go.
         rank: which share.
         ranks: how many there are.
@@ -213,9 +222,9 @@ def load_encoder_weights(
     """
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
-        quantizer, _ = quantizers(dtype, device, levels)
+        quantizer, tables = quantizers(dtype, device, levels)
         kind = activation_dtype(dtype, device, info.dtype)
-        build = _Builder(info, policy, spec, reader, kind, device, quantizer, pack, ranks, rank)
+        build = _Builder(info, policy, spec, reader, kind, device, quantizer, tables, pack, ranks, rank)
         words = build.words()
         layers = []
         for i in range(spec.layers):

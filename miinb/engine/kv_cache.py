@@ -16,10 +16,11 @@ from torch import Tensor
 from miinb.config import DeploymentConfig
 from miinb.engine.spec import DecoderSpec
 from miinb.errors import InvalidValue, OutOfMemory
+from miinb.kernels.formats import FP8
 from miinb.wording import size_words
 
-#: Of keys and values (four bits of exponent, three of mantissa, no infinity), and of their scales.
-FP8, SCALE = torch.float8_e4m3fn, torch.bfloat16
+#: Of the scales of keys and values that are fp8.
+SCALE = torch.bfloat16
 #: Rows in one step when the user does not say: a CPU is busy with few.
 DEFAULT_BATCH = {"cuda": 128, "cpu": 16}
 #: Longest sequence when the user does not say: a slot of a CPU's cache is reserved whole.

@@ -59,9 +59,9 @@ def rank_matrices(spec: DecoderSpec, matrices: int, ranks: int) -> int:
     return -(-(matrices + 2 * copied * spec.head_size * spec.hidden_size * spec.layers) // ranks)
 
 
-#: Dtypes of weights alone: whole numbers with scales (kernels/formats.py has the layouts).
-QUANTIZED = ("int8", "int4")
-#: Columns of a quantized matrix that share a scale.
+#: Dtypes of weights alone: numbers with scales (kernels/formats.py has the layouts).
+QUANTIZED = ("int8", "int4", "fp8")
+#: Columns of a quantized matrix that share a scale; in fp8 all of a row do.
 _GROUP = 64
 
 
@@ -74,6 +74,8 @@ def activation_bytes(dtype: str, *, on_gpu: bool) -> float:
 
 def row_bytes(columns: int, dtype: str, *, on_gpu: bool) -> int:
     """Bytes of a row of a quantized matrix, with its scales."""
+    if dtype == "fp8":
+        return -(-columns // 16) * 16 + 4
     groups = -(-columns // _GROUP)
     if dtype == "int4":
         return -(-columns // 32) * 16 + groups * 4
@@ -88,7 +90,7 @@ def quantized_bytes(
     Args:
         spec: of the whole model.
         policy: of its family.
-        dtype: "int8" or "int4".
+        dtype: one of `QUANTIZED`.
         ranks: that share it.
         on_gpu: the form of the numbers, and of what is not quantized.
         tables: whether the embedding and the head are int8.
@@ -117,14 +119,18 @@ def count_encoder(spec: EncoderSpec) -> Parameters:
     return Parameters(sum(rows * columns for rows, columns in matrices), others)
 
 
-def int8_bytes(spec: EncoderSpec, tile: int = TILE_OUTPUTS, *, on_gpu: bool = False) -> int:
-    """Bytes of an encoder whose matrices are int8: in a CPU's tiles of so many outputs, or in the form of a GPU."""
+def quantized_encoder_bytes(spec: EncoderSpec, dtype: str, tile: int = TILE_OUTPUTS, *, on_gpu: bool = False) -> int:
+    """Bytes of an encoder with quantized matrices: in a CPU's tiles of so many outputs, or in the form of a GPU."""
     matrices, others = _encoder_numbers(spec)
-    size = int(activation_bytes("int8", on_gpu=on_gpu)) * others
+    size = int(activation_bytes(dtype, on_gpu=on_gpu)) * others
+    table = (spec.vocab_size, spec.embed_size)
     if on_gpu:
-        return size + sum(rows * row_bytes(columns, "int8", on_gpu=True) for rows, columns in matrices)
+        if spec.decodes:  # int8 too where others are fp8
+            matrices.remove(table)
+            size += table[0] * row_bytes(table[1], "int8", on_gpu=True)
+        return size + sum(rows * row_bytes(columns, dtype, on_gpu=True) for rows, columns in matrices)
     if spec.decodes and spec.tied:  # the embedding, which tokens are looked up in too, stays as it is
-        matrices.remove((spec.vocab_size, spec.embed_size))
+        matrices.remove(table)
         size += spec.vocab_size * (spec.embed_size + 4 * -(-spec.embed_size // _GROUP))
     for rows, columns in matrices:
         size += -(-rows // tile) * tile * -(-columns // _GROUP) * _TILE_BYTES
@@ -140,7 +146,7 @@ def encoder_bytes(spec: EncoderSpec, dtype: str, ranks: int = 1, *, on_gpu: bool
     """Bytes of an encoder's weights with its head, of each of several ranks those of the first."""
     local = rank_encoder(spec, ranks)
     if dtype in QUANTIZED:
-        return int8_bytes(local, on_gpu=on_gpu)
+        return quantized_encoder_bytes(local, dtype, on_gpu=on_gpu)
     return int(count_encoder(local).total * activation_bytes(dtype, on_gpu=on_gpu))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
-from miinb.engine.kv_cache import FP8, CacheSize, KVCache
+from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.kernels import reference
+from miinb.kernels.dispatch import use_triton
+from miinb.kernels.formats import FP8
+from miinb.kernels.fp8_many import makes_rows_fp8
 from miinb.kernels.linear import PackedLinear
 
 #: Largest difference that is taken, relative to the largest value: rounding of the dtype, several operators deep.
@@ -26,6 +30,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 FP8_TOLERANCE = 0.1
 #: Tokens of the prompt's chunk: above what the small-batch kernels take, so that both kinds are run.
 PROMPT_TOKENS = 20
+#: Rows that become fp8 for a product with fp8 weights.
+MANY_ROWS = 80
 
 
 def _linear(x: Tensor, packed: PackedLinear, **options: Any) -> Tensor:
@@ -91,7 +97,9 @@ def check(decoder: Decoder, page_tokens: int, kv_dtype: torch.dtype | None = Non
     last = decoder.spec.layers - 1
     worst, where = 0.0, "nowhere"
     for index in sorted({0, last // 2, last}):
-        for step, ours, theirs in _layer_outputs(index, decoder, plain, page_tokens, kv_dtype):
+        outputs = _layer_outputs(index, decoder, plain, page_tokens, kv_dtype)
+        outputs += products_of_many(decoder.ops.linear, decoder.weights.layers[index], decoder.weights.dtype)
+        for step, ours, theirs in outputs:
             error = difference(ours, theirs)
             if error > worst:
                 worst, where = error, f"layer {index}, {step}"
@@ -136,6 +144,34 @@ def _layer_outputs(
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
             outputs[name].append(x if residual is None else x + residual)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
+
+
+def products_of_many(linear: Callable[..., Tensor], layer: Any, dtype: torch.dtype) -> list[tuple[str, Tensor, Tensor]]:
+    """(matrix, product by `linear`, by the reference) of many rows and each fp8 matrix of a layer; others have none.
+
+    For the reference the rows are rounded to fp8 where the kernels do it: a whole layer would show that, not mistakes.
+
+    Args:
+        linear: the operator.
+        layer: with the matrices qkv, out, up and down.
+        dtype: of the activations.
+    """
+    found = []
+    for name in ("qkv", "out", "up", "down"):
+        packed = getattr(layer, name)
+        if isinstance(packed, PackedLinear) and packed.weight.dtype == FP8:
+            x = torch.randn(MANY_ROWS, packed.weight.shape[1], generator=torch.Generator().manual_seed(0))
+            x = x.to(packed.weight.device, dtype)
+            found.append((f"{name} of many rows", linear(x, packed), _linear(_as_kernels_round(x, packed), packed)))
+    return found
+
+
+def _as_kernels_round(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Rows as their fp8 numbers stand for them, if they become such on their way into the product."""
+    if not (use_triton(x) and makes_rows_fp8(x, packed.weight)):
+        return x
+    numbers, scale = reference.to_fp8(x, torch.float32)
+    return (numbers.float() * scale[:, None]).to(x.dtype)
 
 
 def one_layer_cache(decoder: Decoder, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> KVCache:

@@ -12,7 +12,8 @@ import torch
 from miinb.config import DeploymentConfig
 from miinb.engine.parameters import QUANTIZED
 from miinb.errors import InvalidValue
-from miinb.models import FP8_CAPABILITY, QUANTIZED_CAPABILITY, ModelInfo
+from miinb.models import FP8_CAPABILITY, ModelInfo
+from miinb.quantized_planner import check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,8 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
     """Device and dtype of this rank.
 
     Raises:
-        InvalidValue: the device is not there, or the dtype is not built.
+        InvalidValue: the device is not there, or does not have the dtype.
     """
-    if config.dtype == "fp8":
-        raise InvalidValue("dtype: fp8 is not built yet.", hint="Use dtype='int8' or 'auto'.")
     if config.engine == "baseline":
         refuse_fallback(config, "plain transformers have no such form")
     has_gpu = torch.cuda.is_available()
@@ -44,13 +43,16 @@ def find_place(config: DeploymentConfig, model: ModelInfo, gpu: int | None) -> P
         if limit := config.options.memory_limit_bytes:
             share = limit / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-        if dtype in QUANTIZED and torch.cuda.get_device_capability(device) < QUANTIZED_CAPABILITY:
-            raise InvalidValue(f"dtype: {dtype} needs an Ampere GPU or a later one.", hint="Use dtype='fp16'.")
-        if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        capability = torch.cuda.get_device_capability(device)
+        if dtype in QUANTIZED:
+            check_device(dtype, capability)
+        if config.kv_dtype == "fp8" and capability < FP8_CAPABILITY:
             raise InvalidValue("kv_dtype: this GPU has no fp8.", hint="Use kv_dtype='auto'.")
-        if dtype == "bf16" and config.dtype == "auto" and torch.cuda.get_device_capability(device) < (8, 0):
+        if dtype == "bf16" and config.dtype == "auto" and capability < (8, 0):
             return Place(device, "fp16", (("dtype", "fp16", "this GPU has no bf16"),))
         return Place(device, dtype)
+    if dtype in QUANTIZED:
+        check_device(dtype, None)
     if dtype == "fp16":
         return Place(torch.device("cpu"), "bf16", (("dtype", "bf16", "fp16 is slow on a CPU"),))
     return Place(torch.device("cpu"), dtype)

@@ -1,19 +1,34 @@
-"""Weight-only quantization: every weight matrix as whole numbers with a scale for each group of columns.
+"""Quantization of weights: every weight matrix as numbers of fewer bits with a scale for each group of columns, or row.
 
 int8 is ZeroQuant's scheme for weights (Yao et al., 2022): symmetric, to the nearest. int4 has a step and a lowest value
-for each group, of which the ones are taken that lose the least. Both work tensor by tensor while the model loads.
-Activations are not quantized. `kernels.formats` has the layouts and the way back; `calibrate.py` rounds int4 better.
+for each group, of which the ones are taken that lose the least. fp8 has a scale for each row, which makes the row's
+largest number fp8's largest. All work tensor by tensor while the model loads. `kernels.formats` has the layouts and the
+way back; `calibrate.py` rounds int4 better.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.kernels.formats import GROUP, INT4_MAX, INT8_OFFSET, groups_of, pack, words_of
+from miinb.kernels.formats import (
+    FP8,
+    FP8_MAX,
+    GROUP,
+    INT4_MAX,
+    INT8_OFFSET,
+    fp8_columns,
+    groups_of,
+    pack,
+    words_of,
+)
+
+Kind = Literal["int8", "int4", "fp8"]
 
 #: Quantized at a time: on a CPU what is computed in between stays in its cache.
 _BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
@@ -43,41 +58,46 @@ class Quantizer:
     """Quantizes the matrices of one model and keeps account of what that changes.
 
     Args:
-        bits: 8 or 4.
+        kind: of the numbers.
         levels: the largest number of int8.
-        words: int8 in the form of a GPU; int4 has only that one.
+        words: int8 in the form of a GPU; the others have only one.
         account: shared with other quantizers of the model, or None.
     """
 
     def __init__(
         self,
-        bits: int = 8,
+        kind: Kind = "int8",
         *,
         levels: int = 127,
         words: bool = False,
         account: Account | None = None,
     ) -> None:
-        self.bits = bits
+        self.kind = kind
         self.account = account or Account()
         self._levels = levels
-        self._words = words or bits == 4
+        self._words = words
 
     def empty(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for a matrix: numbers and scales as `kernels.formats` has them."""
+        if self.kind == "fp8":
+            numbers = torch.empty((rows, fp8_columns(columns)), dtype=FP8, device=device)
+            return numbers, torch.empty(rows, device=device)
         groups = groups_of(columns)
-        if not self._words:
-            numbers = torch.empty((rows, columns), dtype=torch.int8, device=device)
-            return numbers, torch.empty((rows, groups), device=device)
-        words = torch.empty((rows, words_of(columns, self.bits)), dtype=torch.int32, device=device)
-        shape = (rows, groups, 2) if self.bits == 4 else (rows, groups)
-        return words, torch.empty(shape, dtype=torch.bfloat16, device=device)
+        if self.kind == "int4":
+            words = torch.empty((rows, words_of(columns, 4)), dtype=torch.int32, device=device)
+            return words, torch.empty((rows, groups, 2), dtype=torch.bfloat16, device=device)
+        if self._words:
+            words = torch.empty((rows, words_of(columns, 8)), dtype=torch.int32, device=device)
+            return words, torch.empty((rows, groups), dtype=torch.bfloat16, device=device)
+        numbers = torch.empty((rows, columns), dtype=torch.int8, device=device)
+        return numbers, torch.empty((rows, groups), device=device)
 
     def quantize(self, weight: Tensor, numbers: Tensor, scale: Tensor) -> None:
         """Quantize `weight` [N, K] into what `empty` made. What is not finite makes a scale that is not."""
         if weight.is_meta:
             return
         rows = max(1, _BLOCK_ELEMENTS[weight.device.type] // weight.shape[1])
-        one = self._int4 if self.bits == 4 else self._int8
+        one = {"int8": self._int8, "int4": self._int4, "fp8": self._fp8}[self.kind]
         for part, out, factors in zip(*(torch.split(tensor, rows) for tensor in (weight, numbers, scale)), strict=True):
             one(part, out, factors)
 
@@ -99,6 +119,14 @@ class Quantizer:
         out.copy_(pack(numbers.flatten(1)[:, : part.shape[1]], 4))
         step, low = factors.float()[..., None].unbind(-2)
         self._count(part, groups, numbers * step + low - groups)
+
+    def _fp8(self, part: Tensor, out: Tensor, factors: Tensor) -> None:
+        wide = part.float()
+        factors.copy_(torch.linalg.vector_norm(wide, math.inf, dim=1) / FP8_MAX)
+        used = factors[:, None]
+        numbers = (wide / used.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8)
+        out.copy_(F.pad(numbers.view(torch.uint8), (0, out.shape[1] - part.shape[1])).view(FP8))
+        self.account.add(wide, numbers.float() * used - wide)
 
     def _count(self, part: Tensor, groups: Tensor, change: Tensor) -> None:
         columns = part.shape[1]

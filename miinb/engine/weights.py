@@ -32,8 +32,8 @@ def activation_dtype(dtype: str, device: torch.device, checkpoint: str) -> torch
     """Of activations, the cache, and all weights that are not quantized.
 
     Args:
-        dtype: the deployment's. With "int8" and "int4" a CPU computes in fp32, a GPU in fp16 if the checkpoint is fp16,
-            else in bf16.
+        dtype: the deployment's. With quantized weights a CPU computes in fp32, a GPU in fp16 if the checkpoint is fp16,
+            else in bf16; with "fp8" always in bf16, which products of fp8 come in.
         device: where.
         checkpoint: the checkpoint's dtype, by miinb's names.
     """
@@ -41,7 +41,7 @@ def activation_dtype(dtype: str, device: torch.device, checkpoint: str) -> torch
         return DTYPES[dtype]
     if device.type == "cpu":
         return torch.float32
-    return torch.float16 if checkpoint == "fp16" else torch.bfloat16
+    return torch.float16 if checkpoint == "fp16" and dtype != "fp8" else torch.bfloat16
 
 
 @dataclass(slots=True)
@@ -231,12 +231,12 @@ def load_weights(
         info: the model's files.
         policy: of its family.
         spec: of the whole model, not of the rank.
-        dtype: "fp32", "bf16", "fp16", or "int8" or "int4" for matrices of those and the rest in `activation_dtype`.
+        dtype: "fp32", "bf16", "fp16", or a quantized one for matrices of it and the rest in `activation_dtype`.
         device: where the weights go.
         rank: which share.
         ranks: how many there are.
         dummy: random weights instead of the checkpoint's.
-        quantize_head: with "int8" and "int4": the embedding and the head are int8; else they are as the activations.
+        quantize_head: whether the embedding and the head of quantized weights are int8, or as the activations.
         calibration: with "int4", on one rank: tokens of a text that the rounding is fitted to (`calibrate.py`).
         report: told "load", layer by layer.
 
@@ -248,7 +248,7 @@ def load_weights(
     with ExitStack() as stack:
         reader = DummyWeights(device) if dummy else open_reader(info, policy.prefix, device, stack)
         kind = activation_dtype(dtype, device, info.dtype)
-        source = torch.float32 if info.dtype == "fp32" else kind
+        source = kind if device.type == "cpu" else DTYPES.get(info.dtype, kind)
         quantizer, tables = quantizers(dtype, device)
         tables = tables if quantize_head else None
         build = _Builder(policy, spec, reader, kind, device, ranks, rank, source, quantizer, tables, set())
@@ -256,7 +256,7 @@ def load_weights(
         embed = build.embedding(spec.vocab_size, width)
         weights = DecoderWeights(
             embed=embed.weight,
-            embed_int8_scale=embed.scale,
+            embed_scale=embed.scale,
             layers=[],
             head=build.head(embed),
             norm=build.norm("norm") if spec.final_norm else None,
@@ -276,7 +276,7 @@ def _add_layers(
     build: _Builder, weights: DecoderWeights, calibration: Sequence[int], report: Callable[[Phase], None]
 ) -> None:
     fit = None
-    if calibration and build.quantizer is not None and build.quantizer.bits == 4:
+    if calibration and build.quantizer is not None and build.quantizer.kind == "int4":
         fit = Calibration(calibration, build.spec, build.quantizer.account, build.device)
     for i in range(build.spec.layers):
         report(Phase("load", i, build.spec.layers))
@@ -292,7 +292,9 @@ def quantizers(dtype: str, device: torch.device, levels: int = 127) -> tuple[Qua
     if dtype in DTYPES:
         return None, None
     tables = Quantizer(levels=levels, words=device.type != "cpu")
-    return (Quantizer(4, account=tables.account) if dtype == "int4" else tables), tables
+    if dtype == "int8":
+        return tables, tables
+    return Quantizer("int4" if dtype == "int4" else "fp8", account=tables.account), tables
 
 
 def open_reader(info: ModelInfo, prefix: str, device: torch.device, stack: ExitStack) -> Reader:

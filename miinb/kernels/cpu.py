@@ -135,8 +135,9 @@ class CpuKernels:
         return self._run_linear(x, packed, packed.weight.shape[0] // 2, kind, None, 1)
 
     def _is_references(self, x: Tensor, packed: PackedLinear) -> bool:
-        """Whether PyTorch multiplies: int4, which has no operator here, and what it is clearly faster with."""
-        return packed.weight.dtype == torch.int32 or (x.shape[0] >= self.limit and packed.scale is None)
+        """Whether PyTorch multiplies: int4 and fp8, which have no operator here, and what it is clearly faster with."""
+        without = packed.weight.dtype in (torch.int32, reference.FP8)
+        return without or (x.shape[0] >= self.limit and packed.scale is None)
 
     def _run_linear(
         self, x: Tensor, packed: PackedLinear, n: int, activation: str | None, residual: Tensor | None, gated: int

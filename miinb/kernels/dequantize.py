@@ -23,6 +23,7 @@ _SCRATCH = 1 << 24
 #: Pieces of a matrix have a multiple of so many rows.
 _ROWS = 256
 _BLOCK_PARTS = 128
+_BLOCK = 2048  # numbers of fp8
 
 
 @functools.cache
@@ -45,8 +46,14 @@ def embedding_rows(token_ids: Tensor, weight: Tensor, scale: Tensor | None, colu
 
 
 def dequantized(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write what the words [N, W] stand for to `out` [N, K], which is returned; each is rounded once to its dtype."""
-    return _widen(weight, scale, out, None)
+    """Write what words or fp8 [N, W] stand for to `out` [N, K], and return it; each is rounded once to its dtype."""
+    if weight.dtype != formats.FP8:
+        return _widen(weight, scale, out, None)
+    count, k = out.shape
+    block = min(power_of_2(k), _BLOCK)
+    options = {"W": weight.shape[1], "BLOCK": block, "num_warps": 4} | launch_options(weight)
+    _dequantize_fp8[(count, -(-k // block))](weight, scale, out, K=k, **options)
+    return out
 
 
 def product_of_many(
@@ -59,7 +66,7 @@ def product_of_many(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias) + residual, of x [T, K] and words [N, W]; see `linear.linear`."""
+    """activation(x @ weight.T + bias) + residual, of x [T, K] and words or fp8 [N, W]; see `linear.linear`."""
     (rows, k), n = x.shape, weight.shape[0]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
     piece = _SCRATCH // k // _ROWS * _ROWS or _SCRATCH // k
@@ -120,3 +127,15 @@ def _dequantize(
     column = first * COLUMNS + tl.arange(0, BLOCK_P * COLUMNS)[None, :]
     value = widened(words, step, zero, BITS, y.dtype.element_ty, True)
     tl.store(y + to * K + column, value, mask=column < K)
+
+
+@jit
+def _dequantize_fp8(
+    weight, scale, y, K: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a row and BLOCK columns of it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
+    number = tl.load(weight + row * W + column, mask=column < K, other=0.0).to(tl.float32) * tl.load(scale + row)
+    tl.store(y + row * K + column, number.to(y.dtype.element_ty), mask=column < K)

@@ -1,11 +1,12 @@
 """Quantized weights as data: how the numbers and the scales of a matrix [N, K] lie in memory, and what they stand for.
 
-Columns of a row are in groups of `GROUP`, the last of which may have fewer. There are three forms.
+Columns of a row are in groups of `GROUP`, the last of which may have fewer. There are four forms.
 
 * int8 of a CPU: numbers [N, K] int8, and a scale a group, [N, groups] fp32.
 * int8 of a GPU: numbers plus 128 in words, four each, and a scale a group, [N, groups] bf16.
 * int4: whole numbers from 0 to 15 in words, eight each, and a pair a group, [N, groups, 2] bf16: the step, and what the
   number 0 stands for.
+* fp8: e4m3 numbers [N, K filled up with zeros to a multiple of 16], and a scale a row, [N] fp32.
 
 Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. Word w of a part has its
 columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4
@@ -26,10 +27,12 @@ GROUP = 64
 PART_WORDS = 4
 #: The largest int4 number, and what int8 numbers in words are moved by.
 INT4_MAX, INT8_OFFSET = 15, 128
+#: Numbers of four bits of exponent and three of mantissa, the largest, and what a row is filled up to a multiple of.
+FP8, FP8_MAX, FP8_COLUMNS = torch.float8_e4m3fn, 448.0, 16
 
 
 def bits_of(scale: Tensor) -> int:
-    """4 or 8: of the numbers that have these scales."""
+    """4 or 8: of the whole numbers that have these scales."""
     return 4 if scale.dim() == 3 else 8
 
 
@@ -46,6 +49,11 @@ def part_columns(bits: int) -> int:
 def words_of(columns: int, bits: int) -> int:
     """Words of a row of so many columns."""
     return -(-columns // part_columns(bits)) * PART_WORDS
+
+
+def fp8_columns(columns: int) -> int:
+    """Numbers of a row of fp8 with so many columns."""
+    return -(-columns // FP8_COLUMNS) * FP8_COLUMNS
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -73,13 +81,15 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     """The fp32 numbers that quantized rows stand for.
 
     Args:
-        weight: [..., K] int8 or [..., W] words.
-        scale: [..., groups]; of int4 [..., groups, 2].
+        weight: [..., K] int8 or fp8, or [..., W] words.
+        scale: [..., groups]; of int4 [..., groups, 2], of fp8 [...].
 
     Returns:
-        [..., K]; of words with K filled up to whole parts.
+        [..., K]; of words and fp8 with K filled up.
     """
     wide = scale.float()
+    if weight.dtype == FP8:
+        return weight.float() * wide[..., None]
     if bits_of(scale) == 4:
         numbers = unpack(weight, 4)
         step, low = wide.repeat_interleave(GROUP, -2)[..., : numbers.shape[-1], :].unbind(-1)

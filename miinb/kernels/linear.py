@@ -15,7 +15,10 @@ from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
 from miinb.kernels.dequantize import product_of_many
 from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
-from miinb.kernels.formats import bits_of
+from miinb.kernels.formats import FP8, bits_of
+from miinb.kernels.fp8_gemv import fp8_gemv
+from miinb.kernels.fp8_many import fp8_product_of_many
+from miinb.kernels.fp8_product import fp8_product, fp8_product_tile
 from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.product import product, product_tile
 from miinb.kernels.quantized_gemv import quantized_gemv
@@ -30,8 +33,8 @@ class PackedLinear:
         weight: [N, K]: one row an output, as `torch.nn.Linear` has it; where there is a `scale`, a quantized one of the
             forms that `formats` has.
         bias: [N] or None.
-        scale: of each group of a quantized row's columns. None: the weight is what it says. Operators that have no
-            kernel for a form use the reference, which widens it.
+        scale: of each quantized row, or of each group of its columns. None: the weight is what it says. Operators that
+            have no kernel for a form use the reference, which widens it.
     """
 
     weight: Tensor
@@ -63,7 +66,7 @@ def linear(
     Returns:
         [T, N] in x's dtype; sums are fp32.
     """
-    if not use_triton(x) or (packed.scale is not None and packed.weight.dtype != torch.int32):
+    if not use_triton(x) or packed.weight.dtype == torch.int8:
         return reference.linear(
             x, packed.weight, packed.bias, activation=activation, residual=residual, scale=packed.scale
         )
@@ -95,6 +98,12 @@ def _quantized(
 ) -> Tensor:
     weight, bias = packed.weight, packed.bias
     options: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
+    if weight.dtype == FP8:
+        if x.shape[0] == 1:
+            return fp8_gemv(x, weight, scale, bias, **options)
+        if tile := fp8_product_tile(x, weight.shape[0], gated=False):
+            return fp8_product(x, weight, scale, bias, tile, **options)
+        return fp8_product_of_many(x, weight, scale, bias, **options)
     if x.shape[0] == 1:
         return quantized_gemv(x, weight, scale, bias, **options)
     if tile := quantized_product_tile(x, weight.shape[0], bits_of(scale), gated=False):
@@ -119,18 +128,29 @@ def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
     Returns:
         [T, I].
     """
-    if use_triton(x) and packed.scale is not None and packed.weight.dtype == torch.int32:
-        weight, scale, bias, n = packed.weight, packed.scale, packed.bias, packed.weight.shape[0] // 2
+    y = _fused_gated(x, packed, kind) if use_triton(x) else None
+    return gated(linear(x, packed), kind) if y is None else y
+
+
+def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
+    """`gated_linear` in one kernel, or None where there is none."""
+    weight, scale, bias, n = packed.weight, packed.scale, packed.bias, packed.weight.shape[0] // 2
+    if scale is None:
+        if x.shape[0] == 1:
+            return _gemv_launch(x, packed, kind, None, gated_pair=True)
+        if tile := product_tile(x, n, gated=True):
+            return product(x, weight, bias, tile, activation=kind, gated=True)
+    elif weight.dtype == FP8:
+        if x.shape[0] == 1:
+            return fp8_gemv(x, weight, scale, bias, activation=kind, gated_pair=True)
+        if tile := fp8_product_tile(x, n, gated=True):
+            return fp8_product(x, weight, scale, bias, tile, activation=kind, gated=True)
+    elif weight.dtype == torch.int32:
         if x.shape[0] == 1:
             return quantized_gemv(x, weight, scale, bias, activation=kind, gated_pair=True)
         if tile := quantized_product_tile(x, n, bits_of(scale), gated=True):
             return quantized_product(x, weight, scale, bias, tile, activation=kind, gated=True)
-    elif use_triton(x) and packed.scale is None:
-        if x.shape[0] == 1:
-            return _gemv_launch(x, packed, kind, None, gated_pair=True)
-        if tile := product_tile(x, packed.weight.shape[0] // 2, gated=True):
-            return product(x, packed.weight, packed.bias, tile, activation=kind, gated=True)
-    return gated(linear(x, packed), kind)
+    return None
 
 
 def _gemv_launch(

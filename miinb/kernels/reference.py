@@ -13,18 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.kernels.formats import GROUP, dequantize
+from miinb.kernels.formats import FP8, FP8_MAX, GROUP, dequantize
 
-__all__ = ["GROUP", "dequantize"]  # of weights; the operators are used by the module's name
+__all__ = ["FP8", "GROUP", "dequantize"]  # of weights; the operators are used by the module's name
 
 #: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
 _WIDENED = 1 << 22  # numbers of a quantized weight at a time
-#: The largest number of torch.float8_e4m3fn, and what each byte stands for.
-FP8_MAX = 448.0
-_FP8_NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+#: What each byte stands for.
+_FP8_NUMBERS = torch.arange(256, dtype=torch.uint8).view(FP8).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,14 +107,14 @@ def rope_append(
     return q
 
 
-def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers [..., D] as fp8 (e4m3fn), the largest of each row as its largest, and the rows' scales [...] in bf16.
+def to_fp8(x: Tensor, scales: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Numbers [..., D] as fp8 (e4m3fn), the largest of each row as its largest, and the rows' scales [...].
 
     NaN and infinity become NaN, or a scale that is not finite.
     """
     wide = x.float()
-    scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=1e-30).bfloat16()
-    return (wide / scale.float()[..., None]).to(torch.float8_e4m3fn), scale
+    scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=1e-30).to(scales)
+    return (wide / scale.float()[..., None]).to(FP8), scale
 
 
 def paged_attention(

@@ -247,5 +247,5 @@ def test_quantized_arms_are_compared_with_the_plain_one(tmp_path: Path, capsys: 
     assert [sum(word.endswith("x") for word in row) for row in rows] == [0, 2, 2], "ratios to the first"
     found = jobs(Choice(["quantized"], "cuda", "bf16"), dict.fromkeys(presets.PRESETS, ""))
     assert {j.model for j in found} == {"gpt-j-6b", "llama-8b", "gpt-neox-20b"}
-    assert [j.dtype for j in found if j.model == "gpt-j-6b"] == ["bf16", "int8", "int4"]
+    assert [j.dtype for j in found if j.model == "gpt-j-6b"] == ["bf16", "int8", "int4", "fp8"]
     assert "quantized" not in DEFAULT_SUITES["cuda"]

@@ -40,7 +40,7 @@ def inputs(count: int, columns: int) -> Tensor:
 
 
 def nearest(weight: Tensor) -> Tensor:
-    quantizer = Quantizer(4)
+    quantizer = Quantizer("int4")
     words, scale = quantizer.empty(*weight.shape, weight.device)
     quantizer.quantize(weight, words, scale)
     return dequantize(words, scale)[:, : weight.shape[1]]

@@ -30,6 +30,9 @@ from miinb.kernels import (
     attention,
     dequantize,
     dispatch,
+    fp8_gemv,
+    fp8_many,
+    fp8_product,
     head,
     linear,
     norm,
@@ -43,7 +46,8 @@ from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
-    *(activation, attention, dequantize, head, linear, norm, product, quantized_gemv, quantized_product, rope, sample),
+    *(activation, attention, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear, norm, product),
+    *(quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {
@@ -98,6 +102,7 @@ class Blank:
         ("smollm2-135m", "bf16", "fp8"),
         ("smollm2-135m", "int8", "auto"),
         ("gpt2", "int4", "auto"),
+        ("smollm2-135m", "fp8", "auto"),
     ],
 )
 def test_an_executor_launches_nothing_else(

@@ -18,6 +18,7 @@ from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.parameters import QUANTIZED
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import DTYPES, load_weights, weights_bytes
 from miinb.messages import EngineInfo, Plan, SequenceRequest, TokensEvent
@@ -125,7 +126,7 @@ def test_error_of_few_bits_is_near_the_baselines(tiny: Tiny, name: str, dtype: s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "gpt_neox", "opt-350m", "bloom", "gemma2"])
 def test_quantized_weights(tiny: Tiny, name: str, dtype: str) -> None:
     """The kernels against their reference, graphs against none, and the logits near those of fp32."""
@@ -136,13 +137,23 @@ def test_quantized_weights(tiny: Tiny, name: str, dtype: str) -> None:
     prompt = PROMPTS[3]
     batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0])], 16, "cuda")
     wanted, found = exact.forward(batch, exact_cache).float(), decoder.forward(batch, cache).float()
-    assert (found - wanted).norm() < (0.05 if dtype == "int8" else 0.5) * wanted.norm()
+    assert (found - wanted).norm() < {"int8": 0.05, "int4": 0.5, "fp8": 0.2}[dtype] * wanted.norm()
     together = generate(executor_of(decoder, cache, graphs=True), PROMPTS)
     assert generate(executor_of(decoder, cache, graphs=False), PROMPTS) == together
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt-350m", "gemma2"])
+def test_prompts_whose_rows_become_fp8(tiny: Tiny, name: str) -> None:
+    folder, prompt = tiny(name)[1], [(17 * i + i * i) % 98 + 3 for i in range(100)]
+    (exact, exact_cache), (decoder, cache) = load(folder, "fp32"), load(folder, "fp8")
+    batch = StepBatch.of_rows([StepRow(prompt, 0, [3, 1, 2, 0, 9, 8, 7])], 16, "cuda")
+    wanted, found = exact.forward(batch, exact_cache).float(), decoder.forward(batch, cache).float()
+    assert (found - wanted).norm() < 0.25 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", QUANTIZED)
 def test_quantized_weights_are_never_there_in_full(tmp_path: Path, dtype: str) -> None:
     folder = presets.write("opt-1.3b", tmp_path)
     info = models.inspect(folder, load_format="dummy")

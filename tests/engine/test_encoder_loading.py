@@ -23,13 +23,14 @@ from miinb.engine.encoder_kernels import encoder_kernels
 from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.executor import Executor
 from miinb.engine.labels import function_of, labels_of
-from miinb.engine.parameters import TILE_OUTPUTS, int8_bytes
+from miinb.engine.parameters import TILE_OUTPUTS, quantized_encoder_bytes
 from miinb.engine.parity import ParityReport
 from miinb.engine.place import Place
 from miinb.engine.policies import ENCODERS
 from miinb.engine.weights import tensors, weights_bytes
 from miinb.errors import BrokenCheckpoint, MissingHead, RankFailed, UnsupportedModel
 from miinb.kernels.cpu_blocks import BlockedLinear
+from miinb.kernels.formats import FP8
 from miinb.messages import EncodedEvent, EncodeRequest, Plan
 from tests.engine.tiny_encoders import CONFIGS, HEADS, build
 from tests.tiny_tokenizers import byte_level
@@ -158,14 +159,15 @@ def test_sizes_are_known_before_a_start(tmp_path: Path, name: str, task: str) ->
     kernels, _ = encoder_kernels(Plan("optimized", "cpu", "int8"), Place(CPU, "int8"))
     tiles = {"levels": kernels.levels, "pack": kernels.pack}
     weights = load_encoder_weights(info, policy, info.encoder, dtype="int8", device=CPU, **tiles)
-    assert info.weights_bytes("int8") == int8_bytes(info.encoder)
+    assert info.weights_bytes("int8") == quantized_encoder_bytes(info.encoder, "int8")
     layer = weights.layers[0].up
     tile = layer.tile if isinstance(layer, BlockedLinear) else TILE_OUTPUTS  # this CPU's: tiny matrices fill few
-    assert int8_bytes(info.encoder, tile) == pytest.approx(weights_bytes(weights), rel=0.05)
+    assert quantized_encoder_bytes(info.encoder, "int8", tile) == pytest.approx(weights_bytes(weights), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_int8_of_a_gpu(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_as_on_a_gpu(tmp_path: Path, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its form of the numbers, though the tensors are on a CPU, by the reference."""
     build(name, "fill-mask", tmp_path)
     info = models.inspect(tmp_path).serving("fill-mask")
@@ -176,14 +178,18 @@ def test_int8_of_a_gpu(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         encoder_weights, "quantizers", lambda dtype, _, levels: made(dtype, torch.device("cuda"), levels)
     )
-    ours = Encoder(spec, load_encoder_weights(info, policy, spec, dtype="int8", device=CPU))
-    assert ours.weights.layers[0].up.weight.dtype == torch.int32
-    assert 0 < ours.weights.rounding < 0.02
+    ours = Encoder(spec, load_encoder_weights(info, policy, spec, dtype=dtype, device=CPU))
+    layer = ours.weights.layers[0].up
+    assert layer.weight.dtype == (torch.int32 if dtype == "int8" else FP8)
+    assert ours.weights.head[-1].linear.weight.dtype == torch.int32, "a head over the vocabulary is int8"
+    assert 0 < ours.weights.rounding < (0.02 if dtype == "int8" else 0.03)
     batch = EncoderBatch.of_sequences([[5, 6, 7, 8], [9, 10]])
     wanted = exact.outputs(batch)
-    assert (ours.outputs(batch) - wanted).norm() < 0.05 * wanted.norm()
-    wide = sum(tensor.nbytes for tensor in tensors(ours.weights) if tensor.dtype == torch.float32)
-    assert info.weights_bytes("int8", on_gpu=True) == weights_bytes(ours.weights) - wide // 2
+    assert (ours.outputs(batch) - wanted).norm() < (0.05 if dtype == "int8" else 0.15) * wanted.norm()
+    found = list(tensors(ours.weights))
+    wide = sum(tensor.nbytes for tensor in found if tensor.dtype == torch.float32)
+    wide -= sum(4 * len(tensor) for tensor in found if tensor.dtype == FP8)  # scales have four bytes there too
+    assert info.weights_bytes(dtype, on_gpu=True) == weights_bytes(ours.weights) - wide // 2
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from miinb.demo import fetch
 from miinb.engine import parity
 from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
-from miinb.engine.kv_cache import FP8, CacheSize, KVCache, size_cache, token_bytes
+from miinb.engine.kv_cache import CacheSize, KVCache, size_cache, token_bytes
 from miinb.engine.perplexity import perplexity
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import InvalidValue
+from miinb.kernels.formats import FP8
 from miinb.kernels.reference import to_fp8
 from miinb.messages import EngineInfo, Plan
 from tests.engine.conftest import real_text

@@ -26,7 +26,7 @@ def decoder(folder: Path, ops: Operators, dtype: str = "fp32") -> Decoder:
     return Decoder(spec, load_weights(info, policy, spec, dtype=dtype, device=torch.device("cpu")), ops=ops)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("name", ["mistral", "qwen3", "gpt2"])
 def test_right_operators_pass(tiny: Tiny, name: str, dtype: str) -> None:
     report = parity.check(decoder(tiny(name)[1], Operators(), dtype), 128)

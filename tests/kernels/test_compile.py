@@ -45,6 +45,26 @@ def quantized(n: int, k: int, bits: int, bias: bool = False) -> linear.PackedLin
     return linear.PackedLinear(words, t(n) if bias else None, scale)
 
 
+def fp8(n: int, k: int, bias: bool = False) -> linear.PackedLinear:
+    weight = t(n, formats.fp8_columns(k), dtype=formats.FP8)
+    return linear.PackedLinear(weight, t(n) if bias else None, t(n, dtype=torch.float32))
+
+
+FP8_CALLS: dict[str, Callable[[], Any]] = {
+    "gemv": lambda: linear.linear(t(1, 4096), fp8(4096, 4096), residual=t(1, 4096)),
+    "gemv bias": lambda: linear.linear(t(1, 4096), fp8(16384, 4096, True), activation="gelu_tanh"),
+    "gemv deep": lambda: linear.linear(t(1, 24576), fp8(6144, 24576, True)),
+    "gemv gated": lambda: linear.gated_linear(t(1, 4096), fp8(2 * 14336, 4096), "silu"),
+    "gemv odd": lambda: linear.linear(t(1, 100), fp8(7, 100)),
+    "product": lambda: linear.linear(t(2, 4096), fp8(4096, 4096), residual=t(2, 4096)),
+    "product deep": lambda: linear.linear(t(32, 24576), fp8(6144, 24576, True)),
+    "product gated": lambda: linear.gated_linear(t(64, 4096), fp8(2 * 14336, 4096), "silu"),
+    "product short": lambda: linear.linear(t(9, 576), fp8(576, 576)),
+    "many": lambda: linear.linear(t(512, 28672), fp8(16384, 28672, True), activation="gelu_tanh"),
+    "many widened": lambda: linear.linear(t(512, 4096, dtype=torch.float16), fp8(16384, 4096)),
+}
+
+
 def embedding_call(bits: int) -> Callable[[], Any]:
     table, tokens = quantized(50400, 4096, bits), ids(1, dtype=torch.int64)
     return lambda: dequantize.embedding_rows(tokens, table.weight, table.scale, 4096, torch.bfloat16)
@@ -153,6 +173,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     **quantized_calls(8),
     **quantized_calls(4),
+    **{f"fp8 {name}": call for name, call in FP8_CALLS.items()},
 }
 
 
@@ -177,6 +198,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("argmax", (8, 0)),
         ("best_shares", (8, 0)),
         *((f"int{bits} {name}", (8, 0)) for bits in (8, 4) for name in ("gemv gated", "product", "many")),
+        *((f"fp8 {name}", (8, 9)) for name in ("gemv gated", "product", "product gated", "many", "many widened")),
         ("packed attention", (8, 0)),
         ("packed attention long", (8, 0)),
     ],
@@ -239,3 +261,29 @@ def test_quantized_numbers_reach_tensor_cores_without_a_way_through_shared_memor
         begin, end = ptx.index("wgmma.mma_async"), ptx.rindex("wgmma.mma_async")
         assert "st.shared" not in ptx[begin:end]
         assert ptx[begin:end].count("wgmma.wait_group.sync.aligned 0") == 0
+
+
+def test_an_fp8_row_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:
+    """And each thread loads the inputs that it multiplies: nothing but the sums goes through shared memory."""
+    (kernel,) = compiled(CALLS["fp8 gemv"], (9, 0))
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") >= 10
+    assert "ld.global.b8" not in ptx
+    assert 0 < ptx.index("ld.global.v4.b32") < ptx.index("griddepcontrol.wait")
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") >= 64
+    assert kernel.metadata.shared <= 128
+
+
+@pytest.mark.parametrize("name", ["product", "product deep", "product gated", "product short"])
+def test_fp8_numbers_reach_tensor_cores_without_a_way_through_shared_memory(name: str) -> None:
+    """They are read from shared memory where the tensor cores want the weights; each thread widens its own."""
+    (kernel,) = compiled(CALLS[f"fp8 {name}"], (9, 0))
+    graph, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
+    loop = graph[graph.index("scf.for") : graph.index("scf.yield")]
+    assert loop.count("tt.dot") == (2 if "gated" in name else 1)
+    assert "ttg.local_alloc" not in loop
+    assert "ttg.convert_layout" not in loop
+    assert "warpsPerCTA = [1, 4]" in next(line for line in graph.splitlines() if line.startswith("#mma"))
+    assert "ld.shared.b8" not in ptx
+    assert "cvt.rn.f16x2.e4m3x2" in ptx
+    assert "cvt.bf16.f16" not in ptx, "16 of these a cycle, fewer than the bytes that memory brings"

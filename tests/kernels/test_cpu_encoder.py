@@ -42,7 +42,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
 
 def packed(kernels: CpuKernels, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """int8 weights of as many levels as the instructions of this CPU take."""
-    quantizer = Quantizer(kernels.levels)
+    quantizer = Quantizer(levels=kernels.levels)
     numbers, scale = quantizer.empty(*weight.shape, weight.device)
     quantizer.quantize(weight, numbers, scale)
     return PackedLinear(numbers, bias, scale)

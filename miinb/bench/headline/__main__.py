@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=presets.DECODERS, help="default: those of each suite")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="default: all of each suite")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "int8", "int4"], help="default: bf16; fp32 on a CPU"
+        "--dtype", choices=["fp32", "bf16", "fp16", "int8", "int4", "fp8"], help="default: bf16; fp32 on a CPU"
     )
     words = "fp8 adds the optimized engine with an fp8 KV cache, which is lossy"
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help=words)

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64], help="rows of the decoding steps (1 8 64)")
     parser.add_argument("--context", type=int, default=256, help="tokens of each row (256)")
     parser.add_argument("--steps", type=int, default=20, help="steps under the profiler (20)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8", "int4"], default="bf16")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8", "int4", "fp8"], default="bf16")
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto", help="of the KV cache")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of the family, to show that it runs")

@@ -61,6 +61,7 @@ ARMS = {
         Arm(FP8_CACHE, "optimized", kv_dtype="fp8"),
         Arm("optimized int8", "optimized", "int8"),
         Arm("optimized int4", "optimized", "int4"),
+        Arm("optimized fp8", "optimized", "fp8"),
         Arm("served", "optimized", served=True, turn=1),
         Arm("baseline-continuous", "baseline", continuous=True, turn=2),
         Arm("baseline-best", "baseline", compiled=True, turn=3),
@@ -82,7 +83,7 @@ SUITE_ARMS = {
     "throughput": ("optimized", "baseline", "baseline-best"),
     "ragged": ("optimized", "baseline", "baseline-continuous"),
     "memory": ("optimized",),
-    "quantized": ("optimized", "optimized int8", "optimized int4"),  # ratios are to the first
+    "quantized": ("optimized", "optimized int8", "optimized int4", "optimized fp8"),  # ratios are to the first
 }
 
 
@@ -240,6 +241,8 @@ def jobs(choice: Choice, folders: dict[str, str]) -> list[Job]:
         for model in choice.models or MODELS[choice.device][suite]:
             for label in arms:
                 if choice.arms and label not in choice.arms and re.split("[ ,]", label)[0] not in choice.arms:
+                    continue
+                if device == "cpu" and label == "optimized fp8":  # which a CPU has no numbers for
                     continue
                 found = workload(suite, choice.sizes)
                 wanted.setdefault((model, f"{device}/{group}", label), {})[found.suite] = found
