@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.kernels.formats import (
@@ -25,6 +24,7 @@ from miinb.kernels.formats import (
     fp8_columns,
     groups_of,
     pack,
+    pack_fp8,
     words_of,
 )
 
@@ -125,7 +125,7 @@ class Quantizer:
         factors.copy_(torch.linalg.vector_norm(wide, math.inf, dim=1) / FP8_MAX)
         used = factors[:, None]
         numbers = (wide / used.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8)
-        out.copy_(F.pad(numbers.view(torch.uint8), (0, out.shape[1] - part.shape[1])).view(FP8))
+        out.copy_(pack_fp8(numbers))
         self.account.add(wide, numbers.float() * used - wide)
 
     def _count(self, part: Tensor, groups: Tensor, change: Tensor) -> None:

@@ -137,5 +137,6 @@ def _dequantize_fp8(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
-    number = tl.load(weight + row * W + column, mask=column < K, other=0.0).to(tl.float32) * tl.load(scale + row)
+    place = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+    number = tl.load(weight + row * W + place, mask=column < K, other=0.0).to(tl.float32) * tl.load(scale + row)
     tl.store(y + row * K + column, number.to(y.dtype.element_ty), mask=column < K)

@@ -6,7 +6,8 @@ Columns of a row are in groups of `GROUP`, the last of which may have fewer. The
 * int8 of a GPU: numbers plus 128 in words, four each, and a scale a group, [N, groups] bf16.
 * int4: whole numbers from 0 to 15 in words, eight each, and a pair a group, [N, groups, 2] bf16: the step, and what the
   number 0 stands for.
-* fp8: e4m3 numbers [N, K filled up with zeros to a multiple of 16], and a scale a row, [N] fp32.
+* fp8: e4m3 numbers [N, K filled up with zeros to a multiple of 16], and a scale a row, [N] fp32. A part of a row is 16
+  numbers: 4 w to 4 w + 3 are its columns 2 w, 2 w + 1, 2 w + 8 and 2 w + 9.
 
 Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8 or 32 of int4. Word w of a part has its
 columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4
@@ -56,6 +57,19 @@ def fp8_columns(columns: int) -> int:
     return -(-columns // FP8_COLUMNS) * FP8_COLUMNS
 
 
+def pack_fp8(numbers: Tensor) -> Tensor:
+    """fp8 numbers [N, K] in the order of a part, [N, fp8_columns(K)]."""
+    rows, columns = numbers.shape
+    filled = F.pad(numbers.view(torch.uint8), (0, fp8_columns(columns) - columns))  # of bytes PyTorch knows more
+    return filled.view(rows, -1, 2, 4, 2).transpose(2, 3).flatten(1).view(FP8)
+
+
+def unpack_fp8(numbers: Tensor) -> Tensor:
+    """fp8 numbers [..., W] in the order of their columns."""
+    parts = numbers.view(torch.uint8).view(*numbers.shape[:-1], -1, 4, 2, 2)
+    return parts.transpose(-3, -2).flatten(-4).view(FP8)
+
+
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """[N, K] whole numbers from 0 to 2**bits - 1, of any dtype, as words [N, words_of(K, bits)] int32."""
     rows, columns = numbers.shape
@@ -89,7 +103,7 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     """
     wide = scale.float()
     if weight.dtype == FP8:
-        return weight.float() * wide[..., None]
+        return unpack_fp8(weight).float() * wide[..., None]
     if bits_of(scale) == 4:
         numbers = unpack(weight, 4)
         step, low = wide.repeat_interleave(GROUP, -2)[..., : numbers.shape[-1], :].unbind(-1)

@@ -8,13 +8,12 @@ inputs that it holds for several rows. A row has one scale, by which its sum is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from miinb.kernels.activation import activation_of
-from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, wait_for_inputs
+from miinb.kernels.dispatch import jit, launch_options, tl, wait_for_inputs
+from miinb.kernels.quantized_gemv import quantized_gemv_tile
 
 
 def fp8_gemv(
@@ -46,7 +45,7 @@ def fp8_gemv(
     rows, k = weight.shape[0], x.shape[1]
     n = rows // 2 if gated_pair else rows
     y = torch.empty((1, n), dtype=x.dtype, device=x.device) if out is None else out
-    tile = fp8_gemv_tile(n, k, gated_pair=gated_pair)
+    tile = quantized_gemv_tile(n, k, 8, gated_pair=gated_pair)  # as many bytes: those of int8
     _gemv[(-(-n // tile["BLOCK_N"]),)](
         x,
         weight,
@@ -64,21 +63,6 @@ def fp8_gemv(
         **launch_options(x),
     )
     return y
-
-
-def fp8_gemv_tile(n: int, k: int, *, gated_pair: bool) -> dict[str, Any]:
-    """Outputs and parts (16 numbers each) of a row that a program reads at a time, and its warps.
-
-    Not measured yet: chosen as those of `quantized_gemv` were.
-    """
-    parts = -(-k // 16)
-    block_n = 8 if n > 2048 else 1
-    block_p, warps = (128, 4) if n <= 8192 else (64, 2)  # few programs need more warps each
-    block_p = min(block_p, power_of_2(parts))
-    warps = max(1, min(warps, block_p // 32))
-    if gated_pair and block_n > 4:
-        block_n //= 2
-    return {"BLOCK_N": block_n, "BLOCK_P": block_p, "num_warps": warps}
 
 
 # Kernels' long parameter lists stay in rows.
@@ -159,6 +143,8 @@ def _halves(x, start, K: tl.constexpr, BLOCK_P: tl.constexpr):
 @jit
 def _dot(tile, low, high):
     """Sums [BLOCK_P, BLOCK_N] of the products of parts with the halves of their inputs."""
-    halves = tl.reshape(tile, [tile.shape[0], tile.shape[1], 2, 8])
-    first, second = tl.split(tl.permute(halves, 0, 1, 3, 2))
-    return tl.sum(first.to(tl.float32) * low[:, None, :] + second.to(tl.float32) * high[:, None, :], 2)
+    P: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    first, second = tl.split(tl.permute(tl.reshape(tile, [P, N, 4, 2, 2]), (0, 1, 2, 4, 3)))
+    first, second = tl.reshape(first, [P, N, 8]).to(tl.float32), tl.reshape(second, [P, N, 8]).to(tl.float32)
+    return tl.sum(first * low[:, None, :] + second * high[:, None, :], 2)

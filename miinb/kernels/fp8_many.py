@@ -55,12 +55,13 @@ def fp8_product_of_many(
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [T, K], contiguous, as fp8 [T, K], the largest number of each as fp8's largest, and scales [T, 1] fp32.
 
-    What is not finite makes numbers that are not, of its row alone.
+    K is a multiple of 16, and the numbers have the order of weights (see `formats`). What is not finite makes numbers
+    that are not, of its row alone.
     """
     rows, k = x.shape
     numbers = torch.empty((rows, k), dtype=FP8, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    block = power_of_2(k)
+    block = max(power_of_2(k), 16)
     warps = min(max(block // 1024, 1), 16)
     _to_fp8[(rows,)](x, numbers, scales, k, BLOCK=block, num_warps=warps, **launch_options(x))
     return numbers, scales
@@ -74,5 +75,6 @@ def _to_fp8(x, numbers, scales, k, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     wide = tl.load(x + row * k + column, mask=column < k, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(wide), 0) / 448.0, 1e-30)
-    tl.store(numbers + row * k + column, (wide / scale).to(tl.float8e4nv), mask=column < k)
+    parts = tl.permute(tl.reshape(wide / scale, [BLOCK // 16, 2, 4, 2]), (0, 2, 1, 3))
+    tl.store(numbers + row * k + column, tl.reshape(parts, [BLOCK]).to(tl.float8e4nv), mask=column < k)
     tl.store(scales + row, scale)

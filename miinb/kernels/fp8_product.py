@@ -1,14 +1,14 @@
 """A few rows times an fp8 matrix on tensor cores: numbers are widened on their way to them, exactly.
 
 e4m3 numbers are numbers of bf16 and of fp16 too, so nothing is rounded; a row's scale multiplies its sum at the end.
-Triton 3.6 reads the numbers from shared memory where the tensor cores want the weights, and widens them there.
+The weights are the left operand, as in `quantized_product`: their numbers lie as tensor cores want them in registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,43 +21,34 @@ from miinb.kernels.dispatch import (
     tl,
     wait_for_inputs,
 )
+from miinb.kernels.formats import FP8_COLUMNS
 from miinb.kernels.product import write_tile
+from miinb.kernels.quantized_product import Tile
 
-
-class Tile(NamedTuple):
-    """What one program computes, and how: `rows` x `outputs` (of a gated pair so many of each half)."""
-
-    rows: int
-    outputs: int
-    warps: int
-    stages: int  # loads in flight
-
-
-#: The first tile that has the rows, or some of the last one, of which the second reads the weights from the L2 cache.
-#: Not measured yet. Of 64 rows and more Triton would use instructions that take weights from shared memory alone.
-_TILES = (Tile(16, 64, 4, 6), Tile(32, 64, 4, 6))
+#: The first tile that has the rows: those of int8, as measured on an H200 (`quantized_product`).
+_TILES = (Tile(16, 64, 4, 4, 512), Tile(32, 64, 4, 6, 256), Tile(64, 128, 8, 3, 128))
 #: More are made fp8 themselves (`fp8_many.py`).
 MOST_ROWS = 64
-_PROGRAMS = 264  # two for each multiprocessor of an H100
+_COLUMNS = 128
 _MOST_PARTS = 8
 
 
 def fp8_product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None:
     """The kernel's options for x [T, K] and N outputs (of a gated pair: one half's), or None where it has no form.
 
-    Columns must divide into steps, so that the kernel needs no masks for weights.
+    Columns must divide into parts; of a gated pair rows must divide into tiles.
     """
     rows, k = x.shape
     if not 2 <= rows <= MOST_ROWS or x.element_size() != 2:
         return None
-    tile = next((tile for tile in _TILES if rows <= tile.rows), _TILES[-1])
-    columns = 128 if k % 128 == 0 else 64
-    if k % columns or n % tile.outputs:
+    tile = next(tile for tile in _TILES if rows <= tile.rows)
+    weight_rows = 2 * n if gated else n
+    if k % FP8_COLUMNS or (gated and weight_rows % tile.outputs):
         return None
-    stage_bytes = columns * (2 * tile.rows + tile.outputs * (2 if gated else 1))
-    stages = min(shared_memory_bytes(x) // 2 // stage_bytes, tile.stages)  # two programs at a time
-    split = 1 if gated else min(max(_PROGRAMS // (n // tile.outputs), 1), _MOST_PARTS, k // columns)
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": columns, "SPLIT": split}
+    stages = min(shared_memory_bytes(x) // (_COLUMNS * (2 * tile.rows + tile.outputs)), tile.stages)
+    tiles = -(-weight_rows // tile.outputs)
+    split = 1 if gated else min(max(tile.programs // tiles, 1), _MOST_PARTS, -(-k // _COLUMNS))
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": _COLUMNS, "SPLIT": split}
     return blocks | {"num_warps": tile.warps, "num_stages": stages}
 
 
@@ -94,7 +85,7 @@ def fp8_product(
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
     split = tile["SPLIT"]
     partial = torch.empty((split, rows, n), dtype=torch.float32, device=x.device) if split > 1 else None
-    _product[(-(-rows // tile["BLOCK_M"]) * (n // tile["BLOCK_N"]), split)](
+    _product[(-(-weight.shape[0] // tile["BLOCK_N"]), split)](
         x,
         weight,
         scale,
@@ -124,34 +115,56 @@ def _product(
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order."""
+    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order.
+
+    Of a gated pair it takes 8 rows of the gate, the 8 of the other half that belong to them, and so on: a thread's sums
+    are then of both.
+    """
     unit, part = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(rows, BLOCK_M)
-    m = unit % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = unit // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_K)
-    STEPS: tl.constexpr = K // BLOCK_K
+    m = tl.arange(0, BLOCK_M)
+    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    first = unit * OUTPUTS
+    row = tl.arange(0, BLOCK_N)
+    # places past the last row compute another row again
+    row = first + row // 16 * 8 + row % 8 + row // 8 % 2 * n if GATED else tl.minimum(first + row, n - 1)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SPAN: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    from_x = x + (m % rows)[:, None] * K + column[None, :]  # places past the last row compute another row again
-    from_weight = weight + j.to(tl.int64)[:, None] * K + column[None, :]
-    other = n.to(tl.int64) * K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if GATED:
-        acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    column = tl.arange(0, BLOCK_K)
+    from_x = x + (m % rows)[None, :] * K + column[:, None]
+    from_weight = weight + row.to(tl.int64)[:, None] * K + column[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     wait_for_inputs(PDL)
     for step in range(part * SPAN, tl.minimum((part + 1) * SPAN, STEPS)):
-        value = tl.load(from_x + step * BLOCK_K)
-        weights = tl.load(from_weight + step * BLOCK_K).to(tl.float32)  # to bf16 at once takes a slow instruction each
-        acc = tl.dot(value, weights.to(x.dtype.element_ty).T, acc)
-        if GATED:
-            weights = tl.load(from_weight + other + step * BLOCK_K).to(tl.float32)
-            acc2 = tl.dot(value, weights.to(x.dtype.element_ty).T, acc2)
-    acc *= tl.load(scale + j)[None, :]
+        if K % BLOCK_K == 0:
+            value = tl.load(from_x + step * BLOCK_K)
+            numbers = tl.load(from_weight + step * BLOCK_K)
+        else:
+            there = column < K - step * BLOCK_K
+            value = tl.load(from_x + step * BLOCK_K, mask=there[:, None], other=0.0)
+            numbers = tl.load(from_weight + step * BLOCK_K, mask=there[None, :], other=0.0)
+        acc = tl.dot(_weights(numbers, x.dtype.element_ty), value, acc)
+    acc *= tl.load(scale + row)[:, None]
+    acc = acc.T
     if GATED:
-        acc2 *= tl.load(scale + n + j)[None, :]
+        acc, acc2 = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, OUTPUTS // 8, 2, 8]), (0, 1, 3, 2)))
+        acc, acc2 = tl.reshape(acc, [BLOCK_M, OUTPUTS]), tl.reshape(acc2, [BLOCK_M, OUTPUTS])
+    j = first + tl.arange(0, OUTPUTS)
     to = m[:, None] * n + j[None, :]
-    mask = (m < rows)[:, None]
+    mask = (m < rows)[:, None] & (j < n)[None, :]
+    j = tl.minimum(j, n - 1)
     write_tile(
         acc, acc2 if GATED else acc, bias, residual, y, partial, counters, unit, part, rows, to, j, n, mask, SPLIT,
         ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
     )
+
+
+@jit
+def _weights(numbers, DTYPE: tl.constexpr):
+    """A tile of weights in the order of their columns, from the numbers as `formats` has them.
+
+    By way of fp32, as the GPU makes bf16 of fp8 by an instruction that it starts 16 of a cycle.
+    """
+    N: tl.constexpr = numbers.shape[0]
+    Q: tl.constexpr = numbers.shape[1] // 16
+    parts = tl.permute(tl.reshape(numbers, [N, Q, 4, 2, 2]), (0, 1, 3, 2, 4))
+    return tl.reshape(parts, [N, 16 * Q]).to(tl.float32).to(DTYPE)

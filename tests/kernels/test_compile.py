@@ -276,14 +276,18 @@ def test_an_fp8_row_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:
 
 @pytest.mark.parametrize("name", ["product", "product deep", "product gated", "product short"])
 def test_fp8_numbers_reach_tensor_cores_without_a_way_through_shared_memory(name: str) -> None:
-    """They are read from shared memory where the tensor cores want the weights; each thread widens its own."""
+    """They are read from shared memory as the tensor cores want the weights, and widened there while those work."""
     (kernel,) = compiled(CALLS[f"fp8 {name}"], (9, 0))
     graph, ptx = kernel.asm["ttgir"], kernel.asm["ptx"]
     loop = graph[graph.index("scf.for") : graph.index("scf.yield")]
-    assert loop.count("tt.dot") == (2 if "gated" in name else 1)
+    assert loop.count("ttng.warp_group_dot ") == 8  # 16 columns each
+    assert loop.count("isAsync = true") == 8
     assert "ttg.local_alloc" not in loop
-    assert "ttg.convert_layout" not in loop
-    assert "warpsPerCTA = [1, 4]" in next(line for line in graph.splitlines() if line.startswith("#mma"))
+    assert "ttg.local_store" not in loop
+    begin, end = ptx.index("wgmma.mma_async"), ptx.rindex("wgmma.mma_async")
+    assert "st.shared" not in ptx[begin:end]
+    assert ptx[begin:end].count("wgmma.wait_group.sync.aligned 0") == 0
+    assert "ldmatrix.sync.aligned.m8n8.x4.shared.b16" in ptx
     assert "ld.shared.b8" not in ptx
     assert "cvt.rn.f16x2.e4m3x2" in ptx
     assert "cvt.bf16.f16" not in ptx, "16 of these a cycle, fewer than the bytes that memory brings"

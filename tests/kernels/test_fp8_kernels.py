@@ -12,7 +12,7 @@ from miinb.kernels import dequantize as dequantize_module
 from miinb.kernels import reference
 from miinb.kernels.dequantize import dequantized, product_of_many
 from miinb.kernels.dispatch import INTERPRETED
-from miinb.kernels.formats import FP8, FP8_MAX, dequantize, fp8_columns
+from miinb.kernels.formats import FP8, FP8_MAX, dequantize, fp8_columns, pack_fp8, unpack_fp8
 from miinb.kernels.fp8_gemv import fp8_gemv
 from miinb.kernels.fp8_many import fp8_product_of_many, fp8_rows
 from miinb.kernels.fp8_product import MOST_ROWS, fp8_product_tile
@@ -33,7 +33,7 @@ def _seed() -> None:
 def quantized(n: int, k: int, bias: torch.Tensor | None = None) -> PackedLinear:
     """Numbers of every size with any scales; what fills rows up is not zero, as it must not count."""
     size = 2.0 ** torch.randint(-9, 9, (n, fp8_columns(k)))
-    numbers = (torch.randn(n, fp8_columns(k)) * size).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    numbers = pack_fp8((torch.randn(n, fp8_columns(k)) * size).clamp(-FP8_MAX, FP8_MAX).to(FP8))
     return PackedLinear(numbers.to(DEVICE), bias, ((torch.rand(n) + 0.1) / FP8_MAX).to(DEVICE))
 
 
@@ -56,7 +56,7 @@ def test_every_number_is_widened_exactly() -> None:
     few = linear(one.to(DOT_DTYPES[1]).expand(3, 64).contiguous(), PackedLinear(weight, scale=scale))
     assert torch.equal(few.float(), numbers.float().expand(3, 256))
     out = torch.empty(256, 64, device=DEVICE)
-    assert torch.equal(dequantized(weight, scale, out), weight.float())
+    assert torch.equal(dequantized(weight, scale, out), unpack_fp8(weight).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +87,20 @@ def test_gated(rows: int, bias: bool) -> None:
     same(gated_linear(x, packed, "silu"), reference.gated(exact(x, packed), "silu"))
 
 
-@pytest.mark.parametrize(("rows", "n", "k"), [(2, 64, 128), (5, 128, 1024), (33, 64, 192), (MOST_ROWS, 64, 256)])
+@pytest.mark.parametrize("k", [7, 16, 100])
+def test_numbers_come_out_in_the_order_they_went_in(k: int) -> None:
+    numbers = torch.randint(0, 127, (3, k), dtype=torch.uint8).view(FP8)
+    packed = pack_fp8(numbers)
+    assert packed.shape == (3, fp8_columns(k))
+    back = unpack_fp8(packed).view(torch.uint8)
+    assert torch.equal(back[:, :k], numbers.view(torch.uint8))
+    assert not back[:, k:].any()
+    if k == 16:
+        order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+        assert torch.equal(packed.view(torch.uint8), numbers.view(torch.uint8)[:, order])
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(2, 64, 128), (5, 128, 1024), (33, 100, 176), (MOST_ROWS, 128, 256)])
 def test_few_rows(rows: int, n: int, k: int) -> None:
     dtype = DOT_DTYPES[1]
     x, bias, residual = (rand(*shape, dtype=dtype) for shape in ((rows, k), (n,), (rows, n)))
@@ -98,6 +111,7 @@ def test_few_rows(rows: int, n: int, k: int) -> None:
     expected = exact(x, packed, activation="silu", residual=wide(residual))
     same(linear(x, packed, activation="silu", residual=residual), expected)
     packed = quantized(2 * n, k, rand(2 * n, dtype=dtype))
+    assert (fp8_product_tile(x, n, gated=True) is not None) == (n != 100)
     same(gated_linear(x, packed, "relu"), reference.gated(exact(x, packed), "relu"))
 
 
@@ -105,20 +119,20 @@ def test_what_has_no_product_of_few_rows() -> None:
     dtype = DOT_DTYPES[1]
     assert fp8_product_tile(rand(1, 256, dtype=dtype), 64, gated=False) is None
     assert fp8_product_tile(rand(MOST_ROWS + 1, 256, dtype=dtype), 64, gated=False) is None
-    assert fp8_product_tile(rand(3, 96, dtype=dtype), 64, gated=False) is None
-    assert fp8_product_tile(rand(3, 256, dtype=dtype), 60, gated=False) is None
+    assert fp8_product_tile(rand(3, 100, dtype=dtype), 64, gated=False) is None
+    assert fp8_product_tile(rand(3, 256, dtype=dtype), 60, gated=True) is None
     assert fp8_product_tile(rand(3, 256), 64, gated=False) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [16, 100, 1100])
+@pytest.mark.parametrize("k", [16, 112, 1104])
 def test_rows_become_fp8(dtype: torch.dtype, k: int) -> None:
     x = rand(5, k, dtype=dtype) * torch.tensor([1.0, 1e-3, 1e4, 0.0, 7.0], dtype=dtype, device=DEVICE)[:, None]
     numbers, scale = fp8_rows(x)
     largest = x.float().abs().amax(1, keepdim=True)
     assert torch.allclose(scale, largest / FP8_MAX, rtol=1e-6, atol=1e-30)
     assert (numbers.float().abs().amax(1) == FP8_MAX).tolist() == [True, True, True, False, True]
-    back = numbers.float() * scale
+    back = unpack_fp8(numbers).float() * scale
     error = (back - x.float()).abs()
     assert (error <= (x.float().abs() / 16 * 1.001).clamp(min=1e-3 / FP8_MAX * largest)).all()  # to the nearest
 
@@ -140,7 +154,7 @@ def test_many_rows_of_fp8(rows: int, n: int, k: int, bias: bool) -> None:
     x, residual = rand(rows, k, dtype=dtype), rand(rows, n, dtype=dtype)
     packed = quantized(n, k, rand(n, dtype=dtype) if bias else None)
     numbers, scale = fp8_rows(x)
-    rounded = numbers.double().cpu() * scale.double().cpu()
+    rounded = unpack_fp8(numbers).double().cpu() * scale.double().cpu()
     out = linear(x, packed, activation="gelu", residual=residual)
     same(out, exact(rounded, packed, activation="gelu", residual=wide(residual)))
     assert packed.scale is not None
