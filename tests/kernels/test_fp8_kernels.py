@@ -71,6 +71,8 @@ def test_one_row(dtype: torch.dtype, n: int, k: int) -> None:
         packed = quantized(n, k, bias)
         out = linear(x, packed, activation=activation, residual=residual)
         same(out, exact(x, packed, activation=activation, residual=wide(residual)))
+    assert linear(x, packed, out=out) is out
+    same(out, exact(x, packed))
 
 
 def test_many_outputs_of_one_row() -> None:
@@ -110,6 +112,8 @@ def test_few_rows(rows: int, n: int, k: int) -> None:
     assert (tile["SPLIT"] > 1) == (k > 128)
     expected = exact(x, packed, activation="silu", residual=wide(residual))
     same(linear(x, packed, activation="silu", residual=residual), expected)
+    assert linear(x, packed, out=residual) is residual
+    same(residual, exact(x, packed))
     packed = quantized(2 * n, k, rand(2 * n, dtype=dtype))
     assert (fp8_product_tile(x, n, gated=True) is not None) == (n != 100)
     same(gated_linear(x, packed, "relu"), reference.gated(exact(x, packed), "relu"))
