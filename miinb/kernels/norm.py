@@ -104,12 +104,18 @@ def _norm(
             wide = added
     else:
         wide = value.to(tl.float32)
+    wide = normalize(wide, inside, hidden, eps, value.dtype, CENTERED) * scale
+    if HAS_BIAS:
+        wide += shift
+    tl.store(y + at, wide.to(value.dtype), mask=inside)
+
+
+@jit
+def normalize(wide, inside, hidden, eps, dtype: tl.constexpr, CENTERED: tl.constexpr):
+    """One row in fp32, divided by its root mean square, or (CENTERED) by its deviation after its mean was taken off."""
     if CENTERED:
         wide = tl.where(inside, wide - tl.sum(wide, 0) / hidden, 0.0)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
     if not CENTERED:
-        wide = wide.to(value.dtype).to(tl.float32)  # rounded before the weight is applied, as the models were trained
-    wide = wide * scale
-    if HAS_BIAS:
-        wide += shift
-    tl.store(y + at, wide.to(value.dtype), mask=inside)
+        wide = wide.to(dtype).to(tl.float32)  # rounded before the weight is applied, as the models were trained
+    return wide

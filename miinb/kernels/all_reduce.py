@@ -1,0 +1,214 @@
+"""Sums over tensor-parallel ranks through memory that all their GPUs can read, with the norm behind them in one kernel.
+
+Each rank writes its part to a board of its own, tells the others, waits for theirs, and reads them all: in the order of
+the ranks and in fp32, so that every rank has the same bits. It pays for messages of a few hundred KB at most: each rank
+reads every part whole.
+
+A board is used again two messages later. That is safe without a second wait: a rank writes message n + 2 after its
+kernel of n + 1 ended, so every other rank has begun n + 1, and so has ended n, the last to read what is overwritten.
+
+No program waits for one that cannot run. Programs wait only for the program of the same number on other ranks; there
+are no more of them than multiprocessors, and each fits one. Whatever else is on the GPU then waits for this kernel or
+ends without it. All ranks launch the same messages in the same order on one stream each.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, wait_for_inputs
+from miinb.kernels.norm import normalize
+
+#: Most programs of a launch, and so flags that each rank has for each other.
+PROGRAMS = 128
+#: A program that has looked so often in vain ends the process's use of the GPU: about a minute on an H100.
+MOST_LOOKS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Boards:
+    """The memory of one rank and its way to that of the others.
+
+    Attributes:
+        addresses: [ranks] int64, where each rank's memory of `boards_bytes` lies for this rank's GPU: first flags,
+            int64 [ranks, PROGRAMS] (who says it, for which program), the number of the newest message that is there;
+            then the boards of even and of odd messages. Flags are zero at first.
+        epochs: [PROGRAMS] int64, the number of the newest message; in memory of the GPU, so that a CUDA graph that is
+            replayed goes on counting. Zeros at first.
+        rank: this one.
+        limit: bytes of the largest message, a multiple of 16.
+        programs: most of a launch: at most `PROGRAMS`, and at most the GPU's multiprocessors.
+    """
+
+    addresses: Tensor
+    epochs: Tensor
+    rank: int
+    limit: int
+    programs: int
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a message is small enough."""
+        return x.numel() * x.element_size() <= self.limit
+
+
+def boards_bytes(ranks: int, limit: int) -> int:
+    """Bytes of each rank's memory; see `Boards`."""
+    return 8 * ranks * PROGRAMS + 2 * limit
+
+
+def all_reduce(x: Tensor, boards: Boards) -> Tensor:
+    """The sum of every rank's `x` [rows, hidden], contiguous; in fp32, then rounded to x's dtype."""
+    return _launch(x, boards, None, None, 0.0, None, centered=False)[1]
+
+
+def reduce_norm(
+    x: Tensor,
+    boards: Boards,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:
+    """`norm.rms_norm`, or `norm.layer_norm` if centered, of the sum of every rank's `x` (and the residual).
+
+    Args:
+        x: [rows, hidden], contiguous: this rank's part.
+        boards: that `x` fits.
+        weight: [hidden].
+        bias: [hidden] or None.
+        eps: see `norm.rms_norm`.
+        residual: as `x`, the same on every rank, or None.
+        centered: whether the mean is taken off.
+
+    Returns:
+        The norm's output, and the sum with the residual, both in x's dtype and bit for bit the same on every rank.
+    """
+    return _launch(x, boards, weight, bias, eps, residual, centered=centered)
+
+
+def _launch(
+    x: Tensor,
+    boards: Boards,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    *,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    total = torch.empty_like(x)
+    y = torch.empty_like(x) if weight is not None else total
+    block, ranks = power_of_2(hidden), len(boards.addresses)
+    _reduce[(min(rows, boards.programs),)](
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        total,
+        boards.addresses,
+        boards.epochs,
+        boards.rank,
+        rows,
+        hidden,
+        boards.limit,
+        eps,
+        RANKS=ranks,
+        PEERS=power_of_2(ranks),
+        PROGRAMS=PROGRAMS,
+        MOST_LOOKS=MOST_LOOKS,
+        NORM=weight is not None,
+        CENTERED=centered,
+        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 16),
+        **launch_options(x),
+    )
+    return y, total
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit(plain=("rank", "rows"))
+def _reduce(
+    x, residual, weight, bias, y, total, addresses, epochs, rank, rows, hidden, limit, eps, RANKS: tl.constexpr,
+    PEERS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):
+    """A program takes every n-th row."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    if NORM:
+        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    memories = ()  # nothing else stands between the others' flags and the reading of their parts
+    for source in tl.static_range(RANKS):
+        memories = memories + (tl.load(addresses + source),)  # noqa: RUF005
+    peers = tl.arange(0, PEERS)
+    theirs = tl.load(addresses + peers, mask=peers < RANKS, other=0).to(tl.pointer_type(tl.int64))
+    mine = tl.load(addresses + rank)
+    wait_for_inputs(PDL)
+    epoch = tl.load(epochs + program) + 1
+    board = 8 * RANKS * PROGRAMS + (epoch & 1) * limit
+    own = _numbers(mine + board, x)
+    for row in range(program, rows, programs):
+        at = row * hidden + column
+        tl.store(own + at, tl.load(x + at, mask=inside), mask=inside)
+    _meet(
+        theirs + (rank * PROGRAMS + program), mine.to(tl.pointer_type(tl.int64)) + (peers * PROGRAMS + program),
+        peers < RANKS, epoch, PEERS, MOST_LOOKS,
+    )
+    place = tl.arange(0, PROGRAMS)
+    tl.store(epochs + place, epoch, mask=place % programs == program)  # those that this launch lacks count, too
+    for row in range(program, rows, programs):
+        at = row * hidden + column
+        wide = tl.zeros([BLOCK], tl.float32)
+        for peer in tl.static_range(RANKS):
+            part = _numbers(memories[peer] + board, x)
+            wide += tl.load(part + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if HAS_RESIDUAL:
+            wide += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        value = wide.to(x.dtype.element_ty)
+        tl.store(total + at, value, mask=inside)
+        if NORM:
+            wide = normalize(value.to(tl.float32), inside, hidden, eps, value.dtype, CENTERED) * scale
+            if HAS_BIAS:
+                wide += shift
+            tl.store(y + at, wide.to(value.dtype), mask=inside)
+
+
+@jit
+def _numbers(address, x):
+    """The address as a pointer to numbers like those of `x`, which are read 16 bytes at a time."""
+    return tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
+
+
+@jit
+def _meet(theirs, mine, there, epoch, PEERS: tl.constexpr, MOST_LOOKS: tl.constexpr):
+    """Say that this program's part of a message is there, and wait until it is on every rank.
+
+    `theirs` are this rank's flags with the others, `mine` the others' with this rank, for this program; [PEERS] each.
+    """
+    number = tl.zeros([PEERS], tl.int64)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    tl.atomic_xchg(theirs, number + epoch, mask=there, sem="release", scope="sys")
+    seen, looks = epoch - 1, 0
+    while seen < epoch:
+        flags = tl.atomic_add(mine, number, mask=there, sem="acquire", scope="sys")
+        seen = tl.min(tl.where(there, flags, epoch), 0)
+        looks += 1
+        if looks == MOST_LOOKS:
+            tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()  # all have waited before one of them reads

@@ -1,0 +1,83 @@
+"""One of several ranks whose boards lie in shared files: `TRITON_INTERPRET=1 python all_reduce_rank.py RANK RANKS FOLDER`.
+
+The kernel runs as it is: the interpreter computes its programs one after another, in the same order on every rank, and
+its atomics are the CPU's. Writes each message's outputs to FOLDER/rank-N.pt.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tests.kernels.interpreter  # noqa: F401
+from miinb.kernels.all_reduce import PROGRAMS, Boards, all_reduce, boards_bytes, reduce_norm
+
+LIMIT = 1 << 15
+EPS = 1e-5
+#: (rows, hidden, dtype, norm, residual, bias): more rows than programs, odd widths, launches of every size in turn.
+MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
+    (1, 48, torch.float32, "rms", True, False),
+    (3, 48, torch.float32, "layer", True, True),
+    (5, 36, torch.float32, "none", False, False),
+    (1, 36, torch.float32, "layer", True, False),
+    (9, 20, torch.float16, "rms", True, False),
+    (2, 64, torch.bfloat16, "layer", False, True),
+    (7, 100, torch.bfloat16, "none", False, False),
+    (1, 48, torch.float16, "rms", False, False),
+]
+PASSES = 6
+
+
+def inputs(number: int, rank: int) -> dict[str, Any]:
+    """What a rank has for a message; all but `x` is the same on every rank."""
+    rows, hidden, dtype, norm, residual, bias = MESSAGES[number % len(MESSAGES)]
+    shared = torch.Generator().manual_seed(number)
+    own = torch.Generator().manual_seed(1000 * (number + 1) + rank)
+
+    def rand(*shape: int, generator: torch.Generator = shared) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "x": rand(rows, hidden, generator=own),
+        "weight": rand(hidden) if norm != "none" else None,
+        "bias": rand(hidden) if bias else None,
+        "residual": rand(rows, hidden) if residual else None,
+        "centered": norm == "layer",
+    }
+
+
+def boards_of(rank: int, ranks: int, folder: Path) -> tuple[Boards, list[Tensor]]:
+    """This rank's view of the files; the tensors keep them mapped."""
+    size = boards_bytes(ranks, LIMIT)
+    memory = [torch.from_file(str(folder / f"board-{i}"), shared=True, size=size, dtype=torch.uint8) for i in range(ranks)]
+    addresses = torch.tensor([part.data_ptr() for part in memory])
+    # Few programs: a launch then has fewer than rows.
+    return Boards(addresses, torch.zeros(PROGRAMS, dtype=torch.int64), rank, LIMIT, 4), memory
+
+
+def main() -> None:
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    boards, _memory = boards_of(rank, ranks, folder)
+    outputs = []
+    late = random.Random(rank)
+    for number in range(PASSES * len(MESSAGES)):
+        given = inputs(number, rank)
+        time.sleep(late.choice((0.0, 0.0, 0.02)))  # now this rank is behind, now that one
+        if given["weight"] is None:
+            total = all_reduce(given["x"], boards)
+            outputs.append((total, total))
+        else:
+            x, weight, bias = given.pop("x"), given.pop("weight"), given.pop("bias")
+            outputs.append(reduce_norm(x, boards, weight, bias, EPS, **given))
+    torch.save({"outputs": outputs, "epochs": boards.epochs}, folder / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
