@@ -47,8 +47,9 @@ class EngineOptions(Frozen):
             in one step; the answers stay the same (in bf16 and fp16 up to near ties, as in any batch).
         max_queue: most requests that wait; more are refused with `QueueFull`.
         threads: CPU threads of one rank; None: the cores divided by the ranks.
-        all_reduce: CPU, several ranks: DeepSpeed's through shared memory (compiled at first use, which takes
-            up to a minute) or gloo's; "auto" is the former where cores are left beside the ranks.
+        all_reduce: several ranks. CPU: DeepSpeed's through shared memory (compiled at first use, which takes up to a
+            minute) or gloo's; "auto" is the former where cores are left beside the ranks. GPU: NCCL's, or with "auto"
+            small sums by a kernel of the engine through the memory of linked GPUs.
         memory_limit_bytes: most that a rank plans to take of its device, however much is free; a GPU enforces it.
         offload: for models that do not fit: plain transformers under DeepSpeed's ZeRO-Inference, which fetches the
             weights of each layer from the host's memory ("cpu") or a fast disk ("nvme") when it is their turn.
@@ -70,7 +71,7 @@ class EngineOptions(Frozen):
     speculative: Literal["off", "prompt_lookup"] = "off"
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 1024
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    all_reduce: Literal["auto", "shared_memory", "gloo"] = "auto"
+    all_reduce: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     memory_limit_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
     offload: Literal["off", "cpu", "nvme"] = "off"
     offload_folder: str | None = None

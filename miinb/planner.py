@@ -117,6 +117,7 @@ def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
     ranks = config.tensor_parallel
     if ranks == 1:
         return choice
+    _check_all_reduce(config.options.all_reduce, choice.device)
     spec = model.spec or model.encoder
     if choice.engine != "optimized" or spec is None:
         return _split_by_autotp(choice, model, ranks)
@@ -132,6 +133,15 @@ def _split(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
     elif model.spec.kv_heads < ranks:
         reason += f"; each key/value head is on {ranks // model.spec.kv_heads} of them"
     return choice.with_line("tensor_parallel", f"{ranks} ranks", reason)
+
+
+def _check_all_reduce(asked: str, device: str) -> None:
+    """Raise InvalidValue for sums over ranks that the device does not have."""
+    known = ("auto", "nccl") if device == "cuda" else ("auto", "shared_memory", "gloo")
+    if asked not in known:
+        where = "GPUs" if device == "cuda" else "a CPU"
+        hint = f"Use {' or '.join(map(repr, known))}."
+        raise InvalidValue(f"options.all_reduce: ranks on {where} do not sum by {asked!r}.", hint=hint)
 
 
 def _split_by_autotp(choice: Plan, model: ModelInfo, ranks: int) -> Plan:

@@ -144,7 +144,7 @@ _ENGINE_HELP = {
     "speculative": "guess several tokens at once from equal text; the answers stay the same",
     "max_queue": "most requests that wait",
     "threads": "CPU threads of one rank",
-    "all_reduce": "several ranks on a CPU: through shared memory (compiled at first use) or gloo",
+    "all_reduce": "sums over ranks: on a CPU by shared memory (compiled at first use) or gloo, on GPUs by nccl alone",
     "memory_limit_bytes": "most memory of its device that a rank takes, however much is free",
     "offload": "a model that fits no other way: its weights wait there (ZeRO-Inference, slow)",
     "offload_folder": "of --offload nvme: a folder on a fast disk",

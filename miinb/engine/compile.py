@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from miinb import models
-from miinb.config import DeploymentConfig
-from miinb.engine import parity
+from miinb.config import DeploymentConfig, EngineOptions
+from miinb.engine import parity, symmetric
 from miinb.engine.decoder import Decoder, StepBatch
 from miinb.engine.encoder import Encoder, EncoderBatch
 from miinb.engine.encoder_graphs import graph_sizes
@@ -45,11 +45,13 @@ from miinb.engine.encoder_weights import load_encoder_weights
 from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.heads import reduce
 from miinb.engine.kv_cache import DEFAULT_BATCH, CacheSize, KVCache, cache_dtype
+from miinb.engine.parallel import Group
 from miinb.engine.policies import ENCODERS, POLICIES, encoder_spec
 from miinb.engine.reduction import usual_reduction
 from miinb.engine.sampling import Needs, Sampler
 from miinb.engine.weights import activation_dtype, load_weights
 from miinb.errors import UnsupportedModel
+from miinb.kernels.all_reduce import PROGRAMS, Boards
 from miinb.kernels.head import argmax
 from miinb.kernels.shares import best_shares
 from miinb.messages import from_dict
@@ -182,7 +184,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     )
     activations = activation_dtype(dtype, META, model.dtype)
     local = spec.shard(ranks)
-    decoder = Decoder(local, weights)
+    decoder = Decoder(local, weights, group=_NoPeers(ranks, options) if ranks > 1 else None)
     page_tokens = config.options.page_tokens
     pages = -(-config.options.step_tokens("cuda") // page_tokens)
     size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
@@ -198,6 +200,23 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
                 logits = _meta(rows, spec.vocab_size, dtype=logits_dtype)
                 sampler.choose(logits, (), (), _meta(rows), _meta(rows), Needs.SAMPLE)
     return kernels
+
+
+class _NoPeers(Group):
+    """The ranks' group over meta tensors: launches what each would, and talks to nobody."""
+
+    def __init__(self, ranks: int, options: EngineOptions) -> None:
+        super().__init__(0, ranks, "nccl")
+        if options.all_reduce == "auto":
+            addresses, epochs = _meta(ranks), _meta(PROGRAMS)
+            self.boards = Boards(addresses, epochs, self.rank, symmetric.most_bytes(ranks), PROGRAMS)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """This rank's columns for all."""
+        return x.repeat(1, self.size)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:

@@ -223,6 +223,8 @@ class Decoder:
         x, residual = self.embed(batch), None
         for index in range(self.spec.layers):
             x, residual = self.layer(index, x, residual, batch, cache)
+        if self.group is not None and self._in_parts(residual):
+            x = self.group.all_reduce(x)
         return x, residual
 
     @torch.inference_mode()
@@ -297,25 +299,34 @@ class Decoder:
     def layer(
         self, index: int, x: Tensor, residual: Tensor | None, batch: StepBatch, cache: KVCache
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer. The stream of hidden states is `x + residual`, added in the next norm; [T, hidden] each."""
+        """One layer. The stream of hidden states is `x + residual`, added in the next norm; [T, hidden] each.
+
+        With several ranks the last branch's result is not summed over them yet: `_in_parts` tells.
+        """
         w = self.weights.layers[index]
         if self.spec.block == "post":
-            y, _ = self._norm(w.attn_norm, self._attention(index, x, batch, cache), x)
-            return self._norm(w.mlp_norm, self._mlp(w, y), y)[0], None
-        y, stream = self._norm(w.attn_norm, x, residual)
+            y, _ = self._sum_norm(w.attn_norm, self._attention(index, x, batch, cache), x)
+            return self._sum_norm(w.mlp_norm, self._mlp(w, y), y)[0], None
+        norm = self._sum_norm if self._in_parts(residual) else self._norm
+        y, stream = norm(w.attn_norm, x, residual)
         a = self._attention(index, y, batch, cache)
         if self.spec.block == "serial":
             stream = y if self.spec.residual_from_norm else stream
-            y, stream = self._norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
+            norm = self._sum_norm if w.attn_post_norm is None else self._norm
+            y, stream = norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
             stream = y if self.spec.residual_from_norm else stream
             return self._branch(self._mlp(w, y), w.mlp_post_norm), stream
         if w.mlp_norm is not None:
             y, _ = self._norm(w.mlp_norm, stream)
-        return self._reduce(self._mlp(w, y, residual=a)), stream  # one reduction for both branches
+        return self._mlp(w, y, residual=a), stream  # one sum for both branches
 
     def _branch(self, x: Tensor, norm: Norm | None) -> Tensor:
-        """A serial branch's result, summed over ranks."""
-        return self._reduce(x) if norm is None else self._norm(norm, self._reduce(x))[0]
+        """A serial branch's result; one that has a norm is summed over ranks before it."""
+        return x if norm is None else self._sum_norm(norm, x)[0]
+
+    def _in_parts(self, residual: Tensor | None) -> bool:
+        """Whether `x` of a stream is a branch's result, of which each rank has a part: then there is a residual."""
+        return residual is not None and self.weights.layers[0].mlp_post_norm is None
 
     def _head_input(self, stream: Stream, rows: Tensor) -> Tensor:
         """[L, hidden or embed size]: what the head reads."""
@@ -350,16 +361,24 @@ class Decoder:
             kv_scale=kv_scale,
             max_query=batch.max_query,
         )
-        out = self.ops.linear(out.flatten(1), w.out)
-        return self._reduce(out) if self.spec.block == "post" else out
+        return self.ops.linear(out.flatten(1), w.out)
 
     def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.spec.gated:
             y = self.ops.gated_linear(x, w.up, self.spec.activation)
         else:
             y = self.ops.linear(x, w.up, activation=self.spec.activation)
-        y = self.ops.linear(y, w.down, residual=residual)
-        return self._reduce(y) if self.spec.block == "post" else y
+        return self.ops.linear(y, w.down, residual=residual)
+
+    def _sum_norm(self, norm: Norm | None, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`_norm` of a branch's result, of which each rank has a part."""
+        if self.group is not None and norm is not None:
+            centered = self.spec.norm == "layer"
+            both = self.group.reduce_norm(x, residual, norm.weight, norm.bias, self.spec.eps, centered=centered)
+            if both is not None:
+                return both
+            x = self.group.all_reduce(x)
+        return self._norm(norm, x, residual)
 
     def _norm(self, norm: Norm | None, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if norm is None:
@@ -367,6 +386,3 @@ class Decoder:
         if self.spec.norm == "rms":
             return self.ops.rms_norm(x, norm.weight, self.spec.eps, residual)
         return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.eps, residual)
-
-    def _reduce(self, x: Tensor) -> Tensor:
-        return x if self.group is None else self.group.all_reduce(x)

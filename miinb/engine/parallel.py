@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 from datetime import timedelta
@@ -13,7 +14,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from miinb.engine import shared_memory
+from miinb.engine import shared_memory, symmetric
+from miinb.kernels import all_reduce as kernels
+from miinb.kernels.all_reduce import Boards
 
 #: Longest wait in a collective. Ranks enter them together, so only one that is dead or stopped takes so long.
 COLLECTIVE_S = 60.0
@@ -36,16 +39,15 @@ class Group:
         rank: this process's place.
         size: how many ranks share the model.
         kind: what carries the collectives: "nccl", "gloo" or "shared memory".
+        boards: memory of linked GPUs, through which small sums go instead (`symmetric.connect`); None: there is none.
         reductions, gathers: collectives since `begin`, so that a rank that fails within a step knows which are left.
     """
 
     def __init__(self, rank: int, size: int, kind: str = "gloo") -> None:
-        import deepspeed.comm as comm
-
-        self._comm: Any = comm
         self.rank = rank
         self.size = size
         self.kind = kind
+        self.boards: Boards | None = None
         self.reductions = self.gathers = 0
         # Half-precision sums of the operator need AVX-512; without it they are made in fp32, which is still the faster.
         self._native = {torch.float32, torch.bfloat16} if shared_memory.level() > 1 else {torch.float32}
@@ -62,9 +64,24 @@ class Group:
         """
         self.reductions += 1
         x = x.contiguous()  # DeepSpeed's shared-memory operator leaves other tensors unreduced, silently
+        if self.boards is not None and self.boards.fits(x):
+            return kernels.all_reduce(x, self.boards)
         if self.kind == "shared memory" and x.dtype not in self._native:
             return self._sum(x.float()).to(x.dtype)
         return self._sum(x)
+
+    def reduce_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centered: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """`all_reduce`, the residual's addition and the norm as one kernel (`kernels.all_reduce.reduce_norm`).
+
+        Returns:
+            The norm's output and the sum, or None: there is no such kernel for this message, and nothing was done.
+        """
+        if self.boards is None or not self.boards.fits(x):
+            return None
+        self.reductions += 1
+        return kernels.reduce_norm(x.contiguous(), self.boards, weight, bias, eps, residual, centered=centered)
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's `x` [L, n] side by side: [L, n * size].
@@ -89,6 +106,12 @@ class Group:
         box = torch.tensor([value], dtype=torch.int64, device=device)
         self._wait(self._comm.all_reduce, box, self._comm.ReduceOp.MIN)
         return int(box)
+
+    @functools.cached_property
+    def _comm(self) -> Any:
+        import deepspeed.comm as comm
+
+        return comm
 
     def _sum(self, x: Tensor) -> Tensor:
         self._wait(self._comm.inference_all_reduce, x)
@@ -169,11 +192,12 @@ def leave_group(limit_s: float = LEAVE_S) -> None:
 
 
 def set_environment(*, rank: int, ranks: int, device: str) -> None:
-    """What DeepSpeed, NCCL and gloo read from the environment; loopback interfaces only."""
+    """What DeepSpeed, NCCL, gloo and PyTorch read from the environment: loopback interfaces only, no multicast."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), CROSS_RANK="0",
         CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT") or str(os.getpid()),
-        GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", NCCL_NVLS_ENABLE="0",
+        GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", NCCL_NVLS_ENABLE="0", TORCH_SYMMMEM="CUDA",
+        **{symmetric.NO_MULTICAST: "1"},
     )  # fmt: skip
     if device == "cpu" and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from miinb.config import DeploymentConfig
-from miinb.engine import shared_memory
+from miinb.engine import shared_memory, symmetric
 from miinb.engine.links import Leader, Link
 from miinb.engine.parallel import Group, PeerLost, init_distributed, set_environment
 from miinb.messages import Plan
+from miinb.wording import size_words
 
 
 @dataclass(slots=True)
@@ -43,6 +44,13 @@ class Ranks:
             self.link.tell({})
             _expect(self.link)
 
+    def link_gpus(self, config: DeploymentConfig, device: torch.device) -> None:
+        """Have small sums go through the GPUs' memory, where that can be; after `meet`, by all ranks together."""
+        if self.group is None or self.group.kind != "nccl" or config.options.all_reduce == "nccl":
+            return
+        why = symmetric.connect(self.group, device)
+        self.reason = f"{self.reason}: {why}" if why else f"{self.group.size} linked GPUs"
+
     def check(self) -> None:
         """Raise PeerLost if another rank has ended, which makes a collective raise here."""
         if self.leader is not None:
@@ -65,7 +73,10 @@ class Ranks:
         """The plan with a line on how the ranks work together."""
         if self.group is None:
             return plan
-        return plan.with_line("all-reduce", self.group.kind, self.reason)
+        kind, boards = self.group.kind, self.group.boards
+        if boards is not None:
+            kind = f"symmetric memory up to {size_words(boards.limit)}, {kind} above"
+        return plan.with_line("all-reduce", kind, self.reason)
 
 
 #: The only rank of a replica.
@@ -110,7 +121,7 @@ def join(config: DeploymentConfig, *, replica: int, rank: int, folder: Path, dev
 def _no_shared_memory(config: DeploymentConfig, device: str) -> str:
     """Why the ranks do not use DeepSpeed's shared-memory all-reduce, or ""."""
     if device == "cuda":
-        return f"{config.tensor_parallel} GPUs"
+        return "asked for" if config.options.all_reduce == "nccl" else f"{config.tensor_parallel} GPUs"
     if config.options.all_reduce == "gloo":
         return "asked for"
     ranks, cores = config.tensor_parallel * config.replicas, len(os.sched_getaffinity(0))

@@ -12,11 +12,12 @@ are no more of them than multiprocessors, and each fits one. Whatever else is on
 ends without it. All ranks launch the same messages in the same order on one stream each.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Boards:
         rank: this one.
         limit: bytes of the largest message, a multiple of 16.
         programs: most of a launch: at most `PROGRAMS`, and at most the GPU's multiprocessors.
+        keep: what holds the memory.
     """
 
     addresses: Tensor
@@ -50,6 +52,7 @@ class Boards:
     rank: int
     limit: int
     programs: int
+    keep: tuple[Any, ...] = ()
 
     def fits(self, x: Tensor) -> bool:
         """Whether a message is small enough."""
@@ -155,7 +158,7 @@ def _reduce(
         shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     memories = ()  # nothing else stands between the others' flags and the reading of their parts
     for source in tl.static_range(RANKS):
-        memories = memories + (tl.load(addresses + source),)  # noqa: RUF005
+        memories = memories + (tl.load(addresses + source),)  # type: ignore[assignment]  # noqa: RUF005
     peers = tl.arange(0, PEERS)
     theirs = tl.load(addresses + peers, mask=peers < RANKS, other=0).to(tl.pointer_type(tl.int64))
     mine = tl.load(addresses + rank)

@@ -167,8 +167,10 @@ def test_error_of_few_bits_is_near_transformers_own(tiny: Tiny, name: str, dtype
 class ThreadGroup:
     """Ranks as threads of this process: the same collectives, without processes."""
 
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Tensor | None]) -> None:
-        self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
+    def __init__(
+        self, rank: int, size: int, barrier: threading.Barrier, board: list[Tensor | None], *, fused: bool
+    ) -> None:
+        self.rank, self.size, self.barrier, self.board, self.fused = rank, size, barrier, board, fused
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
         self.board[self.rank] = x.clone()
@@ -179,6 +181,17 @@ class ThreadGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
+
+    def reduce_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centered: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `parallel.Group` has it where GPUs are linked, if `fused`; else as it is everywhere else."""
+        if not self.fused:
+            return None
+        total = self.all_reduce(x) if residual is None else self.all_reduce(x) + residual
+        if centered:
+            return torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps), total
+        return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
 
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._exchange(x), -1)
@@ -205,8 +218,9 @@ RANKS = [
 ]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("name", "ranks"), RANKS)
-def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int) -> None:
+def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int, fused: bool) -> None:
     sizes = {"vocab_size": 108} | ({"n_inner": 48} if name == "gpt2" else {})
     model = build(name, tmp_path, sizes)
     info = models.inspect(tmp_path)
@@ -222,7 +236,8 @@ def test_ranks_share_the_model(tmp_path: Path, name: str, ranks: int) -> None:
         weights = load_weights(info, policy, spec, dtype="fp32", device=CPU, rank=rank, ranks=ranks)
         local = spec.shard(ranks)
         assert weights.layers[0].up.weight.shape[0] == (2 if spec.gated else 1) * spec.inner_size // ranks
-        decoder = Decoder(local, weights, group=ThreadGroup(rank, ranks, barrier, board))  # type: ignore[arg-type]
+        group: Any = ThreadGroup(rank, ranks, barrier, board, fused=fused)
+        decoder = Decoder(local, weights, group=group)
         own = KVCache(local, CacheSize(PAGES, PAGE_TOKENS, 128, 4, 0), torch.float32, CPU)
         return all_logits(decoder, own, prompt + wanted[:-1])[len(prompt) - 1 :]
 

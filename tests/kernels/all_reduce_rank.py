@@ -1,4 +1,4 @@
-"""One of several ranks whose boards lie in shared files: `TRITON_INTERPRET=1 python all_reduce_rank.py RANK RANKS FOLDER`.
+"""One of several ranks, whose boards lie in files: `TRITON_INTERPRET=1 python all_reduce_rank.py RANK RANKS FOLDER`.
 
 The kernel runs as it is: the interpreter computes its programs one after another, in the same order on every rank, and
 its atomics are the CPU's. Writes each message's outputs to FOLDER/rank-N.pt.
@@ -55,7 +55,9 @@ def inputs(number: int, rank: int) -> dict[str, Any]:
 def boards_of(rank: int, ranks: int, folder: Path) -> tuple[Boards, list[Tensor]]:
     """This rank's view of the files; the tensors keep them mapped."""
     size = boards_bytes(ranks, LIMIT)
-    memory = [torch.from_file(str(folder / f"board-{i}"), shared=True, size=size, dtype=torch.uint8) for i in range(ranks)]
+    memory = [
+        torch.from_file(str(folder / f"board-{i}"), shared=True, size=size, dtype=torch.uint8) for i in range(ranks)
+    ]
     addresses = torch.tensor([part.data_ptr() for part in memory])
     # Few programs: a launch then has fewer than rows.
     return Boards(addresses, torch.zeros(PROGRAMS, dtype=torch.int64), rank, LIMIT, 4), memory
