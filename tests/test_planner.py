@@ -202,6 +202,11 @@ def test_an_encoder_on_several_ranks(tmp_path: Path) -> None:
             InvalidValue,
             "the 32 attention heads of llama do not divide by 3",
         ),
+        (
+            {"tensor_parallel": 2, "options": {"all_reduce": "nccl"}},
+            InvalidValue,
+            "ranks on a CPU do not sum by 'nccl'. Use 'auto' or 'shared_memory' or 'gloo'",
+        ),
         ({"device": "cuda"}, InvalidValue, "no GPU can be seen"),
         ({"gpus": [0]}, InvalidValue, "no GPU can be seen"),
         ({"task": "fill-mask"}, UnsupportedModel, "does not serve"),
@@ -292,6 +297,14 @@ def test_what_autotp_cannot_split_is_refused(family: str, changes: dict[str, Any
     with pytest.raises(InvalidValue, match="tensor_parallel") as caught:
         planned(model=model, tensor_parallel=2, engine="baseline")
     assert words in caught.value.message
+
+
+def test_sums_over_ranks_on_gpus() -> None:
+    for asked in ("auto", "nccl"):
+        assert planned(TWO_GPUS, tensor_parallel=2, options={"all_reduce": asked}).device == "cuda"
+    for asked in ("gloo", "shared_memory"):
+        with pytest.raises(InvalidValue, match=f"ranks on GPUs do not sum by '{asked}'"):
+            planned(TWO_GPUS, tensor_parallel=2, options={"all_reduce": asked})
 
 
 def test_gpus_that_are_not_there() -> None:

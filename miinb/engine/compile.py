@@ -184,7 +184,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     )
     activations = activation_dtype(dtype, META, model.dtype)
     local = spec.shard(ranks)
-    decoder = Decoder(local, weights, group=_NoPeers(ranks, options) if ranks > 1 else None)
+    decoder = Decoder(local, weights, group=NoPeers(ranks, options) if ranks > 1 else None)
     page_tokens = config.options.page_tokens
     pages = -(-config.options.step_tokens("cuda") // page_tokens)
     size = CacheSize(pages, page_tokens, local.max_length, 1, 0)
@@ -202,7 +202,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     return kernels
 
 
-class _NoPeers(Group):
+class NoPeers(Group):
     """The ranks' group over meta tensors: launches what each would, and talks to nobody."""
 
     def __init__(self, ranks: int, options: EngineOptions) -> None:

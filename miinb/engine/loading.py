@@ -209,8 +209,7 @@ def _step_executor(
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
-    ranks.meet()  # before the first collective, whose time is limited
-    ranks.link_gpus(config, place.device)
+    ranks.connect(config, place.device)
     free = ranks.share_of(free_bytes(place.device, config), place.device)
     kv_dtype = cache_dtype(config.kv_dtype, weights.dtype)
     size = size_cache(local, config, place.device.type, kv_dtype, free)

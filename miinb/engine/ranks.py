@@ -44,8 +44,9 @@ class Ranks:
             self.link.tell({})
             _expect(self.link)
 
-    def link_gpus(self, config: DeploymentConfig, device: torch.device) -> None:
-        """Have small sums go through the GPUs' memory, where that can be; after `meet`, by all ranks together."""
+    def connect(self, config: DeploymentConfig, device: torch.device) -> None:
+        """`meet`, as the time of a collective is limited; then have small sums go by linked GPUs' memory."""
+        self.meet()
         if self.group is None or self.group.kind != "nccl" or config.options.all_reduce == "nccl":
             return
         why = symmetric.connect(self.group, device)

@@ -17,7 +17,7 @@ from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.engine import weights as weights_module
-from miinb.engine.compile import Kernel, compiling_for, kernels_of, recording
+from miinb.engine.compile import Kernel, NoPeers, compiling_for, kernels_of, recording
 from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
@@ -27,6 +27,7 @@ from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
 from miinb.kernels import (
     activation,
+    all_reduce,
     attention,
     dequantize,
     dispatch,
@@ -46,7 +47,7 @@ from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
-    *(activation, attention, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear, norm, product),
+    *(activation, all_reduce, attention, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear, norm, product),
     *(quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
@@ -96,22 +97,23 @@ class Blank:
 
 
 @pytest.mark.parametrize(
-    ("preset", "dtype", "kv_dtype"),
+    ("preset", "dtype", "kv_dtype", "ranks"),
     [
-        *((preset, "bf16", "auto") for preset in SMALL),
-        ("smollm2-135m", "bf16", "fp8"),
-        ("smollm2-135m", "int8", "auto"),
-        ("gpt2", "int4", "auto"),
-        ("smollm2-135m", "fp8", "auto"),
+        *((preset, "bf16", "auto", 1) for preset in SMALL),
+        ("smollm2-135m", "bf16", "fp8", 1),
+        ("smollm2-135m", "int8", "auto", 1),
+        ("gpt2", "int4", "auto", 1),
+        ("smollm2-135m", "fp8", "auto", 1),
+        ("gpt2", "bf16", "auto", 2),
     ],
 )
 def test_an_executor_launches_nothing_else(
-    preset: str, dtype: str, kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, dtype: str, kv_dtype: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real scheduler, inputs and sampler on real memory ask for kernels that were all compiled ahead."""
     folder = presets.write(preset, tmp_path, vocab_size=1003, **SMALL[preset])
     fields = {"max_batch": 20, "max_length": 512, "kv_dtype": kv_dtype, "dtype": dtype}
-    fields |= {"options": {"max_step_tokens": 2048}}  # as a GPU has it
+    fields |= {"options": {"max_step_tokens": 2048}, "tensor_parallel": ranks}  # steps as a GPU has them
     config, model = of_folder(folder, **fields)
     spec = model.spec
     assert spec is not None
@@ -120,11 +122,12 @@ def test_an_executor_launches_nothing_else(
     gpu = torch.device("cuda")  # its forms of numbers, though the memory is the host's
     monkeypatch.setattr(weights_module, "quantizers", lambda dtype, _: quantizers(dtype, gpu))
     monkeypatch.setattr(weights_module, "activation_dtype", lambda dtype, _, stored: activations(dtype, gpu, stored))
-    weights = load_weights(model, POLICIES[model.family], spec, dtype=dtype, device=torch.device("cpu"), dummy=True)
+    device, group = torch.device("cpu"), NoPeers(ranks, config.options) if ranks > 1 else None
+    weights = load_weights(model, POLICIES[model.family], spec, dtype=dtype, device=device, ranks=ranks, dummy=True)
     Blank(monkeypatch)
     size = CacheSize(256, config.options.page_tokens, 512, 20, 0)
-    decoder = Decoder(spec, weights)
-    cache = KVCache(spec, size, cache_dtype(kv_dtype, weights.dtype), torch.device("cpu"))
+    decoder = Decoder(spec.shard(ranks), weights, group=group)
+    cache = KVCache(decoder.spec, size, cache_dtype(kv_dtype, weights.dtype), torch.device("cpu"))
     info = EngineInfo(0, "", "text-generation", "optimized", "bf16", "cpu", 1003, 512, 20, (), "", Plan("", "", ""))
     with compiling_for(H100), recording() as launched:
         engine = StepExecutor(info=info, decoder=decoder, cache=cache, options=config.options)
@@ -136,6 +139,7 @@ def test_an_executor_launches_nothing_else(
         for tokens in mixed_sizes(config.options.step_tokens("cuda")):
             decoder.body(engine.compute.inputs.mixed_batch(tokens), cache)
     assert launched
+    assert ("_reduce" in {kernel.name for kernel in launched}) == (ranks > 1)
     assert sorted(keys(launched) - compiled) == []
 
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 from miinb.engine.compile import compiling_for, recording
 from miinb.kernels import (
+    all_reduce,
     attention,
     dequantize,
     dispatch,
@@ -115,6 +116,17 @@ def attention_call(heads: int, kv_heads: int, size: int, max_query: int, **optio
     )
 
 
+def boards(ranks: int, rank: int = 0) -> all_reduce.Boards:
+    return all_reduce.Boards(
+        ids(ranks, dtype=torch.int64), ids(all_reduce.PROGRAMS, dtype=torch.int64), rank, 1 << 20, all_reduce.PROGRAMS
+    )
+
+
+def reduce_norm_call(ranks: int, rows: int, hidden: int, **options: Any) -> Callable[[], Any]:
+    x, residual, bias = t(rows, hidden), t(rows, hidden), t(hidden) if options["centered"] else None
+    return lambda: all_reduce.reduce_norm(x, boards(ranks), t(hidden), bias, 1e-5, residual, **options)
+
+
 def encoder_attention_call(tokens: int, heads: int, size: int, max_length: int) -> Callable[[], Any]:
     return lambda: packed_attention.packed_attention(
         t(tokens, 3 * heads * size), ids(9), heads=heads, head_size=size, scale=0.1, max_length=max_length
@@ -124,6 +136,10 @@ def encoder_attention_call(tokens: int, heads: int, size: int, max_length: int) 
 CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: norm.rms_norm(t(1, 4096), t(4096), 1e-5, t(1, 4096)),
     "layer_norm": lambda: norm.layer_norm(t(1, 768), t(768), t(768), 1e-5, t(1, 768)),
+    "reduce norm": reduce_norm_call(2, 1, 4096, centered=False),
+    "reduce norm of 8": reduce_norm_call(8, 64, 768, centered=True),
+    "reduce norm of 3": reduce_norm_call(3, 4, 8192, centered=False),
+    "reduce": lambda: all_reduce.all_reduce(t(16, 4096), boards(2)),
     "gemv": lambda: linear.linear(t(1, 4096), packed(4096, 4096, False), residual=t(1, 4096)),
     "gemv bias": lambda: linear.linear(t(1, 768), packed(3072, 768, True), activation="gelu_tanh"),
     "gemv gated": lambda: linear.gated_linear(t(1, 4096), packed(2 * 14336, 4096, False), "silu"),
@@ -189,6 +205,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
     ("name", "capability"),
     [
         *((name, (9, 0)) for name in CALLS),
+        ("reduce norm", (8, 0)),
         ("gemv gated", (8, 0)),
         ("product gated", (8, 0)),
         ("product short", (8, 0)),
@@ -217,6 +234,29 @@ def test_weights_are_read_16_bytes_at_a_time() -> None:
     (kernel,) = compiled(CALLS["gemv"], (9, 0))
     assert "ld.global.v4.b32" in kernel.asm["ptx"]
     assert dispatch.INTERPRETED is False
+
+
+def test_ranks_tell_each_other_across_the_system_and_only_then_read_16_bytes_at_a_time() -> None:
+    for name, ranks in (("reduce norm", 2), ("reduce norm of 3", 3), ("reduce norm of 8", 8)):
+        (kernel,) = compiled(CALLS[name], (9, 0))
+        ptx = kernel.asm["ptx"]
+        told = ptx.index("atom.global.sys.release.exch.b64")
+        assert ptx.index("st.global.v4.b32") < ptx.index("bar.sync") < told, name
+        assert "atom.global.sys.acquire.add.u64" in ptx, name
+        of_a_part = 2 if name == "reduce norm of 3" else 1  # 8,192 columns are 16 numbers for each of 512 threads
+        assert ptx.count("ld.global.cg.v4.b32") == ranks * of_a_part, name
+        assert "trap;" in ptx, name
+        assert "multimem" not in ptx, name
+
+
+def test_one_kernel_serves_every_rank_and_number_of_rows() -> None:
+    found = set()
+    with compiling_for((9, 0)):
+        for rank, rows in ((0, 1), (1, 2), (1, 16), (3, 17)):
+            with recording() as kernels:
+                all_reduce.all_reduce(t(rows, 4096), boards(4, rank))
+            found |= {kernel.specialization for kernel in kernels}
+    assert len(found) == 1
 
 
 def test_a_short_product_asks_for_its_weights_before_it_waits() -> None:
