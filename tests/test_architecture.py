@@ -102,6 +102,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
     "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
+    "bench.collective_ranks": ("engine", "kernels"),
     "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.encoders": (
@@ -124,6 +125,7 @@ MAY_BE_HEAVY = (
     "engine",
     "kernels",
     "server.worker",
+    "bench.collective_ranks",
     "bench.encoders.arms",
     "bench.encoders.checkpoints",
     "bench.encoders.engine_side",
