@@ -27,8 +27,9 @@ from miinb.kernels.norm import normalize
 
 #: Most programs of a launch, and so flags that each rank has for each other.
 PROGRAMS = 128
-#: A program that has looked so often in vain ends the process's use of the GPU: about a minute on an H100.
-MOST_LOOKS = 1 << 26
+#: A program that has looked so often in vain, for a minute or two, fails: its process cannot use the GPU any more, and
+#: ends. NCCL's time limit does the same.
+MOST_LOOKS = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
