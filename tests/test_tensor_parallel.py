@@ -44,12 +44,12 @@ def test_two_ranks_serve_and_come_back_after_one_was_killed_and_after_one_was_st
         assert guessed.text == repeated
         assert guessed.usage.accepted_tokens > 0
         for fault, words in ((signal.SIGKILL, "Rank 1 of replica 0 ended"), (signal.SIGSTOP, "it hangs and is killed")):
-            _lose_a_follower(two, fault)
+            lose_a_follower(two, fault)
             assert words in two.logs(200)
             assert two.generate(prompts, max_new_tokens=24).texts == greedy
 
 
-def _lose_a_follower(two: Session, fault: signal.Signals) -> None:
+def lose_a_follower(two: Session, fault: signal.Signals) -> None:
     """Its requests fail, at the latest when the watchdog says so, and other ranks come."""
     before = {rank.pid for rank in two.status().ranks}
     stream = two.stream("Once", max_new_tokens=400, ignore_eos=True)
@@ -117,6 +117,6 @@ def test_transformers_models_are_split_by_autotp_and_come_back_as_well() -> None
         stream.cancel()
         assert two.generate(prompts, max_new_tokens=24).texts == greedy
         for fault, words in ((signal.SIGKILL, "Rank 1 of replica 0 ended"), (signal.SIGSTOP, "it hangs and is killed")):
-            _lose_a_follower(two, fault)
+            lose_a_follower(two, fault)
             assert words in two.logs(200)
             assert two.generate(prompts, max_new_tokens=24).texts == greedy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from miinb.engine import symmetric
 from miinb.engine.compile import NoPeers, compiling_for, recording
 from miinb.engine.parallel import Group, set_environment
 from tests.engine.conftest import build
+from tests.test_tensor_parallel import lose_a_follower
 
 SCRIPT = Path(__file__).with_name("reduce_cuda.py")
 TINY = Path(miinb.__file__).parent / "demo" / "tiny"
@@ -181,3 +183,16 @@ def test_two_gpus_give_the_tokens_of_one(name: str, tmp_path: Path, monkeypatch:
         assert two.generate(prompts[1], **settings).texts == wanted[1:2]
     with Session(folder, **fields, tensor_parallel=2, options={"all_reduce": "nccl"}) as plain:
         assert plain.generate(prompts, **settings).texts == wanted
+
+
+@pytest.mark.gpu
+def test_a_rank_that_waits_in_a_kernel_ends_with_its_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_gpus()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with Session(TINY, device="cuda", dtype="fp32", max_batch=4, tensor_parallel=2) as two:
+        assert "symmetric memory" in str(two.plan())
+        wanted = two.generate("Once upon a time", max_new_tokens=24).text
+        for fault, words in ((signal.SIGKILL, "Rank 1 of replica 0 ended"), (signal.SIGSTOP, "it hangs and is killed")):
+            lose_a_follower(two, fault)
+            assert words in two.logs(200)
+            assert two.generate("Once upon a time", max_new_tokens=24).text == wanted
