@@ -4,6 +4,8 @@ The ranks go through the passes together. Rank 0 runs each model alone first, th
 what they saw to FOLDER/rank-N.json. Faults: "none"; "memory-0", "memory-1": that rank has none in the step of a prompt;
 "nan-0", "nan-1": a token's embedding is NaN there; "death-1": rank 1 is killed in a step. No faults but other ways:
 "int8", "bf16", and "ahead": steps are launched before the tokens of the one before are read.
+
+With "boards" for ALL_REDUCE sums go as on linked GPUs: by the kernel, under Triton's interpreter, over files in FOLDER.
 """
 
 from __future__ import annotations
@@ -158,14 +160,19 @@ def sizes(folder: str) -> dict[str, int]:
 def main() -> None:
     rank, count, folder, all_reduce, *passes = sys.argv[1:]
     torch.set_num_threads(1)
-    config = DeploymentConfig.parse(
-        {"model": "m", "tensor_parallel": int(count), "device": "cpu", "options": {"all_reduce": all_reduce}}
-    )
+    by_boards = all_reduce == "boards"
+    options = {"all_reduce": "gloo" if by_boards else all_reduce}
+    config = DeploymentConfig.parse({"model": "m", "tensor_parallel": int(count), "device": "cpu", "options": options})
     ranks = join(config, replica=0, rank=int(rank), folder=Path(folder), device="cpu")
     assert ranks.group is not None
+    if by_boards:
+        from tests.kernels.all_reduce_rank import boards_of
+
+        ranks.group.boards = boards_of(int(rank), int(count), Path(folder))
     results: dict[str, Any] = {"kind": ranks.group.kind}
     for each in passes:
         results[each] = run_pass(*each.split("="), ranks)
+        results["sums"] = int(ranks.group.boards.epochs[0]) if ranks.group.boards is not None else 0
         Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
     os._exit(0)  # the last pass may have killed another rank, for whom leaving the group would wait
 

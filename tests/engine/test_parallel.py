@@ -15,6 +15,7 @@ from miinb import models
 from miinb.engine import shared_memory
 from miinb.engine.policies import POLICIES
 from tests.engine.conftest import build
+from tests.kernels.all_reduce_rank import write_boards
 
 SCRIPT = Path(__file__).with_name("rank_process.py")
 #: Odd vocabularies, few key/value heads, and what each family splits in its own way. 101 tokens are 56 and 45.
@@ -37,8 +38,11 @@ def run_ranks(
     folder: Path, all_reduce: str, passes: list[str], port: str, *, ranks: int = 2, script: Path = SCRIPT
 ) -> list[dict[str, Any]]:
     """What each rank saw of every pass."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port, "PYTHONPATH": os.pathsep.join(sys.path)}
     folder.mkdir(exist_ok=True)
+    if all_reduce == "boards":
+        env["TRITON_INTERPRET"] = "1"
+        write_boards(ranks, folder)
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(ranks), str(folder), all_reduce, *passes],
@@ -193,6 +197,17 @@ def test_the_death_of_a_follower_is_noticed_at_once(pair: list[dict[str, Any]]) 
     assert seen["lost"]
     assert seen["lost_s"] < 20
     assert "llama=death-1" not in pair[1]
+
+
+def test_sums_as_linked_gpus_make_them_give_the_same_though_a_rank_fails(tmp_path: Path) -> None:
+    """One kernel for a sum and its norm; a rank that fails takes part with plain sums. (Interpreted, so one pass.)"""
+    pytest.importorskip("triton")
+    build("llama", tmp_path / "llama")
+    results = run_ranks(tmp_path / "run", "boards", [f"{tmp_path / 'llama'}=memory-1"], "29873")
+    seen = results[0]["llama=memory-1"]
+    assert seen["together"] == [*seen["alone"][:2], ["OutOfMemory"]]
+    assert seen["again"] == seen["alone"]
+    assert results[0]["sums"] == results[1]["sums"] > 500
 
 
 @pytest.mark.skipif(not shared_memory._built().exists(), reason="DeepSpeed's operator is not compiled here")

@@ -17,10 +17,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 import miinb
 from miinb import Session
-from miinb.config import EngineOptions
+from miinb.config import DeploymentConfig, EngineOptions
 from miinb.engine import symmetric
 from miinb.engine.compile import NoPeers, compiling_for, recording
 from miinb.engine.parallel import Group, set_environment
+from miinb.engine.ranks import Ranks
+from miinb.messages import Plan
 from tests.engine.conftest import build
 from tests.test_tensor_parallel import lose_a_follower
 
@@ -123,6 +125,23 @@ def test_ranks_do_without_together(linked: pytest.MonkeyPatch) -> None:
     group = Disagreeing(9)  # this build of PyTorch has no GPUs: the memory cannot be had
     assert "PyTorch gives no symmetric memory" in symmetric.connect(group, torch.device("cpu"))
     assert (group.boards, group.asked) == (None, 2)
+
+
+def test_the_plan_says_how_sums_go_and_why() -> None:
+    device, plan = torch.device("cpu"), Plan("", "", "")
+
+    def line(group: Group, asked: str) -> tuple[str, str]:
+        config = DeploymentConfig.parse({"model": "m", "tensor_parallel": 2, "options": {"all_reduce": asked}})
+        ranks = Ranks(0, group, reason="asked for" if asked == "nccl" else "2 GPUs")
+        ranks.connect(config, device)
+        (found,) = ranks.describe(plan).lines
+        return found.choice, found.reason
+
+    assert line(Disagreeing(9), "nccl") == ("nccl", "asked for")
+    assert line(Disagreeing(9), "auto") == ("nccl", "2 GPUs: there is no Triton")  # of a tensor of the CPU
+    ranks = Ranks(0, NoPeers(2, EngineOptions()), reason="2 linked GPUs")
+    (found,) = ranks.describe(plan).lines
+    assert found.choice == "symmetric memory up to 2.10 MB, nccl above"
 
 
 def needs_gpus() -> None:

@@ -21,8 +21,7 @@ PROGRAM = Path(all_reduce_rank.__file__)
 
 
 def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    for rank in range(ranks):
-        (folder / f"board-{rank}").write_bytes(bytes(boards_bytes(ranks, all_reduce_rank.LIMIT)))
+    all_reduce_rank.write_boards(ranks, folder)
     environment = os.environ | {
         "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
@@ -65,7 +64,9 @@ def test_every_rank_has_the_same_sums(tmp_path: Path, ranks: int) -> None:
     count = all_reduce_rank.PASSES * len(all_reduce_rank.MESSAGES)
     assert [len(result["outputs"]) for result in results] == [count] * ranks
     for result in results:
-        assert result["epochs"].tolist() == [count] * PROGRAMS  # also those that no launch had
+        assert result["epochs"].tolist() == [count + 1] * PROGRAMS  # also those that no launch had
+        parts = [all_reduce_rank.inputs(0, rank)["x"] for rank in range(ranks)]
+        same(result["mixed"], torch.stack(parts).sum(0))
     for number in range(count):
         for found, expected in zip(results[0]["outputs"][number], wanted(number, ranks), strict=True):
             same(found, expected)
