@@ -66,7 +66,7 @@ def check(group: Group, rows: int, hidden: int, device: torch.device) -> dict[st
     def step() -> tuple[Tensor, Tensor, Tensor]:
         return group.all_reduce(x), *_fused(group, x, residual, weight)
 
-    replay, (found, y, total) = Recorder(ranks=True).record(step)
+    replay, (found, y, total) = Recorder(group=group).record(step)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     worst = torch.zeros((), device=device)
     places = torch.arange(1, 3 * rows * hidden + 1, device=device).view(3, -1)
@@ -124,7 +124,7 @@ def eager_us(group: Group, step: Step) -> float:
 
 def graph_us(group: Group, step: Step) -> float:
     """Of one sum in a CUDA graph of many."""
-    replay, _ = Recorder(ranks=True).record(lambda: [step() for _ in range(SUMS)])
+    replay, _ = Recorder(group=group).record(lambda: [step() for _ in range(SUMS)])
     return _us(group, replay)
 
 

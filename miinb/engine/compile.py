@@ -228,6 +228,7 @@ def _kernels_of_encoder(config: DeploymentConfig, model: ModelInfo) -> list[Kern
         Encoder(
             spec.shard(ranks),
             load_encoder_weights(model, policy, spec, dtype=dtype, device=META, rank=rank, ranks=ranks, dummy=True),
+            group=NoPeers(ranks, config.options) if ranks > 1 else None,
         )
         for rank in range(min(ranks, 2))
     ]

@@ -224,9 +224,9 @@ class Encoder:
         )
         if rows is not None:
             a, x = a[rows], x[rows]
-        x = self._norm(w.attn_norm, self._reduce(self.ops.linear(a, w.out)), x)
+        x = self._sum_norm(w.attn_norm, self.ops.linear(a, w.out), x)
         y = self.ops.linear(x, w.up, activation=spec.activation)
-        return self._norm(w.mlp_norm, self._reduce(self.ops.linear(y, w.down)), x)
+        return self._sum_norm(w.mlp_norm, self.ops.linear(y, w.down), x)
 
     def stand_in(self, tokens: int, rows: int) -> None:
         """Take part with zeros in what is left of a step's reductions, after this rank failed within the step.
@@ -242,8 +242,15 @@ class Encoder:
             shape = (tokens if done < last else rows, self.spec.hidden_size)
             self.group.all_reduce(torch.zeros(shape, dtype=self.weights.dtype, device=device))
 
-    def _reduce(self, x: Tensor) -> Tensor:
-        return x if self.group is None else self.group.all_reduce(x)
+    def _sum_norm(self, norm: Norm, x: Tensor, residual: Tensor) -> Tensor:
+        """`_norm` of a branch's result, of which each rank has a part."""
+        if self.group is not None:
+            options = {"centered": True, "keep": False}
+            both = self.group.reduce_norm(x, residual, norm.weight, norm.bias, self.spec.eps, **options)
+            if both is not None:
+                return both[0]
+            x = self.group.all_reduce(x)
+        return self._norm(norm, x, residual)
 
     def _head(self, x: Tensor) -> Tensor:
         for layer, w in zip(self.spec.head.layers, self.weights.head, strict=True):

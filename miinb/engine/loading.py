@@ -267,7 +267,7 @@ def _encode_executor(
     encoder = Encoder(local, weights, group=ranks.group, ops=kernels.operators)
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
-    ranks.meet()  # before the first collective, whose time is limited
+    ranks.connect(config, place.device)
     plan = ranks.describe(plan)
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":

@@ -71,9 +71,9 @@ class Group:
         return self._sum(x)
 
     def reduce_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, centered: bool
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, **options: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """`all_reduce`, the residual's addition and the norm as one kernel (`kernels.all_reduce.reduce_norm`).
+        """`all_reduce`, the residual's addition and the norm as one kernel: `kernels.all_reduce.reduce_norm`.
 
         Returns:
             The norm's output and the sum, or None: there is no such kernel for this message, and nothing was done.
@@ -81,7 +81,7 @@ class Group:
         if self.boards is None or not self.boards.fits(x):
             return None
         self.reductions += 1
-        return kernels.reduce_norm(x.contiguous(), self.boards, weight, bias, eps, residual, centered=centered)
+        return kernels.reduce_norm(x.contiguous(), self.boards, weight, bias, eps, residual, **options)
 
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's `x` [L, n] side by side: [L, n * size].

@@ -79,6 +79,7 @@ def reduce_norm(
     residual: Tensor | None = None,
     *,
     centered: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`norm.rms_norm`, or `norm.layer_norm` if centered, of the sum of every rank's `x` (and the residual).
 
@@ -90,11 +91,12 @@ def reduce_norm(
         eps: see `norm.rms_norm`.
         residual: as `x`, the same on every rank, or None.
         centered: whether the mean is taken off.
+        keep: False: nobody reads the sum, and it is not rounded before the norm (`norm.post_norm`).
 
     Returns:
         The norm's output, and the sum with the residual, both in x's dtype and bit for bit the same on every rank.
     """
-    return _launch(x, boards, weight, bias, eps, residual, centered=centered)
+    return _launch(x, boards, weight, bias, eps, residual, centered=centered, keep=keep)
 
 
 def _launch(
@@ -106,10 +108,11 @@ def _launch(
     residual: Tensor | None,
     *,
     centered: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    total = torch.empty_like(x)
+    total = torch.empty_like(x) if keep else x
     y = torch.empty_like(x) if weight is not None else total
     block, ranks = power_of_2(hidden), len(boards.addresses)
     _reduce[(min(rows, boards.programs),)](
@@ -134,6 +137,7 @@ def _launch(
         CENTERED=centered,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
+        KEEP=keep,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
         **launch_options(x),
@@ -147,7 +151,7 @@ def _launch(
 def _reduce(
     x, residual, weight, bias, y, total, addresses, epochs, rank, rows, hidden, limit, eps, RANKS: tl.constexpr,
     PEERS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
     """A program takes every n-th row."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -184,13 +188,15 @@ def _reduce(
             wide += tl.load(part + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         if HAS_RESIDUAL:
             wide += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        value = wide.to(x.dtype.element_ty)
-        tl.store(total + at, value, mask=inside)
+        if KEEP:
+            value = wide.to(x.dtype.element_ty)
+            tl.store(total + at, value, mask=inside)
+            wide = value.to(tl.float32)
         if NORM:
-            wide = normalize(value.to(tl.float32), inside, hidden, eps, value.dtype, CENTERED) * scale
+            wide = normalize(wide, inside, hidden, eps, x.dtype.element_ty, CENTERED) * scale
             if HAS_BIAS:
                 wide += shift
-            tl.store(y + at, wide.to(value.dtype), mask=inside)
+            tl.store(y + at, wide.to(x.dtype.element_ty), mask=inside)
 
 
 @jit

@@ -6,6 +6,8 @@ has none within the third step, while rank 0 has launched the fourth, which has 
 "poison-1": that rank raises in every step with the token POISON; "late-1": rank 1 raises in the head, which rank 0 has
 computed itself; "nan-1": a weight of rank 1 is NaN; "parity-1": its check at the start fails; "death-1": it is killed
 within a step. No fault but another way: "graphs": steps are padded to graphs, which compute again.
+
+With "boards" for ALL_REDUCE sums go as on linked GPUs: by the kernel, under Triton's interpreter, over files in FOLDER.
 """
 
 from __future__ import annotations
@@ -135,6 +137,10 @@ def run_pass(folder: str, task: str, fault: str, fields: dict[str, Any], rank: i
     recorder: Any = Recomputing()
     if isinstance(encoder, Encoder):
         break_down(encoder, fault, rank)
+        if "TRITON_INTERPRET" in os.environ and encoder.group is not None:
+            from tests.kernels.all_reduce_rank import boards_of
+
+            encoder.group.boards = boards_of(rank, encoder.group.size, state)
         if fault == "graphs":
             capture(loaded, encoder, recorder)
     if rank > 0:
@@ -143,7 +149,8 @@ def run_pass(folder: str, task: str, fault: str, fields: dict[str, Any], rank: i
         loaded._ahead = fault == "ahead-1"  # type: ignore[union-attr]
         lead(loaded, fault, result)
     loaded.close()
-    return result | {"replays": recorder.replays}
+    boards = encoder.group.boards if isinstance(encoder, Encoder) and encoder.group is not None else None
+    return result | {"replays": recorder.replays, "sums": int(boards.epochs[0]) if boards is not None else 0}
 
 
 def lead(executor: Any, fault: str, result: dict[str, Any]) -> None:
@@ -163,7 +170,8 @@ def main() -> None:
     results: dict[str, Any] = {"kind": all_reduce}
     for each in passes:
         model, task, fault, *more = each.split("=")
-        options = {"all_reduce": all_reduce, "threads": 1, "max_step_tokens": 32}
+        way = "gloo" if all_reduce == "boards" else all_reduce
+        options = {"all_reduce": way, "threads": 1, "max_step_tokens": 32}
         fields = {"tensor_parallel": int(ranks), "options": options, **json.loads(more[0] if more else "{}")}
         key = each.rpartition("=")[0] if more else each
         results[key] = run_pass(model, task, fault, fields, int(rank), Path(folder))

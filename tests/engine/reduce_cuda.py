@@ -76,7 +76,7 @@ def replayed(group: Group, device: torch.device) -> dict[str, float]:
             return first, both[1], group.all_reduce(x)
 
         with torch.inference_mode():
-            replay, (first, total, last) = Recorder(ranks=True).record(step)
+            replay, (first, total, last) = Recorder(group=group).record(step)
             count = torch.zeros((), dtype=torch.int64, device=device)
             for i in range(REPLAYS):
                 at = i % POOL

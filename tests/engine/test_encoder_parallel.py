@@ -30,6 +30,7 @@ SCRIPT = Path(__file__).with_name("encoder_rank_process.py")
 NAMES = [name for name, (_, values) in tiny_encoders.CONFIGS.items() if values.get("num_attention_heads") != 1]
 TASKS = [(name, task) for name in ("bert", "electra") for task in tiny_encoders.HEADS if task != "feature-extraction"]
 MODELS = [*((name, "feature-extraction") for name in NAMES), *TASKS]
+TAGGER = ("bert", "token-classification")
 #: Halves that are whole groups of 64 columns: int8 rounds them as one rank does.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 FAULTS = ("memory-0", "memory-1", "ahead-1", "poison-0", "poison-1", "late-1", "nan-1", "parity-1", "death-1")
@@ -98,6 +99,17 @@ def test_two_ranks_pad_steps_to_the_same_graphs(pair: list[dict[str, Any]], fold
     seen = tagged(pair, "graphs")
     same(seen["answers"], one_rank(folder, "bert", "token-classification"))
     assert seen["replays"] == tagged(pair[::-1], "graphs")["replays"] >= 10  # the longest text has no graph
+
+
+def test_sums_as_linked_gpus_make_them_give_the_same_though_a_rank_fails(folder: Path) -> None:
+    """One kernel for a sum and its norm; a rank that fails takes part with plain sums. (Interpreted, so one pass.)"""
+    pytest.importorskip("triton")
+    passes = [f"{folder / 'bert-token-classification'}=token-classification=memory-1"]
+    results = run_ranks(folder / "boards", "boards", passes, "29877", script=SCRIPT)
+    (seen, other), wanted = (tagged([one], "memory-1") for one in results), one_rank(folder, *TAGGER)
+    same(seen["answers"], wanted)
+    same(seen["again"], wanted)
+    assert seen["sums"] == other["sums"] > 20
 
 
 @pytest.mark.parametrize("name", NAMES)

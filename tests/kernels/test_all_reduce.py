@@ -44,12 +44,16 @@ def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def wanted(number: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm's output and the sum; what the sum is rounded to is what the norm reads."""
+    """The norm's output and the sum, which the norm reads as it was rounded, if it is kept; else the output twice."""
     given = all_reduce_rank.inputs(number, 0)
     dtype = given["x"].dtype
     total = sum(all_reduce_rank.inputs(number, rank)["x"].double() for rank in range(ranks))
     if given["residual"] is not None:
         total = total + given["residual"].double()
+    if not given["keep"]:
+        weight, bias = given["weight"].double(), given["bias"].double()
+        y = reference.layer_norm(total, weight, bias, all_reduce_rank.EPS)[0]
+        return y, y
     total = total.to(dtype)
     if given["weight"] is None:
         return total, total

@@ -138,6 +138,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "layer_norm": lambda: norm.layer_norm(t(1, 768), t(768), t(768), 1e-5, t(1, 768)),
     "reduce norm": reduce_norm_call(2, 1, 4096, centered=False),
     "reduce norm of 8": reduce_norm_call(8, 64, 768, centered=True),
+    "reduce post norm": reduce_norm_call(2, 64, 1024, centered=True, keep=False),
     "reduce norm of 3": reduce_norm_call(3, 4, 8192, centered=False),
     "reduce": lambda: all_reduce.all_reduce(t(16, 4096), boards(2)),
     "gemv": lambda: linear.linear(t(1, 4096), packed(4096, 4096, False), residual=t(1, 4096)),
