@@ -42,6 +42,7 @@ from miinb.messages import Phase, Plan, Status, from_dict
 _SLACK_S = 15.0
 #: A supervisor that is asked to stop and does not answer for so long is told by signal; then it has as long once more.
 _HANG_S = 3.0
+_ROLL_POLL_S = 0.1
 #: Programs that tests put in the place of the frontend and the worker.
 _modules: dict[str, str] = {}
 
@@ -253,6 +254,29 @@ class Deployment:
         registry.entries()  # sweeps what a supervisor that died could not
         self._last, self.stopped = _over(last, "stopped"), True
         return self._last
+
+    def roll(self, *, drain_s: float) -> Status:
+        """Renew the replicas one after another while the others serve; returns when all are new and ready.
+
+        Raises:
+            InvalidValue: there is one replica.
+            Unavailable: it is not ready, or its replicas are being renewed already.
+            StartError: it ended meanwhile.
+        """
+        if self.entry.config.get("replicas", 1) == 1:
+            raise InvalidValue(
+                "rolling: one replica serves this.", hint="restart() without it; nothing serves meanwhile."
+            )
+        old = {rank.pid for rank in self.status().ranks}
+        registry.ask(self.entry, "roll", drain_s=drain_s)
+        while True:
+            status = self.status(timeout_s=_HANG_S)
+            if status.state in ("failed", "lost", "stopped", "draining"):
+                self._look_for_failure()
+                raise self.failure or StartError(f"{self.entry.name} ended while its replicas were renewed.")
+            if status.state == "ready" and not old & {rank.pid for rank in status.ranks}:
+                return status
+            time.sleep(_ROLL_POLL_S)
 
     def _abort(self) -> None:
         """Order the end without waiting, so that a second interrupt cannot lose it."""

@@ -327,18 +327,18 @@ class Session:
         finally:
             self._client.close()
 
-    def restart(self) -> Self:
-        """End it and start it again with the same configuration and name.
+    def restart(self, *, rolling: bool = False, drain_s: float = 10.0) -> Self:
+        """End it and start it again with the same configuration and name; what a start would refuse is refused first.
 
-        What a start would refuse is refused before it ends; so it goes on.
-
-        Raises:
-            ConfigError, ModelError: it cannot be started again as it was; it still runs.
-            StartError: it has ended and did not start again.
+        `rolling`: one replica after another while the others serve, each with `drain_s` seconds for its requests.
+        Raises ConfigError or ModelError where it cannot (it still runs), StartError where it has ended.
         """
         config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
         with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
             prepare(config)
+        if rolling:
+            self._deployment.roll(drain_s=drain_s)
+            return self
         self.stop()
         try:
             self._begin(prepare(config))

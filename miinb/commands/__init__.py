@@ -144,7 +144,18 @@ COMMANDS: dict[str, Command] = {
             ),
             example="stop chat",
         ),
-        Command("restart", "stop a deployment and start it again as it was", actions.restart, (_NAME, _WHICH)),
+        Command(
+            "restart",
+            "stop a deployment and start it again as it was",
+            actions.restart,
+            (
+                _NAME,
+                _WHICH,
+                Option("rolling", "one replica after another, while the others serve", read=None),
+                Option("grace", "of a rolling restart: seconds for a replica's requests: 10 (default), 1m", seconds),
+            ),
+            example="restart chat --rolling",
+        ),
         Command("keep", "let a deployment outlive this notebook", actions.keep, (_NAME, _WHICH)),
         Command(
             "logs",

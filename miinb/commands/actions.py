@@ -249,7 +249,8 @@ def restart(context: Context, values: Values, body: str | None) -> Session:
     name = values["name"] or values["deployment"]
     ended = context.sessions.get(name or context.default)  # killed, perhaps: its handle begins it anew
     session = ended if ended is not None else context.session(name)
-    session.restart()
+    limits = {} if values["grace"] is None else {"drain_s": values["grace"]}
+    session.restart(rolling=values["rolling"], **limits)
     return session
 
 

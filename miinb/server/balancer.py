@@ -41,6 +41,7 @@ class Replica:
         tokens: of the requests of an encoder that it has.
         heard: it has sent something since the last `Balancer.silent()`.
         asked_at: when it was asked for a sign of life that has not come; None: it owes none.
+        leave_by: it is to go when it has no rows, at the latest then (time.monotonic); None: it stays.
     """
 
     channel: RankChannel
@@ -49,6 +50,7 @@ class Replica:
     rows: dict[int, Sink] = field(default_factory=dict)
     heard: bool = False
     asked_at: float | None = None
+    leave_by: float | None = None
     tokens: int = 0
     _sizes: dict[int, int] = field(default_factory=dict)
 
@@ -140,7 +142,9 @@ class Balancer:
                 await asyncio.wait_for(self._first.wait(), patience_s)
         if not self._replicas:
             raise Unavailable("No replica of the model is ready.", hint="See status() and logs().")
-        replica = min(self._replicas.values(), key=lambda candidate: (candidate.tokens, len(candidate.rows)))
+        staying = [candidate for candidate in self._replicas.values() if candidate.leave_by is None]
+        candidates = staying or self._replicas.values()
+        replica = min(candidates, key=lambda candidate: (candidate.tokens, len(candidate.rows)))
         room = replica.info.max_batch + self._max_queue - len(replica.rows)
         if rows > room:
             raise QueueFull(
@@ -162,6 +166,19 @@ class Balancer:
             else:
                 found[replica.info.replica] = now - replica.asked_at
         return found
+
+    def leave(self, number: int, drain_s: float) -> None:
+        """Give a replica no more rows while there are others; `let_go` ends it when its own have ended."""
+        for replica in self._replicas.values():
+            if replica.info.replica == number:
+                replica.leave_by = time.monotonic() + drain_s
+
+    def let_go(self) -> None:
+        """Part with replicas that are to leave and have no rows, or had long enough for them."""
+        now = time.monotonic()
+        for channel, replica in tuple(self._replicas.items()):
+            if replica.leave_by is not None and (not replica.rows or now >= replica.leave_by):
+                channel.close()
 
     def close(self) -> None:
         """Close every connection."""

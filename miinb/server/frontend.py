@@ -154,6 +154,7 @@ class Frontend:
         signals: asyncio.Queue[None] = asyncio.Queue()
         loop.add_signal_handler(signal.SIGTERM, signals.put_nowait, None)
         self._status.send({"ready": await self.start()})
+        loop.add_reader(0, self._told, loop)
         activity = asyncio.ensure_future(self._every_second())
         await signals.get()
         self._balancer.stopping = True
@@ -172,6 +173,15 @@ class Frontend:
             self._for_ranks.close()
         for file in ("rpc.sock", "predict.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
+
+    def _told(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The supervisor has written a line: a replica is to leave. A line fits a pipe's buffer: it comes whole."""
+        text = os.read(0, 1 << 16)
+        if not text:
+            loop.remove_reader(0)
+        for line in text.splitlines():
+            order = json.loads(line)
+            self._balancer.leave(int(order["leave"]), float(order["drain_s"]))
 
     def _changed(self) -> None:
         """Tell it: what has ended before its client knows, so that who asks then gets true numbers."""
@@ -192,6 +202,7 @@ class Frontend:
         """Tell the supervisor what there is, which also shows it that this process lives; end what nobody reads."""
         while True:
             self._service.end_unread()
+            self._balancer.let_go()
             self._report()
             for replica, seconds in self._balancer.silent().items():
                 self._status.send({"silent": {"replica": replica, "seconds": seconds}})

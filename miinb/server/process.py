@@ -76,9 +76,17 @@ class Process:
             os.close(write_end)
         self.pid = self._popen.pid
         self.pidfd = os.pidfd_open(self.pid)
-        if self._popen.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), self._popen.stdin as stdin:
+        self.tell(line)
+        if replica is not None and self._popen.stdin is not None:
+            self._popen.stdin.close()  # a rank is told nothing more
+
+    def tell(self, line: Mapping[str, Any]) -> None:
+        """One JSON line to its standard input; the frontend reads more than the first."""
+        stdin = self._popen.stdin
+        if stdin is not None and not stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
                 stdin.write(json.dumps(line).encode() + b"\n")
+                stdin.flush()
 
     def reports(self) -> list[dict[str, Any]]:
         """The reports that have come in since the last call; phase, ready and failure are kept."""
@@ -114,6 +122,9 @@ class Process:
         self._popen.wait()
         os.close(self.pidfd)
         os.close(self.status_fd)
+        if self._popen.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._popen.stdin.close()
 
     def cause(self, *, starting: bool, oom_kills: int = 0) -> dict[str, str]:
         """Why it ended, in the form of the "failed" line.

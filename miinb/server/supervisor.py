@@ -33,6 +33,7 @@ from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
 from miinb.server.owner import Order, Owner, read_order, tell
 from miinb.server.process import Process, culprit, machine_oom_kills
+from miinb.server.rolling import Rolling
 from miinb.server.watchdog import Pulse, Watchdog
 
 MAX_RESTARTS = 3
@@ -56,6 +57,7 @@ class Supervisor:
         self.start_deadline: float | None = self.started + self.config.start_timeout_s
         self.end_at: float | None = None  # draining ends then
         self.restarts = 0
+        self.served = False  # it was ready once: a replica that ends is started again
         self.grace_s = GRACE_S
         self.activity: dict[str, int] = {}
         self.selector = selectors.DefaultSelector()
@@ -64,6 +66,7 @@ class Supervisor:
         self.oom_kills = machine_oom_kills()
         self.watchdog = Watchdog()
         self.pulse = Pulse(self.started)  # the frontend's
+        self.rolling = Rolling()
         self.control = ControlSocket(self.folder / "control.sock", self.selector, self._answer)
         self.entry = registry.Entry(
             name=order.name,
@@ -123,7 +126,7 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until the next thing that depends on time."""
-        moments = [self.start_deadline, self.end_at, self.pulse.due]
+        moments = [self.start_deadline, self.end_at, self.pulse.due, self.rolling.leave_by]
         if self.persist:
             moments.append(self.last_active + self.config.idle_timeout_s)
         due = [moment for moment in moments if moment is not None and math.isfinite(moment)]
@@ -142,6 +145,10 @@ class Supervisor:
             self.end(0.0)
         if self.pulse.check(now) and self.end_at is None:
             self._suspect(None, self.pulse.silent_s)
+        if self.rolling.leave_by is not None and now >= self.rolling.leave_by:
+            for child in self.children.of_replica(self.rolling.leaving):
+                child.signal_group(signal.SIGKILL)
+            self.rolling.leave_by = None
 
     # Children
 
@@ -160,7 +167,7 @@ class Supervisor:
                 self._suspect(**report["silent"])
             elif "phase" in report and child.replica == 0 and child.rank == 0 and self.state == "starting":
                 tell({"phase": report["phase"]})
-        if child.failure is not None and self.state == "starting" and self.restarts == 0:
+        if child.failure is not None and not self.served:
             self._fail(child.cause(starting=True))
         elif self.state == "starting" and all(other.ready is not None for other in self.children):
             self._ready()
@@ -168,7 +175,7 @@ class Supervisor:
             self.children.unhear(child)
 
     def _ready(self) -> None:
-        self.state = "ready"
+        self.state, self.served = "ready", True
         self.start_deadline = None
         self.last_active = time.monotonic()
         frontend = self.children.frontend
@@ -177,6 +184,13 @@ class Supervisor:
         self.entry.save(self.folder)
         tell({"phase": {"name": "ready"}})
         tell({"ready": {"address": address, "pid": os.getpid(), "instance_id": self.entry.instance_id}})
+        self._roll()
+
+    def _roll(self) -> None:
+        """All replicas are ready: the next one to be renewed may leave."""
+        order, frontend = self.rolling.next(), self.children.frontend
+        if order is not None and frontend is not None:
+            frontend.tell(order)
 
     def _active(self, activity: dict[str, int]) -> None:
         busy = bool(activity.get("in_flight") or activity.get("queued"))
@@ -205,7 +219,10 @@ class Supervisor:
         self.children.forget(child)
         if self.end_at is not None:
             return
-        if self.restarts == 0 and self.state == "starting":
+        if self.rolling.has_left(child.replica):
+            log(f"Replica {child.replica} has left; it is started again.")
+            self._renew(child.replica)
+        elif not self.served:
             self._fail(child.cause(starting=True, oom_kills=machine_oom_kills() - self.oom_kills))
         elif self.restarts >= MAX_RESTARTS:
             cause = child.cause(starting=False, oom_kills=machine_oom_kills() - self.oom_kills)
@@ -217,15 +234,19 @@ class Supervisor:
         """Start the dead one's replica again; the frontend's death takes all with it."""
         self.restarts += 1
         log(f"{dead.label} ended: {dead.cause(starting=False)['message']} Restart {self.restarts} of {MAX_RESTARTS}")
-        alone = dead.replica is not None
-        self.watchdog.forget(dead.replica)
-        self.children.end(self.children.of_replica(dead.replica) if alone else self.children, self.grace_s)
-        if not alone:
+        self._renew(dead.replica)
+
+    def _renew(self, replica: int | None) -> None:
+        """Start a replica again, or everything (None); what is left of it ends first."""
+        self.watchdog.forget(replica)
+        self.children.end(self.children.of_replica(replica) if replica is not None else self.children, self.grace_s)
+        if replica is None:
+            self.rolling.stop()
+            self.activity = {}
             self.children.start(self.launch.frontend())
-        for replica in [dead.replica] if dead.replica is not None else range(self.config.replicas):
-            self._start_replica(replica)
+        for number in [replica] if replica is not None else range(self.config.replicas):
+            self._start_replica(number)
         self.state = "starting"
-        self.activity = {} if not alone else self.activity
         self.last_active = time.monotonic()
         self.start_deadline = time.monotonic() + self.config.start_timeout_s
 
@@ -262,6 +283,11 @@ class Supervisor:
             self.end(float(question.get("drain_s", 0.0)))
         elif command == "keep":
             self._keep()
+        elif command == "roll":
+            if self.state != "ready" or self.rolling.active:
+                raise ValueError("it is not ready, or its replicas are being renewed already")
+            self.rolling.begin(range(self.config.replicas), float(question.get("drain_s", DRAIN_S)))
+            self._roll()
         else:
             raise ValueError(f"there is no command {command!r}")
         return answer
