@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import pytest
 
 import miinb
 from miinb.demo import tiny_model
-from miinb.errors import InvalidValue
+from miinb.errors import InvalidValue, Unavailable
 
 
 def test_replicas_are_renewed_while_the_others_serve() -> None:
@@ -41,3 +44,29 @@ def test_replicas_are_renewed_while_the_others_serve() -> None:
         assert not before & {rank.pid for rank in after.ranks}
         assert after.address == frontend
         assert len(session.generate("the cat", max_new_tokens=3, ignore_eos=True).token_ids[0]) == 3
+
+
+def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_comes_back() -> None:
+    """The streams of the other go on; what was in flight on the dead one fails as `Unavailable`."""
+    with miinb.Session(tiny_model(), replicas=2, device="cpu", options={"threads": 1}, max_length=512) as session:
+        streams = [session.stream(f"number {i}", max_new_tokens=450, ignore_eos=True) for i in range(4)]
+        for stream in streams:
+            next(stream)
+        before = session.status()
+        assert before.in_flight == 4
+        victim = next(rank for rank in before.ranks if rank.replica == 1)
+        os.kill(victim.pid, signal.SIGKILL)
+        ends = []
+        for stream in streams:
+            try:
+                ends.append(len(stream.result.token_ids[0]))
+            except Unavailable:
+                ends.append(0)
+        assert sorted(ends) == [0, 0, 450, 450]
+        deadline = time.monotonic() + 60
+        while not ((now := session.status()).state == "ready" and len(now.ranks) == 2):
+            assert time.monotonic() < deadline, now
+            assert session.generate("still", max_new_tokens=3, ignore_eos=True)
+            time.sleep(0.1)
+        assert {rank.pid for rank in now.ranks} - {rank.pid for rank in before.ranks}
+        assert {rank.pid for rank in now.ranks if rank.replica == 0} == {before.ranks[0].pid}
