@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,26 @@ def test_two_ranks_serve_and_come_back_after_one_was_killed_and_after_one_was_st
             lose_a_follower(two, fault)
             assert words in two.logs(200)
             assert two.generate(prompts, max_new_tokens=24).texts == greedy
+
+
+@pytest.mark.parametrize("way", ["gloo", pytest.param("shared_memory", marks=pytest.mark.slow)])
+def test_two_deployments_of_two_ranks_at_once_do_not_mix(way: str) -> None:
+    """DeepSpeed names its shared memory after an address and a port: each replica of each deployment has its own."""
+    prompts = [f"The {animal}" for animal in ("dog", "cat", "bird", "fox", "bear", "mouse")]
+    options = {"all_reduce": way, "threads": 1}
+    with Session(TINY, device="cpu", dtype="fp32", max_batch=4) as one:
+        alone = [one.generate(prompt, max_new_tokens=24).text for prompt in prompts]
+    start = partial(Session, TINY, device="cpu", dtype="fp32", max_batch=4, tensor_parallel=2, options=options)
+    with start() as first, start() as second, ThreadPoolExecutor(2) as pool:
+        for session in (first, second):
+            line = next(line for line in session.plan().lines if line.what == "all-reduce")
+            assert way.replace("_", " ") in line.choice, line
+        for _ in range(3):
+            asked = [(session, prompt) for prompt in prompts for session in (first, second)]
+            texts = list(pool.map(lambda pair: pair[0].generate(pair[1], max_new_tokens=24).text, asked))
+            assert texts[0::2] == alone
+            assert texts[1::2] == alone
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
 
 
 def lose_a_follower(two: Session, fault: signal.Signals) -> None:
