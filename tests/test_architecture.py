@@ -105,6 +105,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.collective_ranks": ("engine", "kernels"),
     "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
+    "bench.quality": (*("bench", "config", "errors", "models", "preparation", "quantized_planner", "wording"),),
+    "bench.quality.engine_side": ("bench", "engine", "config", "errors"),
     "bench.encoders": (
         *("bench", "config", "messages", "errors", "tasks", "client", "predictions", "session", "hardware", "wording"),
     ),
@@ -133,6 +135,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.plain_side",
     "bench.headline.arms",
     "bench.headline.floors",
+    "bench.quality.engine_side",
     "bench.headline.profile",
     "bench.headline.continuous",
     "bench.scheduler_overhead",

@@ -46,7 +46,7 @@ class Arm:
             "session": session.name,
             "instance_id": str(getattr(session, "instance_id", "") or ""),
             "task": session.task or "text-generation",
-            "model": _model_name(session.model),
+            "model": model_name(session.model),
             "revision": getattr(config, "revision", None),
             "engine": self.plan.engine,
             "dtype": self.plan.dtype,
@@ -155,7 +155,7 @@ def _kind(session: Any) -> str:
     return "baseline-best" if asked == "baseline" and session.config.options.compile else str(asked)
 
 
-def _model_name(model: str | Path) -> str:
+def model_name(model: str | Path) -> str:
     """A hub name as it is; of a folder its last part, or "org/name" of a folder in the hub's cache."""
     text = str(model)
     for part in reversed(Path(text).parts):

@@ -59,6 +59,7 @@ def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> di
         "texts": _whole(row["batch_size"]) if many_sizes else "",
         "speed-up": _speedup(row),
         "same answers": _answers(row),
+        "perplexity": _perplexity(row),
         "n": _whole(row["n"]),
         "failed": f"{row['n_failed']:.0f} ({one_line(row['failures'])})" if row["n_failed"] else "0",
         "stopped": _whole(row["n_cancelled"]) if row["n_cancelled"] else "",
@@ -151,6 +152,12 @@ def _answers(row: pd.Series) -> str:
         share = f"{row['equal_share']:.0%}"
         return f"{share} of labels" if encodes(str(row["task"])) else f"first {share} of tokens"
     return "yes" if row["outputs_equal"] else f"{row['n_equal']:.0f} of {row['n_compared']:.0f}"
+
+
+def _perplexity(row: pd.Series) -> str:
+    change = row["perplexity_change"]
+    words = f" ({change:+.2%})" if pd.notna(change) and change else ""
+    return number(row["perplexity"], "") + words if pd.notna(row["perplexity"]) else ""
 
 
 def _ms(value: float) -> str:

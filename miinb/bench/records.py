@@ -72,6 +72,12 @@ DEFINITIONS: dict[str, str] = {
     "usd_per_1k_texts": "the same of a thousand texts of encoder tasks, usd_per_1k_images of a thousand images",
     "speedup": "median e2e_s of the baseline / median e2e_s of the arm at the same point (of several passes the median "
     "of theirs); interval: 95 % bootstrap, requests that ran or waited together drawn together",
+    "perplexity": "exp of the mean negative log-likelihood of a text's tokens, each after those before it in a window",
+    "perplexity_change": (
+        "perplexity / that of the run's unquantized arm - 1; perplexity_change_lo and _hi: 95 % interval (normal, over "
+        "the differences of single tokens)"
+    ),
+    "same_next": "share of the text's places where the likeliest next token is the unquantized arm's",
     "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
     "equal_share": (
         "share of the baseline's output tokens before the first difference, mean over the answers; of encoder tasks "

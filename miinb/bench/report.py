@@ -32,6 +32,7 @@ KINDS = (
     "batch_scaling",
     "parallel_scaling",
     "waterfall",
+    "quality",
     "images",
     "memory",
 )

@@ -24,6 +24,12 @@ FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
 #: Of what the passes' spread is told.
 SPREAD = ("req_s", "seq_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
 
+#: Of the summary's columns those that are facts of an arm, whatever its requests were.
+FACTS = (
+    *("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
+    *("perplexity", "perplexity_change", "perplexity_change_lo", "perplexity_change_hi", "same_next"),
+)
+
 SUMMARY_COLUMNS: tuple[str, ...] = (
     *("run_id", "name", "arm", "model", "task", "engine", "dtype", "tp", "replicas", "n_gpus", "batch_size"),
     *("concurrency", "rate_rps", "prompt_tokens", "new_tokens", "n", "n_failed", "n_cancelled", "failures", "n_warmup"),
@@ -35,7 +41,7 @@ SUMMARY_COLUMNS: tuple[str, ...] = (
     *("queue_p50_s", "preprocess_p50_s", "model_p50_s", "postprocess_p50_s"),
     *("req_s", "seq_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
     *("slo_share", "goodput_req_s", "saturated", *(f"{name}_spread" for name in SPREAD)),
-    *("cached_share", "peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s"),
+    *("cached_share", *FACTS),
     *("price_usd_per_gpu_hour", "price_source", "usd_per_mtok", "usd_per_1k_texts", "usd_per_1k_images"),
     *(
         "speedup",
@@ -110,7 +116,7 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
         "e2e_std_s": ok["e2e_s"].std(),
         "cached_share": _share(ok["cached_tokens"], ok["prompt_tokens"]),
         "saturated": _saturated(first, env),
-        **{name: facts.get(name, NAN) for name in ("peak_mem_bytes", "weights_bytes", "kv_cache_bytes", "load_s")},
+        **{name: facts.get(name, NAN) for name in FACTS},
         "created": env.get("created"),
     }
     for metric in ("e2e", "ttft", "tpot"):

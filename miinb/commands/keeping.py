@@ -28,6 +28,7 @@ CHARTS = (
     "time_split",
     "memory",
     "waterfall",
+    "quality",
     "images",
 )
 #: What charts measure, and what they are grouped by; each of them says which it takes (held by the same test).

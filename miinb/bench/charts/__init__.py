@@ -17,6 +17,7 @@ from miinb.bench.charts.frames import summary_of
 from miinb.bench.charts.scaling import batch_scaling, parallel_scaling
 from miinb.bench.charts.steps import waterfall
 from miinb.bench.charts.style import alt_text, png, save, svg
+from miinb.bench.charts.tradeoff import quality
 from miinb.errors import InvalidValue, did_you_mean
 
 KINDS: dict[str, Callable[..., Any]] = {
@@ -30,6 +31,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "time_split": time_split,
     "memory": memory,
     "waterfall": waterfall,
+    "quality": quality,
     "images": images,
 }
 
@@ -58,7 +60,7 @@ def options_of(kind: str) -> tuple[str, ...]:
 
 
 def fitting(frame: Any) -> str:
-    """The chart that shows most of these runs at a glance: the frontier of several loads, else the latencies.
+    """The chart that shows most of these runs at a glance: quality, the frontier of several loads, else the latencies.
 
     Raises:
         InvalidValue: nothing was measured.
@@ -66,6 +68,8 @@ def fitting(frame: Any) -> str:
     summary = summary_of(frame, "fitting")
     if summary["img_s"].notna().any():
         return "images"
+    if summary["perplexity_change"].notna().any():
+        return "quality"
     loads = summary[["concurrency", "rate_rps"]].drop_duplicates()
     return "frontier" if len(loads) > 1 else "latency"
 

@@ -15,7 +15,7 @@ from miinb.bench.charts.lines import (
     finished,
     height_for,
     hidden_value,
-    in_points,
+    label_points,
     legend,
     legend_name,
     lines_of,
@@ -194,7 +194,7 @@ def frontier(
     if slo_s is not None:
         _objective(ax, slo_s * scale, f"objective {number(slo_s * scale)} {unit}")
     ax.set_ylim(0, float(speeds.max()) * 1.15)
-    _label_points(ax, marks)
+    label_points(ax, marks)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
     ax.set_xlabel(f"{METRICS[metric]}, median ({unit}{LOG_WORDS * log})", fontsize=9, color=INK)
@@ -246,38 +246,6 @@ def _latency_axis(ax: Any, times: Sequence[float], scale: float, log: bool | Non
 def _saturation_words(rows: pd.DataFrame) -> str:
     marked = "saturated" in rows and (rows["saturated"] == True).any()  # noqa: E712  # None where nothing was swept
     return "; a ring marks where the arm is saturated" if marked else ""
-
-
-#: Where a point's label may stand: offset in points, horizontal and vertical alignment.
-_PLACES = (
-    ((-5, 4), "right", "bottom"),
-    ((5, -4), "left", "top"),
-    ((5, 4), "left", "bottom"),
-    ((-5, -4), "right", "top"),
-)
-
-
-def _label_points(ax: Any, marks: Sequence[tuple[str, float, float, Any]]) -> None:
-    """Each point's label where no earlier label or point is; none where all places are taken."""
-    points = [in_points(ax, x, y) for _, x, y, _ in marks]
-    taken = [(point[0] - 3, point[1] - 3, point[0] + 3, point[1] + 3) for point in points]
-    for (text, x, y, color), point in zip(marks, points, strict=True):
-        width, height = 5.2 * len(text), 8.5
-        for (dx, dy), ha, va in _PLACES:
-            left = point[0] + dx - (width if ha == "right" else 0)
-            low = point[1] + dy - (height if va == "top" else 0)
-            here = (left, low, left + width, low + height)
-            if low < 0 or any(_overlap(here, other) for other in taken):
-                continue
-            taken.append(here)
-            ax.annotate(
-                *(text, (x, y)), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8.5, color=color
-            )
-            break
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _objective(ax: Any, at: float, text: str) -> None:

@@ -206,7 +206,7 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         return []
     compared = frame[frame["n_compared"].fillna(0) > 0] if "n_compared" in frame.columns else frame.iloc[:0]
     if compared.empty:
-        return ["Answers of the arms were not compared."]
+        return _next_words(frame) or ["Answers of the arms were not compared."]
     arms = list(frame["arm"])
     reference = (
         "baseline"
@@ -229,6 +229,15 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
             words += "" if equal == total else f"; on average {alike} are equal"
         texts.setdefault(words, []).append(names.shown(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
+
+
+def _next_words(frame: pd.DataFrame) -> list[str]:
+    """On how many places of a text the arms' likeliest next token is the unquantized arm's, where that was measured."""
+    if "same_next" not in frame.columns:
+        return []
+    labels = [names.joined(names.shown(arm), of) for arm, of in zip(frame["arm"], names.categories(frame), strict=True)]
+    shares = [f"{label} {share:.1%}" for label, share in zip(labels, frame["same_next"], strict=True) if share < 1]
+    return [f"Likeliest next token as unquantized: {', '.join(shares)} of the text's places."] if shares else []
 
 
 def footer(frame: pd.DataFrame) -> str:

@@ -108,6 +108,38 @@ def in_points(ax: Any, x: float, y: float) -> np.ndarray[Any, Any]:
     return place * points_size(ax)
 
 
+#: Where a point's label may stand: offset in points, horizontal and vertical alignment.
+_PLACES = (
+    ((-5, 4), "right", "bottom"),
+    ((5, -4), "left", "top"),
+    ((5, 4), "left", "bottom"),
+    ((-5, -4), "right", "top"),
+)
+
+
+def label_points(ax: Any, marks: Sequence[tuple[str, float, float, Any]]) -> None:
+    """Each point's label where no earlier label or point is; none where all places are taken."""
+    points = [in_points(ax, x, y) for _, x, y, _ in marks]
+    taken = [(point[0] - 3, point[1] - 3, point[0] + 3, point[1] + 3) for point in points]
+    for (text, x, y, color), point in zip(marks, points, strict=True):
+        width, height = 5.2 * len(text), 8.5
+        for (dx, dy), ha, va in _PLACES:
+            left = point[0] + dx - (width if ha == "right" else 0)
+            low = point[1] + dy - (height if va == "top" else 0)
+            here = (left, low, left + width, low + height)
+            if low < 0 or any(_overlap(here, other) for other in taken):
+                continue
+            taken.append(here)
+            ax.annotate(
+                *(text, (x, y)), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8.5, color=color
+            )
+            break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def hidden_value(ax: Any, text: str) -> None:
     """A value for the alternative text alone."""
     label = ax.annotate(text, (0, 0), visible=False)

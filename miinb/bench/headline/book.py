@@ -76,10 +76,10 @@ class Book:
 
     Args:
         facts: of every run's environment, besides the machine and the arms.
-        out: directory of the runs.
+        out: directory of the runs; None: they are kept in memory alone.
     """
 
-    def __init__(self, facts: Mapping[str, Any], out: Path) -> None:
+    def __init__(self, facts: Mapping[str, Any], out: Path | None) -> None:
         self._facts = {"host": environment(), **facts}
         self._out = out
         self._rows: dict[str, list[dict[str, Any]]] = {}
@@ -104,7 +104,7 @@ class Book:
             env["warnings"].append(f"{arm}: {reason.rstrip('.')}")
         new = [*found.records, *([_error_row(job, found.error)] if found.error else [])]
         rows += [row | {"run_id": run_id, "seq": len(rows) + i} for i, row in enumerate(new)]
-        self.runs(run_id).save(self._out)
+        self._save(run_id)
 
     def leave_out(self, job: Job, reason: str) -> None:
         """Say in the runs that an arm was not run, and why."""
@@ -112,12 +112,16 @@ class Book:
             run_id = self._run(workload.suite, job)
             self._env[run_id]["warnings"].append(f"{job.arm.label} left out: {reason}")
             if self._rows[run_id]:
-                self.runs(run_id).save(self._out)
+                self._save(run_id)
 
     def runs(self, run_id: str | None = None) -> Runs:
         """All runs, or one."""
         ids = [run_id] if run_id else [key for key in self._env if self._rows[key]]
         return Runs([row for key in ids for row in self._rows[key]], {key: self._env[key] for key in ids})
+
+    def _save(self, run_id: str) -> None:
+        if self._out is not None:
+            self.runs(run_id).save(self._out)
 
     def _run(self, suite: str, job: Job) -> str:
         key = (suite, job.model, job.task)

@@ -43,8 +43,12 @@ class Worker:
         (found,) = self._ask(("rates", device, dtype, small), LOAD_S)
         return found
 
-    def run(self, job: Job, rates: Rates) -> Iterator[Measured]:
+    def run(self, job: Job, rates: Rates | None = None) -> Iterator[Measured]:
         """What each workload of a job measured, as soon as it is there.
+
+        Args:
+            job: what to run.
+            rates: the machine's, for runners that tell how near its limits an arm is.
 
         Raises:
             MiinbError: the model could not be loaded, or the process died or took too long; it has been ended.
