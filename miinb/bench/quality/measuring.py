@@ -74,6 +74,7 @@ def measure(
     _check_counts(text_tokens=(text_tokens, 2), window=(window, 8), prompt_tokens=(prompt_tokens, 1))
     _check_counts(new_tokens=(new_tokens, 2), repeats=(repeats, 1))
     info = models.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+    info.task("text-generation")
     decode = Workload(SUITE, ((prompt_tokens, new_tokens),), repeats=repeats, limit_s=limit_s)
     reading = read_windows(info, read(text), text_tokens, window, decode)
     same: dict[str, Any] = {"model": str(model), "task": "text-generation", "device": device}
