@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 from test_charts import make, words
+from test_charts_of_quality import judged
 
 from miinb.bench import charts
 
@@ -73,10 +74,11 @@ def texts_of(ax: Any) -> list[Any]:
     return [text for text in ax.figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "waterfall"])
+@pytest.mark.parametrize("kind", [*KINDS, "waterfall", "quality"])
 def test_names_and_prices_are_no_formulas_and_their_characters_no_warning(kind: str) -> None:
     arms = {"baseline": 2.0, **dict.fromkeys(HOSTILE, 1.0)}
-    runs = make(arms, loads=(1,) if kind == "waterfall" else (1, 4), model="own$er/m$o$del", n=4)
+    loads = (1,) if kind in ("waterfall", "quality") else (1, 4)
+    runs = judged(make(arms, loads=loads, model="own$er/m$o$del", n=4))
     runs.env["r1"] |= {"name": "r$u$n", "warnings": ["it was $1 and $2"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

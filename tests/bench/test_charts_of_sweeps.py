@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from test_charts import TWO, make, words
+from test_charts_of_quality import judged
 
 from miinb.bench import charts
 from miinb.bench.records import Runs
@@ -80,7 +81,7 @@ def test_a_distribution_of_many_loads_shows_some_and_says_so() -> None:
 
 
 def test_every_kind_takes_any_frame_and_the_axes_that_it_is_given() -> None:
-    runs = make(STEPS, images=1.0)
+    runs = judged(make(STEPS, images=1.0))
     many = make(TWO, loads=(1, 4))
     more = make(TWO, run_id="r2")
     more.requests["tp"] = 2
