@@ -147,3 +147,10 @@ def test_a_summary_that_a_user_made_is_drawn() -> None:
     ax = charts.quality(frame, ax=Figure().add_subplot())
     assert points(ax) == [(10, 0), (20, pytest.approx(10))]
     assert entries(ax)[1:] == ["a\n+0.00%", "b\n+10.0%"]
+
+
+def test_a_label_is_inside_the_plot_however_slow_its_arm() -> None:
+    ax = charts.quality(measured({"bf16": ARMS["bf16"], "int4": (100.0, 0.3, 1e9)}))
+    ax.figure.canvas.draw()
+    (label,) = [text for text in ax.texts if text.get_text() == "int4"]
+    assert label.get_window_extent().x0 >= ax.get_window_extent().x0

@@ -127,7 +127,7 @@ def label_points(ax: Any, marks: Sequence[tuple[str, float, float, Any]]) -> Non
             left = point[0] + dx - (width if ha == "right" else 0)
             low = point[1] + dy - (height if va == "top" else 0)
             here = (left, low, left + width, low + height)
-            if low < 0 or any(_overlap(here, other) for other in taken):
+            if min(left, low) < 0 or any(_overlap(here, other) for other in taken):
                 continue
             taken.append(here)
             ax.annotate(
