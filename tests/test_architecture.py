@@ -103,9 +103,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
-    "bench.headline": ("bench", "config", "messages", "errors", "models", "session", "hardware", "wording"),
+    "bench.headline": (
+        *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
+    ),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
-    "bench.quality": (*("bench", "config", "errors", "models", "preparation", "quantized_planner", "wording"),),
+    "bench.quality": ("bench", "config", "errors", "models", "preparation", "quantized_planner", "wording"),
     "bench.quality.engine_side": ("bench", "engine", "config", "errors"),
     "bench.encoders": (
         *("bench", "config", "messages", "errors", "tasks", "client", "predictions", "session", "hardware", "wording"),

@@ -25,6 +25,25 @@ def test_only_beside_a_gpu_and_where_there_are_cores(
     assert spinning.spin_s(device) == seconds
 
 
+@pytest.mark.parametrize(
+    ("given", "crowded", "wanted"),
+    [
+        ({}, False, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, True, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, True, {}),
+        ({"GOMP_SPINCOUNT": "7"}, False, {}),
+    ],
+)
+def test_threads_spin_briefly_where_they_have_cores_unless_the_user_said_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], crowded: bool, wanted: dict[str, str]
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert spinning.openmp_waiting(crowded=crowded) == wanted
+
+
 def test_of_the_threads_of_a_client_one_looks() -> None:
     connections, (ours, theirs) = Connections(None), socket.socketpair()
     with ours, theirs, ThreadPoolExecutor(1) as pool:

@@ -14,6 +14,7 @@ from miinb.config import DeploymentConfig
 from miinb.registry import INSTANCE_VARIABLE, remove_segments
 from miinb.server.owner import Order
 from miinb.server.process import Process
+from miinb.spinning import openmp_waiting
 
 FRONTEND = "miinb.server.frontend"
 WORKER = "miinb.server.worker"
@@ -95,19 +96,8 @@ class Launch:
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "CUDA_VISIBLE_DEVICES": visible_devices(self._gpus(replica)),
             "OMP_NUM_THREADS": str(threads),
-            **_waiting(crowded=ranks * threads > cores),
+            **openmp_waiting(crowded=ranks * threads > cores),
         }
-
-
-def _waiting(*, crowded: bool) -> dict[str, str]:
-    """How OpenMP's threads wait for each other; what the user has set holds.
-
-    Spinning without end is right only where every thread has a core of its own: with other load on the machine a token
-    took 81 ms instead of 3 (2 threads, 2 busy cores). A short spin bridges the gaps between operators all the same.
-    """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return {}
-    return {"OMP_WAIT_POLICY": "passive"} if crowded else {"GOMP_SPINCOUNT": "1000"}
 
 
 def visible_devices(gpus: list[int]) -> str:

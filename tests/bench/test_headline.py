@@ -214,6 +214,31 @@ def test_what_cannot_be_loaded_is_an_error_of_its_own_process(folders: dict[str,
     assert not multiprocessing.active_children()
 
 
+REPORTER = """
+import os
+
+from miinb.bench.headline.trace import Measured
+
+def run_job(job, rates):
+    yield Measured(job.model, facts={"spins": os.environ["GOMP_SPINCOUNT"]})
+"""
+
+
+def test_an_arm_waits_for_its_threads_as_a_rank_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, str]
+) -> None:
+    (tmp_path / "reporter.py").write_text(REPORTER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    worker = Worker("reporter")
+    try:
+        (found,) = worker.run(job(folders, "optimized", "decode"))
+    finally:
+        worker.close()
+    assert found.facts == {"spins": "1000"}
+
+
 def test_the_command_measures_the_engine_and_its_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     what = ["--suite", "server", "ragged", "--models", "llama-8b", "--arms", "optimized", "served"]
     command.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), *what])

@@ -15,6 +15,7 @@ from miinb import hardware
 from miinb.bench.headline.book import Job
 from miinb.bench.headline.trace import Measured, error_text
 from miinb.errors import MiinbError
+from miinb.spinning import openmp_waiting
 
 if TYPE_CHECKING:
     from miinb.bench.headline.floors import Rates
@@ -109,6 +110,7 @@ def serve(connection: Connection, runner: str) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     if not hardware.detect().gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns where the user reads
+    os.environ.update(openmp_waiting(crowded=False))  # as a rank has it
     from miinb.bench.headline import floors
 
     arms = importlib.import_module(runner)
