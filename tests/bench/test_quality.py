@@ -70,6 +70,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a window of none": (["auto"], {"window": 0}, "window: 0"),
     "half a token": (["auto"], {"text_tokens": 2.5}, "text_tokens: 2.5"),
     "too long": (["auto"], {"prompt_tokens": 500, "new_tokens": 100}, "do not fit the context"),
+    "no time": (["auto"], {"limit_s": 0}, "limit_s: 0"),
     "offloaded": ({"a": {"options": {"offload": "cpu"}}}, {}, "plain transformers would serve 'a'"),
     "no room": (["auto"], {"options": {"memory_limit_bytes": 1 << 20}}, "needs about"),
     "no such device": (["auto"], {"device": "gpu"}, "device"),

@@ -5,7 +5,7 @@ measures its perplexity on a text and its speed with one request at a time, and 
 draws them, `quality.table` has a row an arm.
 
 `planning` checks everything before anything starts, `texts` has the text, `measuring` runs the arms and compares them;
-`engine_side` (it alone imports the engine) runs one in the process that `headline.isolation` keeps, `jobs` go there.
+`engine_side` (it alone imports the engine) runs one in a process of `headline.isolation`, `jobs` go there.
 """
 
 from miinb.bench.quality.measuring import DTYPES, measure, table

@@ -73,6 +73,8 @@ def measure(
     """
     _check_counts(text_tokens=(text_tokens, 2), window=(window, 8), prompt_tokens=(prompt_tokens, 1))
     _check_counts(new_tokens=(new_tokens, 2), repeats=(repeats, 1))
+    if not limit_s > 0:
+        raise InvalidValue(f"limit_s: {limit_s!r} is no time.")
     info = models.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
     info.task("text-generation")
     decode = Workload(SUITE, ((prompt_tokens, new_tokens),), repeats=repeats, limit_s=limit_s)
@@ -91,27 +93,26 @@ def _check_counts(**counts: tuple[int, int]) -> None:
 
 def _run(jobs: Sequence[Job], out: Path | None, say: Callable[[str], None]) -> Runs:
     """Each job into the book; the first is the reference."""
-    worker, book, reference = Worker("miinb.bench.quality.engine_side"), Book({}, out), Measured(SUITE)
-    try:
-        for position, job in enumerate(jobs):
-            about = job.workloads[0].about() | {"reference": jobs[0].arm.label}
-            for found in _measured(worker, job):
-                if position == 0:
-                    reference = Measured(SUITE, facts=dict(found.facts))
-                found.facts = compared(found.facts, reference.facts)
-                book.add(job, found, about)
-                say(f"{job.model} {job.arm.label}: {_words(found)}")
-    finally:
-        worker.close()
+    worker, book = Worker("miinb.bench.quality.engine_side"), Book({}, out)
+    reference: Mapping[str, Any] = {}
+    for job in jobs:
+        about = job.workloads[0].about() | {"reference": jobs[0].arm.label}
+        for found in _measured(worker, job):
+            reference = found.facts if job is jobs[0] else reference
+            found.facts = compared(found.facts, reference)
+            book.add(job, found, about)
+            say(f"{job.model} {job.arm.label}: {_words(found)}")
     return book.runs()
 
 
 def _measured(worker: Worker, job: Job) -> Iterator[Measured]:
-    """What the arm's process found, its failure too."""
+    """What the arm's process found, its failure too; each arm has a process of its own."""
     try:
         yield from worker.run(job)
     except MiinbError as failure:
         yield Measured(SUITE, error=failure.message)
+    finally:
+        worker.close()
 
 
 def compared(facts: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
