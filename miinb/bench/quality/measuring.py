@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +97,22 @@ def _run(jobs: Sequence[Job], out: Path | None, say: Callable[[str], None]) -> R
     reference: Mapping[str, Any] = {}
     for job in jobs:
         about = job.workloads[0].about() | {"reference": jobs[0].arm.label}
-        for found in _measured(worker, job):
-            reference = found.facts if job is jobs[0] else reference
-            found.facts = compared(found.facts, reference)
-            book.add(job, found, about)
-            say(f"{job.model} {job.arm.label}: {_words(found)}")
+        found = _measured(worker, job)
+        reference = found.facts if job is jobs[0] else reference
+        found.facts = compared(found.facts, reference)
+        book.add(job, found, about)
+        say(f"{job.model} {job.arm.label}: {_words(found)}")
     return book.runs()
 
 
-def _measured(worker: Worker, job: Job) -> Iterator[Measured]:
+def _measured(worker: Worker, job: Job) -> Measured:
     """What the arm's process found, its failure too; each arm has a process of its own."""
     try:
-        yield from worker.run(job)
+        (found,) = worker.run(job)
     except MiinbError as failure:
-        yield Measured(SUITE, error=failure.message)
+        return Measured(SUITE, error=failure.message)
+    else:
+        return found
     finally:
         worker.close()
 
