@@ -21,7 +21,7 @@ SMALL = {
     ),
     "04_what_made_it_fast.ipynb": "REQUESTS, NEW_TOKENS, WITHOUT = 4, 8, ['prefix', 'bf16']",
     "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY, SHAPES = 4, [1, 2], True, ['bert-base']",
-    "06_fewer_bytes.ipynb": "NEW_TOKENS, TIMED_TOKENS, REPEATS, TEXT_TOKENS, FIT = 4, 4, 2, 256, 1_000",
+    "08_fewer_bytes.ipynb": "NEW_TOKENS, TIMED_TOKENS, REPEATS, TEXT_TOKENS, FIT = 4, 4, 2, 256, 1_000",
 }
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
