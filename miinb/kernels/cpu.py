@@ -7,10 +7,6 @@ where the CPU has no bf16 instructions; and a step of small PyTorch operations c
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +15,21 @@ from torch import Tensor
 from miinb.kernels import reference
 from miinb.kernels.cpu_blocks import BlockedLinear, blocked
 from miinb.kernels.cpu_library import load_library
+from miinb.kernels.cpu_trial import NEVER, torch_rows
+from miinb.kernels.formats import FP8, bits_of, part_columns
 from miinb.kernels.linear import PackedLinear
 
 _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "tanh": 5}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
+#: Kinds of quantized weights, as cpu_linear.c numbers them after those of `_HALF`.
+_INT4 = 3
+_KINDS = {torch.int8: 2, torch.int32: _INT4}
 #: Kinds of weights in tiles, as cpu_product.c numbers them; what those of bf16 are multiplied by.
 _FP32, _INT8 = 0, 1
 _AMX = 3
 _BF16 = {0: "", 2: "AVX-512", _AMX: "AMX"}
 #: Widest head that the library's buffers hold.
 MAX_HEAD_SIZE = 1024
-#: Rows at which PyTorch's linear layer is tried against the library's, and how much faster it must be to be taken: with
-#: the library alone a row's answer does not depend on what else is in the step.
-_TRIED_ROWS = (4, 16, 64)
-_CLEARLY = 1.5
 
 
 class CpuKernels:
@@ -58,26 +55,9 @@ class CpuKernels:
         self._blocked_linear = self._library.miinb_blocked_linear
         self._packed_attention = self._library.miinb_packed_attention
         self.bf16 = self._library.miinb_bf16() if self._half and tiles else 0
-        self.limit = 1 << 30
+        self.limit = NEVER
         if not int8 and not (tiles and self._in_tiles):
-            self.limit = self._measure()
-
-    def _measure(self) -> int:
-        """The least number of rows with which PyTorch is clearly faster, as it is in bf16 where the CPU has AMX."""
-        given = os.environ.get("MIINB_CPU_TORCH_ROWS", "")
-        if given.isdigit():
-            return int(given) or 1 << 30
-        if torch.backends.cpu.get_cpu_capability() == "AVX2":
-            return 1 << 30  # PyTorch is as fast at best there (see docs/decisions): no trial that others may disturb
-        packed = PackedLinear(torch.randn(512, 768).to(self.dtype))
-        for rows in _TRIED_ROWS:
-            x = torch.randn(rows, 768).to(self.dtype)
-            ours, theirs = _fastest(
-                functools.partial(self.linear, x, packed), functools.partial(F.linear, x, packed.weight)
-            )
-            if theirs * _CLEARLY < ours:
-                return rows
-        return 1 << 30
+            self.limit = torch_rows(self.linear, dtype)
 
     @property
     def _in_tiles(self) -> bool:
@@ -88,7 +68,7 @@ class CpuKernels:
     def description(self) -> str:
         """What runs where, in a few words."""
         threads = torch.get_num_threads()
-        if self.limit == 1 << 30:
+        if self.limit == NEVER:
             return f"every step, {threads} threads" + (f", {_BF16[self.bf16]}" if self.bf16 else "")
         return (
             f"steps below {self.limit} tokens, {threads} threads; PyTorch's linear layers are faster above, "
@@ -135,13 +115,17 @@ class CpuKernels:
         return self._run_linear(x, packed, packed.weight.shape[0] // 2, kind, None, 1)
 
     def _is_references(self, x: Tensor, packed: PackedLinear) -> bool:
-        """Whether PyTorch multiplies: int4 and fp8, which have no operator here, and what it is clearly faster with."""
-        without = packed.weight.dtype in (torch.int32, reference.FP8)
-        return without or (x.shape[0] >= self.limit and packed.scale is None)
+        """Whether PyTorch multiplies: forms that have no operator here, and what it is clearly faster with."""
+        if packed.scale is None:
+            return x.shape[0] >= self.limit
+        return packed.weight.dtype == FP8 or (packed.weight.dtype == torch.int32 and bits_of(packed.scale) == 8)
 
     def _run_linear(
         self, x: Tensor, packed: PackedLinear, n: int, activation: str | None, residual: Tensor | None, gated: int
     ) -> Tensor:
+        kind = _KINDS.get(packed.weight.dtype, self._half)
+        if kind == _INT4:  # a row of words has whole parts: what is past its last column is multiplied by zeros
+            x = F.pad(x, (0, -x.shape[1] % part_columns(4)))
         x = x.contiguous()
         m, k = x.shape
         y = torch.empty((m, n), dtype=x.dtype)
@@ -158,7 +142,7 @@ class CpuKernels:
             reference.GROUP,
             _ACTIVATIONS[activation],
             gated,
-            self._half,
+            kind,
         )
         return y
 
@@ -387,14 +371,3 @@ def _leading_singles(query_start: Tensor) -> int:
     """Rows of one token that come before the first longer one."""
     starts = query_start.tolist()
     return next((i for i in range(len(starts) - 1) if starts[i + 1] != i + 1), len(starts) - 1)
-
-
-def _fastest(*runs: Callable[[], object]) -> list[float]:
-    """Seconds of the fastest of a few calls of each, in turns: those that nothing interrupted."""
-    best = [float("inf")] * len(runs)
-    for _ in range(6):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best

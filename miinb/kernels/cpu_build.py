@@ -16,8 +16,10 @@ from pathlib import Path
 import platformdirs
 import torch  # noqa: F401  (its OpenMP runtime has to be loaded before the library that uses it)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_linear.c", "cpu_product.c", "cpu_packed_attention.c"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu.h", "cpu_split.h", "cpu_outer.h", "cpu_amx.h"))
+_NAMES = ("cpu.c", "cpu_linear.c", "cpu_product.c", "cpu_packed_attention.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_HEADER_NAMES = ("cpu.h", "cpu_split.h", "cpu_int4.h", "cpu_outer.h", "cpu_amx.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in _HEADER_NAMES)
 #: No -ffast-math: NaN must stay NaN for a row to be found broken.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")
 #: GCC takes half of an AVX-512 register where it makes vectors of a loop itself (activations, softmax).

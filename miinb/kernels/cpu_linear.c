@@ -1,15 +1,16 @@
-/* Products of a decoder on a CPU. */
+/* The products of a decoder on a CPU: bound by memory where a step has few rows, so weights are read once, in the form
+   that they have there. */
 
-#include "cpu_split.h"
+#include "cpu_int4.h"
 
 /* ---- linear ------------------------------------------------------------------------------------------------- */
 
-/* Weights are fp32, bf16 or int8. The columns of an int8 row are in groups, each with a scale; a weight is widened to
-   fp32 and multiplied by its scale before it is used.
+/* Weights are fp32, bf16, int8 or int4. The columns of a row of int8 or int4 are in groups, each with a scale or a pair;
+   a weight is widened to the fp32 that it stands for before it is used.
 
    Every output is summed over the columns in the same order, whatever the number of rows and the tile that it falls
    in: its bits do not depend on what else is in the step. */
-enum { FP32, BF16, INT8 };
+enum { FP32, BF16, INT8, INT4 }; /* as cpu.py numbers them */
 
 #define MB 4    /* rows of x in a tile at most, so that a weight is used for several */
 #define NB 8    /* rows of weights in a tile at most: mb * nb sums have to stay in registers */
@@ -29,58 +30,88 @@ INLINE vec whole(const int8_t *p) { /* GCC 12 makes many instructions of the con
   return __builtin_convertvector(wide, vec);
 }
 
-INLINE int64_t width(int kind) { return kind == INT8 ? 1 : kind == BF16 ? 2 : 4; }
+/* Bytes of so many weights. */
+INLINE int64_t bytes_of(int64_t count, int kind) {
+  return kind == INT4 ? count / 2 : kind == INT8 ? count : kind == BF16 ? 2 * count : 4 * count;
+}
 
-/* Weights [i, i + LANES) (side 0) and [i + LANES, i + BLOCK) of a row; of bf16 the even and the odd ones. */
-INLINE vec weights_of(const void *w, int64_t i, int side, float scale, int kind) {
-  if (kind == INT8) return whole((const int8_t *)w + i + side * LANES) * scale;
+INLINE int grouped(int kind) { return kind == INT8 || kind == INT4; }
+
+/* Columns that are multiplied at a time. */
+INLINE int step_of(int kind) { return kind == INT4 ? PART : BLOCK; }
+
+/* What a group of a row has besides its numbers. */
+typedef struct {
+  float scale;   /* int8 */
+  levels levels; /* int4 */
+} factor;
+
+/* bits: of a scale in fp32, or a pair of bf16. */
+INLINE factor factor_of(uint32_t bits, int kind) {
+  factor f = {0};
+  if (kind == INT8) memcpy(&f.scale, &bits, 4);
+  if (kind == INT4) f.levels = levels_of(bits);
+  return f;
+}
+
+/* The weights of a row's step that begins at i are in vectors, one a side: [i, i + LANES), [i + LANES, i + 2 * LANES);
+   of bf16 and int4 the even ones of a BLOCK, then the odd ones. */
+INLINE vec weights_of(const void *w, int64_t i, int side, factor f, int kind) {
+  if (kind == INT4) return int4_side((const char *)w + i / 2, side, f.levels);
+  if (kind == INT8) return whole((const int8_t *)w + i + side * LANES) * f.scale;
   if (kind == BF16) return side ? odd((const bf16 *)w + i) : even((const bf16 *)w + i);
   return *(const vec *)((const float *)w + i + side * LANES);
 }
 
-INLINE float weight(const void *w, int64_t i, float scale, int kind) {
-  return kind == INT8 ? ((const int8_t *)w)[i] * scale : load(w, i, kind == BF16);
+/* One weight of a row's end, which no step has: of int4 there is none. */
+INLINE float weight(const void *w, int64_t i, factor f, int kind) {
+  return kind == INT8 ? ((const int8_t *)w)[i] * f.scale : load(w, i, kind == BF16);
 }
 
 typedef struct {
   const void *w, *bias, *residual;
-  const float *scale; /* [rows of w][groups] */
+  const uint32_t *scale; /* [rows of w][groups]: what factor_of takes */
   void *y;
-  int64_t n, k, group; /* n: outputs; group: columns with one scale, a multiple of BLOCK; k if there are none */
+  int64_t n, k, group; /* n: outputs; group: columns with one scale, a multiple of PART; k if there are none */
   int activation, gated;
 } linear_args;
 
 /* A row of weights as fp32, in the order of weights_of. */
-INLINE void widen_row(const linear_args *a, const void *from, const float *scale, float *to, int kind) {
+INLINE void widen_row(const linear_args *a, const void *from, const uint32_t *scale, float *to, int kind) {
   if (kind == BF16) widen_split((const bf16 *)from, to, a->k);
-  for (int64_t i = 0, end; kind == INT8 && i < a->k; scale++)
-    for (end = a->k - i < a->group ? a->k : i + a->group; i < end; i++) to[i] = ((const int8_t *)from)[i] * *scale;
+  for (int64_t i = 0, end; grouped(kind) && i < a->k; scale++) {
+    const factor f = factor_of(*scale, kind);
+    end = a->k - i < a->group ? a->k : i + a->group;
+    for (; kind == INT8 && i < end; i++) to[i] = ((const int8_t *)from)[i] * f.scale;
+    for (; kind == INT4 && i < end; i += PART)
+      for (int side = 0; side < SIDES; side++) *(vec *)(to + i + side * LANES) = weights_of(from, i, side, f, kind);
+  }
 }
 
-/* out[m][n]: products of mb rows of x (split if the weights were bf16) with nb rows of weights. */
-INLINE void tile(const linear_args *a, const float *x, const void *const *w, const float *const *scale, int mb, int nb,
-                 int kind, int ahead, float out[MB][NB]) {
-  const int64_t k = a->k, blocks = k / BLOCK * BLOCK;
+/* out[m][n]: products of mb rows of x (split if the weights were bf16 or int4) with nb rows of weights. */
+INLINE void tile(const linear_args *a, const float *x, const void *const *w, const uint32_t *const *scale, int mb,
+                 int nb, int kind, int ahead, float out[MB][NB]) {
+  const int64_t k = a->k, step = step_of(kind), blocks = k / step * step;
   reg sums[MB][NB] = {{{0}}};
-  float scales[NB] = {0};
+  factor factors[NB];
   int64_t i = 0;
   for (int64_t g = 0; i < blocks; g++) {
-    const int64_t end = kind == INT8 && i + a->group < blocks ? i + a->group : blocks;
-    for (int n = 0; kind == INT8 && n < nb; n++) scales[n] = scale[n][g];
+    const int64_t end = grouped(kind) && i + a->group < blocks ? i + a->group : blocks;
+    for (int n = 0; n < nb; n++) factors[n] = factor_of(grouped(kind) ? scale[n][g] : 0, kind);
     /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
-    for (int n = 0; ahead && kind == INT8 && n < nb; n++)
-      for (int64_t c = i; c < end; c += 64) __builtin_prefetch((const char *)w[n] + nb * k + c);
-    for (; i < end; i += BLOCK) {
-      for (int n = 0; ahead && kind != INT8 && n < nb; n++)
-        __builtin_prefetch((const char *)w[n] + (nb * k + i) * width(kind));
-      for (int side = 0; side < 2; side++) {
+    for (int n = 0; ahead && grouped(kind) && n < nb; n++)
+      for (int64_t c = i; c < end; c += 64) __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + c, kind));
+    for (; i < end; i += step) {
+      for (int n = 0; ahead && !grouped(kind) && n < nb; n++)
+        __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + i, kind));
+      for (int side = 0; side < step / LANES; side++) {
         reg values[MB];
         for (int m = 0; m < mb; m++) {
           values[m] = *(const vec *)(x + m * k + i + side * LANES);
           KEEP(values[m]);
         }
         for (int n = 0; n < nb; n++) {
-          reg weights = weights_of(w[n], i, side, scales[n], kind);
+          reg weights = weights_of(w[n], i, side, factors[n], kind);
           for (int m = 0; m < mb; m++) sums[m][n] += weights * values[m];
         }
       }
@@ -88,7 +119,8 @@ INLINE void tile(const linear_args *a, const float *x, const void *const *w, con
   }
   for (int m = 0; m < mb; m++)
     for (int n = 0; n < nb; n++) {
-      float s = sum_vec(sums[m][n]), last = kind == INT8 && i < k ? scale[n][i / a->group] : 0;
+      float s = sum_vec(sums[m][n]);
+      const factor last = factor_of(kind == INT8 && i < k ? scale[n][i / a->group] : 0, kind);
       /* Said outright: where GCC makes vectors of this loop, it would round the products before it adds them. */
       for (int64_t j = i; j < k; j++) s = fmaf(x[m * k + j], weight(w[n], j, last, kind), s);
       out[m][n] = s;
@@ -99,13 +131,13 @@ INLINE float bias_of(const linear_args *a, int64_t n, int half) { return a->bias
 
 /* The rows of weights of a tile. Gated outputs n need the rows n and n + a->n, which stand next to each other in it. */
 INLINE void rows_of(const linear_args *a, int64_t n, int64_t end, int nb, int kind, int64_t *row, const void **w,
-                    const float **scale) {
+                    const uint32_t **scale) {
   for (int j = 0; j < nb; j++) {
     int64_t at = n + (a->gated ? j / 2 : j);
     if (at >= end) at = end - 1;
     row[j] = a->gated && j % 2 ? at + a->n : at;
-    w[j] = (const char *)a->w + row[j] * a->k * width(kind);
-    scale[j] = kind == INT8 ? a->scale + row[j] * ((a->k + a->group - 1) / a->group) : NULL;
+    w[j] = (const char *)a->w + bytes_of(row[j] * a->k, kind);
+    scale[j] = grouped(kind) ? a->scale + row[j] * ((a->k + a->group - 1) / a->group) : NULL;
   }
 }
 
@@ -131,7 +163,7 @@ static __attribute__((noinline)) void store_tile(const linear_args *a, float out
 INLINE void few_rows(const linear_args *a, const float *x, int mb, int nb, int kind, int half) {
   int64_t start, stop, step = a->gated ? nb / 2 : nb, row[NB];
   const void *w[NB];
-  const float *scale[NB];
+  const uint32_t *scale[NB];
   float out[MB][NB];
   part(a->n, step, &start, &stop);
   for (int64_t n = start; n < stop; n += step) {
@@ -146,7 +178,7 @@ INLINE void many_rows(const linear_args *a, const float *x, int64_t rows, int ki
   const int64_t k = a->k, chunk = (256 << 10) / (4 * k) > 12 ? (256 << 10) / (4 * k) / 2 * 2 : 12;
   int64_t start, stop, step = a->gated ? PANEL / 2 : PANEL, row[PANEL];
   const void *w[PANEL];
-  const float *scale[PANEL];
+  const uint32_t *scale[PANEL];
   float out[MB][NB], *panel = NULL;
   if (kind != FP32 && posix_memalign((void **)&panel, 64, sizeof(float) * PANEL * k)) abort();
   part(a->n, step, &start, &stop);
@@ -204,29 +236,33 @@ INLINE void transpose(reg rows[LANES]) {
 }
 
 /* Rows [m, m + MR) of x as [lane][column of the lane][MR], rows that are not there as zeros. */
-INLINE void pack_x(const void *x, float *to, int64_t m, int64_t rows, int64_t k, int half) {
+INLINE void pack_x(const void *x, float *to, int64_t m, int64_t rows, int64_t k, int kind, int half) {
+  const int paired = kind == BF16 || kind == INT4; /* see `weights_of` */
   const int64_t steps = k / LANES;
   for (int64_t r = 0; r < MR; r++)
     for (int64_t t = 0; t < steps; t++) {
-      const int64_t from = (m + r) * k + t / 2 * BLOCK + t % 2 * (half ? 1 : LANES); /* see `weights_of` */
+      const int64_t from = (m + r) * k + t / 2 * BLOCK + t % 2 * (paired ? 1 : LANES);
       for (int64_t l = 0; l < LANES; l++)
-        to[(l * steps + t) * MR + r] = m + r < rows ? load(x, from + l * (half ? 2 : 1), half) : 0;
+        to[(l * steps + t) * MR + r] = m + r < rows ? load(x, from + l * (paired ? 2 : 1), half) : 0;
     }
 }
 
 /* A tile's rows of weights as [lane][column of the lane][NR]. */
-INLINE void pack_weights(const linear_args *a, const void *const *w, const float *const *scale, float *to, int kind) {
+INLINE void pack_weights(const linear_args *a, const void *const *w, const uint32_t *const *scale, float *to, int kind) {
   const int64_t steps = a->k / LANES;
+  const int sides = step_of(kind) / LANES;
   for (int first = 0; first < NR; first += LANES)
-    for (int64_t t = 0; t < steps; t++) {
-      const int64_t i = t / 2 * BLOCK;
-      reg rows[LANES];
-      for (int n = 0; n < LANES; n++) {
-        const float by = kind == INT8 ? scale[first + n][i / a->group] : 0;
-        rows[n] = weights_of(w[first + n], i, t % 2, by, kind);
+    for (int64_t t = 0; t < steps; t += sides) {
+      const int64_t i = t * LANES;
+      factor factors[LANES];
+      for (int n = 0; n < LANES; n++)
+        factors[n] = factor_of(grouped(kind) ? scale[first + n][i / a->group] : 0, kind);
+      for (int side = 0; side < sides; side++) {
+        reg rows[LANES];
+        for (int n = 0; n < LANES; n++) rows[n] = weights_of(w[first + n], i, side, factors[n], kind);
+        transpose(rows);
+        for (int l = 0; l < LANES; l++) *(vec *)(to + (l * steps + t + side) * NR + first) = rows[l];
       }
-      transpose(rows);
-      for (int l = 0; l < LANES; l++) *(vec *)(to + (l * steps + t) * NR + first) = rows[l];
     }
 }
 
@@ -292,19 +328,19 @@ INLINE void block_rows(const linear_args *a, const void *x, float *packed, int64
   if (tiles * chunks < threads) chunks = (threads + tiles - 1) / tiles;
   const int64_t chunk = ((rows + chunks - 1) / chunks + MR - 1) / MR * MR;
   const void *w[NR];
-  const float *scale[NR];
+  const uint32_t *scale[NR];
   float *panel;
   if (posix_memalign((void **)&panel, 64, sizeof(float) * NR * k)) abort();
 #pragma omp for
-  for (int64_t m = 0; m < rows; m += MR) pack_x(x, packed + m * k, m, rows, k, half);
+  for (int64_t m = 0; m < rows; m += MR) pack_x(x, packed + m * k, m, rows, k, kind, half);
 #pragma omp for
   for (int64_t i = 0; i < tiles * chunks; i++) {
     const int64_t n = i / chunks * step, m = i % chunks * chunk, end = m + chunk < rows ? m + chunk : rows;
     for (int64_t j = 0; j < NR; j++) {
       const int64_t at = n + j % step < a->n ? n + j % step : a->n - 1;
       row[j] = j < step ? at : at + a->n;
-      w[j] = (const char *)a->w + row[j] * k * width(kind);
-      scale[j] = kind == INT8 ? a->scale + row[j] * ((k + a->group - 1) / a->group) : NULL;
+      w[j] = (const char *)a->w + bytes_of(row[j] * k, kind);
+      scale[j] = grouped(kind) ? a->scale + row[j] * ((k + a->group - 1) / a->group) : NULL;
     }
     if (m < end) pack_weights(a, w, scale, panel, kind);
     block(a, packed, panel, m, end, n, half);
@@ -327,35 +363,42 @@ INLINE void linear_rows(const linear_args *a, const float *x, int64_t m, int kin
     many_rows(a, x, m, kind, half);
 }
 
-/* scale NULL: the weights have the type of x; otherwise they are int8, and x is fp32. */
-void miinb_linear(const void *x, const void *w, const float *scale, const void *bias, const void *residual, void *y,
-                  int64_t m, int64_t n, int64_t k, int64_t group, int activation, int gated, int half) {
+/* Rows of x as `tile` wants them: in fp32, and split for the kinds whose weights are. */
+INLINE void order_row(const void *x, float *to, int64_t k, int kind) {
+  if (kind == BF16) widen_split((const bf16 *)x, to, k);
+  if (kind == INT4) split((const float *)x, to, k);
+}
+
+/* kind: of the weights, whose numbers' type x has; fp32 where there is a scale. Of int4 k is a multiple of PART. */
+void miinb_linear(const void *x, const void *w, const void *scale, const void *bias, const void *residual, void *y,
+                  int64_t m, int64_t n, int64_t k, int64_t group, int activation, int gated, int kind) {
   const linear_args a = {w, bias, residual, scale, y, n, k, scale ? group : k, activation, gated};
   const int blocks = m >= MANY && k % BLOCK == 0; /* what is left of a row, `tile` adds one by one */
-  const int64_t room = blocks ? (m + MR - 1) / MR * MR * k : half ? m * k : 0;
+  const int ordered = !blocks && (kind == BF16 || kind == INT4);
+  const int64_t room = blocks ? (m + MR - 1) / MR * MR * k : ordered ? m * k : 0, bytes = kind == BF16 ? 2 : 4;
   float *wide = NULL;
   if (room && posix_memalign((void **)&wide, 64, sizeof(float) * room)) abort();
-  if (half && m <= FEW)
-    for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
+  for (int64_t i = 0; ordered && m <= FEW && i < m; i++)
+    order_row((const char *)x + i * k * bytes, wide + i * k, k, kind);
 #pragma omp parallel
   {
-    if (half && m > FEW && !blocks) {
+    if (ordered && m > FEW) {
 #pragma omp for
-      for (int64_t i = 0; i < m; i++) widen_split((const bf16 *)x + i * k, wide + i * k, k);
+      for (int64_t i = 0; i < m; i++) order_row((const char *)x + i * k * bytes, wide + i * k, k, kind);
     }
     /* Chosen in here: what is passed into a parallel region is no constant for the compiler. */
-    if (blocks && scale)
-      block_rows(&a, x, wide, m, INT8, 0);
-    else if (blocks && half)
-      block_rows(&a, x, wide, m, BF16, 1);
-    else if (blocks)
-      block_rows(&a, x, wide, m, FP32, 0);
-    else if (scale)
-      linear_rows(&a, x, m, INT8, 0);
-    else if (half)
-      linear_rows(&a, wide, m, BF16, 1);
-    else
-      linear_rows(&a, x, m, FP32, 0);
+    if (blocks) switch (kind) {
+        case INT4: block_rows(&a, x, wide, m, INT4, 0); break;
+        case INT8: block_rows(&a, x, wide, m, INT8, 0); break;
+        case BF16: block_rows(&a, x, wide, m, BF16, 1); break;
+        default: block_rows(&a, x, wide, m, FP32, 0);
+      }
+    else switch (kind) {
+        case INT4: linear_rows(&a, wide, m, INT4, 0); break;
+        case INT8: linear_rows(&a, x, m, INT8, 0); break;
+        case BF16: linear_rows(&a, wide, m, BF16, 1); break;
+        default: linear_rows(&a, x, m, FP32, 0);
+      }
   }
   free(wide);
 }
