@@ -139,7 +139,6 @@ class CpuKernels:
             m,
             n,
             k,
-            reference.GROUP,
             _ACTIVATIONS[activation],
             gated,
             kind,

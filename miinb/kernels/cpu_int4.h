@@ -17,8 +17,9 @@ typedef struct {
 /* pair: two bf16, the step and what 0 stands for. */
 INLINE levels levels_of(uint32_t pair) {
   const reg number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512 step = _mm512_castsi512_ps(_mm512_set1_epi32(pair << 16));
-  const __m512 low = _mm512_castsi512_ps(_mm512_set1_epi32(pair & 0xffff0000u));
+  const __m512i both = _mm512_set1_epi32(pair);
+  const __m512 step = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  const __m512 low = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000u)));
   return (levels){(reg)_mm512_fmadd_ps((__m512)number, step, low)};
 }
 
@@ -39,9 +40,9 @@ typedef struct {
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
 INLINE levels levels_of(uint32_t pair) {
-  const float step = widen((bf16)pair), low = widen((bf16)(pair >> 16));
-  const reg first = {1, 1, 1, 1, 0x1p-4, 0x1p-4, 0x1p-4, 0x1p-4};
-  return (levels){{first * step, first * (step * 0x1p-8f)}, (reg){0} + low};
+  const words both = (words){0} + pair;
+  const reg step = (reg)(both << 16), place = {1, 1, 1, 1, 0x1p-4, 0x1p-4, 0x1p-4, 0x1p-4};
+  return (levels){{step * place, step * (place * 0x1p-8f)}, (reg)(both & 0xffff0000u)};
 }
 
 INLINE vec int4_side(const void *part, int side, levels of) {

@@ -9,7 +9,7 @@ from miinb.kernels import cpu_build
 
 _P, _I, _F, _C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "miinb_linear": [_P] * 6 + [_I] * 4 + [_C] * 3,
+    "miinb_linear": [_P] * 6 + [_I] * 3 + [_C] * 3,
     "miinb_norm": [_P] * 6 + [_I] * 2 + [_F, _C, _C],
     "miinb_rope_append": [_P] * 10 + [_I] * 5 + [_F, _C, _C],
     "miinb_argmax": [_P] * 3 + [_I] * 2 + [_C],

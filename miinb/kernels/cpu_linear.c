@@ -10,11 +10,15 @@
 
    Every output is summed over the columns in the same order, whatever the number of rows and the tile that it falls
    in: its bits do not depend on what else is in the step. */
+#define GROUP 64 /* columns that have one scale or pair */
 enum { FP32, BF16, INT8, INT4 }; /* as cpu.py numbers them */
 
-#define MB 4    /* rows of x in a tile at most, so that a weight is used for several */
-#define NB 8    /* rows of weights in a tile at most: mb * nb sums have to stay in registers */
-#define FEW 4   /* rows of x up to which weights are widened on the way; for more, rows of weights are widened once */
+#if LANES == 16
+#define FEW 8 /* rows of x up to which weights are widened on the way; for more, rows of weights are widened once */
+#else
+#define FEW 4
+#endif
+#define NB 8    /* rows of weights in a tile at most: a tile's sums have to stay in registers */
 #define PANEL 4 /* so many at a time, for two rows of x: with more than eight sums GCC does not keep them in registers */
 
 typedef int8_t vecb __attribute__((vector_size(LANES), aligned(1), may_alias));
@@ -36,6 +40,18 @@ INLINE int64_t bytes_of(int64_t count, int kind) {
 }
 
 INLINE int grouped(int kind) { return kind == INT8 || kind == INT4; }
+
+/* Rows of x up to which weights are read as they are; in fp32 there is nothing to widen. */
+INLINE int few_of(int kind) { return kind == FP32 ? 4 : FEW; }
+
+/* Rows of weights in a tile with so many rows of x, an even number: what was fastest. With AVX2 (16 registers) int4 has
+   three registers of levels for each, and int8 was faster with fewer streams. */
+INLINE int height_of(int64_t m, int kind) {
+  if (kind == INT4 && LANES == 8) return 2;
+  if (m == 1) return grouped(kind) ? 4 : 8;
+  if (LANES == 16) return m <= 4 ? 4 : 2;
+  return m == 2 ? 4 : 2;
+}
 
 /* Columns that are multiplied at a time. */
 INLINE int step_of(int kind) { return kind == INT4 ? PART : BLOCK; }
@@ -72,7 +88,7 @@ typedef struct {
   const void *w, *bias, *residual;
   const uint32_t *scale; /* [rows of w][groups]: what factor_of takes */
   void *y;
-  int64_t n, k, group; /* n: outputs; group: columns with one scale, a multiple of PART; k if there are none */
+  int64_t n, k; /* outputs, columns */
   int activation, gated;
 } linear_args;
 
@@ -81,48 +97,57 @@ INLINE void widen_row(const linear_args *a, const void *from, const uint32_t *sc
   if (kind == BF16) widen_split((const bf16 *)from, to, a->k);
   for (int64_t i = 0, end; grouped(kind) && i < a->k; scale++) {
     const factor f = factor_of(*scale, kind);
-    end = a->k - i < a->group ? a->k : i + a->group;
+    end = a->k - i < GROUP ? a->k : i + GROUP;
     for (; kind == INT8 && i < end; i++) to[i] = ((const int8_t *)from)[i] * f.scale;
     for (; kind == INT4 && i < end; i += PART)
       for (int side = 0; side < SIDES; side++) *(vec *)(to + i + side * LANES) = weights_of(from, i, side, f, kind);
   }
 }
 
-/* out[m][n]: products of mb rows of x (split if the weights were bf16 or int4) with nb rows of weights. */
-INLINE void tile(const linear_args *a, const float *x, const void *const *w, const uint32_t *const *scale, int mb,
-                 int nb, int kind, int ahead, float out[MB][NB]) {
-  const int64_t k = a->k, step = step_of(kind), blocks = k / step * step;
-  reg sums[MB][NB] = {{{0}}};
-  factor factors[NB];
-  int64_t i = 0;
-  for (int64_t g = 0; i < blocks; g++) {
-    const int64_t end = grouped(kind) && i + a->group < blocks ? i + a->group : blocks;
-    for (int n = 0; n < nb; n++) factors[n] = factor_of(grouped(kind) ? scale[n][g] : 0, kind);
-    /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
-    for (int n = 0; ahead && grouped(kind) && n < nb; n++)
-      for (int64_t c = i; c < end; c += 64) __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + c, kind));
-    for (; i < end; i += step) {
-      for (int n = 0; ahead && !grouped(kind) && n < nb; n++)
-        __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + i, kind));
-      for (int side = 0; side < step / LANES; side++) {
-        reg values[MB];
-        for (int m = 0; m < mb; m++) {
-          values[m] = *(const vec *)(x + m * k + i + side * LANES);
-          KEEP(values[m]);
-        }
-        for (int n = 0; n < nb; n++) {
-          reg weights = weights_of(w[n], i, side, factors[n], kind);
-          for (int m = 0; m < mb; m++) sums[m][n] += weights * values[m];
-        }
+/* sums[m][n] += products of mb rows of x with nb rows of weights, over the steps of the columns [i, end). */
+INLINE void multiply(const float *x, int64_t k, const void *const *w, const factor *factors, int64_t i, int64_t end,
+                     int mb, int nb, int kind, int ahead, reg sums[FEW][NB]) {
+  const int step = step_of(kind);
+  for (; i < end; i += step) {
+    for (int n = 0; ahead && n < nb; n++) __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + i, kind));
+    for (int side = 0; side < step / LANES; side++) {
+      reg values[FEW];
+      for (int m = 0; m < mb; m++) {
+        values[m] = *(const vec *)(x + m * k + i + side * LANES);
+        KEEP(values[m]);
+      }
+      for (int n = 0; n < nb; n++) {
+        reg weights = weights_of(w[n], i, side, factors[n], kind);
+        for (int m = 0; m < mb; m++) sums[m][n] += weights * values[m];
       }
     }
+  }
+}
+
+/* out[m][n]: products of mb rows of x (split if the weights were bf16 or int4) with nb rows of weights. */
+INLINE void tile(const linear_args *a, const float *x, const void *const *w, const uint32_t *const *scale, int mb,
+                 int nb, int kind, int ahead, float out[FEW][NB]) {
+  const int64_t k = a->k, blocks = k / step_of(kind) * step_of(kind);
+  reg sums[FEW][NB];
+  factor factors[NB];
+  for (int m = 0; m < mb; m++)
+    for (int n = 0; n < nb; n++) sums[m][n] = (reg){0};
+  if (!grouped(kind)) multiply(x, k, w, factors, 0, blocks, mb, nb, kind, ahead, sums);
+  for (int64_t i = 0, g = 0; grouped(kind) && i < blocks; i += GROUP, g++) {
+    for (int n = 0; n < nb; n++) factors[n] = factor_of(scale[n][g], kind);
+    /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
+    for (int n = 0; ahead && n < nb; n++) __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + i, kind));
+    if (i + GROUP <= blocks)
+      multiply(x, k, w, factors, i, i + GROUP, mb, nb, kind, 0, sums);
+    else
+      multiply(x, k, w, factors, i, blocks, mb, nb, kind, 0, sums);
   }
   for (int m = 0; m < mb; m++)
     for (int n = 0; n < nb; n++) {
       float s = sum_vec(sums[m][n]);
-      const factor last = factor_of(kind == INT8 && i < k ? scale[n][i / a->group] : 0, kind);
+      const factor last = factor_of(kind == INT8 && blocks < k ? scale[n][blocks / GROUP] : 0, kind);
       /* Said outright: where GCC makes vectors of this loop, it would round the products before it adds them. */
-      for (int64_t j = i; j < k; j++) s = fmaf(x[m * k + j], weight(w[n], j, last, kind), s);
+      for (int64_t j = blocks; j < k; j++) s = fmaf(x[m * k + j], weight(w[n], j, last, kind), s);
       out[m][n] = s;
     }
 }
@@ -137,12 +162,12 @@ INLINE void rows_of(const linear_args *a, int64_t n, int64_t end, int nb, int ki
     if (at >= end) at = end - 1;
     row[j] = a->gated && j % 2 ? at + a->n : at;
     w[j] = (const char *)a->w + bytes_of(row[j] * a->k, kind);
-    scale[j] = grouped(kind) ? a->scale + row[j] * ((a->k + a->group - 1) / a->group) : NULL;
+    scale[j] = grouped(kind) ? a->scale + row[j] * ((a->k + GROUP - 1) / GROUP) : NULL;
   }
 }
 
 /* Called, not inlined: with its activations in every tile the library takes twice as long to compile. */
-static __attribute__((noinline)) void store_tile(const linear_args *a, float out[MB][NB], const int64_t *row, int64_t m,
+static __attribute__((noinline)) void store_tile(const linear_args *a, float out[FEW][NB], const int64_t *row, int64_t m,
                                                  int count, int64_t n, int64_t end, int nb, int half) {
   for (int r = 0; r < count; r++)
     for (int j = 0; j < (a->gated ? nb / 2 : nb) && n + j < end; j++) {
@@ -164,7 +189,7 @@ INLINE void few_rows(const linear_args *a, const float *x, int mb, int nb, int k
   int64_t start, stop, step = a->gated ? nb / 2 : nb, row[NB];
   const void *w[NB];
   const uint32_t *scale[NB];
-  float out[MB][NB];
+  float out[FEW][NB];
   part(a->n, step, &start, &stop);
   for (int64_t n = start; n < stop; n += step) {
     rows_of(a, n, stop, nb, kind, row, w, scale);
@@ -179,7 +204,7 @@ INLINE void many_rows(const linear_args *a, const float *x, int64_t rows, int ki
   int64_t start, stop, step = a->gated ? PANEL / 2 : PANEL, row[PANEL];
   const void *w[PANEL];
   const uint32_t *scale[PANEL];
-  float out[MB][NB], *panel = NULL;
+  float out[FEW][NB], *panel = NULL;
   if (kind != FP32 && posix_memalign((void **)&panel, 64, sizeof(float) * PANEL * k)) abort();
   part(a->n, step, &start, &stop);
   for (int64_t from = 0; from < rows; from += chunk)
@@ -256,7 +281,7 @@ INLINE void pack_weights(const linear_args *a, const void *const *w, const uint3
       const int64_t i = t * LANES;
       factor factors[LANES];
       for (int n = 0; n < LANES; n++)
-        factors[n] = factor_of(grouped(kind) ? scale[first + n][i / a->group] : 0, kind);
+        factors[n] = factor_of(grouped(kind) ? scale[first + n][i / GROUP] : 0, kind);
       for (int side = 0; side < sides; side++) {
         reg rows[LANES];
         for (int n = 0; n < LANES; n++) rows[n] = weights_of(w[first + n], i, side, factors[n], kind);
@@ -340,7 +365,7 @@ INLINE void block_rows(const linear_args *a, const void *x, float *packed, int64
       const int64_t at = n + j % step < a->n ? n + j % step : a->n - 1;
       row[j] = j < step ? at : at + a->n;
       w[j] = (const char *)a->w + bytes_of(row[j] * k, kind);
-      scale[j] = grouped(kind) ? a->scale + row[j] * ((k + a->group - 1) / a->group) : NULL;
+      scale[j] = grouped(kind) ? a->scale + row[j] * ((k + GROUP - 1) / GROUP) : NULL;
     }
     if (m < end) pack_weights(a, w, scale, panel, kind);
     block(a, packed, panel, m, end, n, half);
@@ -350,17 +375,17 @@ INLINE void block_rows(const linear_args *a, const void *x, float *packed, int64
 
 /* ---- linear, of any rows -------------------------------------------------------------------------------------- */
 
+#define ROWS(M) \
+  case M: few_rows(a, x, M, height_of(M, kind), kind, half); break;
+
 INLINE void linear_rows(const linear_args *a, const float *x, int64_t m, int kind, int half) {
-  if (m == 1)
-    few_rows(a, x, 1, kind == INT8 ? 4 : 8, kind, half); /* int8: fewer streams were faster, AVX2 */
-  else if (m == 2)
-    few_rows(a, x, 2, 4, kind, half);
-  else if (m == 3)
-    few_rows(a, x, 3, 2, kind, half);
-  else if (m == 4)
-    few_rows(a, x, 4, 2, kind, half);
-  else
-    many_rows(a, x, m, kind, half);
+  switch (m <= few_of(kind) ? m : 0) {
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+#if FEW == 8
+    ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+#endif
+    default: many_rows(a, x, m, kind, half);
+  }
 }
 
 /* Rows of x as `tile` wants them: in fp32, and split for the kinds whose weights are. */
@@ -371,8 +396,8 @@ INLINE void order_row(const void *x, float *to, int64_t k, int kind) {
 
 /* kind: of the weights, whose numbers' type x has; fp32 where there is a scale. Of int4 k is a multiple of PART. */
 void miinb_linear(const void *x, const void *w, const void *scale, const void *bias, const void *residual, void *y,
-                  int64_t m, int64_t n, int64_t k, int64_t group, int activation, int gated, int kind) {
-  const linear_args a = {w, bias, residual, scale, y, n, k, scale ? group : k, activation, gated};
+                  int64_t m, int64_t n, int64_t k, int activation, int gated, int kind) {
+  const linear_args a = {w, bias, residual, scale, y, n, k, activation, gated};
   const int blocks = m >= MANY && k % BLOCK == 0; /* what is left of a row, `tile` adds one by one */
   const int ordered = !blocks && (kind == BF16 || kind == INT4);
   const int64_t room = blocks ? (m + MR - 1) / MR * MR * k : ordered ? m * k : 0, bytes = kind == BF16 ? 2 : 4;
