@@ -137,10 +137,7 @@ INLINE void tile(const linear_args *a, const float *x, const void *const *w, con
     for (int n = 0; n < nb; n++) factors[n] = factor_of(scale[n][g], kind);
     /* The rows of a tile are short streams that the hardware's prefetcher loses: ask for the next tile's. */
     for (int n = 0; ahead && n < nb; n++) __builtin_prefetch((const char *)w[n] + bytes_of(nb * k + i, kind));
-    if (i + GROUP <= blocks)
-      multiply(x, k, w, factors, i, i + GROUP, mb, nb, kind, 0, sums);
-    else
-      multiply(x, k, w, factors, i, blocks, mb, nb, kind, 0, sums);
+    multiply(x, k, w, factors, i, i + GROUP < blocks ? i + GROUP : blocks, mb, nb, kind, 0, sums);
   }
   for (int m = 0; m < mb; m++)
     for (int n = 0; n < nb; n++) {
