@@ -48,11 +48,7 @@ def quantized(choice: Plan, config: DeploymentConfig, model: ModelInfo, groups: 
     what += f"; activations, norms and cache in {rest}"
     if dtype == "fp8":
         what += ", and activations in fp8 where more than 64 rows are multiplied"
-    choice = choice.with_line("dtype", dtype, f"asked for: {what}", dtype=dtype)
-    if dtype == "int4" and not on_gpu:
-        slow = "int4 on a CPU saves memory, not time: every step widens the weights; int8 is faster."
-        return choice.with_line("speed", "slow", slow)
-    return choice
+    return choice.with_line("dtype", dtype, f"asked for: {what}", dtype=dtype)
 
 
 def check_device(dtype: str, capability: tuple[int, int] | None) -> None:

@@ -416,7 +416,7 @@ def test_quantized_weights() -> None:
     assert "embedding and head in bf16" in line(choice, "dtype")
     half = planned(TWO_GPUS, dtype="int4", tensor_parallel=2)
     assert half.weights_bytes == pytest.approx(rest / 2 + 0.75 * tables * (1 + 2 / 64), rel=1e-3)
-    assert "saves memory, not time" in line(planned(dtype="int4"), "speed")
+    assert not any(each.choice == "slow" for each in planned(dtype="int4").lines)
     fp16 = dataclasses.replace(LLAMA, dtype="fp16")
     assert "norms and cache in fp16" in line(planned(TWO_GPUS, fp16, dtype="int8"), "dtype")
 

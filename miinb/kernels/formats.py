@@ -13,7 +13,7 @@ Words are int32. Four of them, 16 bytes, are a part of a row: 16 columns of int8
 columns 8 p + 2 w and 8 p + 2 w + 1 as its numbers p and p + half, counted from the lowest bits; half is 2 of int8 and 4
 of int4. So four neighboring threads with a word each have all that a tensor core wants from them (`mma` and `wgmma`
 give thread w of four the columns 2 w, 2 w + 1, 2 w + 8 and 2 w + 9 of 16), and neighbors of int4 come out of a word
-together, each in its half of 32 bits. Numbers past the last column are not read.
+together, each in its half of 32 bits. Numbers past the last column count for nothing.
 """
 
 from __future__ import annotations

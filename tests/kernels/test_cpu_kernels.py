@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine.quantize import Quantizer
-from miinb.kernels import cpu_build, reference
+from miinb.kernels import cpu, cpu_build, cpu_library, reference
 from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.linear import PackedLinear
 
@@ -35,7 +36,7 @@ def random(kernels: CpuKernels, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(kernels.dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize("rows", [*range(1, 10), 33])
 @pytest.mark.parametrize(("n", "k"), [(1, 7), (10, 48), (13, 100), (64, 33), (6, 5000)])
 def test_linear(kernels: CpuKernels, rows: int, n: int, k: int) -> None:
     x, w, bias, residual = (random(kernels, *shape) for shape in ((rows, k), (n, k), (n,), (rows, n)))
@@ -46,15 +47,15 @@ def test_linear(kernels: CpuKernels, rows: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize(("rows", "inner"), [(1, 5), (3, 8), (6, 21)])
+@pytest.mark.parametrize(("rows", "inner"), [(1, 5), (3, 8), (4, 7), (6, 21), (8, 3)])
 def test_gated_linear(kernels: CpuKernels, kind: str, rows: int, inner: int) -> None:
     x, w, bias = random(kernels, rows, 40), random(kernels, 2 * inner, 40), random(kernels, 2 * inner)
     wanted = reference.gated(reference.linear(x.float(), w.float(), bias.float()), kind)
     assert close(kernels.gated_linear(x, PackedLinear(w, bias), kind), wanted)
 
 
-def quantized(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    quantizer = Quantizer()
+def quantized(weight: Tensor, bias: Tensor | None = None, kind: Any = "int8") -> PackedLinear:
+    quantizer = Quantizer(kind)
     numbers, scale = quantizer.empty(*weight.shape, weight.device)
     quantizer.quantize(weight, numbers, scale)
     return PackedLinear(numbers, bias, scale)
@@ -67,7 +68,7 @@ def plain() -> CpuKernels:
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize("rows", [*range(1, 10), 33])
 @pytest.mark.parametrize(("n", "k"), [(1, 7), (10, 48), (13, 100), (9, 192), (64, 65), (6, 5000)])
 def test_linear_of_int8(plain: CpuKernels, rows: int, n: int, k: int) -> None:
     x, w, bias, residual = (random(plain, *shape) for shape in ((rows, k), (n, k), (n,), (rows, n)))
@@ -83,14 +84,67 @@ def test_linear_of_int8(plain: CpuKernels, rows: int, n: int, k: int) -> None:
     )
 
 
-@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.fixture(scope="module", params=["this CPU", "x86-64-v3", "x86-64"])
+def leveled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
+    """For this CPU's instructions, for AVX2 alone, and for less (as on a CPU of another kind)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "this CPU":
+            if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+                pytest.skip("this CPU does not have AVX2")
+            flags = tuple(flag.replace("native", request.param) for flag in cpu_build.FLAGS)
+            patch.setattr(cpu_build, "FLAGS", flags)
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            patch.setattr(cpu, "load_library", cpu_library.load_library.__wrapped__)
+        return CpuKernels(torch.float32, int8=True)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize(("n", "k"), [(1, 7), (10, 48), (13, 100), (9, 192), (37, 97), (64, 65), (6, 5000)])
+@pytest.mark.usefixtures("threads")
+def test_quantized_products_at_every_level_of_instructions(leveled: CpuKernels, kind: str, n: int, k: int) -> None:
+    """Against fp64, and each row to the bit as it is alone."""
+    for rows in (*range(1, 10), 15, 16, 100):
+        x, w, bias, residual = (random(leveled, *shape) for shape in ((rows, k), (2 * n, k), (2 * n,), (rows, 2 * n)))
+        packed = quantized(w, bias, kind)
+        assert packed.scale is not None
+        exact = x.double() @ reference.dequantize(packed.weight, packed.scale)[:, :k].double().t() + bias
+        found = leveled.linear(x, packed, activation="relu", residual=residual)
+        assert close(found, exact.relu() + residual), rows
+        assert close(leveled.gated_linear(x, packed, "silu"), reference.gated(exact, "silu")), rows
+        for i in range(0, rows, 7):
+            alone = leveled.linear(x[i : i + 1], packed, activation="relu", residual=residual[i : i + 1])
+            assert torch.equal(alone, found[i : i + 1]), (rows, i)
+
+
+def test_int4_of_the_largest_numbers_and_of_what_is_not_finite(leveled: CpuKernels) -> None:
+    w = random(leveled, 6, 130)
+    w[:4, 0], w[:4, 129] = 1e38, -1e38
+    packed = quantized(w, kind="int4")
+    assert packed.scale is not None
+    x = random(leveled, 5, 130) * 1e-3
+    wanted = x.double() @ reference.dequantize(packed.weight, packed.scale)[:, :130].double().t()
+    assert close(leveled.linear(x, packed), wanted)
+    w[2, 129] = float("nan")
+    assert leveled.linear(x, quantized(w, kind="int4")).isfinite().all(0).tolist() == [True] * 2 + [False] + [True] * 3
+    x[1, 129] = float("inf")
+    assert leveled.linear(x, packed).isfinite().all(1).tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("weights", ["same", "int8", "int4"])
 @pytest.mark.parametrize("k", [40, 208])  # from 16 rows on, 208 columns are multiplied in blocks
 def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels, weights: str, k: int) -> None:
     """Bit for bit: else an answer would change with what else is asked at that moment."""
     x, w, bias, residual = (random(kernels, *shape) for shape in ((205, k), (26, k), (26,), (205, 26)))
-    if weights == "int8" and kernels.dtype != torch.float32:
-        pytest.skip("activations are fp32 where weights are int8")
-    packed = quantized(w, bias) if weights == "int8" else PackedLinear(w, bias)
+    if weights != "same" and kernels.dtype != torch.float32:
+        pytest.skip("activations are fp32 where weights are quantized")
+    packed = PackedLinear(w, bias) if weights == "same" else quantized(w, bias, weights)
     for activation in (None, "relu", "silu", "gelu", "gelu_tanh"):
         alone = torch.cat(
             [
@@ -98,11 +152,11 @@ def test_a_row_does_not_depend_on_its_neighbors(kernels: CpuKernels, weights: st
                 for i in range(32)
             ]
         )
-        for rows in (2, 3, 4, 5, 13, 16, 18, 31, 205):
+        for rows in (*range(2, 10), 13, 16, 18, 31, 205):
             some = kernels.linear(x[:rows], packed, activation=activation, residual=residual[:rows])
             assert torch.equal(some[:32], alone[:rows]), (activation, rows)
     gated = torch.cat([kernels.gated_linear(row[None], packed, "silu") for row in x[:32]])
-    for rows in (2, 13, 16, 31, 205):
+    for rows in (2, 5, 8, 13, 16, 31, 205):
         assert torch.equal(kernels.gated_linear(x[:rows], packed, "silu")[:32], gated[:rows]), rows
 
 

@@ -71,7 +71,7 @@ ARMS = {
 FP8_CACHE_SUITES = ("decode", "throughput", "ragged")
 CPU_ARMS = (
     Arm("baseline", "baseline", "fp32"),
-    *(Arm(f"optimized {dtype}", "optimized", dtype) for dtype in ("fp32", "bf16", "int8")),
+    *(Arm(f"optimized {dtype}", "optimized", dtype) for dtype in ("fp32", "bf16", "int8", "int4")),
     Arm("baseline-best", "baseline", "fp32", compiled=True, turn=3),
 )
 #: What transformers alone computes in; for others its bf16 is what they are compared with.
