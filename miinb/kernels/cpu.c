@@ -1,5 +1,5 @@
-/* The operators on a CPU: a decoder's step is bound by memory, so weights are read once, in int8, bf16 or fp32, and
-   everything is summed in fp32. Compiled once for the machine by cpu_build.py; cpu.py describes the arguments. */
+/* A decoder's operators on a CPU but for its products (cpu_linear.c): norms, rotation, attention, argmax. Everything is
+   summed in fp32. Compiled once for the machine by cpu_build.py; cpu.py describes the arguments. */
 
 #include "cpu_split.h"
 

@@ -1,4 +1,4 @@
-"""The operators on a CPU, through the C library of cpu.c; signatures and meanings are those of the wrappers.
+"""The operators on a CPU, through a library in C (cpu*.c); signatures and meanings are those of the wrappers.
 
 PyTorch's own linear layers reach a half of a CPU's memory bandwidth in bf16 and one row, and far less with more rows
 where the CPU has no bf16 instructions; and a step of small PyTorch operations costs as much in calls as in work.

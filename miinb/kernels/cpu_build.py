@@ -18,7 +18,7 @@ import torch  # noqa: F401  (its OpenMP runtime has to be loaded before the libr
 
 _NAMES = ("cpu.c", "cpu_linear.c", "cpu_product.c", "cpu_packed_attention.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
-_HEADER_NAMES = ("cpu.h", "cpu_split.h", "cpu_int4.h", "cpu_outer.h", "cpu_amx.h")
+_HEADER_NAMES = ("cpu.h", "cpu_split.h", "cpu_int4.h", "cpu_weights.h", "cpu_outer.h", "cpu_amx.h")
 HEADERS = tuple(Path(__file__).with_name(name) for name in _HEADER_NAMES)
 #: No -ffast-math: NaN must stay NaN for a row to be found broken.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-std=gnu11")

@@ -4,7 +4,8 @@
 
 /* bf16 is the upper half of fp32: of 2 * LANES numbers in memory, the even ones move up and the odd ones are there
    already. That is two operations where restoring the order would take five, so the other side of every product is
-   put in this order ("split") once instead: by `split` in blocks of BLOCK numbers, what is left over as it is. */
+   put in this order ("split") once instead: by `split` in blocks of BLOCK numbers, what is left over as it is. int4 lies
+   so that its numbers come in this order too (cpu_int4.h). */
 #define BLOCK (2 * LANES)
 
 INLINE vec even(const bf16 *p) { return (vec)(*(const vecu *)p << 16); }
