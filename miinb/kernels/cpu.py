@@ -33,12 +33,12 @@ MAX_HEAD_SIZE = 1024
 
 
 class CpuKernels:
-    """The operators of one process, for weights of one dtype (`int8`: all matrices are; `dtype` is the activations').
+    """The operators of one process, for weights of one dtype (`int8`: they are quantized; `dtype` is the activations').
 
     Attributes:
         dtype: torch.float32 or torch.bfloat16.
-        limit: with so many rows and more PyTorch's linear layer is the faster one here (not for int8 weights, which it
-            does not have, and weights in tiles); measured once, or given by the environment variable
+        limit: with so many rows and more PyTorch's linear layer is the faster one here (not for quantized weights,
+            which it does not have, and weights in tiles); measured once, or given by the environment variable
             MIINB_CPU_TORCH_ROWS (0: never). Never, where nearly all weights are in tiles (`tiles`: they come through
             `pack`): with the library alone a row's answer does not depend on what else is in the step.
         bf16: how the products of weights of bf16 in tiles are computed, 0 where this CPU has no instructions for them.
