@@ -72,7 +72,9 @@ class Client:
         self._generate = self._channel.unary_stream(codec.GENERATE)
         self._predict = self._channel.unary_unary(codec.PREDICT)
         self._socket = socket_path(address)
-        self._file = file_at(self._socket)
+        # The supervisor's, which lives as long as the deployment; the frontend may be started again.
+        self._supervisor = None if self._socket is None else self._socket.with_name("control.sock")
+        self._file = file_at(self._supervisor)
         self._direct = Connections(None if self._socket is None else socket_beside(self._socket))
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
@@ -100,7 +102,7 @@ class Client:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise Unavailable(self._closed.message, hint=self._closed.hint)
-        if file_at(self._socket) not in (None, self._file):  # gRPC would go on with whoever is there now
+        if file_at(self._supervisor) not in (None, self._file):  # gRPC would go on with whoever is there now
             hint = "Join it with miinb.attach(name)."
             raise Unavailable("Another process has started the deployment again.", hint=hint)
 

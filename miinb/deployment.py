@@ -261,20 +261,22 @@ class Deployment:
         Raises:
             InvalidValue: there is one replica.
             Unavailable: it is not ready, or its replicas are being renewed already.
-            StartError: it ended meanwhile.
+            StartError, ModelError: a replica did not start again (the others serve), or all has ended.
         """
         if self.entry.config.get("replicas", 1) == 1:
             raise InvalidValue(
                 "rolling: one replica serves this.", hint="restart() without it; nothing serves meanwhile."
             )
-        old = {rank.pid for rank in self.status().ranks}
         registry.ask(self.entry, "roll", drain_s=drain_s)
         while True:
             status = self.status(timeout_s=_HANG_S)
             if status.state in ("failed", "lost", "stopped", "draining"):
                 self._look_for_failure()
                 raise self.failure or StartError(f"{self.entry.name} ended while its replicas were renewed.")
-            if status.state == "ready" and not old & {rank.pid for rank in status.ranks}:
+            news = registry.ask(self.entry, "rolling")
+            if news["failure"]:
+                raise _error(news["failure"])
+            if status.state == "ready" and not news["active"]:
                 return status
             time.sleep(_ROLL_POLL_S)
 

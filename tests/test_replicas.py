@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import miinb
 from miinb.demo import tiny_model
-from miinb.errors import InvalidValue, Unavailable
+from miinb.errors import BrokenCheckpoint, InvalidValue, Unavailable
+from miinb.messages import Status
+from miinb.server.restarts import MAX_RESTARTS
 
 
 def test_replicas_are_renewed_while_the_others_serve() -> None:
@@ -52,8 +60,7 @@ def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_comes_back() 
         streams = [session.stream(f"number {i}", max_new_tokens=450, ignore_eos=True) for i in range(4)]
         for stream in streams:
             next(stream)
-        before = session.status()
-        assert before.in_flight == 4
+        before = until(session, lambda now: now.in_flight == 4)
         victim = next(rank for rank in before.ranks if rank.replica == 1)
         os.kill(victim.pid, signal.SIGKILL)
         ends = []
@@ -70,3 +77,65 @@ def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_comes_back() 
             time.sleep(0.1)
         assert {rank.pid for rank in now.ranks} - {rank.pid for rank in before.ranks}
         assert {rank.pid for rank in now.ranks if rank.replica == 0} == {before.ranks[0].pid}
+
+
+def until(session: miinb.Session, condition: Callable[[Status], bool], seconds: float = 90.0) -> Status:
+    deadline = time.monotonic() + seconds
+    while not condition(now := session.status()):
+        assert time.monotonic() < deadline, now
+        time.sleep(0.1)
+    return now
+
+
+def _gone(session: miinb.Session, pid: int) -> None:
+    until(session, lambda now: pid not in {rank.pid for rank in now.ranks})
+
+
+def test_a_replica_that_ends_too_often_is_given_up_and_the_others_go_on() -> None:
+    with miinb.Session(tiny_model(), replicas=2, device="cpu", options={"threads": 1}, max_length=128) as session:
+        first = session.status().ranks[0]
+        for _ in range(MAX_RESTARTS + 1):
+            victim = until(session, lambda now: now.state == "ready").ranks[1]
+            os.kill(victim.pid, signal.SIGKILL)
+            _gone(session, victim.pid)
+        now = until(session, lambda now: now.state == "ready")
+        assert [(rank.replica, rank.pid, rank.state) for rank in now.ranks] == [
+            (0, first.pid, "ready"),
+            (1, 0, "failed"),
+        ]
+        assert "is given up" in session.logs(50)
+        assert session.generate("still", max_new_tokens=3).texts
+        session.restart(rolling=True)
+        now = session.status()
+        assert [rank.state for rank in now.ranks] == ["ready", "ready"]
+        assert first.pid not in {rank.pid for rank in now.ranks}
+
+
+def test_a_handle_goes_on_when_the_frontend_was_started_again() -> None:
+    with miinb.Session(tiny_model(), device="cpu", options={"threads": 1}, max_length=128) as session:
+        text = session.generate("the cat", max_new_tokens=5).text
+        before = session.status().ranks[0].pid
+        supervisor = psutil.Process(session.status().pid)
+        frontend = next(child for child in supervisor.children() if "miinb.server.frontend" in child.cmdline())
+        frontend.kill()
+        until(session, lambda now: now.state == "ready" and now.ranks[0].pid != before)
+        assert session.generate("the cat", max_new_tokens=5).text == text
+        assert miinb.attach(session.name).generate("the cat", max_new_tokens=5).text == text
+
+
+def test_a_roll_ends_with_the_first_replica_that_does_not_start(tmp_path: Path) -> None:
+    """Its weights have become NaN: the error says so, and the other replica serves on."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(), folder)
+    with miinb.Session(folder, replicas=2, device="cpu", options={"threads": 1}, max_length=128) as session:
+        before = session.status().ranks
+        file = next(folder.glob("*.safetensors"))
+        tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(BrokenCheckpoint):
+            session.restart(rolling=True)
+        assert session.generate("still", max_new_tokens=3).texts
+        assert before[1].pid in {rank.pid for rank in session.status().ranks}
+        now = until(session, lambda now: now.state == "ready")
+        assert [rank.state for rank in now.ranks] == ["failed", "ready"]
+        assert session.generate("still", max_new_tokens=3).texts

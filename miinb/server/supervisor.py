@@ -21,22 +21,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from miinb import __version__, registry
 from miinb.config import DeploymentConfig
 from miinb.errors import MiinbError
-from miinb.hardware import gpu_free_bytes
-from miinb.messages import RankStatus, Status, from_dict
+from miinb.messages import Status
 from miinb.server.children import Children
 from miinb.server.control import ControlSocket
 from miinb.server.launch import Launch
 from miinb.server.owner import Order, Owner, read_order, tell
 from miinb.server.process import Process, culprit, machine_oom_kills
+from miinb.server.rank_status import rank_statuses
+from miinb.server.restarts import MAX_RESTARTS, Restarts
 from miinb.server.rolling import Rolling
 from miinb.server.watchdog import Pulse, Watchdog
 
-MAX_RESTARTS = 3
 DRAIN_S = 10.0  # for SIGTERM
 GRACE_S = 1.0  # between SIGTERM and SIGKILL of a child
 ABANDONED_S = 0.2  # the same, when nobody is left who could want an answer
@@ -56,7 +54,7 @@ class Supervisor:
         self.started = self.last_active = time.monotonic()
         self.start_deadline: float | None = self.started + self.config.start_timeout_s
         self.end_at: float | None = None  # draining ends then
-        self.restarts = 0
+        self.restarts = Restarts()
         self.served = False  # it was ready once: a replica that ends is started again
         self.grace_s = GRACE_S
         self.activity: dict[str, int] = {}
@@ -140,7 +138,13 @@ class Supervisor:
             cause = late.cause(starting=True)
             message = f"{late.label} was not ready after {self.config.start_timeout_s:g} s ({where})."
             hint = "Give start_timeout_s more" + (", or look at the log below." if cause["details"].strip() else ".")
-            self._fail({**cause, "error": "StartTimeout", "message": message, "hint": hint})
+            cause = {**cause, "error": "StartTimeout", "message": message, "hint": hint}
+            if self.served and self._others(late.replica):
+                self.start_deadline = None
+                late.failure = cause
+                late.signal_group(signal.SIGKILL)  # its replica gets another try, and the others serve
+            else:
+                self._fail(cause)
         elif self.persist and self.state == "ready" and now >= self.last_active + self.config.idle_timeout_s:
             self.end(0.0)
         if self.pulse.check(now) and self.end_at is None:
@@ -161,6 +165,8 @@ class Supervisor:
         if child.replica is None:
             self.pulse.heard()
         for report in child.reports():
+            if "ready" in report:
+                self.restarts.ready(child.replica)
             if "activity" in report:
                 self._active(report["activity"])
             elif "silent" in report:
@@ -185,6 +191,16 @@ class Supervisor:
         tell({"phase": {"name": "ready"}})
         tell({"ready": {"address": address, "pid": os.getpid(), "instance_id": self.entry.instance_id}})
         self._roll()
+
+    def _begin_to_roll(self, drain_s: float) -> None:
+        """Those that were given up first: nothing has to end for them."""
+        again = sorted(self.restarts.given_up)
+        self.rolling.begin((n for n in range(self.config.replicas) if n not in again), drain_s)
+        self.restarts.forget(None)
+        for replica in again:
+            self._renew(replica)
+        if not again:
+            self._roll()
 
     def _roll(self) -> None:
         """All replicas are ready: the next one to be renewed may leave."""
@@ -224,17 +240,31 @@ class Supervisor:
             self._renew(child.replica)
         elif not self.served:
             self._fail(child.cause(starting=True, oom_kills=machine_oom_kills() - self.oom_kills))
-        elif self.restarts >= MAX_RESTARTS:
-            cause = child.cause(starting=False, oom_kills=machine_oom_kills() - self.oom_kills)
-            self._fail({**cause, "hint": f"{cause['hint']} It was restarted {MAX_RESTARTS} times.".strip()})
         else:
-            self._restart(child)
+            self._lost(child)
 
-    def _restart(self, dead: Process) -> None:
-        """Start the dead one's replica again; the frontend's death takes all with it."""
-        self.restarts += 1
-        log(f"{dead.label} ended: {dead.cause(starting=False)['message']} Restart {self.restarts} of {MAX_RESTARTS}")
-        self._renew(dead.replica)
+    def _others(self, replica: int | None) -> bool:
+        """Whether there are other replicas than this one; the frontend (None) is no replica's alone."""
+        return replica is not None and any(child.replica not in (None, replica) for child in self.children)
+
+    def _lost(self, dead: Process) -> None:
+        """Start the dead one's replica again (all, if it was the frontend); after some times the others go on alone."""
+        cause = dead.cause(starting=False, oom_kills=machine_oom_kills() - self.oom_kills)
+        self.rolling.stop(cause)
+        number = self.restarts.count(dead.replica)
+        if number is not None:
+            log(f"{dead.label} ended: {cause['message']} Restart {number} of {MAX_RESTARTS}")
+            self._renew(dead.replica)
+            return
+        cause["hint"] = f"{cause['hint']} It was restarted {MAX_RESTARTS} times.".strip()
+        if dead.replica is None or not self._others(dead.replica):
+            self._fail(cause)
+            return
+        log(f"Replica {dead.replica} is given up, the others go on: {cause['message']} {cause['hint']}")
+        self.restarts.given_up.add(dead.replica)
+        self.children.end(self.children.of_replica(dead.replica), self.grace_s)
+        if all(child.ready is not None for child in self.children):
+            self._ready()
 
     def _renew(self, replica: int | None) -> None:
         """Start a replica again, or everything (None); what is left of it ends first."""
@@ -242,6 +272,7 @@ class Supervisor:
         self.children.end(self.children.of_replica(replica) if replica is not None else self.children, self.grace_s)
         if replica is None:
             self.rolling.stop()
+            self.restarts.given_up.clear()
             self.activity = {}
             self.children.start(self.launch.frontend())
         for number in [replica] if replica is not None else range(self.config.replicas):
@@ -286,8 +317,9 @@ class Supervisor:
         elif command == "roll":
             if self.state != "ready" or self.rolling.active:
                 raise ValueError("it is not ready, or its replicas are being renewed already")
-            self.rolling.begin(range(self.config.replicas), float(question.get("drain_s", DRAIN_S)))
-            self._roll()
+            self._begin_to_roll(float(question.get("drain_s", DRAIN_S)))
+        elif command == "rolling":
+            answer = {"active": self.rolling.active, "failure": self.rolling.failure}
         else:
             raise ValueError(f"there is no command {command!r}")
         return answer
@@ -322,25 +354,9 @@ class Supervisor:
             queued=self.activity.get("queued", 0),
             requests=self.activity.get("requests", 0),
             kv_dtype=config.kv_dtype,
-            ranks=self._ranks(),
+            ranks=rank_statuses(self.children, self.launch, self.restarts.given_up),
             phase=phase,
         )
-
-    def _ranks(self) -> tuple[RankStatus, ...]:
-        ranks = [child for child in self.children if child.replica is not None]
-        on_gpus = any(self.launch.gpu(child.replica or 0, child.rank) is not None for child in ranks)
-        free = gpu_free_bytes() if on_gpus else {}
-        return tuple(self._rank_status(child, free) for child in ranks)
-
-    def _rank_status(self, child: Process, free: Mapping[int, int]) -> RankStatus:
-        state = "ready" if child.ready is not None else (child.phase.name if child.phase else "start")
-        facts: dict[str, Any] = {}
-        with contextlib.suppress(psutil.Error):
-            facts["memory_bytes"] = psutil.Process(child.pid).memory_info().rss
-        facts |= {**(child.ready or {}), "state": state, "pid": child.pid}  # a rank on a GPU tells its memory there
-        gpu = self.launch.gpu(child.replica or 0, child.rank)
-        facts["free_bytes"] = 0 if gpu is None else free.get(gpu, 0)
-        return from_dict(RankStatus, {**facts, "replica": child.replica, "rank": child.rank, "gpu": gpu})
 
 
 def log(text: str) -> None:

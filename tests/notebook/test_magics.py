@@ -589,7 +589,7 @@ def test_a_killed_deployment_begins_anew(shell: Shell, deployments: dict[str, St
     shell.run("%mii status tiny")
     tiny = deployments.pop("tiny")
     tiny.state, began = "lost", []
-    tiny.restart = lambda: began.append("anew")  # type: ignore[method-assign]
+    tiny.restart = lambda *, rolling: began.append("anew")  # type: ignore[method-assign]
     shell.run("%mii restart tiny")
     shell.run("%mii restart")
     assert began == ["anew", "anew"]
