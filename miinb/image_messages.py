@@ -22,7 +22,7 @@ class ImagesRequest:
 
 @dataclass(frozen=True, slots=True)
 class ImagesProgress:
-    """How far the slowest picture of a request is; of the first one a small JPEG, where previews were asked for."""
+    """How far a request's pictures are on average; of the first one a small JPEG, where previews were asked for."""
 
     step: int
     total: int

@@ -17,6 +17,7 @@ from miinb import client as client_module
 from miinb.client import Client
 from miinb.queries import query
 from miinb.results import ConversationReply, Result
+from miinb.rpc import channel
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -161,8 +162,8 @@ def test_no_server_is_unavailable_in_time(tmp_path: Path) -> None:
 
 
 def test_a_frontend_that_hangs_is_unavailable_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**dict(client_module.CHANNEL_OPTIONS), "grpc.http2.ping_timeout_ms": 1000}
-    monkeypatch.setattr(client_module, "CHANNEL_OPTIONS", tuple(options.items()))
+    options = {**dict(channel.CHANNEL_OPTIONS), "grpc.http2.ping_timeout_ms": 1000}
+    monkeypatch.setattr(channel, "CHANNEL_OPTIONS", tuple(options.items()))
     frontend = make(tmp_path)
     try:
         frontend.rank()

@@ -41,6 +41,8 @@ from miinb.models import ModelInfo
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
+#: Why the optimized engine leaves pictures to diffusers.
+NO_IMAGES = "the optimized engine has no form for text-to-image yet"
 Report = Callable[[Phase], None]
 #: Whose versions are told.
 LIBRARIES = ("torch", "transformers", "diffusers", "deepspeed")
@@ -105,15 +107,9 @@ def load_rank(
         ranks = thread.submit(join, config, replica=replica, rank=rank, folder=folder, device=kind)
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
         executor: Executor | Following | None = None
-        if info.engine == "optimized" and TASKS[task].image:
-            info = _fall_back(info, config, "the optimized engine has no form for text-to-image yet")
-        elif info.engine == "optimized":
-            aside = Aside(ranks, kernels)
+        if info.engine == "optimized":
             try:
-                if TASKS[task].streams:
-                    executor = _step_executor(config, model, info, place, aside, rank, report)
-                else:
-                    executor = _encode_executor(config, model, info, place, aside, rank, report)
+                executor = _optimized(config, model, info, place, Aside(ranks, kernels), rank, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, config, reason.message)
         tokenizer.result()
@@ -170,6 +166,16 @@ def _engine_info(
         versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         device_name=device_name(place.device),
     )
+
+
+def _optimized(
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, aside: Aside, rank: int, report: Report
+) -> Executor | Following:
+    """The engine's own executor of the task. Raises UnsupportedModel where it has none: the baseline serves then."""
+    if TASKS[info.task].image:
+        raise UnsupportedModel(NO_IMAGES)
+    make = _step_executor if TASKS[info.task].streams else _encode_executor
+    return make(config, model, info, place, aside, rank, report)
 
 
 def _step_executor(
