@@ -43,7 +43,7 @@ class ImageParams(Frozen):
         num_images_per_prompt: pictures of each prompt.
         seed: of the first picture; the next has seed + 1. None: drawn.
         scheduler: a scheduler's class of diffusers in place of the model's own.
-        format: of the pictures' bytes: "png" or (smaller, not exact) "webp".
+        image_format: of the pictures' bytes: "png" or (smaller, not exact) "webp".
         preview_steps: every so many steps progress comes with a small picture of the latents; 0: never.
     """
 
@@ -55,7 +55,7 @@ class ImageParams(Frozen):
     num_images_per_prompt: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     scheduler: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")] | None = None
-    format: PictureFormat = "png"
+    image_format: PictureFormat = "png"
     preview_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
 
     @model_validator(mode="after")

@@ -74,6 +74,25 @@ class ImageResult(Result):
         return bundle(images_card(self))
 
 
+@dataclass(frozen=True, slots=True)
+class ImageReply:
+    """Answer of `query` for text-to-image, with the fields of MII's `Txt2ImgReply`, and more.
+
+    Attributes:
+        images: PIL images, in the order of the prompts.
+        nsfw_content_detected: one a picture: the model's safety checker found it unfit, and made it black.
+        time_taken: seconds on the client's clock.
+        model_time_taken: seconds in the model.
+        seeds: one a picture.
+    """
+
+    images: list[Any]
+    nsfw_content_detected: list[bool]
+    time_taken: float
+    model_time_taken: float
+    seeds: list[int]
+
+
 def _write(folder: Path, name: str, data: bytes) -> Path:
     ending = "webp" if data[:4] == b"RIFF" else "png"
     number = 1

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from miinb.bench.records import Runs
     from miinb.predictions import Predictions
-    from miinb.results import ConversationReply, Reply, Result
+    from miinb.queries import MiiReply
+    from miinb.results import Result
     from miinb.streams import Stream
 
 _NAME_TRIES = 5
@@ -208,8 +209,7 @@ class Session:
 
         Args:
             prompts: one prompt or several.
-            parameters: `miinb.config.GenerationParams`, or `miinb.image_params.ImageParams`; `timeout_s` limits the
-                whole request.
+            parameters: `GenerationParams`, or of pictures `ImageParams`; `timeout_s` limits the whole request.
 
         Raises:
             RequestError: the request was refused or failed.
@@ -248,7 +248,7 @@ class Session:
         cell.end_with_cell(stream)
         return stream
 
-    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
+    def query(self, request: Mapping[str, Any], **parameters: Any) -> MiiReply:
         """MII's call: a request dictionary in, MII's reply fields out."""
         return queries.query(self._client, request, parameters)
 

@@ -50,7 +50,7 @@ IMAGE_PARAMS = ImageParams(
     num_images_per_prompt=3,
     seed=2**63 - 1,
     scheduler="DDIMScheduler",
-    format="webp",
+    image_format="webp",
     preview_steps=4,
 )
 

@@ -69,6 +69,9 @@ class Painter(Protocol):
     width: int
     height: int
 
+    def check(self, work: Work) -> None:
+        """Refuse what its scheduler cannot do. Raises InvalidRequest."""
+
     def read(self, text: str) -> Reading:
         """What the text encoder reads of a text."""
 
@@ -146,7 +149,9 @@ class ImageExecutor:
         if len(self._waiting) >= self._max_queue:
             raise QueueFull(f"{len(self._waiting)} pictures wait already.", hint="Try again later.")
         size = (params.width or painter.width, params.height or painter.height)
-        row = Row(request, Work(*size, params.num_inference_steps, params.guidance_scale, scheduler))
+        work = Work(*size, params.num_inference_steps, params.guidance_scale, scheduler)
+        painter.check(work)
+        row = Row(request, work)
         self._rows[request.row_id] = row
         self._waiting.append(row)
 

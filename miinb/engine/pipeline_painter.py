@@ -12,7 +12,7 @@ from torch import Tensor
 from miinb.config import DeploymentConfig
 from miinb.engine.diffusion import ImageExecutor, Reading, Work
 from miinb.engine.weights import DTYPES
-from miinb.errors import BrokenCheckpoint, MiinbError, NonFinite, UnsupportedModel
+from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
 from miinb.messages import EngineInfo, Phase
 from miinb.models import ModelInfo
 from miinb.pipelines import Pipeline
@@ -111,6 +111,19 @@ class PipelinePainter:
         self._length = pipeline.text_length
         self._guides = pipe.unet.config.time_cond_proj_dim is None
         self._pipe: Any = pipe
+
+    def check(self, work: Work) -> None:
+        """See `Painter`."""
+        scheduler = self._classes[work.scheduler].from_config(self._config)
+        try:
+            scheduler.set_timesteps(work.steps)
+            fits = bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
+        except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
+            fits = False
+        if not fits:
+            raise InvalidRequest(
+                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
+            )
 
     def read(self, text: str) -> Reading:
         """See `Painter`."""

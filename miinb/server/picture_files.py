@@ -33,7 +33,7 @@ def picture_file(event: PaintedEvent, request: ImagesRequest, model: str) -> byt
     text = parameters_text(values)
     told = json.dumps(values, ensure_ascii=False)
     buffer = io.BytesIO()
-    if request.params.format == "webp":
+    if request.params.image_format == "webp":
         exif = Image.Exif()
         exif[_DESCRIPTION] = json.dumps(values)  # ASCII
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
