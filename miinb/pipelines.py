@@ -114,9 +114,10 @@ def _described(
     full: bool,
 ) -> Pipeline:
     try:
-        scale = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        scale = 2 ** (len(_wholes(configs["vae"]["block_out_channels"])) - 1)
+        _wholes(configs["unet"]["block_out_channels"])
         sample = configs["unet"]["sample_size"]
-        rows, columns = sample if isinstance(sample, list) else (sample, sample)
+        rows, columns = _wholes(sample if isinstance(sample, list) else [sample, sample])
         return Pipeline(
             name=index["_class_name"],
             configs=configs,
@@ -132,6 +133,13 @@ def _described(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpoint(f"The configurations of {folder} cannot be used ({error}).", hint=_AGAIN) from None
+
+
+def _wholes(values: Any) -> list[int]:
+    """A list of whole numbers above 0. Raises ValueError where it is none."""
+    if not isinstance(values, list) or not values or any(type(one) is not int or one < 1 for one in values):
+        raise ValueError(f"{values!r:.60} are no whole numbers")
+    return values
 
 
 def _text_length(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> int:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from miinb import errors
 from miinb.config import GenerationParams
 from miinb.messages import Chunk, GenerateRequest, PredictedEvent, RequestBegin, RequestEnd, SequenceEnd
-from miinb.rpc import codec, image_codec
+from miinb.rpc import codec, failures, image_codec
 from miinb.rpc import inference_pb2 as pb
 from tests.filled import PARAMS, filled
 
