@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from miinb import awaiting, errors
-from miinb import client as client_module
 from miinb.client import Client
 from miinb.queries import query
 from miinb.results import ConversationReply, Result
@@ -236,7 +235,7 @@ def test_a_stop_button_that_hits_the_begin_of_a_call_does_not_keep_a_client_from
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(client_module, "CLOSE_S", 0.5)
+    monkeypatch.setattr(channel, "CLOSE_S", 0.5)
     client = Client(frontend.address)
     with monkeypatch.context() as patched:  # gRPC knows of the call, and nothing will ever end it
         patched.setattr("grpc._channel._run_channel_spin_thread", interrupted)
