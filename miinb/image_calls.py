@@ -24,6 +24,8 @@ from miinb.rpc import failures, image_codec
 MAX_CALLS = 16
 #: Of what a prompt was cut, so much is told.
 _SHOWN = 60
+#: Between two looks at the progress of several requests.
+_LOOK_S = 0.2
 
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
@@ -54,7 +56,7 @@ class ImageCalls:
     Args:
         call: begins one: (bytes of the request, timeout in seconds) -> gRPC call.
         done: called at the end of each with its row of the requests table; returns the row that is kept.
-        on_progress: called while they run, from any thread, one at a time.
+        on_progress: called while they run, in the thread that called `run`.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class ImageCalls:
         self._done = done
         self._on_progress = on_progress
         self._running: set[Any] = set()
-        self._steps: list[int] = []
+        self._steps: list[int] = []  # of each request
+        self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._cancelled = False
 
@@ -106,7 +109,8 @@ class ImageCalls:
             waiting: set[Future[ImageResult]] = set(futures)
             try:
                 while waiting:
-                    done, waiting = wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
+                    done, waiting = wait(waiting, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
+                    self._show()
                     for future in sorted(done, key=lambda one: places[one]):
                         if isinstance(failure := future.exception(), MiinbError):
                             failure.message = failure.message.removeprefix("prompt: ")
@@ -155,7 +159,9 @@ class ImageCalls:
             for data in call:
                 event = image_codec.decode_images_event(data)
                 if isinstance(event, ImagesProgress):
-                    self._tell(event, place)
+                    self._note(event, place)
+                    if len(self._steps) == 1:
+                        self._show()
                 elif isinstance(event, Picture):
                     pictures.append(event)
                 else:
@@ -171,11 +177,20 @@ class ImageCalls:
         pictures.sort(key=lambda picture: picture.index)
         return end
 
-    def _tell(self, progress: ImagesProgress, place: int) -> None:
+    def _note(self, progress: ImagesProgress, place: int) -> None:
         with self._lock:
             self._steps[place] = progress.step
             step = sum(self._steps) // len(self._steps)
-            self._on_progress(ImagesProgress(step, progress.total, b"" if place else progress.preview))
+            preview = self._latest.preview if place else progress.preview or self._latest.preview
+            self._latest = ImagesProgress(step, progress.total, preview)
+
+    def _show(self) -> None:
+        """Tell how far they are, if there is something new."""
+        with self._lock:
+            latest, shown = self._latest, self._shown
+            self._shown = self._latest = ImagesProgress(latest.step, latest.total)
+        if latest != shown:
+            self._on_progress(latest)
 
 
 def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:

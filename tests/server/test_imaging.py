@@ -57,7 +57,10 @@ def test_pictures_come_in_order_with_seeds_times_and_progress(client: Client) ->
 
 
 def test_a_list_of_prompts_keeps_its_order_and_names_who_failed(client: Client) -> None:
-    result = client.generate_images(["one", "two"], num_inference_steps=2, seed=5, num_images_per_prompt=2)
+    threads = set()
+    parameters = {"num_inference_steps": 50, "seed": 5, "num_images_per_prompt": 2}
+    result = client.generate_images(["one", "two"], lambda _: threads.add(threading.current_thread()), **parameters)
+    assert threads == {threading.main_thread()}
     assert result.prompts == ("one", "one", "two", "two")
     assert result.seeds == (5, 6, 5, 6)
     assert len(result.rows) == 2
