@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from miinb.bench.records import load_runs
     from miinb.bench.runner import compare
     from miinb.compat import deploy, mii_query_handle, terminate
+    from miinb.deployment import deployments
     from miinb.diagnosis import doctor
-    from miinb.session import Session, attach, deployments
+    from miinb.session import Session, attach
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "Session": "miinb.session",
     "attach": "miinb.session",
-    "deployments": "miinb.session",
+    "deployments": "miinb.deployment",
     "compare": "miinb.bench.runner",
     "load_runs": "miinb.bench.records",
     "deploy": "miinb.compat",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from miinb.image_messages import ImagesProgress
 from miinb.messages import Phase
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _BAR = "{desc} {bar} {elapsed}"
 _COUNT = "{desc}: {n_fmt} done, {elapsed}"
+_STEPS = "{desc}: step {n_fmt} of {total_fmt} {bar} {elapsed}"
 _PHASES = ("start", "load", "compile", "verify", "capture", "ready")
 
 #: Whether work shows no lines: that of a panel has its own place for them.
@@ -94,6 +96,24 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
 
     try:
         yield advance
+    finally:
+        if line is not None:
+            line.close()
+
+
+@contextmanager
+def steps(what: str) -> Iterator[Callable[[ImagesProgress], None]]:
+    """A bar of the steps of pictures, where they take longer than a second; nothing in a pipe."""
+    line: Any = None
+
+    def on_progress(progress: ImagesProgress) -> None:
+        nonlocal line
+        if line is None:
+            line = bar(desc=what, total=progress.total, delay=1.0, leave=False, bar_format=_STEPS)
+        line.update(progress.step - line.n)
+
+    try:
+        yield on_progress
     finally:
         if line is not None:
             line.close()

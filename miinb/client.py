@@ -19,12 +19,15 @@ from miinb import awaiting
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.frozen import plain
+from miinb.image_calls import ImageCalls, OnProgress, image_requests
+from miinb.image_results import ImageResult
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.predicting import GrpcCall, PredictCall, PredictCalls
 from miinb.predictions import Predictions, predictions_of
 from miinb.results import Result, frame_of, merge
-from miinb.rpc import codec, failures
+from miinb.rpc import codec, failures, image_codec
 from miinb.rpc.address import file_at, socket_path
+from miinb.rpc.channel import close_channel, open_channel
 from miinb.rpc.direct import Connections, socket_beside
 from miinb.spinning import spin_s
 from miinb.streams import Stream, StreamGroup
@@ -36,21 +39,6 @@ TIMEOUT_S = 300.0
 LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
-CLOSE_S = 3.0  # a channel that has not closed by then is left to itself
-SILENCE_MS = 20_000  # a server that does not answer a ping for so long is gone
-
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),  # the server is on this machine
-    ("grpc.enable_retries", 0),  # `Stream` retries, and only before the first token
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 15_000),  # a frontend that hangs or is stopped is noticed during a call:
-    ("grpc.keepalive_timeout_ms", SILENCE_MS),
-    ("grpc.http2.ping_timeout_ms", SILENCE_MS),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 
 _T = TypeVar("_T")
 
@@ -68,8 +56,9 @@ class Client:
         self.address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._channel = _channel(address)
+        self._channel = open_channel(address)
         self._generate = self._channel.unary_stream(codec.GENERATE)
+        self._generate_images = self._channel.unary_stream(image_codec.GENERATE_IMAGES)
         self._predict = self._channel.unary_unary(codec.PREDICT)
         self._socket = socket_path(address)
         # The supervisor's, which lives as long as the deployment; the frontend may be started again.
@@ -94,10 +83,7 @@ class Client:
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
         self._direct.close()
-        # gRPC waits for the calls that it knows of, for ever where the Stop button has hit it as it began one.
-        closing = threading.Thread(target=self._channel.close, name="miinb-close", daemon=True)
-        closing.start()
-        closing.join(CLOSE_S)
+        close_channel(self._channel)
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -180,6 +166,45 @@ class Client:
                     group.cancel()
                     raise _failure_of_prompt(place, failure)
         return merge([future.result() for future in futures])
+
+    # Pictures
+
+    def generate_images(
+        self,
+        prompts: str | Sequence[str],
+        on_progress: OnProgress = lambda progress: None,
+        /,
+        *,
+        timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> ImageResult:
+        """Pictures of a prompt or of each of a list, in order; a list is asked for together.
+
+        Args:
+            prompts: one prompt or several.
+            on_progress: called with how far they are (`ImagesProgress`), at most some five times a second a prompt.
+            timeout_s: limit of the whole call, seconds.
+            parameters: `miinb.image_params.ImageParams`.
+
+        Raises:
+            RequestError: a request was refused or failed; the message says which prompt's (`prompts[1]`).
+            Interrupted: the Stop button was pressed.
+        """
+        return self._image_calls(on_progress).run(image_requests(prompts, parameters), self._limit(timeout_s))
+
+    async def agenerate_images(
+        self, prompts: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
+    ) -> ImageResult:
+        """`generate_images`, awaitable; canceling the task cancels the requests."""
+        requests, limit_s, calls = image_requests(prompts, parameters), self._limit(timeout_s), self._image_calls()
+        return await awaiting.in_thread(lambda: calls.run(requests, limit_s), calls)
+
+    def _image_calls(self, on_progress: OnProgress = lambda progress: None) -> ImageCalls:
+        def call(data: bytes, left_s: float) -> Any:
+            self._check_open()
+            return self._generate_images(data, timeout=left_s, metadata=self._metadata)
+
+        return ImageCalls(call, self._record, on_progress)
 
     # Other tasks
 
@@ -362,11 +387,6 @@ class Client:
                     "replicas": values["replicas"],
                 }
             return self._columns
-
-
-def _channel(address: str) -> Any:
-    """A channel for bytes in and out: the codec knows the messages (and gRPC's type stubs ask for serializers)."""
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def _failure_of_prompt(place: int, failure: BaseException) -> BaseException:

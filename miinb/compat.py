@@ -14,7 +14,7 @@ from typing import Any
 
 from miinb.constants import DeploymentType, TaskType
 from miinb.errors import InvalidValue, TargetError, UnknownOption, did_you_mean
-from miinb.results import ConversationReply, Reply
+from miinb.queries import MiiReply
 from miinb.session import Session, attach
 
 #: `mii_config` keys and the `Session` argument that each becomes.
@@ -131,7 +131,7 @@ class QueryHandle:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def query(self, request_dict: Mapping[str, Any], **query_kwargs: Any) -> Reply | ConversationReply:
+    def query(self, request_dict: Mapping[str, Any], **query_kwargs: Any) -> MiiReply:
         """Ask the model: the request's keys by task ("query": a prompt or a list), all else are generation parameters.
 
         With `session_id` what was said before in that session goes before the prompt (or is the conversation's

@@ -375,3 +375,16 @@ def _in_child() -> None:
 
 atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_in_child)
+
+
+def deployments() -> list[Status]:
+    """The deployments of this user on this machine, by name; state "lost" for one that does not answer."""
+    found: list[Status] = []
+    for entry in registry.entries():
+        try:
+            found.append(Status.from_dict(registry.ask(entry, "status")["status"]))
+        except Unavailable:
+            state = registry.last_state(entry)
+            if entry.alive and state is not None:
+                found.append(registry.without_answer(entry, state))
+    return found

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from miinb.errors import BrokenCheckpoint, ModelNotFound, UnsupportedModel, did_you_mean
+from miinb.errors import BrokenCheckpoint, ModelNotFound, did_you_mean
 
 
 def locate(model: str | Path, *, revision: str | None = None) -> Path:
@@ -94,12 +94,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFound: there is none; with the folder inside that has one.
-        UnsupportedModel: it is an image pipeline.
         BrokenCheckpoint: it is damaged.
     """
     file = folder / "config.json"
-    if (folder / "model_index.json").exists():
-        raise UnsupportedModel(f"{folder} is an image pipeline, and text-to-image is not served yet.")
     if not file.exists():
         near = [entry.name for entry in folder.iterdir() if (entry / "config.json").exists()] if folder.is_dir() else []
         hint = f"Did you mean {folder / near[0]}?" if near else "A model folder has a config.json."

@@ -24,6 +24,7 @@ from miinb.engine.policies import ENCODERS, POLICIES, decoder_spec, encoder_spec
 from miinb.engine.spec import NO_LIMIT, DecoderSpec
 from miinb.errors import BrokenCheckpoint, InvalidValue, MissingHead, ModelError, UnsupportedModel
 from miinb.location import gguf_file, locate, read_config
+from miinb.pipelines import Pipeline, is_pipeline, read_pipeline
 from miinb.tasks import TASKS, find_task, tasks_of
 
 #: The least compute capability of a GPU that converts fp8 by itself, and of one that multiplies int8 and int4 weights.
@@ -31,8 +32,8 @@ FP8_CAPABILITY, QUANTIZED_CAPABILITY = (8, 9), (8, 0)
 #: Bytes of one weight by miinb's dtype names; int8 and int4 have scales of about four bytes for each 64 weights.
 DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0625, "fp8": 1.0, "int4": 0.5625}
 
-_TEXT = ("text-generation", "conversational")
-_ENCODER = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
+DECODER_TASKS = ("text-generation", "conversational")
+ENCODER_TASKS = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 #: config.json's names of one fact, by family; the first that is there counts.
 _KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -69,6 +70,7 @@ class ModelInfo:
         encoder: the encoder for the optimized engine, with the head of the model's own task (see `serving`), or None.
         unfused: why there is neither: the family has no policy, or this configuration of it no fused form
             (`UnsupportedModel`), or config.json lacks a part (`BrokenCheckpoint`).
+        pipeline: of text-to-image: diffusers' pipeline; its tensors' names begin with the part's.
     """
 
     source: str
@@ -91,6 +93,7 @@ class ModelInfo:
     spec: DecoderSpec | None = field(default=None, repr=False)
     encoder: EncoderSpec | None = field(default=None, repr=False)
     unfused: ModelError | None = None
+    pipeline: Pipeline | None = None
 
     @property
     def counted(self) -> Parameters | None:
@@ -186,7 +189,7 @@ class ModelInfo:
                 f"task: {self.source} does not tell its task.", hint=f"Give one of: {', '.join(main or TASKS)}."
             )
         name = find_task(asked).name
-        may = name in _ENCODER and self.family in ENCODERS  # if the head's weights are there, as `serving` sees
+        may = name in ENCODER_TASKS and self.family in ENCODERS  # if the head's weights are there, as `serving` sees
         if self.tasks and name not in self.tasks and name != "feature-extraction" and not may:
             raise UnsupportedModel(
                 f"{self.architecture} of {self.source} does not serve {name}.", hint=f"It serves {self.tasks[0]}."
@@ -199,7 +202,7 @@ class ModelInfo:
         Raises:
             MissingHead: the files lack weights of that head.
         """
-        if self.family not in ENCODERS or task not in _ENCODER:
+        if self.family not in ENCODERS or task not in ENCODER_TASKS:
             return self
         policy, tied = ENCODERS[self.family], bool(self.config.get("tie_word_embeddings", True))
         names = self.tensors if self.format == "safetensors" else ()
@@ -231,6 +234,8 @@ def inspect(
         BrokenCheckpoint: damaged or missing files, by name.
     """
     place = locate(model, revision=revision)
+    if is_pipeline(place):
+        return _describe_pipeline(str(model), place)
     gguf = gguf_file(place)
     if gguf is not None:
         metadata, entries = read_gguf(gguf)
@@ -269,7 +274,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     heads = facts["heads"]
     architecture = (config.get("architectures") or [""])[0]
     tasks = tasks_of(architecture) if architecture else ()
-    encodes = tasks[0] in _ENCODER if tasks else config["model_type"] in ENCODERS
+    encodes = tasks[0] in ENCODER_TASKS if tasks else config["model_type"] in ENCODERS
     spec, encoder, counted = None, None, 0
     if encodes:
         encoder, unfused = _encoder(config, tasks[0] if tasks else "feature-extraction", source)
@@ -299,6 +304,31 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         spec=spec,
         encoder=encoder,
         unfused=unfused,
+    )
+
+
+def _describe_pipeline(source: str, folder: Path) -> ModelInfo:
+    pipeline, entries = read_pipeline(folder, source)
+    text = pipeline.configs["text_encoder"]
+    return ModelInfo(
+        source=source,
+        folder=folder,
+        format="safetensors",
+        family="stable-diffusion",
+        architecture=pipeline.name,
+        tasks=tasks_of(pipeline.name),
+        config=pipeline.configs["unet"],
+        tensors={entry.name: entry for entry in entries},
+        parameters=sum(entry.elements for entry in entries),
+        dtype=main_dtype({}, entries),
+        context_length=pipeline.text_length,
+        vocab_size=_first(text, _KEYS["vocab_size"]),
+        layers=0,
+        hidden_size=_first(text, _KEYS["hidden_size"]),
+        heads=0,
+        kv_heads=0,
+        head_size=0,
+        pipeline=pipeline,
     )
 
 
@@ -357,41 +387,12 @@ def estimate_parameters(config: Mapping[str, Any]) -> int:
     return layers * (attention + (3 if gated else 2) * hidden * inner) + embeddings
 
 
-@dataclass(frozen=True, slots=True)
-class FamilyRow:
-    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a policy for it."""
-
-    family: str
-    tasks: tuple[str, ...]
-    optimized: bool
-
-
-class FamilyTable(tuple[FamilyRow, ...]):
-    """The rows of `miinb.models()`, shown as a table."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        rows = [
-            f"{row.family:<14} {'optimized' if row.optimized else 'baseline':<10} {', '.join(row.tasks)}"
-            for row in self
-        ]
-        return "\n".join([f"{'family':<14} {'engine':<10} tasks", *rows])
-
-
-def families() -> FamilyTable:
-    """The families that are tested; others that transformers knows run on the baseline engine."""
-    decoders = ("mpt", "codegen", "olmo", "granite")
-    rows = [FamilyRow(name, _TEXT, True) for name in POLICIES]
-    rows += [FamilyRow(name, _TEXT, False) for name in decoders]
-    rows += [FamilyRow(name, _ENCODER, True) for name in ENCODERS]
-    return FamilyTable([*rows, FamilyRow("albert", _ENCODER, False)])
-
-
 class _CallableModule(types.ModuleType):
     """`miinb.models` is this module for imports and, by the contract, a function for users: both must work."""
 
-    def __call__(self) -> FamilyTable:
+    def __call__(self) -> Any:
+        from miinb.families import families
+
         return families()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from miinb import encoder_planner, splitting
+from miinb import encoder_planner, image_planner, splitting
 from miinb.config import DeploymentConfig
 from miinb.errors import BrokenCheckpoint, InvalidValue, OutOfMemory
 from miinb.fitting import USABLE, Place, does_not_fit, live_parameters
@@ -38,6 +38,8 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     groups = _device_groups(config, hardware)
     device = "cuda" if groups else "cpu"
     choice = Plan(config.engine, device, "", config.tensor_parallel, config.replicas)
+    if TASKS[task].image:
+        return _images(choice, config, model, hardware, groups)
     choice = _engine(choice, config, model, task)
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
@@ -46,6 +48,16 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     if config.kv_dtype == "fp8":
         _check_fp8_cache(choice, groups, encodes=not TASKS[task].streams)
     return _memory(choice, config, model, hardware, groups)
+
+
+def _images(
+    choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
+) -> Plan:
+    image_planner.refuse(config, image_planner.pipeline_of(model))
+    choice = _device(image_planner.engine(choice, config), config, hardware, groups)
+    has_bf16 = all(gpu.capability >= (8, 0) for group in groups for gpu in group)
+    choice = image_planner.number_format(choice, config, model, has_bf16=has_bf16)
+    return image_planner.memory(choice, config, model, _place(config, hardware, groups))
 
 
 def resolve(config: DeploymentConfig, choice: Plan, hardware: Hardware) -> DeploymentConfig:
@@ -211,9 +223,7 @@ def _memory(
 ) -> Plan:
     """Length, rows and cache: what the free memory of a rank's device holds after the weights."""
     ranks = config.tensor_parallel
-    free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
-    free //= 1 if groups else config.replicas * ranks
-    place = Place(bool(groups), min(free, config.options.memory_limit_bytes or free), ranks)
+    place = _place(config, hardware, groups)
     form = {"on_gpu": place.on_gpu, "quantize_head": config.options.quantize_head}
     weights = model.weights_bytes(choice.dtype, ranks, **form)
     if config.options.offload != "off":
@@ -242,6 +252,14 @@ def _memory(
     if config.options.speculative != "off":
         return choice.with_line("speculation", "off", "plain transformers serve this model")
     return choice
+
+
+def _place(config: DeploymentConfig, hardware: Hardware, groups: list[list[Gpu]]) -> Place:
+    """What a rank may take: of its GPU, or its share of the host's memory."""
+    ranks = config.tensor_parallel
+    free = min((gpu.free_bytes for group in groups for gpu in group), default=hardware.free_bytes)
+    free //= 1 if groups else config.replicas * ranks
+    return Place(bool(groups), min(free, config.options.memory_limit_bytes or free), ranks)
 
 
 def _offload(choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan:

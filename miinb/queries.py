@@ -9,19 +9,23 @@ from typing import Any
 
 from miinb.client import Client
 from miinb.errors import InvalidRequest, did_you_mean
+from miinb.image_results import ImageReply
 from miinb.messages import PredictedEvent
 from miinb.predictions import vectors_of
 from miinb.results import ConversationReply, Reply
 from miinb.tasks import Task, find_task
 
+#: What `query` gives, by the task.
+MiiReply = Reply | ConversationReply | ImageReply
 
-def query(client: Client, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> Reply | ConversationReply:
+
+def query(client: Client, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> MiiReply:
     """Ask a deployment in MII's way.
 
     Args:
         client: of the deployment.
         request: the task's keys, for text generation {"query": text or list of texts}.
-        parameters: generation parameters (and `session_id`), or the options of an encoder task.
+        parameters: generation parameters (and `session_id`), those of pictures, or the options of an encoder task.
 
     Raises:
         RequestError: a key or parameter is wrong (the message names it), or the request failed.
@@ -36,6 +40,8 @@ def query(client: Client, request: Mapping[str, Any], parameters: Mapping[str, A
         raise InvalidRequest(f"{task.inputs[0]}: the request lacks it.")
     if task.name == "conversational":
         return _converse(client, request, parameters)
+    if task.image:
+        return _images(client, request, parameters)
     return _generate(client, request, parameters) if task.streams else _predict(client, task, request, parameters)
 
 
@@ -43,6 +49,13 @@ def _generate(client: Client, request: Mapping[str, Any], parameters: Mapping[st
     begin = time.perf_counter()
     result = client.generate(request["query"], **{"return_full_text": True, **parameters})
     return Reply(list(result.texts), time.perf_counter() - begin, result.timing.model_s, result.dropped_messages)
+
+
+def _images(client: Client, request: Mapping[str, Any], parameters: Mapping[str, Any]) -> ImageReply:
+    begin = time.perf_counter()
+    result = client.generate_images(request["query"], **parameters)
+    taken_s = time.perf_counter() - begin
+    return ImageReply(list(result.images), list(result.flagged), taken_s, result.timing.model_s, list(result.seeds))
 
 
 def _predict(client: Client, task: Task, request: Mapping[str, Any], options: Mapping[str, Any]) -> Reply:

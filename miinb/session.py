@@ -1,4 +1,4 @@
-"""`Session`: the handle of one deployment in a notebook or a script; `attach` and `deployments`."""
+"""`Session`: the handle of one deployment in a notebook or a script; `attach`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from miinb.asking import Messages
 from miinb.client import Client
 from miinb.config import DeploymentConfig
 from miinb.deployment import Deployment
-from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, StartError, Unavailable
+from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, StartError
 from miinb.messages import Chunk, EngineInfo, Plan, Status
 from miinb.preparation import Preparation, prepare
 from miinb.tasks import TASKS
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from miinb.bench.records import Runs
     from miinb.predictions import Predictions
-    from miinb.results import ConversationReply, Reply, Result
+    from miinb.queries import MiiReply
+    from miinb.results import Result
     from miinb.streams import Stream
 
 _NAME_TRIES = 5
@@ -101,12 +102,14 @@ class Session:
     def _of(cls, deployment: Deployment) -> Self:
         """A session that joins a running deployment."""
         self = cls.__new__(cls)
+        self._task = ""  # asked for when it is needed
         self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
         self._connect(deployment)
         return self
 
     def _begin(self, prepared: Preparation) -> None:
         self._config = prepared.config
+        self._task = prepared.task
         self._connect(self._start(prepared))
 
     def _start(self, prepared: Preparation) -> Deployment:
@@ -202,15 +205,18 @@ class Session:
     # Asking the model
 
     def generate(self, prompts: str | Sequence[str], **parameters: Any) -> Result:
-        """New text for a prompt or a list of prompts, in order.
+        """New text for a prompt or a list of prompts, in order; of text-to-image pictures (an `ImageResult`).
 
         Args:
             prompts: one prompt or several.
-            parameters: `miinb.config.GenerationParams`; `timeout_s` limits the whole request.
+            parameters: `GenerationParams`, or of pictures `ImageParams`; `timeout_s` limits the whole request.
 
         Raises:
             RequestError: the request was refused or failed.
         """
+        if self._makes_images():
+            with cell.steps("generate") as on_progress:
+                return self._client.generate_images(prompts, on_progress, **parameters)
         return self._client.generate(prompts, **parameters)
 
     def chat(self, messages: Messages, **parameters: Any) -> Result:
@@ -242,7 +248,7 @@ class Session:
         cell.end_with_cell(stream)
         return stream
 
-    def query(self, request: Mapping[str, Any], **parameters: Any) -> Reply | ConversationReply:
+    def query(self, request: Mapping[str, Any], **parameters: Any) -> MiiReply:
         """MII's call: a request dictionary in, MII's reply fields out."""
         return queries.query(self._client, request, parameters)
 
@@ -267,6 +273,8 @@ class Session:
 
     def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
         """`generate`, awaitable."""
+        if self._makes_images():
+            return self._client.agenerate_images(prompts, **parameters)
         return self._client.agenerate(prompts, **parameters)
 
     def achat(self, messages: Messages, **parameters: Any) -> Awaitable[Result]:
@@ -367,6 +375,11 @@ class Session:
 
         return bundle(session_card(self))
 
+    def _makes_images(self) -> bool:
+        with contextlib.suppress(MiinbError):  # no replica is ready: the request itself waits, and says so
+            self._task = self._task or self.task
+        return self._task in TASKS and TASKS[self._task].image
+
     def _describe(self) -> EngineInfo:
         if self._info is None:
             self._info = self._client.describe()
@@ -385,16 +398,3 @@ def attach(name: str) -> Session:
     deployment = Deployment.join(name)
     own = _sessions.get(deployment.entry.instance_id)
     return own if own is not None and not own._deployment.stopped else Session._of(deployment)
-
-
-def deployments() -> list[Status]:
-    """The deployments of this user on this machine, by name; state "lost" for one that does not answer."""
-    found: list[Status] = []
-    for entry in registry.entries():
-        try:
-            found.append(Status.from_dict(registry.ask(entry, "status")["status"]))
-        except Unavailable:
-            state = registry.last_state(entry)
-            if entry.alive and state is not None:
-                found.append(registry.without_answer(entry, state))
-    return found

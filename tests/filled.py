@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from miinb.config import GenerationParams
+from miinb.image_params import ImageParams
 
 _T = TypeVar("_T")
 
@@ -40,6 +41,20 @@ PARAMS = (
 )
 
 
+IMAGE_PARAMS = ImageParams(
+    num_inference_steps=9,
+    guidance_scale=2.5,
+    height=40,
+    width=24,
+    negative_prompt="é\n",
+    num_images_per_prompt=3,
+    seed=2**63 - 1,
+    scheduler="DDIMScheduler",
+    image_format="webp",
+    preview_steps=4,
+)
+
+
 def filled(cls: type[_T], *, params: GenerationParams = PARAMS[0]) -> _T:
     """One of the class, made from its fields' types; no two plain values are equal."""
     made = _value(cls, itertools.count(3), params)
@@ -53,6 +68,8 @@ def _value(kind: Any, numbers: Iterator[int], params: GenerationParams) -> Any:
     number = next(numbers)
     if kind is GenerationParams:
         return params
+    if kind is ImageParams:
+        return IMAGE_PARAMS
     if dataclasses.is_dataclass(kind):
         types_ = typing.get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)]

@@ -14,6 +14,7 @@ import pytest
 import miinb
 from miinb import compat, errors
 from miinb.config import BenchConfig, EngineOptions, GenerationParams
+from miinb.image_params import ImageParams
 
 TEXT = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
 BLOCKS = [node for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) for node in ast.parse(block).body]
@@ -24,6 +25,7 @@ METHODS = {node.name: node for node in CLASSES["Session"].body if isinstance(nod
 HOMES = {
     "Result": "results",
     "Runs": "bench.records",
+    **dict.fromkeys(("ImageResult", "ImageTiming"), "image_results"),
     **dict.fromkeys(("Usage", "Timing", "Chunk"), "messages"),
     **dict.fromkeys(("Predictions", "PredictTiming", "Label", "Entity", "Answer", "Fill", "Embedding"), "predictions"),
 }
@@ -84,8 +86,8 @@ def test_module_functions(name: str) -> None:
     assert real(getattr(miinb, name)) == written(FUNCTIONS[name])
 
 
-@pytest.mark.parametrize("cls", [GenerationParams, EngineOptions, BenchConfig])
-def test_fields_and_their_defaults(cls: type[GenerationParams | EngineOptions | BenchConfig]) -> None:
+@pytest.mark.parametrize("cls", [GenerationParams, ImageParams, EngineOptions, BenchConfig])
+def test_fields_and_their_defaults(cls: type[GenerationParams | ImageParams | EngineOptions | BenchConfig]) -> None:
     named = {
         node.targets[0].id: value(node.value)
         for node in CLASSES[cls.__name__].body

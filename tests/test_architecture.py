@@ -10,10 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "miinb"
 
-CORE = ("errors", "bench_fields", "config", "messages", "tasks", "models", "wording", "writing")
+CORE = (
+    *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
+    *("wording", "writing"),
+)
 KERNEL_SIDE = (
     "client",
     "results",
+    "image_results",
+    "image_calls",
     "predictions",
     "predicting",
     "streams",
@@ -26,6 +31,8 @@ KERNEL_SIDE = (
     "registry",
     "planner",
     "encoder_planner",
+    "image_planner",
+    "families",
     "fitting",
     "quantized_planner",
     "preparation",
@@ -44,12 +51,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "frozen": ("errors",),
     "bench_fields": ("errors", "frozen"),
     "config": ("errors", "frozen", "bench_fields"),
+    "image_params": ("errors", "frozen", "config"),
     "messages": ("config", "errors"),
+    "image_messages": ("image_params",),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
-    "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", *POLICY_DATA),
-    "rpc": ("messages", "errors", "config", "frozen"),
+    "pipelines": ("errors", "checkpoint"),
+    "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", "pipelines", *POLICY_DATA),
+    "families": ("models", *POLICY_DATA),
+    "rpc": ("messages", "image_messages", "image_params", "errors", "config", "frozen"),
     "kernels": (),
     "engine": (
         "hardware",
@@ -58,15 +69,29 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "tasks",
         "checkpoint",
         "models",
+        "pipelines",
+        "image_params",
         "messages",
+        "image_messages",
         "errors",
         "wording",
         "splitting",
         "fitting",
         "quantized_planner",
     ),
-    "server": ("rpc", "config", "messages", "errors", "tasks", "registry", "spinning", "hardware"),
-    "server.worker": ("engine", "config", "messages", "errors", "tasks", "spinning"),
+    "server": (
+        "rpc",
+        "config",
+        "image_params",
+        "messages",
+        "image_messages",
+        "errors",
+        "tasks",
+        "registry",
+        "spinning",
+        "hardware",
+    ),
+    "server.worker": ("engine", "config", "messages", "image_messages", "errors", "tasks", "spinning"),
     "hardware": (),
     "spinning": (),
     "wording": (),
@@ -74,32 +99,36 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diagnosis": ("registry", "hardware", "wording"),
     "splitting": CORE,
     "encoder_planner": (*CORE, "hardware"),
+    "image_planner": (*CORE, "fitting", "quantized_planner"),
     "fitting": (*CORE, "hardware", "quantized_planner"),
     "quantized_planner": (*CORE, "hardware"),
-    "planner": (*CORE, "hardware", "splitting", "encoder_planner", "fitting", "quantized_planner"),
+    "planner": (*CORE, "hardware", "splitting", "encoder_planner", "image_planner", "fitting", "quantized_planner"),
     "preparation": (*CORE, "planner", "hardware", "location"),
     "registry": CORE,
     "launching": ("errors",),
     "deployment": (*CORE, "registry", "hardware", "launching"),
     "results": CORE,
+    "image_results": (*CORE, "results"),
+    "image_calls": (*CORE, "rpc", "results", "image_results"),
     "predictions": CORE,
     "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),
     "asking": CORE,
     "awaiting": (),
     "client": (
+        *("image_calls", "image_results"),
         *(*CORE, "frozen", "rpc", "results", "predictions", "predicting", "streams", "asking", "awaiting"),
         "spinning",
     ),
     "cell": (*CORE,),
-    "queries": (*CORE, "results", "predictions", "client"),
+    "queries": (*CORE, "results", "image_results", "predictions", "client"),
     "session": (
         *("cell", *CORE, "rpc", "results", "asking", "client", "queries"),
         *("registry", "deployment", "preparation"),
     ),
     "checking": (*CORE, "launching", "planner", "hardware"),
     "constants": (),
-    "compat": (*CORE, "constants", "rpc", "results", "client", "session", "registry"),
+    "compat": (*CORE, "constants", "rpc", "results", "queries", "client", "session", "registry"),
     "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
@@ -227,7 +256,7 @@ def test_the_engine_is_imported_by_the_rank_alone(module: str) -> None:
         return
     targets = internal(imports(MODULES[module], module, inside_functions=True))
     wrong = {t for t in targets if t.split(".")[0] in ("engine", "kernels")}
-    wrong -= set(POLICY_DATA) if module == "models" else set()
+    wrong -= set(POLICY_DATA) if module in ("models", "families") else set()
     assert not wrong, f"miinb.{module} imports {sorted(wrong)}"
     if module.split(".")[0] != "server":
         assert not [t for t in targets if t.startswith("server")], (

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from miinb import awaiting, errors
-from miinb import client as client_module
 from miinb.client import Client
 from miinb.queries import query
 from miinb.results import ConversationReply, Result
+from miinb.rpc import channel
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -161,8 +161,8 @@ def test_no_server_is_unavailable_in_time(tmp_path: Path) -> None:
 
 
 def test_a_frontend_that_hangs_is_unavailable_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**dict(client_module.CHANNEL_OPTIONS), "grpc.http2.ping_timeout_ms": 1000}
-    monkeypatch.setattr(client_module, "CHANNEL_OPTIONS", tuple(options.items()))
+    options = {**dict(channel.CHANNEL_OPTIONS), "grpc.http2.ping_timeout_ms": 1000}
+    monkeypatch.setattr(channel, "CHANNEL_OPTIONS", tuple(options.items()))
     frontend = make(tmp_path)
     try:
         frontend.rank()
@@ -235,7 +235,7 @@ def test_a_stop_button_that_hits_the_begin_of_a_call_does_not_keep_a_client_from
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(client_module, "CLOSE_S", 0.5)
+    monkeypatch.setattr(channel, "CLOSE_S", 0.5)
     client = Client(frontend.address)
     with monkeypatch.context() as patched:  # gRPC knows of the call, and nothing will ever end it
         patched.setattr("grpc._channel._run_channel_spin_thread", interrupted)

@@ -14,6 +14,7 @@ from miinb.commands.options import (
     ENGINE,
     GENERATION,
     GREEDY,
+    IMAGES,
     PLANNED,
     PREDICTION,
     TIMEOUT,
@@ -174,13 +175,14 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "gen",
-            "write on after a prompt",
+            "write on after a prompt, or make pictures of it",
             generating.gen,
             (
                 _PROMPT,
                 _WHICH,
                 *GENERATION,
                 GREEDY,
+                *IMAGES,
                 _BATCH,
                 Option("chat", "ask through the model's chat template; `chat` also remembers", read=None),
                 *_ANSWER,

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from miinb.commands import picturing
 from miinb.commands.context import STDIN, Context, stdin
-from miinb.commands.options import GENERATION, TIMEOUT, given
+from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
 from miinb.errors import InvalidRequest, InvalidValue
 from miinb.tasks import find_task
 
@@ -70,10 +71,15 @@ def _answer(context: Context, values: Values, session: Session, asked: Any, opti
 
 
 def gen(context: Context, values: Values, body: str | None) -> Result:
-    """New text after a prompt, or an answer by the chat template that no conversation remembers."""
+    """New text after a prompt, an answer by the chat template that no conversation remembers, or pictures."""
     text = _text(context, values, body, "gen")
-    session = _generating(context, values)
     prompts = _batch(text, values["batch"])
+    if picturing.makes_images(session := context.session(values["deployment"])):
+        return picturing.pictures(context, values, session, prompts)
+    session = _generating(context, values)
+    if found := given(values, IMAGES):
+        flag = "--" + next(iter(found)).replace("_", "-")
+        raise InvalidRequest(f"{flag}: {session.name} serves {session.task}, not pictures.", hint=f"Leave {flag} out.")
     asked: Any = prompts if len(prompts) > 1 else prompts[0]
     if values["chat"] or values["system"]:
         if len(prompts) > 1:

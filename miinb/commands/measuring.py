@@ -111,7 +111,7 @@ def compare(context: Context, values: Values, body: str | None) -> Runs:
 
 def models(context: Context, values: Values, body: str | None) -> Any:
     """Families and tasks, and what is optimized."""
-    from miinb.models import families
+    from miinb.families import families
 
     return families()
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.errors import InvalidValue, near
+from miinb.image_params import ImageParams
 from miinb.tasks import TASKS
 
 #: What can stand for a value in completion: names of running deployments, or of commands.
@@ -176,6 +177,17 @@ _GENERATION_HELP = {
     "return_full_text": "put the prompt before the answer",
     "speculative": "do not guess tokens for this request",
 }
+#: Of text-to-image; `seed` is that of texts.
+_IMAGE_HELP = {
+    "num_inference_steps": "pictures: steps of the denoising",
+    "guidance_scale": "pictures: how closely they follow the prompt; 1: no guidance, half the work",
+    "height": "pictures: pixels, a multiple of 8 (default: what the model was trained for)",
+    "width": "pictures: the same",
+    "negative_prompt": "pictures: what to keep away from",
+    "num_images_per_prompt": "pictures of each prompt",
+    "scheduler": "pictures: a scheduler's class of diffusers (default: the model's own)",
+    "image_format": "pictures: the format of their files",
+}
 _BENCH_HELP = {
     "prompt_tokens": "length of the synthetic prompts: 256, or a range: 64-512",
     "new_tokens": "tokens of every answer (equal work for all): 128, or a range: 32-256",
@@ -256,6 +268,10 @@ IN_CELLS = (
     Option("show", "print the prompt after {name} was replaced", read=None),
 )
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
+IMAGES = (
+    *options_of(ImageParams, _IMAGE_HELP),
+    Option("out", "pictures: write them to this folder (a terminal's default: where you are)"),
+)
 #: Says a default aloud: with it a parameter that only a draw has is refused.
 GREEDY = Option("greedy", "take the most likely token each time (the default)", None, value=False, field="do_sample")
 BENCH = options_of(BenchConfig, _BENCH_HELP)

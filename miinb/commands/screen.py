@@ -167,6 +167,10 @@ def _alternatives(entry: TokenLogprob) -> str:
     return "  ".join(f"{_named(text, token_id)} {logprob:.3f}" for text, (token_id, logprob) in named)
 
 
+#: Of a result: what its table has, and pictures.
+_NOT_JSON = ("rows", "images", "files")
+
+
 def as_json(value: Any) -> str:
     """A command's value as JSON; of a table its records, of predictions a line for each input."""
     if isinstance(value, Predictions):
@@ -178,7 +182,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Table):
         return _plain(value.records)
     if isinstance(value, Result):
-        return {name: part for name, part in dataclasses.asdict(value).items() if name not in ("rows", "images")}
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names if name not in _NOT_JSON}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, Embedding):

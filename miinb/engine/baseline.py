@@ -39,6 +39,7 @@ from miinb.errors import (
     QueueFull,
     UnsupportedModel,
 )
+from miinb.image_messages import PaintRequest
 from miinb.messages import (
     EncodeRequest,
     EngineInfo,
@@ -200,6 +201,10 @@ class BatchExecutor:
 
     def encode(self, request: EncodeRequest) -> None:
         """Refuse: this executor generates. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
+
+    def paint(self, request: PaintRequest) -> None:
+        """Refuse, as `encode`. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:

@@ -31,6 +31,7 @@ from miinb.engine.lockstep import Lead, settled
 from miinb.engine.parallel import PeerLost
 from miinb.engine.reduction import Reduction, check_task, parse_reduction
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull
+from miinb.image_messages import PaintRequest
 from miinb.kernels import reference
 from miinb.messages import (
     EncodedEvent,
@@ -159,6 +160,10 @@ class EncodeExecutor:
 
     def submit(self, request: SequenceRequest) -> None:
         """Refuse: this executor encodes. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use predict.")
+
+    def paint(self, request: PaintRequest) -> None:
+        """Refuse, as `submit`. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use predict.")
 
     def encode(self, request: EncodeRequest) -> None:

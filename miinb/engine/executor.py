@@ -24,6 +24,7 @@ from miinb.engine.rows import Row, StepPlan
 from miinb.engine.sampling import Landing, Sampled, read_logprobs
 from miinb.engine.scheduler import Scheduler
 from miinb.errors import InvalidRequest
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -35,12 +36,12 @@ from miinb.messages import (
 
 log = logging.getLogger(__name__)
 
-Emit = Callable[[Event | EncodedEvent], None]
+Emit = Callable[[Event | EncodedEvent | PaintProgress | PaintedEvent], None]
 Poll = Callable[[], None]
 
 
 class Executor(Protocol):
-    """What rank 0's loop drives: this module's `StepExecutor`, or `baseline.BatchExecutor`."""
+    """What rank 0's loop drives: this module's `StepExecutor`, or that of another task or engine."""
 
     info: EngineInfo
 
@@ -49,6 +50,9 @@ class Executor(Protocol):
 
     def encode(self, request: EncodeRequest) -> None:
         """Queue texts for an encoder. Raises MiinbError when they cannot be served."""
+
+    def paint(self, request: PaintRequest) -> None:
+        """Queue a picture. Raises MiinbError when it cannot be served."""
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """End a row early; one that has ended is left alone."""
@@ -146,6 +150,10 @@ class StepExecutor:
 
     def encode(self, request: EncodeRequest) -> None:
         """Refuse: this engine generates. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
+
+    def paint(self, request: PaintRequest) -> None:
+        """Refuse, as `encode`. Raises InvalidRequest."""
         raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate or stream.")
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:

@@ -32,7 +32,7 @@ from miinb.engine.place import Place, device_name, find_place, free_bytes, refus
 from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
-from miinb.engine.tokenizer_files import ensure_chat_template, eos_token_ids, export_tokenizer
+from miinb.engine.tokenizer_files import eos_token_ids, export_tokenizer, with_chat_template
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
 from miinb.kernels.dequantize import scratch
@@ -41,7 +41,11 @@ from miinb.models import ModelInfo
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
+#: Why the optimized engine leaves pictures to diffusers.
+NO_IMAGES = "the optimized engine has no form for text-to-image yet"
 Report = Callable[[Phase], None]
+#: Whose versions are told.
+LIBRARIES = ("torch", "transformers", "diffusers", "deepspeed")
 
 
 def load_executor(
@@ -104,12 +108,8 @@ def load_rank(
         tokenizer = thread.submit(_export_tokenizer, config, model, task, rank, folder)
         executor: Executor | Following | None = None
         if info.engine == "optimized":
-            aside = Aside(ranks, kernels)
             try:
-                if TASKS[task].streams:
-                    executor = _step_executor(config, model, info, place, aside, rank, report)
-                else:
-                    executor = _encode_executor(config, model, info, place, aside, rank, report)
+                executor = _optimized(config, model, info, place, Aside(ranks, kernels), rank, report)
             except UnsupportedModel as reason:
                 info = _fall_back(info, config, reason.message)
         tokenizer.result()
@@ -117,7 +117,7 @@ def load_rank(
     if executor is None:
         executor = _batch_executor(config, model, info, place, ranks.result(), report)
     if rank == 0 and task == "conversational":
-        executor.info = _with_chat_template(executor.info, folder / "tokenizer")
+        executor.info = with_chat_template(executor.info, folder / "tokenizer")
     executor.info = dataclasses.replace(executor.info, load_s=time.monotonic() - started)
     return executor
 
@@ -163,9 +163,19 @@ def _engine_info(
         plan=dataclasses.replace(plan, max_length=length, max_batch=batch),
         labels=model.labels()[0] if task in ("text-classification", "token-classification") else (),
         function=model.function() if task == "text-classification" else "",
-        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+        versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         device_name=device_name(place.device),
     )
+
+
+def _optimized(
+    config: DeploymentConfig, model: ModelInfo, info: EngineInfo, place: Place, aside: Aside, rank: int, report: Report
+) -> Executor | Following:
+    """The engine's own executor of the task. Raises UnsupportedModel where it has none: the baseline serves then."""
+    if TASKS[info.task].image:
+        raise UnsupportedModel(NO_IMAGES)
+    make = _step_executor if TASKS[info.task].streams else _encode_executor
+    return make(config, model, info, place, aside, rank, report)
 
 
 def _step_executor(
@@ -356,17 +366,9 @@ def _verified(plan: Plan, check: Callable[[], parity.ParityReport], config: Depl
     raise UnsupportedModel(message)
 
 
-def _with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
-    """See that there is a chat template; the plan says which."""
-    line = ("chat template", "the model's", "it brings one")
-    if not ensure_chat_template(tokenizer):
-        line = ("chat template", "plain", "the model has none: every text is followed by its end token")
-    return dataclasses.replace(info, plan=info.plan.with_line(*line))
-
-
 def _fall_back(info: EngineInfo, config: DeploymentConfig, reason: str) -> EngineInfo:
     refuse_fallback(config, reason)
-    reason = f"plain transformers run it: {reason}"
+    reason = f"plain {'diffusers' if TASKS[info.task].image else 'transformers'} run it: {reason}"
     plan = info.plan.with_line("engine", "baseline", reason, engine="baseline")
     plan = dataclasses.replace(plan, warnings=(*plan.warnings, reason))
     return dataclasses.replace(info, engine="baseline", plan=plan)
@@ -389,6 +391,10 @@ def _batch_executor(
         need = 0
     if need > free:
         raise OutOfMemory(f"The weights need {size_words(need)}, {size_words(free)} are free.")
+    if TASKS[info.task].image:
+        from miinb.engine.pipeline_painter import load_images
+
+        return load_images(model, config, info, report)
     from miinb.engine.baseline import load_baseline  # it imports transformers, which the fused path does without
 
     return load_baseline(model, config, info, report, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 from miinb.engine import tokenizer_cache
 from miinb.errors import BrokenCheckpoint
+from miinb.messages import EngineInfo
 from miinb.models import ModelInfo
 
 #: The chat template of a model that has none, for the task conversational: that of DialoGPT and of transformers'
@@ -176,3 +178,11 @@ def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
             values = {}  # transformers itself only warns about a damaged one
     ids = values.get("eos_token_id", model.config.get("eos_token_id"))
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
+
+
+def with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:
+    """See that there is a chat template; the plan says which."""
+    line = ("chat template", "the model's", "it brings one")
+    if not ensure_chat_template(tokenizer):
+        line = ("chat template", "plain", "the model has none: every text is followed by its end token")
+    return dataclasses.replace(info, plan=info.plan.with_line(*line))

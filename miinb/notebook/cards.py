@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from miinb.commands.screen import Table, logprob_tables
 from miinb.errors import MiinbError
+from miinb.image_results import ImageResult
 from miinb.messages import Plan, Status
 from miinb.wording import printable, size_words
 
@@ -232,6 +233,10 @@ def plan_card(plan: Plan) -> Card:
 
 def timing_line(result: Result) -> str:
     """ "42 tokens · first token 35 ms · 84 tokens/s · 0.50 s · length"."""
+    if isinstance(result, ImageResult):
+        from miinb.notebook.image_cards import images_line
+
+        return images_line(result)
     tokens, timing = result.usage.output_tokens, result.timing
     parts = [f"{tokens} token{'s' * (tokens != 1)}"]
     if timing.ttft_s:

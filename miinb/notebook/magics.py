@@ -127,7 +127,7 @@ class MiiMagics(Magics):  # type: ignore[misc]
             task = self.context.session(name).task
         except MiinbError:  # the command says so
             return "gen"
-        return "gen" if find_task(task).streams else "predict"
+        return "gen" if find_task(task).streams or find_task(task).image else "predict"
 
     def _expanded(self, text: str) -> str:
         return expand(text, self.shell.user_ns)

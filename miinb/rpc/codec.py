@@ -1,6 +1,7 @@
 """Between the dataclasses of `messages.py` and protobuf bytes.
 
-The only module that knows protobuf. Servers and clients hand it bytes and get dataclasses or a `MiinbError`.
+With `image_codec.py` the only module that knows protobuf. Servers and clients hand it bytes and get dataclasses or a
+`MiinbError`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def decode_generate(data: bytes) -> GenerateRequest:
     Raises:
         InvalidRequest: it cannot be read, or a parameter is unknown or wrong; the message names it.
     """
-    message = _parse(pb.GenerateRequest, data)
+    message = parse(pb.GenerateRequest, data)
     kind = message.WhichOneof("input")
     messages = _plain_messages(message.chat.messages) if kind == "chat" else None
     return GenerateRequest(
@@ -94,7 +95,8 @@ def _plain_messages(rows: Iterable[Any]) -> tuple[dict[str, str], ...]:
     return tuple({"role": row.role, "content": row.content} for row in rows)
 
 
-def _parse(cls: Callable[[], Any], data: bytes) -> Any:
+def parse(cls: Callable[[], Any], data: bytes) -> Any:
+    """The message of these bytes. Raises InvalidRequest where they are none."""
     message = cls()
     try:
         message.ParseFromString(data)
@@ -154,7 +156,7 @@ def encode_event(event: StreamEvent) -> bytes:
 
 def decode_event(data: bytes) -> StreamEvent:
     """The message of the answer's stream that these bytes say."""
-    message = _parse(pb.GenerateChunk, data)
+    message = parse(pb.GenerateChunk, data)
     kind = message.WhichOneof("event")
     if kind == "text":
         text = message.text
@@ -199,7 +201,7 @@ def encode_session(session_id: str) -> bytes:
 
 def decode_session(data: bytes) -> str:
     """The session id of such a request."""
-    session_id: str = _parse(pb.SessionRequest, data).session_id
+    session_id: str = parse(pb.SessionRequest, data).session_id
     return session_id
 
 
@@ -230,7 +232,7 @@ def encode_predict(inputs: Iterable[Mapping[str, Any]], options: Mapping[str, An
 
 def decode_predict(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Inputs and options of a predict request; whole numbers are int again (a Struct knows only doubles)."""
-    message = _parse(pb.PredictRequest, data)
+    message = parse(pb.PredictRequest, data)
     if message.blobs:
         raise InvalidRequest("blobs: this deployment takes none.")
     return [_plain(values) for values in message.inputs], _plain(message.options)
@@ -238,7 +240,7 @@ def decode_predict(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def request_id(data: bytes) -> str:
     """Of a predict request: the same for all calls of a list. Raises InvalidRequest."""
-    return str(_parse(pb.PredictRequest, data).request_id)
+    return str(parse(pb.PredictRequest, data).request_id)
 
 
 def _plain(value: Any) -> Any:
@@ -281,7 +283,7 @@ def encode_predicted(event: PredictedEvent) -> bytes:
 
 def decode_predicted(data: bytes) -> PredictedEvent:
     """The answer of a predict request."""
-    got = _parse(pb.PredictEvent, data).predictions
+    got = parse(pb.PredictEvent, data).predictions
     outputs: Sequence[Any] = json.loads(got.outputs_json)
     vectors = got.blobs[0] if got.blobs else b""
     times = (got.queue_s, got.preprocess_s, got.model_s, got.postprocess_s)
@@ -296,5 +298,5 @@ def encode_description(values: Mapping[str, Any]) -> bytes:
 
 def decode_description(data: bytes) -> dict[str, Any]:
     """The values of Describe's reply."""
-    values: dict[str, Any] = json.loads(_parse(pb.DescribeReply, data).json)
+    values: dict[str, Any] = json.loads(parse(pb.DescribeReply, data).json)
     return values

@@ -148,6 +148,64 @@ class Progress(_message.Message):
     preview: bytes
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[bytes] = ...) -> None: ...
 
+class ImagesRequest(_message.Message):
+    __slots__ = ("prompt", "parameters_json", "request_id")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_JSON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    parameters_json: str
+    request_id: str
+    def __init__(self, prompt: _Optional[str] = ..., parameters_json: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ImagesEvent(_message.Message):
+    __slots__ = ("progress", "picture", "end")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    progress: Progress
+    picture: Picture
+    end: ImagesEnd
+    def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., picture: _Optional[_Union[Picture, _Mapping]] = ..., end: _Optional[_Union[ImagesEnd, _Mapping]] = ...) -> None: ...
+
+class Picture(_message.Message):
+    __slots__ = ("index", "data", "seed", "width", "height", "flagged")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    FLAGGED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    data: bytes
+    seed: int
+    width: int
+    height: int
+    flagged: bool
+    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., flagged: bool = ...) -> None: ...
+
+class ImagesEnd(_message.Message):
+    __slots__ = ("prompt_tokens", "cut", "negative_cut", "batch", "queue_s", "text_encode_s", "steps_s", "vae_s", "picture_s")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_CUT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TEXT_ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_S_FIELD_NUMBER: _ClassVar[int]
+    VAE_S_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_S_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    cut: str
+    negative_cut: str
+    batch: int
+    queue_s: float
+    text_encode_s: float
+    steps_s: float
+    vae_s: float
+    picture_s: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cut: _Optional[str] = ..., negative_cut: _Optional[str] = ..., batch: _Optional[int] = ..., queue_s: _Optional[float] = ..., text_encode_s: _Optional[float] = ..., steps_s: _Optional[float] = ..., vae_s: _Optional[float] = ..., picture_s: _Optional[float] = ...) -> None: ...
+
 class Predictions(_message.Message):
     __slots__ = ("outputs_json", "blobs", "queue_s", "preprocess_s", "model_s", "postprocess_s", "columns")
     OUTPUTS_JSON_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class InferenceStub(object):
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.SerializeToString,
                 response_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.FromString,
                 _registered_method=True)
+        self.GenerateImages = channel.unary_stream(
+                '/miinb.v1.Inference/GenerateImages',
+                request_serializer=miinb_dot_rpc_dot_inference__pb2.ImagesRequest.SerializeToString,
+                response_deserializer=miinb_dot_rpc_dot_inference__pb2.ImagesEvent.FromString,
+                _registered_method=True)
         self.CreateSession = channel.unary_unary(
                 '/miinb.v1.Inference/CreateSession',
                 request_serializer=miinb_dot_rpc_dot_inference__pb2.SessionRequest.SerializeToString,
@@ -73,6 +78,13 @@ class InferenceServicer(object):
 
     def Predict(self, request, context):
         """Tasks that answer at once (classification, fill-mask, ...). A single message back: a stream of one takes a third longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateImages(self, request, context):
+        """Pictures of one prompt: progress, then each picture, then the end. Cancelling the call ends it at the next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +122,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=miinb_dot_rpc_dot_inference__pb2.PredictRequest.FromString,
                     response_serializer=miinb_dot_rpc_dot_inference__pb2.PredictEvent.SerializeToString,
+            ),
+            'GenerateImages': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateImages,
+                    request_deserializer=miinb_dot_rpc_dot_inference__pb2.ImagesRequest.FromString,
+                    response_serializer=miinb_dot_rpc_dot_inference__pb2.ImagesEvent.SerializeToString,
             ),
             'CreateSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSession,
@@ -181,6 +198,33 @@ class Inference(object):
             '/miinb.v1.Inference/Predict',
             miinb_dot_rpc_dot_inference__pb2.PredictRequest.SerializeToString,
             miinb_dot_rpc_dot_inference__pb2.PredictEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miinb.v1.Inference/GenerateImages',
+            miinb_dot_rpc_dot_inference__pb2.ImagesRequest.SerializeToString,
+            miinb_dot_rpc_dot_inference__pb2.ImagesEvent.FromString,
             options,
             channel_credentials,
             insecure,

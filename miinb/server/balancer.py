@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from miinb.errors import QueueFull, Unavailable
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -26,8 +27,10 @@ from miinb.server.frames import CancelRow, EngineStatus, ToFrontend
 from miinb.server.ipc import RankChannel
 from miinb.server.text import TextCodec
 
+#: What a replica tells of a row.
+RowEvent = Event | EncodedEvent | PaintProgress | PaintedEvent
 #: Takes the events of one row, in the event loop.
-Sink = Callable[[Event | EncodedEvent], None]
+Sink = Callable[[RowEvent], None]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Replica:
     tokens: int = 0
     _sizes: dict[int, int] = field(default_factory=dict)
 
-    def submit(self, request: SequenceRequest | EncodeRequest, sink: Sink) -> None:
+    def submit(self, request: SequenceRequest | EncodeRequest | PaintRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
 
         Raises:
@@ -192,7 +195,7 @@ class Balancer:
         if replica is not None:
             replica.heard = True
         for message in messages:
-            if type(message) is TokensEvent:
+            if type(message) is TokensEvent or type(message) is PaintProgress:
                 if (sink := rows.get(message.row_id)) is not None:
                     sink(message)
             elif isinstance(message, EngineInfo) and replica is not None:
@@ -233,5 +236,5 @@ def _gone() -> Unavailable:
     return Unavailable("The replica that ran this request is gone.", hint="Ask again; see logs() for the cause.")
 
 
-def _drop(event: Event | EncodedEvent) -> None:
+def _drop(event: RowEvent) -> None:
     """The sink of a canceled row."""

@@ -19,6 +19,8 @@ from typing import Any
 
 from miinb.config import GenerationParams
 from miinb.errors import MiinbError
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
+from miinb.image_params import ImageParams
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -50,6 +52,9 @@ class Kind(IntEnum):
     STATUS = 10
     ENCODE = 11
     ENCODED = 12
+    PAINT = 13
+    PROGRESS = 14
+    PAINTED = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,9 @@ class EngineStatus:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-ToRank = SequenceRequest | CancelRow | EncodeRequest | EngineStatus
-ToFrontend = EngineInfo | TokensEvent | FinishedEvent | FailedEvent | EncodedEvent | EngineStatus
+ToRank = SequenceRequest | CancelRow | EncodeRequest | PaintRequest | EngineStatus
+ImageEvent = PaintProgress | PaintedEvent
+ToFrontend = EngineInfo | TokensEvent | FinishedEvent | FailedEvent | EncodedEvent | ImageEvent | EngineStatus
 Message = ToRank | ToFrontend
 
 _KINDS: dict[type, Kind] = {
@@ -107,6 +113,15 @@ def encode(message: Message) -> bytes:
         return _encode_frame(message)
     if isinstance(message, EncodedEvent):
         return _encoded_frame(message)
+    if isinstance(message, PaintRequest):
+        plain = {name: getattr(message, name) for name in message.__slots__}
+        return frame(
+            Kind.PAINT, _json({**plain, "params": message.params.model_dump(mode="json", exclude_defaults=True)})
+        )
+    if isinstance(message, PaintProgress):
+        return _headed_frame(Kind.PROGRESS, message, "preview")
+    if isinstance(message, PaintedEvent):
+        return _headed_frame(Kind.PAINTED, message, "pixels")
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
 
@@ -115,6 +130,18 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.d
 
 def _json(values: object) -> bytes:
     return _ENCODER.encode(values).encode("utf-8", "replace")
+
+
+def _headed_frame(kind: Kind, event: ImageEvent, tail: str) -> bytes:
+    """JSON of a message with its length before it, and one field of bytes as it is behind it."""
+    head = _json({name: getattr(event, name) for name in event.__slots__ if name != tail})
+    return frame(kind, LENGTH.pack(len(head)), head, getattr(event, tail))
+
+
+def _headed(payload: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = LENGTH.unpack_from(payload)
+    head: dict[str, Any] = json.loads(payload[LENGTH.size : LENGTH.size + length])
+    return head, payload[LENGTH.size + length :]
 
 
 def _encode_frame(request: EncodeRequest) -> bytes:
@@ -214,15 +241,7 @@ class Decoder:
                 break
             try:
                 messages.extend(self._message(kind, bytes(memoryview(buffer)[at + HEADER.size : end])))
-            except (
-                LookupError,
-                ValueError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-                struct.error,
-                MiinbError,
-            ) as error:
+            except _UNREADABLE as error:
                 raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
             at = end
         del buffer[:at]
@@ -242,7 +261,16 @@ class Decoder:
             return [_encode_request(payload)]
         if kind == Kind.ENCODED:
             return [_encoded_event(payload)]
+        if kind == Kind.PROGRESS:
+            head, preview = _headed(payload)
+            return [PaintProgress(**head, preview=preview)]
+        if kind == Kind.PAINTED:
+            head, pixels = _headed(payload)
+            return [PaintedEvent(**head, pixels=pixels)]
         values = json.loads(payload)
+        if kind == Kind.PAINT:
+            params = ImageParams.from_json(json.dumps(values.pop("params")))
+            return [PaintRequest(**values, params=params)]
         if kind == Kind.LOGPROBS:
             self._logprobs[values["row_id"]] = tuple(
                 TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))

@@ -13,8 +13,6 @@ from miinb.config import MAX_SEED
 from miinb.errors import InvalidRequest, MiinbError, from_name
 from miinb.messages import (
     Chunk,
-    EncodedEvent,
-    Event,
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
@@ -28,7 +26,7 @@ from miinb.messages import (
     TokensEvent,
     Usage,
 )
-from miinb.server.balancer import Balancer, Replica
+from miinb.server.balancer import Balancer, Replica, RowEvent
 from miinb.server.prompts import Message, Prompt, check_token_ids, tokenize
 from miinb.server.text import Detokenizer, StopFinder, TextCodec
 
@@ -159,10 +157,8 @@ class Generation:
             self._rows[row_id] = Row(index, row_id, text.detokenizer(ids), stops, bool(params.stop), self.prompt.shown)
             self._replica.submit(SequenceRequest(row_id, ids, seeded, t_submit, deadline, index), self._push)
 
-    def _push(self, event: Event | EncodedEvent) -> None:
+    def _push(self, event: RowEvent) -> None:
         """Takes an event from the balancer; tokens of a paced stream wait for its turn."""
-        if isinstance(event, EncodedEvent):
-            return
         row = self._touched[event.row_id] = self._rows[event.row_id]
         if type(event) is TokensEvent:
             row.new_ids += event.token_ids

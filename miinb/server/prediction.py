@@ -12,10 +12,10 @@ from typing import TypeVar
 import numpy as np
 
 from miinb.errors import InvalidRequest, RequestError, from_name
-from miinb.messages import EncodedEvent, EncodeRequest, Event, FailedEvent, PredictedEvent
+from miinb.messages import EncodedEvent, EncodeRequest, FailedEvent, PredictedEvent
 from miinb.rpc import codec
 from miinb.server.awake import Awake
-from miinb.server.balancer import Balancer, Replica
+from miinb.server.balancer import Balancer, Replica, RowEvent
 from miinb.server.encoders.registry import ENCODER_TASKS
 from miinb.server.encoders.request import Answers, Asked, Prepared, checked_inputs, checked_options, find_task
 from miinb.server.encoders.tokenization import EncoderText, Text
@@ -119,7 +119,7 @@ async def _computed(prepared: Prepared, row_id: int, replica: Replica, t_sent: f
         options=prepared.options,
         deadline=deadline,
     )
-    done: asyncio.Future[Event | EncodedEvent] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[RowEvent] = asyncio.get_running_loop().create_future()
     try:
         replica.submit(request, lambda event: None if done.done() else done.set_result(event))
         if len(request.token_ids) <= LARGE_TOKENS:

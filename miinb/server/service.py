@@ -20,11 +20,12 @@ from miinb.messages import (
     GenerateRequest,
     RequestBegin,
 )
-from miinb.rpc import codec, failures
+from miinb.rpc import codec, failures, image_codec
 from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
 from miinb.server.generation import Generation
+from miinb.server.imaging import Imaging
 from miinb.server.prediction import predict
 
 #: A call without a deadline of its own has this one.
@@ -97,6 +98,7 @@ class Inference:
         """The methods for `grpc.aio.Server.add_generic_rpc_handlers`; requests stay bytes, so that junk is ours."""
         methods = {
             codec.GENERATE: grpc.unary_stream_rpc_method_handler(self._generate),
+            image_codec.GENERATE_IMAGES: grpc.unary_stream_rpc_method_handler(self._generate_images),
             codec.PREDICT: grpc.unary_unary_rpc_method_handler(self._predict),
             codec.CREATE_SESSION: grpc.unary_unary_rpc_method_handler(self._create_session),
             codec.DESTROY_SESSION: grpc.unary_unary_rpc_method_handler(self._destroy_session),
@@ -107,10 +109,16 @@ class Inference:
         )
 
     async def _generate(self, data: bytes, context: Any) -> None:
+        await self._stream(lambda writer, deadline: self._run_generate(data, writer, deadline), context)
+
+    async def _generate_images(self, data: bytes, context: Any) -> None:
+        await self._stream(lambda writer, deadline: self._run_images(data, writer, deadline), context)
+
+    async def _stream(self, run: Callable[[Writer, float], Awaitable[None]], context: Any) -> None:
         writer = Writer(context, asyncio.current_task())
         self._writers.add(writer)
         try:
-            await self._answer_call(lambda deadline: self._run_generate(data, writer, deadline), context, writer)
+            await self._answer_call(lambda deadline: run(writer, deadline), context, writer)
         finally:
             self._writers.discard(writer)
 
@@ -217,6 +225,23 @@ class Inference:
             if generation is not None:
                 generation.cancel()
                 counters.output_tokens += generation.output_tokens
+
+    async def _run_images(self, data: bytes, writer: Writer, deadline: float) -> None:
+        t_submit = time.monotonic()
+        request = image_codec.decode_images(data)
+        imaging: Imaging | None = None
+        self.counters.queued += 1
+        waiting = True
+        try:
+            imaging = await Imaging.start(request, self._balancer, t_submit=t_submit, deadline=deadline)
+            async for event in imaging.events():
+                self.counters.queued -= waiting
+                waiting = False
+                await writer.write(image_codec.encode_images_event(event))
+        finally:
+            self.counters.queued -= waiting
+            if imaging is not None:
+                imaging.cancel()
 
     def _pace_s(self) -> float:
         streams = self.counters.in_flight

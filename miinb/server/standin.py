@@ -2,6 +2,7 @@
 
 Speaks the frames of `frames.py` like a real rank 0 and is started the same way. It answers a prompt with its own
 tokens, again and again, one token a row and step. An encoder's numbers are the token ids, and each one's id is itself.
+A picture takes one step of its own for each that is asked for, and has one color: the seed's last byte.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -68,13 +70,14 @@ class StandIn:
         self.socket = RankSocket.connect(Path(line["folder"]) / "engine.sock")
         self.waiting: list[Running] = []
         self.running: dict[int, Running] = {}
+        self.painting: dict[int, list[Any]] = {}  # by row: the request, and its steps so far
 
     def run(self) -> None:
         """Serve until the frontend is gone."""
         self.socket.send(self.info)
         next_step = time.monotonic()
         while True:
-            busy = bool(self.running or self.waiting)
+            busy = bool(self.running or self.waiting or self.painting)
             wait_s = max(0.0, next_step - time.monotonic()) if busy else None
             for message in self.socket.receive(wait_s):
                 self.take(message)
@@ -92,6 +95,10 @@ class StandIn:
             self.waiting = [row for row in self.waiting if not self._cancelled(row, message)]
             if (row := self.running.pop(message.row_id, None)) is not None:
                 self.finish(row, message.reason)
+            if self.painting.pop(message.row_id, None) is not None:
+                self.socket.send(FinishedEvent(message.row_id, message.reason, 0.0, 0.0, 0.0, 0, 0))
+        elif isinstance(message, PaintRequest):
+            self.painting[message.row_id] = [message, 0]
         elif isinstance(message, EncodeRequest):
             self.encode(message)
         else:
@@ -133,6 +140,25 @@ class StandIn:
             if row.done >= row.request.params.max_new_tokens:
                 del self.running[row.request.row_id]
                 self.finish(row, "length")
+
+        self.paint()
+
+    def paint(self) -> None:
+        """A step of every picture."""
+        for row_id, state in tuple(self.painting.items()):
+            state[1] += 1
+            params, total = state[0].params, state[0].params.num_inference_steps
+            every = params.preview_steps
+            width = 4 if every and state[1] % every == 0 else 0
+            self.socket.send(PaintProgress(row_id, state[1], total, width, bytes(3 * width * width)))
+            if state[1] == total:
+                del self.painting[row_id]
+                width, height, seed = params.width or 16, params.height or 8, params.seed or 0
+                facts = {"prompt_tokens": 3, "cut": "", "negative_cut": "", "batch": len(self.painting) + 1}
+                times = dict.fromkeys(("queue_s", "text_encode_s", "steps_s", "vae_s"), 0.5)
+                pixels = bytes([seed & 255]) * (3 * width * height)
+                scheduler = params.scheduler or "PNDMScheduler"
+                self.socket.send(PaintedEvent(row_id, width, height, seed, False, scheduler, facts, times, pixels))
 
     def answer(self, row: Running) -> Sequence[int]:
         """The next tokens of a row."""

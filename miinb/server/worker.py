@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError, OutOfMemory, RankFailed
+from miinb.image_messages import PaintRequest
 from miinb.messages import (
     EncodeRequest,
     EngineInfo,
@@ -170,10 +171,12 @@ class Server:
             else:
                 self._submit(message)
 
-    def _submit(self, request: SequenceRequest | EncodeRequest) -> None:
+    def _submit(self, request: SequenceRequest | EncodeRequest | PaintRequest) -> None:
         try:
             if isinstance(request, SequenceRequest):
                 self.executor.submit(request)
+            elif isinstance(request, PaintRequest):
+                self.executor.paint(request)
             else:
                 self.executor.encode(request)
         except MiinbError as error:
@@ -191,7 +194,7 @@ def device_memory() -> dict[str, int]:
 
 
 def warm_up(executor: Executor) -> None:
-    """Generate a few tokens, or encode a text: the first steps of a process build what all later ones use.
+    """Generate a few tokens, encode a text or make a picture: a process's first steps build what all later ones use.
 
     Raises:
         OutOfMemory: not even that fits.
@@ -201,6 +204,10 @@ def warm_up(executor: Executor) -> None:
         params = GenerationParams(max_new_tokens=4, ignore_eos=True, seed=0)
         prompt = [0] * min(16, info.max_length - params.max_new_tokens)
         executor.submit(SequenceRequest(-1, prompt, params, now))
+    elif TASKS[info.task].image:
+        from miinb.engine.diffusion import warm_up_request
+
+        executor.paint(warm_up_request(info, now))
     else:
         text = [0] * min(16, info.max_length)
         executor.encode(EncodeRequest(-1, text, [len(text)], now, wanted=[0] if info.task == "fill-mask" else []))

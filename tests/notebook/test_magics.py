@@ -387,7 +387,7 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
         ("%mii panel compare -d ", {"tiny"}),
         ("%%mii ti", {"tiny"}),
         ("%%mii tiny --seed 1 --top", {"--top-k", "--top-p"}),
-        ("%%mii --out", {"--output"}),
+        ("%%mii --out", {"--out", "--output"}),
     ],
 )
 def test_completion(shell: Shell, text: str, expected: set[str]) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from miinb import errors
 from miinb.config import GenerationParams
 from miinb.messages import Chunk, GenerateRequest, PredictedEvent, RequestBegin, RequestEnd, SequenceEnd
-from miinb.rpc import codec, failures
+from miinb.rpc import codec, failures, image_codec
 from miinb.rpc import inference_pb2 as pb
 from tests.filled import PARAMS, filled
 
@@ -169,4 +169,11 @@ def test_description() -> None:
 def test_the_service_has_the_name_of_the_proto() -> None:
     service = pb.DESCRIPTOR.services_by_name["Inference"]
     names = {f"/{service.full_name}/{method.name}" for method in service.methods}
-    assert names == {codec.GENERATE, codec.PREDICT, codec.CREATE_SESSION, codec.DESTROY_SESSION, codec.DESCRIBE}
+    assert names == {
+        codec.GENERATE,
+        image_codec.GENERATE_IMAGES,
+        codec.PREDICT,
+        codec.CREATE_SESSION,
+        codec.DESTROY_SESSION,
+        codec.DESCRIBE,
+    }

@@ -1,0 +1,45 @@
+"""What `gen` does with a deployment of text-to-image: pictures in the cell, and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
+from miinb.errors import InvalidRequest
+from miinb.tasks import find_task
+
+if TYPE_CHECKING:
+    from miinb.commands.context import Context
+    from miinb.results import Result
+    from miinb.session import Session
+
+#: Options of texts that would do nothing.
+_OF_TEXTS = ("chat", "system", "stream")
+
+
+def makes_images(session: Session) -> bool:
+    """Whether a deployment makes pictures of prompts."""
+    return find_task(session.task).image
+
+
+def pictures(context: Context, values: Mapping[str, Any], session: Session, prompts: Sequence[str]) -> Result:
+    """Pictures of each prompt, shown and written where `--out` says; a terminal, which shows none, always writes.
+
+    Raises:
+        InvalidRequest: an option is one of texts.
+    """
+    options = given(values, (*GENERATION, *IMAGES, TIMEOUT))
+    for name in _OF_TEXTS:
+        if values.get(name):
+            flag = "--" + name
+            raise InvalidRequest(f"{flag}: {session.name} makes pictures.", hint=f"Leave {flag} out.")
+    folder = options.pop("out", None)
+    result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
+    files = result.save(folder or ".") if folder or not context.in_notebook else []
+    if not (values.get("quiet") or values["format"] == "json"):
+        context.screen.show(result)
+        for file in files:
+            context.screen.show(str(file))
+    pictured: Result = result
+    return pictured

@@ -1,0 +1,331 @@
+"""The image executor: one batch of pictures at a time, progress and cancels between the steps of its denoising.
+
+What computes is a `Painter`: `pipeline_painter.PipelinePainter` is diffusers as published, the truth that others are
+compared with. A picture's noise comes from its own seed alone, drawn on the CPU, so that batches, devices and engines
+agree on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
+from miinb.engine.executor import Emit, Poll
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
+from miinb.image_params import ImageParams
+from miinb.messages import EncodeRequest, EngineInfo, FailedEvent, FinishedEvent, FinishReason, SequenceRequest
+
+log = logging.getLogger(__name__)
+
+#: Progress of a batch is told at most so often.
+PROGRESS_S = 0.2
+#: Pixels of one batch: the outbox of the rank's socket takes two such batches.
+MAX_BATCH_BYTES = 32 << 20
+#: Red, green and blue of the four channels of Stable Diffusion's latents: a linear fit of what its VAE makes of them.
+#: (K. Turner, https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204)
+LATENT_RGB = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the pictures of a batch have in common."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    scheduler: str  # a class of diffusers
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a text encoder reads of a text: its tokens, and the end that does not fit ("": all fits)."""
+
+    tokens: int
+    cut: str
+
+
+class Painter(Protocol):
+    """Computes pictures.
+
+    Attributes:
+        scheduler: the class of the model's own scheduler.
+        schedulers: classes that may stand in for it, its own too.
+        width, height: of a picture unless a request says, in pixels.
+    """
+
+    scheduler: str
+    schedulers: Sequence[str]
+    width: int
+    height: int
+
+    def check(self, work: Work) -> None:
+        """Refuse what its scheduler cannot do. Raises InvalidRequest."""
+
+    def read(self, text: str) -> Reading:
+        """What the text encoder reads of a text."""
+
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> Any:
+        """The conditions of a batch, for `denoise`."""
+
+    def denoise(
+        self, conditions: Any, work: Work, seeds: Sequence[int], between: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        """Latents [N, C, h, w] of the seeds' noise; `between` gets each step's number, from 1, and its latents."""
+
+    def decode(self, latents: Tensor) -> tuple[bytes, bool]:
+        """Pixels of one picture's latents [1, C, h, w]: RGB, row after row; and whether it was found unfit.
+
+        Raises:
+            NonFinite: they are NaN or infinite.
+        """
+
+    def close(self) -> None:
+        """Let go of the device's memory."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A picture that waits or is computed."""
+
+    request: PaintRequest
+    work: Work
+    alone: bool = False  # a batch with it failed: it is tried by itself
+    ended: bool = False
+    t_start: float = 0.0
+    shown: int = 0  # previews so far
+    times: dict[str, float] = field(default_factory=dict)
+
+
+class _Abandoned(Exception):
+    """Nobody wants the batch any more."""
+
+
+class ImageExecutor:
+    """Batches of pictures; see `Executor`.
+
+    Args:
+        painter: computes them.
+        info: what the frontend is told; `max_batch` counts here.
+        max_queue: most pictures that wait.
+    """
+
+    def __init__(self, painter: Painter, info: EngineInfo, *, max_queue: int) -> None:
+        self.info = info
+        self.painter = painter
+        self._max_queue = max_queue
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._rows: dict[int, Row] = {}
+        self._ends: list[FinishedEvent | FailedEvent] = []
+        self._batches = 0
+        self._told_at = -math.inf
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Refuse: this executor makes pictures. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate with its parameters.")
+
+    def encode(self, request: EncodeRequest) -> None:
+        """Refuse, as `submit`. Raises InvalidRequest."""
+        raise InvalidRequest(f"This deployment serves {self.info.task}.", hint="Use generate.")
+
+    def paint(self, request: PaintRequest) -> None:
+        """Queue a picture. Raises InvalidRequest, QueueFull."""
+        params, painter = request.params, self.painter
+        scheduler = params.scheduler or painter.scheduler
+        if scheduler not in painter.schedulers:
+            hint = did_you_mean(scheduler, painter.schedulers) or f"There are: {', '.join(painter.schedulers)}."
+            raise InvalidRequest(f"scheduler: {scheduler!r} is none for this model.", hint=hint)
+        if len(self._waiting) >= self._max_queue:
+            raise QueueFull(f"{len(self._waiting)} pictures wait already.", hint="Try again later.")
+        size = (params.width or painter.width, params.height or painter.height)
+        work = Work(*size, params.num_inference_steps, params.guidance_scale, scheduler)
+        painter.check(work)
+        row = Row(request, work)
+        self._rows[request.row_id] = row
+        self._waiting.append(row)
+
+    def cancel(self, row_id: int, reason: FinishReason) -> None:
+        """See `Executor`; a running picture is computed on while others of its batch are wanted."""
+        row = self._rows.get(row_id)
+        if row is None:
+            return
+        if not row.t_start:
+            self._waiting.remove(row)
+        self._ends.append(FinishedEvent(row_id, reason, 0.0, 0.0, 0.0, 0, 0))
+        self._end(row)
+
+    @property
+    def busy(self) -> bool:
+        """Whether pictures wait."""
+        return bool(self._rows or self._ends)
+
+    def status(self) -> dict[str, Any]:
+        """See `Executor`."""
+        running = sum(not row.ended for row in self._running)
+        return {"running": running, "waiting": len(self._waiting), "batches": self._batches}
+
+    def close(self) -> None:
+        """See `Executor`."""
+        self.painter.close()
+
+    def step(self, emit: Emit, poll: Poll) -> None:
+        """Compute one batch: the picture that has waited longest, and those like it."""
+        self._expire()
+        self._running = batch = self._next_batch()
+
+        def between() -> None:
+            self._flush(emit)
+            poll()
+            self._flush(emit)
+            if all(row.ended for row in batch):
+                raise _Abandoned
+
+        if batch:
+            self._batches += 1
+            try:
+                self._paint(batch, emit, between)
+            except _Abandoned:
+                log.info("a batch of %d pictures was given up", len(batch))
+            except (*STEP_ERRORS, MiinbError) as error:
+                log.exception("a batch of %d pictures raised", len(batch))
+                if is_device_lost(error):
+                    raise
+                self._failed(batch, error)
+        self._running = []
+        self._flush(emit)
+
+    def _paint(self, batch: Sequence[Row], emit: Emit, between: Poll) -> None:
+        work, painter = batch[0].work, self.painter
+        prompts = [row.request.prompt for row in batch]
+        negatives = [row.request.params.negative_prompt or "" for row in batch]
+        begin = time.monotonic()
+        conditions = painter.embed(prompts, negatives, work.guidance)
+        self._wait()
+        embedded = time.monotonic()
+
+        def after_step(step: int, latents: Tensor) -> None:
+            self._tell(batch, step, latents, emit)
+            between()
+
+        between()
+        latents = painter.denoise(conditions, work, [row.request.params.seed or 0 for row in batch], after_step)
+        self._wait()
+        times = {"text_encode_s": embedded - begin, "steps_s": time.monotonic() - embedded}
+        for place, row in enumerate(batch):
+            if not row.ended:
+                row.times = {"queue_s": max(0.0, row.t_start - row.request.t_submit), **times}
+                self._finish(row, latents[place : place + 1], len(batch), emit)
+            if place + 1 < len(batch):
+                between()
+
+    def _wait(self) -> None:
+        """Until the device has computed: times would else be those of launches."""
+        if self.info.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _finish(self, row: Row, latents: Tensor, batch: int, emit: Emit) -> None:
+        begin = time.monotonic()
+        try:
+            pixels, flagged = self.painter.decode(latents)
+        except NonFinite as error:
+            self._fail(row, error)
+            return
+        row.times["vae_s"] = time.monotonic() - begin
+        request, work = row.request, row.work
+        prompt, negative = (self.painter.read(text or "") for text in (request.prompt, request.params.negative_prompt))
+        facts = {"prompt_tokens": prompt.tokens, "cut": prompt.cut, "negative_cut": negative.cut, "batch": batch}
+        seed = request.params.seed or 0
+        size = (work.width, work.height)
+        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, dict(row.times), pixels))
+        self._end(row)
+
+    def _tell(self, batch: Sequence[Row], step: int, latents: Tensor, emit: Emit) -> None:
+        """Progress of every picture, with a preview of those for which one is due."""
+        now, total = time.monotonic(), batch[0].work.steps
+        if now - self._told_at < PROGRESS_S and step < total:
+            return
+        self._told_at = now
+        for place, row in enumerate(batch):
+            if row.ended:
+                continue
+            every = row.request.params.preview_steps
+            due = step // every if every else 0
+            width, preview = preview_of(latents[place]) if due > row.shown else (0, b"")
+            row.shown = due
+            emit(PaintProgress(row.request.row_id, step, total, width, preview))
+
+    def _failed(self, batch: Sequence[Row], error: Exception) -> None:
+        """One picture by itself tells whose fault it was."""
+        left = [row for row in batch if not row.ended]
+        if len(batch) > 1:
+            for row in reversed(left):
+                row.alone, row.t_start, row.shown = True, 0.0, 0
+                self._waiting.appendleft(row)
+            return
+        for row in left:
+            self._fail(row, told(error))
+
+    def _flush(self, emit: Emit) -> None:
+        ends, self._ends = self._ends, []
+        for event in ends:
+            emit(event)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for row in [row for row in self._waiting if row.request.deadline is not None and row.request.deadline <= now]:
+            self._waiting.remove(row)
+            self._fail(row, DeadlineExceeded("The request's time limit passed while it waited."))
+
+    def _next_batch(self) -> list[Row]:
+        if not self._waiting:
+            return []
+        first = self._waiting[0]
+        most = min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * first.work.width * first.work.height)))
+        alike = [row for row in self._waiting if row.work == first.work and not row.alone][:most]
+        batch = [first] if first.alone else alike
+        now = time.monotonic()
+        for row in batch:
+            self._waiting.remove(row)
+            row.t_start = now
+        return batch
+
+    def _fail(self, row: Row, error: MiinbError) -> None:
+        self._ends.append(FailedEvent(row.request.row_id, type(error).__name__, error.message, error.hint))
+        self._end(row)
+
+    def _end(self, row: Row) -> None:
+        row.ended = True
+        del self._rows[row.request.row_id]
+
+
+def told(error: Exception) -> MiinbError:
+    """What the user of a picture that failed is told."""
+    if is_out_of_memory(error):
+        return OutOfMemory("The device ran out of memory in this picture's steps.", hint="Ask for a smaller one.")
+    return request_error(error)
+
+
+def preview_of(latents: Tensor) -> tuple[int, bytes]:
+    """A small picture of latents [C, h, w]: its width, and RGB; nothing where they are not Stable Diffusion's four."""
+    if latents.shape[0] != len(LATENT_RGB):
+        return 0, b""
+    rgb = torch.einsum("chw,cr->hwr", latents.float(), torch.tensor(LATENT_RGB, device=latents.device))
+    pixels = ((rgb + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8)
+    return int(latents.shape[2]), pixels.cpu().numpy().tobytes()
+
+
+def warm_up_request(info: EngineInfo, now: float) -> PaintRequest:
+    """Two steps: of the usual size on a GPU, whose libraries choose by size, of a small one on a CPU."""
+    size: Mapping[str, Any] = {} if info.device == "cuda" else {"width": 64, "height": 64}
+    return PaintRequest(-1, "", ImageParams(num_inference_steps=2, seed=0, **size), now)

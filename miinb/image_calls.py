@@ -1,0 +1,246 @@
+"""Requests for pictures on the client's side: in flight together, their progress as one, ended together."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import grpc
+
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, Unavailable
+from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
+from miinb.image_params import parse_images
+from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
+from miinb.messages import Usage
+from miinb.rpc import failures, image_codec
+
+#: Requests of one call at the same time; the others wait here.
+MAX_CALLS = 16
+#: Of what a prompt was cut, so much is told.
+_SHOWN = 60
+#: Between two looks at the progress of several requests.
+_LOOK_S = 0.2
+
+#: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
+OnProgress = Callable[[ImagesProgress], object]
+
+
+def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRequest]:
+    """One request for each prompt.
+
+    Raises:
+        InvalidRequest: there is no prompt, or one is no text; or a parameter is wrong.
+    """
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set, bytes)):
+        hint = "query() takes a dictionary." if isinstance(prompts, Mapping) else "Give a text or a list of texts."
+        raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint=hint)
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise InvalidRequest("prompts: the list is empty.")
+    for place, prompt in enumerate(given):
+        if not isinstance(prompt, str):
+            raise InvalidRequest(f"prompts[{place}]: {type(prompt).__name__} is not text.")
+    params = parse_images(parameters)
+    return [ImagesRequest(prompt, params, uuid.uuid4().hex) for prompt in given]
+
+
+class ImageCalls:
+    """The calls of one request for pictures.
+
+    Args:
+        call: begins one: (bytes of the request, timeout in seconds) -> gRPC call.
+        done: called at the end of each with its row of the requests table; returns the row that is kept.
+        on_progress: called while they run, in the thread that called `run`.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[bytes, float], Any],
+        done: Callable[[dict[str, Any]], Mapping[str, Any]],
+        on_progress: OnProgress = lambda progress: None,
+    ) -> None:
+        self._call = call
+        self._done = done
+        self._on_progress = on_progress
+        self._running: set[Any] = set()
+        self._steps: list[int] = []  # of each request
+        self._latest = self._shown = ImagesProgress(0, 0)
+        self._lock = threading.Lock()
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the calls that run, and those that would come; the server hears it between two steps."""
+        with self._lock:
+            self._cancelled = True
+            calls = tuple(self._running)
+        for call in calls:
+            call.cancel()
+
+    def run(self, requests: Sequence[ImagesRequest], limit_s: float) -> ImageResult:
+        """The pictures of all prompts, in order.
+
+        Raises:
+            RequestError: a request was refused or failed; the others are ended, and the message says which prompt's.
+            Interrupted: the Stop button was pressed.
+        """
+        end = time.monotonic() + limit_s
+        self._steps = [0] * len(requests)
+        try:
+            if len(requests) == 1:
+                return self._ask(requests[0], 0, end, 1)
+            return self._together(requests, end)
+        except KeyboardInterrupt:
+            self.cancel()
+            steps = sum(self._steps) // len(requests)
+            total = requests[0].params.num_inference_steps
+            raise Interrupted(f"stopped at step {steps} of {total}; the deployment lives on.") from None
+
+    def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
+        count = len(requests)
+        with ThreadPoolExecutor(min(count, MAX_CALLS), "miinb-images") as pool:
+            futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
+            places = {future: place for place, future in enumerate(futures)}
+            waiting: set[Future[ImageResult]] = set(futures)
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
+                    self._show()
+                    for future in sorted(done, key=lambda one: places[one]):
+                        if isinstance(failure := future.exception(), MiinbError):
+                            failure.message = failure.message.removeprefix("prompt: ")
+                            raise failure.of(f"prompts[{places[future]}]", hint="No picture of this call is kept.")
+                        future.result()
+            finally:
+                if waiting:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self.cancel()
+        return merge_images([future.result() for future in futures])
+
+    def _ask(self, request: ImagesRequest, place: int, end: float, batch_size: int) -> ImageResult:
+        data = image_codec.encode_images(request)
+        submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        begin = time.perf_counter()
+        pictures: list[Picture] = []
+        finish: ImagesEnd | None = None
+        error: MiinbError | None = None
+        try:
+            finish = self._read(self._begin(data, end), place, pictures)
+        except MiinbError as failure:
+            error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
+            raise error from None
+        finally:
+            e2e_s = time.perf_counter() - begin
+            row = {"batch_size": batch_size, "t_submit": submitted, "e2e_s": e2e_s}
+            kept = self._done(row | _row(request, pictures, finish, error))
+        times, usage = _timing(finish, e2e_s, len(pictures)), Usage(prompt_tokens=finish.prompt_tokens)
+        return pictures_result(
+            request.prompt, pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
+        )
+
+    def _begin(self, data: bytes, end: float) -> Any:
+        call = self._call(data, max(end - time.monotonic(), 0.001))
+        with self._lock:
+            self._running.add(call)
+            late = self._cancelled
+        if late:
+            call.cancel()
+        return call
+
+    def _read(self, call: Any, place: int, pictures: list[Picture]) -> ImagesEnd:
+        """The whole answer: its end, and its pictures in their order. Raises MiinbError."""
+        end: ImagesEnd | None = None
+        try:
+            for data in call:
+                event = image_codec.decode_images_event(data)
+                if isinstance(event, ImagesProgress):
+                    self._note(event, place)
+                    if len(self._steps) == 1:
+                        self._show()
+                elif isinstance(event, Picture):
+                    pictures.append(event)
+                else:
+                    end = event
+        except grpc.RpcError as failure:
+            raise failures.error_of(failure) from None
+        finally:
+            call.cancel()  # of one that was left early
+            with self._lock:
+                self._running.discard(call)
+        if end is None:
+            raise Unavailable("The answer ended too early.")
+        pictures.sort(key=lambda picture: picture.index)
+        return end
+
+    def _note(self, progress: ImagesProgress, place: int) -> None:
+        with self._lock:
+            self._steps[place] = progress.step
+            step = sum(self._steps) // len(self._steps)
+            preview = self._latest.preview if place else progress.preview or self._latest.preview
+            self._latest = ImagesProgress(step, progress.total, preview)
+
+    def _show(self) -> None:
+        """Tell how far they are, if there is something new."""
+        with self._lock:
+            latest, shown = self._latest, self._shown
+            self._shown = self._latest = ImagesProgress(latest.step, latest.total)
+        if latest != shown:
+            self._on_progress(latest)
+
+
+def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:
+    times = end.times
+    return ImageTiming(
+        queue_s=times.queue_s,
+        model_s=times.text_encode_s + times.steps_s + times.vae_s,
+        e2e_s=e2e_s,
+        text_encode_s=times.text_encode_s,
+        steps_s=times.steps_s,
+        vae_s=times.vae_s,
+        picture_s=times.picture_s,
+        s_per_image=e2e_s / count,
+    )
+
+
+def _warnings(end: ImagesEnd) -> Iterable[str]:
+    for name, cut in (("prompt", end.cut), ("negative_prompt", end.negative_cut)):
+        if cut:
+            shown = cut if len(cut) <= _SHOWN else cut[: _SHOWN - 1] + "…"
+            yield f"{name}: too long for the model, which did not read its end: {shown!r}"
+
+
+def _row(
+    request: ImagesRequest, pictures: Sequence[Picture], end: ImagesEnd | None, error: MiinbError | None
+) -> dict[str, Any]:
+    """The row of the requests table; a field that does not apply is left out."""
+    params = request.params
+    cancelled = end is None and (error is None or isinstance(error, Cancelled))
+    failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
+    row: dict[str, Any] = {
+        "status": "ok" if end else failed,
+        "steps": params.num_inference_steps,
+        "guidance": params.guidance_scale,
+        "seed": pictures[0].seed if pictures else params.seed,
+    }
+    if error is not None:
+        row["error"] = type(error).__name__
+    if end is None:
+        return row
+    times = end.times
+    return row | {
+        "images": len(pictures),
+        "width_px": pictures[0].width,
+        "height_px": pictures[0].height,
+        "prompt_tokens": end.prompt_tokens,
+        "queue_s": times.queue_s,
+        "preprocess_s": times.text_encode_s,
+        "model_s": times.text_encode_s + times.steps_s + times.vae_s,
+        "postprocess_s": times.picture_s,
+        "finish_reason": "stop",
+        "output_sha256": hashlib.sha256(b"".join(picture.data for picture in pictures)).hexdigest(),
+    }

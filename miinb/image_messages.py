@@ -1,0 +1,134 @@
+"""What flows between the processes for text-to-image; `messages.py` says how such messages are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from miinb.image_params import ImageParams
+
+# Client and frontend
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesRequest:
+    """What a client asks: a prompt, and how many pictures of it."""
+
+    prompt: str
+    params: ImageParams
+    request_id: str = ""  # chosen by the client, for logs
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesProgress:
+    """How far a request's pictures are on average; of the first one a small JPEG, where previews were asked for."""
+
+    step: int
+    total: int
+    preview: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a request.
+
+    Attributes:
+        index: its place among the request's.
+        data: a PNG or WebP file, with what made it inside (`parameters`, as A1111 writes it, and JSON in `miinb`).
+        seed: that makes it again.
+        flagged: the model's safety checker found it unfit, and made it black.
+    """
+
+    index: int
+    data: bytes
+    seed: int
+    width: int
+    height: int
+    flagged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTimes:
+    """Seconds of the server's work on a request's pictures; of several each is the largest.
+
+    Attributes:
+        queue_s: waiting for the batch before.
+        text_encode_s: the text encoder's.
+        steps_s: the denoising's, of the whole batch that a picture was in.
+        vae_s: making pixels of latents (and the safety checker's look at them), of a picture alone.
+        picture_s: making files of pixels.
+    """
+
+    queue_s: float = 0.0
+    text_encode_s: float = 0.0
+    steps_s: float = 0.0
+    vae_s: float = 0.0
+    picture_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesEnd:
+    """A request is complete.
+
+    Attributes:
+        times: of the server.
+        prompt_tokens: of the prompt, the special ones included, those that were cut off not.
+        cut: the end of the prompt that the model did not read, as it takes so few tokens; "": it read all.
+        negative_cut: the same of the negative prompt.
+        batch: most pictures that were computed together with one of these.
+    """
+
+    times: ImageTimes
+    prompt_tokens: int
+    cut: str = ""
+    negative_cut: str = ""
+    batch: int = 1
+
+
+ImagesEvent = ImagesProgress | Picture | ImagesEnd
+
+# Frontend and rank 0
+
+
+@dataclass(frozen=True, slots=True)
+class PaintRequest:
+    """One picture for rank 0. A request for n of them is n of these, with seeds seed, seed + 1, ..."""
+
+    row_id: int  # unique in the frontend's life
+    prompt: str
+    params: ImageParams  # seed is set
+    t_submit: float  # time.monotonic() when the frontend accepted the request
+    deadline: float | None = None  # time.monotonic() after which it must not start
+
+
+@dataclass(frozen=True, slots=True)
+class PaintProgress:
+    """How far a picture is; `preview` is RGB, three bytes a pixel, `width` of them a row."""
+
+    row_id: int
+    step: int
+    total: int
+    width: int = 0
+    preview: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class PaintedEvent:
+    """A picture is complete.
+
+    Attributes:
+        pixels: RGB, three bytes a pixel, row after row.
+        facts: the fields of `ImagesEnd` of this picture alone: `cut`, `negative_cut`, `prompt_tokens`, `batch`.
+        times: those of `ImageTimes` that rank 0 measures.
+    """
+
+    row_id: int
+    width: int
+    height: int
+    seed: int
+    flagged: bool
+    scheduler: str
+    facts: Mapping[str, Any]
+    times: Mapping[str, float]
+    pixels: bytes

@@ -1,0 +1,105 @@
+"""What a user can set of a request for pictures: diffusers' names and meanings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from miinb.config import MAX_SEED
+from miinb.errors import InvalidRequest, near
+from miinb.frozen import Frozen, InvalidValueError
+
+#: Pixels of a side: what the scale of every VAE of these models divides, and the most that is taken.
+SIDE_STEP, MAX_SIDE = 8, 2048
+MAX_STEPS = 1000
+MAX_IMAGES = 64
+#: Characters of a prompt. The tokenizer reads all of them, also where the model takes 77 tokens.
+MAX_PROMPT = 1 << 16
+
+PictureFormat = Literal["png", "webp"]
+
+
+def _side(value: int) -> int:
+    if value % SIDE_STEP:
+        near_ones = f"{value - value % SIDE_STEP} and {value + -value % SIDE_STEP}"
+        raise InvalidValueError(f"height, width: {value} pixels are no multiple of {SIDE_STEP}; {near_ones} are")
+    return value
+
+
+Side = Annotated[int, Field(ge=SIDE_STEP, le=MAX_SIDE), AfterValidator(_side)]
+
+
+class ImageParams(Frozen):
+    """Parameters of pictures.
+
+    Attributes:
+        num_inference_steps: of the denoising.
+        guidance_scale: how closely a picture follows the prompt; at 1 and below there is no guidance, and a step costs
+            half.
+        height, width: pixels, multiples of 8; None: what the model was trained for.
+        negative_prompt: what a picture is to keep away from; needs guidance.
+        num_images_per_prompt: pictures of each prompt.
+        seed: of the first picture; the next has seed + 1. None: drawn.
+        scheduler: a scheduler's class of diffusers in place of the model's own.
+        image_format: of the pictures' bytes: "png" or (smaller, not exact) "webp".
+        preview_steps: every so many steps progress comes with a small picture of the latents; 0: never.
+    """
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 50
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 7.5
+    height: Side | None = None
+    width: Side | None = None
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] | None = None
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")] | None = None
+    image_format: PictureFormat = "png"
+    preview_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise InvalidValueError("negative_prompt: acts only with a guidance_scale above 1")
+        return self
+
+
+#: diffusers' arguments that have no meaning here, and what to do instead.
+REFUSED_IMAGES = {
+    "generator": "Use seed=; a picture's generator is made from it, on the CPU.",
+    "latents": "Use seed=.",
+    "output_type": "Pictures come as PIL images in .images.",
+    "callback_on_step_end": "Progress is shown; canceling is heard between steps.",
+    "return_dict": "See the result's attributes.",
+}
+#: What other programs call a parameter.
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "negative": "negative_prompt",
+    "num_images": "num_images_per_prompt",
+    "sampler": "scheduler",
+    "timeout": "timeout_s",
+}
+
+
+def parse_images(values: Mapping[str, Any]) -> ImageParams:
+    """The parameters of keyword arguments; None stands for a default.
+
+    Raises:
+        InvalidRequest: an unknown, refused or wrong parameter; the message names it.
+    """
+    known = ImageParams.model_fields
+    for name in values:
+        if name in known:
+            continue
+        if name in REFUSED_IMAGES:
+            raise InvalidRequest(f"{name} cannot be set.", hint=REFUSED_IMAGES[name])
+        if name in _OTHER_NAMES:
+            raise InvalidRequest(f"There is no option {name!r}.", hint=f"Use {_OTHER_NAMES[name]}.")
+        if (meant := near(name, (*known, *REFUSED_IMAGES))) in REFUSED_IMAGES:
+            raise InvalidRequest(f"There is no option {name!r}.", hint=REFUSED_IMAGES[meant])
+    kept = {name: value for name, value in values.items() if value is not None}
+    return ImageParams.parse(kept, error=InvalidRequest)

@@ -1,0 +1,117 @@
+"""What is chosen for an image pipeline, and why: a dtype by the device, how many pictures at once. Pure."""
+
+from __future__ import annotations
+
+from miinb.config import DeploymentConfig
+from miinb.errors import InvalidValue, OutOfMemory, UnsupportedModel
+from miinb.fitting import Place
+from miinb.messages import Plan
+from miinb.models import DTYPE_BYTES, ModelInfo
+from miinb.pipelines import Pipeline
+from miinb.quantized_planner import QUANTIZED
+from miinb.wording import size_words
+
+#: Pictures at once unless asked for. More of them than 8 make a GPU hardly faster; a CPU gains nothing.
+GPU_MAX_BATCH, CPU_MAX_BATCH = 8, 2
+
+
+def refuse(config: DeploymentConfig, pipeline: Pipeline) -> None:
+    """Raise InvalidValue for what an image pipeline does not have; no option is dropped in silence."""
+    options = config.options
+    wrong: dict[str, bool] = {
+        "tensor_parallel": config.tensor_parallel > 1,
+        "max_length": config.max_length not in (None, pipeline.text_length),
+        "kv_dtype": config.kv_dtype != "auto",
+        "load_format": config.load_format != "auto",
+        "dtype": config.dtype in QUANTIZED,
+        "options.compile": options.compile,
+        "options.offload": options.offload != "off",
+        "options.speculative": options.speculative != "off",
+    }
+    hints = {
+        "tensor_parallel": "replicas=N serves copies of it.",
+        "max_length": "Its text encoder takes a fixed number of tokens.",
+        "dtype": "Use fp16, bf16 or fp32.",
+    }
+    for name, there in wrong.items():
+        if there:
+            hint = hints.get(name, f"Leave {name} out.")
+            raise InvalidValue(f"{name}: there is no such choice for text-to-image yet.", hint=hint)
+
+
+def engine(choice: Plan, config: DeploymentConfig) -> Plan:
+    """Which engine runs it. The optimized one has no form for it yet, so that diffusers stands in, as for a family
+    without a policy."""
+    if config.engine == "baseline":
+        return choice.with_line("engine", "baseline", "asked for: plain diffusers")
+    reason = "plain diffusers run it: the optimized engine has no form for text-to-image yet"
+    return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
+
+
+def number_format(choice: Plan, config: DeploymentConfig, model: ModelInfo, *, has_bf16: bool) -> Plan:
+    """The plan with a dtype: on a GPU fp16 where the files have it, on a CPU fp32, unless one was asked for."""
+    asked, pipeline = config.dtype, pipeline_of(model)
+    if choice.device == "cpu":
+        if asked == "fp16":
+            return choice.with_line(
+                "dtype", "fp32", "fp16 (asked for) is slow on a CPU: fp32 is as exact", dtype="fp32"
+            )
+        if asked == "auto":
+            return choice.with_line("dtype", "fp32", "on a CPU", dtype="fp32")
+        return choice.with_line("dtype", asked, "asked for", dtype=asked)
+    if asked == "bf16" and not has_bf16:
+        raise InvalidValue("dtype: this GPU has no bf16.", hint="Use dtype='fp16' or 'fp32'.")
+    if asked != "auto":
+        return choice.with_line("dtype", asked, "asked for", dtype=asked)
+    used = "fp16" if pipeline.has_half or (model.dtype == "bf16" and not has_bf16) else model.dtype
+    return choice.with_line("dtype", used, "the checkpoint's", dtype=used)
+
+
+def memory(choice: Plan, config: DeploymentConfig, model: ModelInfo, place: Place) -> Plan:
+    """The plan with weights, sizes and how many pictures are computed at once.
+
+    Raises:
+        OutOfMemory: not even one fits, or not as many as were asked for; the hint has what would.
+    """
+    pipeline, number = pipeline_of(model), DTYPE_BYTES[choice.dtype]
+    weights = int(model.parameters * number)
+    width, height = pipeline.width, pipeline.height
+    one = pipeline.image_bytes(number, width, height)
+    decode = pipeline.decode_bytes(number, width, height)
+    most = (place.usable - weights - decode) // one if place.usable > weights + decode else 0
+    asked = config.max_batch or 1
+    if most < asked:
+        raise _does_not_fit(choice, config, weights, asked * one + decode, place, most)
+    why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}"
+    choice = choice.with_line("weights", size_words(weights), why, weights_bytes=weights)
+    why = f"a picture unless a request says; prompts are cut after {pipeline.text_length} tokens"
+    choice = choice.with_line("size", f"{width} x {height}", why, max_length=pipeline.text_length)
+    choice = choice.with_line("scheduler", pipeline.scheduler, "the model's; scheduler= of a request takes another")
+    batch = config.max_batch or min(most, GPU_MAX_BATCH if place.on_gpu else CPU_MAX_BATCH)
+    why = "asked for" if config.max_batch else f"pictures at once, about {size_words(one)} each"
+    return choice.with_line("max_batch", str(batch), why, max_batch=batch)
+
+
+def pipeline_of(model: ModelInfo) -> Pipeline:
+    """The pipeline of a model. Raises UnsupportedModel where it is none."""
+    if model.pipeline is None:
+        raise UnsupportedModel(
+            f"{model.source} is no image pipeline.", hint="A pipeline's folder has model_index.json."
+        )
+    return model.pipeline
+
+
+def _does_not_fit(
+    choice: Plan, config: DeploymentConfig, weights: int, pictures: int, place: Place, most: int
+) -> OutOfMemory:
+    fits = [f"max_batch={most}"] if most else []
+    if choice.dtype == "fp32":
+        fits.append("dtype='fp16'" if place.on_gpu else "dtype='bf16'")
+    if not place.on_gpu and config.replicas > 1:
+        fits.append("fewer replicas")
+    return OutOfMemory(
+        f"{config.model} needs about {size_words(weights + pictures)} in {choice.dtype} ({size_words(weights)} of "
+        f"weights, {size_words(pictures)} for {config.max_batch or 1} pictures); {size_words(max(0, place.usable))} "
+        "can be used.",
+        hint=f"What would fit: {'; '.join(fits)}." if fits else "Take a smaller model.",
+    )

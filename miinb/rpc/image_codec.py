@@ -1,0 +1,89 @@
+"""The part of `codec.py` for text-to-image: its messages as protobuf bytes. Nothing else knows protobuf."""
+
+from __future__ import annotations
+
+import json
+
+from miinb.errors import InvalidRequest, VersionMismatch
+from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, ImageTimes, Picture
+from miinb.image_params import MAX_PROMPT, ImageParams, parse_images
+from miinb.rpc import inference_pb2 as pb
+from miinb.rpc.codec import SERVICE, parse
+
+GENERATE_IMAGES = f"/{SERVICE}/GenerateImages"
+
+_TIMES = tuple(ImageTimes.__slots__)
+_FACTS = ("prompt_tokens", "cut", "negative_cut", "batch")
+_PICTURE = tuple(Picture.__slots__)
+
+
+def encode_images(request: ImagesRequest) -> bytes:
+    """A request for pictures as bytes.
+
+    Raises:
+        InvalidRequest: the prompt is too long, or holds a lone surrogate, which no UTF-8 can say.
+    """
+    _check_length(request.prompt)
+    try:
+        parameters = request.params.model_dump_json(exclude_unset=True)
+        message = pb.ImagesRequest(prompt=request.prompt, parameters_json=parameters, request_id=request.request_id)
+    except (UnicodeEncodeError, ValueError) as error:
+        raise InvalidRequest("prompt: it holds a lone surrogate, which is not text.") from error
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def decode_images(data: bytes) -> ImagesRequest:
+    """The request for pictures of these bytes.
+
+    Raises:
+        InvalidRequest: it cannot be read, or a parameter is unknown or wrong; the message names it.
+    """
+    message = parse(pb.ImagesRequest, data)
+    _check_length(message.prompt)
+    return ImagesRequest(message.prompt, _parameters(message.parameters_json), message.request_id[:64])
+
+
+def _check_length(prompt: str) -> None:
+    if len(prompt) > MAX_PROMPT:
+        raise InvalidRequest(f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken.")
+
+
+def _parameters(text: str) -> ImageParams:
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("parameters_json: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest("parameters_json: it is not an object.")
+    return parse_images(values)
+
+
+def encode_images_event(event: ImagesEvent) -> bytes:
+    """A message of the answer's stream as bytes."""
+    if isinstance(event, ImagesProgress):
+        progress = pb.Progress(step=event.step, total=event.total, preview=event.preview)
+        message = pb.ImagesEvent(progress=progress)
+    elif isinstance(event, Picture):
+        message = pb.ImagesEvent(picture=pb.Picture(**{name: getattr(event, name) for name in _PICTURE}))
+    else:
+        facts = {name: getattr(event, name) for name in _FACTS}
+        times = {name: getattr(event.times, name) for name in _TIMES}
+        message = pb.ImagesEvent(end=pb.ImagesEnd(**facts, **times))
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def decode_images_event(data: bytes) -> ImagesEvent:
+    """The message of the answer's stream that these bytes say."""
+    message = parse(pb.ImagesEvent, data)
+    kind = message.WhichOneof("event")
+    if kind == "progress":
+        return ImagesProgress(message.progress.step, message.progress.total, message.progress.preview)
+    if kind == "picture":
+        return Picture(**{name: getattr(message.picture, name) for name in _PICTURE})
+    if kind == "end":
+        end = message.end
+        times = ImageTimes(**{name: getattr(end, name) for name in _TIMES})
+        return ImagesEnd(times, **{name: getattr(end, name) for name in _FACTS})
+    raise VersionMismatch("The server sent a message that this version does not know.")

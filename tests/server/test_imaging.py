@@ -1,0 +1,203 @@
+"""Requests for pictures through the frontend: real processes and sockets, a rank without a model."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from miinb import errors
+from miinb.client import Client
+from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent
+from miinb.image_params import ImageParams
+from miinb.server.picture_files import facts, parameters_text, picture_file
+from tests.frontend_process import FrontendProcess, make, wait_for
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProcess]:
+    """A frontend with a stand-in that takes 10 ms a step."""
+    process = make(tmp_path_factory.mktemp("images") / "frontend")
+    process.rank(task="text-to-image", step_s=0.01)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def client(frontend: FrontendProcess) -> Iterator[Client]:
+    with frontend.client() as client:
+        yield client
+
+
+def test_pictures_come_in_order_with_seeds_times_and_progress(client: Client) -> None:
+    told: list[ImagesProgress] = []
+    parameters = {"num_inference_steps": 60, "seed": 7, "num_images_per_prompt": 3, "height": 16, "width": 24}
+    result = client.generate_images("a cat", told.append, **parameters)
+    assert result.seeds == (7, 8, 9)
+    assert [image.size for image in result.images] == [(24, 16)] * 3
+    assert [image.getpixel((0, 0)) for image in result.images] == [(seed,) * 3 for seed in (7, 8, 9)]
+    timing = result.timing
+    assert (timing.queue_s, timing.text_encode_s, timing.steps_s, timing.vae_s) == (0.5,) * 4
+    assert timing.model_s == 1.5
+    assert timing.e2e_s == pytest.approx(3 * timing.s_per_image)
+    assert [one.step for one in told] == sorted(one.step for one in told)
+    assert told[-1].total == 60
+    assert 2 <= len(told) <= 2 + 60 * 0.01 / 0.2 + timing.e2e_s / 0.2  # five a second
+    (row,) = result.rows
+    assert (row["images"], row["steps"], row["width_px"], row["height_px"], row["status"]) == (3, 60, 24, 16, "ok")
+    assert list(client.records["images"]) == [3]
+
+
+def test_a_list_of_prompts_keeps_its_order_and_names_who_failed(client: Client) -> None:
+    threads = set()
+    parameters = {"num_inference_steps": 50, "seed": 5, "num_images_per_prompt": 2}
+    result = client.generate_images(["one", "two"], lambda _: threads.add(threading.current_thread()), **parameters)
+    assert threads == {threading.main_thread()}
+    assert result.prompts == ("one", "one", "two", "two")
+    assert result.seeds == (5, 6, 5, 6)
+    assert len(result.rows) == 2
+    with pytest.raises(errors.InvalidRequest, match=r"prompts\[1\]"):
+        client.generate_images(["one", 2])  # type: ignore[list-item]
+    with pytest.raises(errors.InvalidRequest, match="empty"):
+        client.generate_images([])
+
+
+def test_a_drawn_seed_is_told_and_makes_the_picture_again(client: Client) -> None:
+    first = client.generate_images("a", num_inference_steps=1)
+    again = client.generate_images("a", num_inference_steps=1, seed=first.seeds[0])
+    assert again.files == first.files
+    assert client.generate_images("a", num_inference_steps=1).seeds != first.seeds
+
+
+def test_previews_are_small_pictures_of_the_first(client: Client) -> None:
+    told: list[ImagesProgress] = []
+    client.generate_images("a", told.append, num_inference_steps=6, preview_steps=3, num_images_per_prompt=2)
+    previews = [one.preview for one in told if one.preview]
+    assert len(previews) == 2
+    assert {(image.format, image.size) for image in map(Image.open, map(io.BytesIO, previews))} == {("JPEG", (4, 4))}
+
+
+def test_files_keep_what_made_them(client: Client) -> None:
+    prompt = "a café, 日本語 \0 <b>"
+    parameters = {"num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "dogs", "seed": 4}
+    png = client.generate_images(prompt, **parameters).images[0]
+    assert png.format == "PNG"
+    told = json.loads(png.info["miinb"])
+    assert (told["prompt"], told["seed"], told["negative_prompt"], told["width"]) == (prompt, 4, "dogs", 16)
+    assert png.info["parameters"].splitlines()[1:] == [
+        "Negative prompt: dogs",
+        f"Steps: 3, Sampler: PNDMScheduler, CFG scale: 2.0, Seed: 4, Size: 16x8, Model: stand-in, "
+        f"Version: miinb {told['version']}",
+    ]
+    webp = client.generate_images(prompt, **parameters, image_format="webp").images[0]
+    assert webp.format == "WEBP"
+    assert json.loads(webp.getexif()[0x010E]) == told
+    comment = webp.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + png.info["parameters"].encode("utf-16-be")
+
+
+def test_a_folders_path_is_not_told() -> None:
+    event = PaintedEvent(1, 8, 8, 3, False, "PNDMScheduler", {}, {}, bytes(192))
+    request = ImagesRequest("p", ImageParams())
+    assert facts(event, request, "/home/me/models/sd")["model"] == "sd"
+    assert facts(event, request, "org/name")["model"] == "org/name"
+    assert "Negative" not in parameters_text(facts(event, request, "m"))
+    assert b"/home/me" not in picture_file(event, request, "/home/me/models/sd")
+
+
+def test_a_time_limit_ends_the_steps(frontend: FrontendProcess, client: Client) -> None:
+    with pytest.raises(errors.DeadlineExceeded):
+        client.generate_images("a", num_inference_steps=1000, timeout_s=0.3)
+    assert client.records["status"].iloc[-1] == "timeout"
+    wait_for(lambda: frontend.running() == 0, "the end of the request")
+    wait_for(lambda: frontend.told("cancel"), "the rank's being told")
+
+
+def test_canceling_ends_the_steps(frontend: FrontendProcess, client: Client) -> None:
+    import asyncio
+
+    before = len(frontend.told("cancel"))
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(client.agenerate_images(["a", "b"], num_inference_steps=1000))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    wait_for(lambda: frontend.running() == 0, "the end of the requests")
+    wait_for(lambda: len(frontend.told("cancel")) == before + 2, "the rank's being told")
+
+
+def test_the_stop_button_says_how_far_it_was(frontend: FrontendProcess, client: Client) -> None:
+    timer = threading.Timer(0.6, lambda: signal.raise_signal(signal.SIGINT))
+
+    def began(progress: ImagesProgress) -> None:
+        if not timer.is_alive() and not timer.finished.is_set():
+            timer.start()
+
+    with pytest.raises(errors.Interrupted, match=r"stopped at step \d+ of 1000"):
+        client.generate_images("a", began, num_inference_steps=1000)
+    wait_for(lambda: frontend.running() == 0, "the end of the request")
+
+
+def test_a_rank_that_dies_fails_its_pictures_at_once(tmp_path: Path) -> None:
+    process = make(tmp_path)
+    try:
+        rank = process.rank(task="text-to-image", step_s=0.01)
+        with process.client() as client:
+            failures: list[BaseException] = []
+
+            def ask() -> None:
+                try:
+                    client.generate_images("a", num_inference_steps=1000, num_images_per_prompt=2)
+                except errors.MiinbError as error:
+                    failures.append(error)
+
+            thread = threading.Thread(target=ask)
+            thread.start()
+            wait_for(lambda: process.running() == 1, "the request")
+            time.sleep(0.1)
+            rank.kill()
+            thread.join(10)
+            assert [type(error) for error in failures] == [errors.Unavailable]
+            process.rank(task="text-to-image")
+            assert len(client.generate_images("a", num_inference_steps=1).images) == 1
+    finally:
+        process.close()
+
+
+def test_tasks_are_told_apart(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidRequest, match="text-to-image"):
+        client.generate("a")
+    with pytest.raises(errors.InvalidRequest, match="text-to-image"):
+        client.predict("a")
+    process = make(tmp_path)
+    try:
+        process.rank()
+        with process.client() as texts, pytest.raises(errors.InvalidRequest, match="text-generation, not pictures"):
+            texts.generate_images("a")
+    finally:
+        process.close()
+
+
+def test_too_many_are_refused(tmp_path: Path) -> None:
+    process = make(tmp_path, options={"max_queue": 1})
+    try:
+        process.rank(task="text-to-image", max_batch=2)
+        with process.client() as client:
+            with pytest.raises(errors.QueueFull):
+                client.generate_images("a", num_inference_steps=1, num_images_per_prompt=4)
+            result: Any = client.generate_images("a", num_inference_steps=1, num_images_per_prompt=3)
+            assert len(result.images) == 3
+    finally:
+        process.close()

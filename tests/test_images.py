@@ -1,0 +1,187 @@
+"""Text to image from end to end: a session, its rank, a tiny pipeline; the pictures are diffusers' own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import miinb
+from miinb import Session, commands
+from miinb.errors import InvalidRequest, InvalidValue, Unavailable
+from miinb.image_results import ImageReply, ImageResult
+from tests.frontend_process import wait_for
+from tests.tiny_pipeline import SIZE, make_pipeline
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Session, Any]]:
+    folder = tmp_path_factory.mktemp("images")
+    pipe = make_pipeline(folder)
+    with Session(folder / "model", device="cpu", options={"threads": 1}, max_batch=4) as session:
+        yield session, pipe
+
+
+def direct(pipe: Any, prompt: str, seed: int, **options: Any) -> np.ndarray:
+    (image,) = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **options).images
+    return np.asarray(image).astype(int)
+
+
+def difference(image: Any, expected: np.ndarray) -> int:
+    return int(np.abs(np.asarray(image).astype(int) - expected).max())
+
+
+def test_pictures_are_those_of_diffusers(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    options = {"num_inference_steps": 5, "guidance_scale": 6.0, "negative_prompt": "blue"}
+    result = session.generate("a red cat", seed=3, num_images_per_prompt=3, **options)
+    assert isinstance(result, ImageResult)
+    assert result.seeds == (3, 4, 5)
+    for seed, image in zip(result.seeds, result.images, strict=True):
+        assert image.size == (SIZE, SIZE)
+        assert difference(image, direct(pipe, "a red cat", seed, **options)) <= 1
+    assert result.finish_reasons == ("stop",) * 3
+    assert result.timing.steps_s > 0
+    assert result.timing.e2e_s >= result.timing.steps_s
+    assert session.engine == "baseline"
+    assert "diffusers" in str(session.plan())
+    assert list(result.frame["images"]) == [3]
+
+
+def test_requests_at_once_share_batches_and_keep_their_pictures(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    prompts = ["a cat", "the moon", "", "a fox on the moon"]
+    options = {"num_inference_steps": 4, "width": 24, "height": 40}
+    result = session.generate(prompts, seed=1, **options)
+    for prompt, image in zip(prompts, result.images, strict=True):
+        assert difference(image, direct(pipe, prompt, 1, **options)) <= 1
+    assert session.generate("a", num_inference_steps=1, width=24).images[0].size == (24, SIZE)
+
+
+def test_long_prompts_are_cut_and_it_is_said(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    prompt = "a red fox " * 1000
+    result: Any = session.generate(prompt, num_inference_steps=2, seed=1, negative_prompt="cat " * 40)
+    assert [text.split(":")[0] for text in result.warnings] == ["prompt", "negative_prompt"]
+    options = {"num_inference_steps": 2, "negative_prompt": "cat " * 40}
+    assert difference(result.images[0], direct(pipe, prompt, 1, **options)) <= 1
+    assert not session.generate("a red fox", num_inference_steps=1).warnings  # type: ignore[attr-defined]
+
+
+def test_awaited_and_attached(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    first = asyncio.run(session.agenerate("a cat", num_inference_steps=2, seed=9))  # type: ignore[arg-type]
+    assert difference(first.images[0], direct(pipe, "a cat", 9, num_inference_steps=2)) <= 1
+    joined = Session._of(session._deployment)
+    assert joined.generate("a cat", num_inference_steps=2, seed=9).images[0] == first.images[0]
+
+
+def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> None:
+    session = served[0]
+    for wrong, words in (({"height": 30}, "multiple of 8"), ({"sheduler": "x"}, "sheduler"), ({"scheduler": "x"}, "x")):
+        with pytest.raises(InvalidRequest, match=words):
+            session.generate("a", **wrong)
+    with pytest.raises(InvalidValue, match="panel"):
+        session.panel()
+    with pytest.raises(InvalidValue, match="not benchmarked"):
+        session.bench()
+    with pytest.raises(InvalidRequest):
+        session.create_session("a")
+
+
+def test_mii_asks_for_pictures(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    handle = miinb.mii_query_handle(session.name)
+    reply = handle.query({"query": ["a cat", "the moon"]}, num_inference_steps=2, seed=4)
+    assert isinstance(reply, ImageReply)
+    assert reply.nsfw_content_detected == [False, False]
+    assert difference(reply.images[1], direct(pipe, "the moon", 4, num_inference_steps=2)) <= 1
+    assert reply.time_taken >= reply.model_time_taken > 0
+    with pytest.raises(InvalidRequest, match="prompt"):
+        handle.query({"prompt": "a cat"})
+
+
+def test_a_card_shows_pictures_and_escapes_prompts(served: tuple[Session, Any]) -> None:
+    result: Any = served[0].generate('<script>"a cat"', num_inference_steps=1, seed=6, num_images_per_prompt=2)
+    shown = result._repr_mimebundle_()
+    assert shown["text/html"].count("<img ") == 2
+    assert "<script>" not in shown["text/html"]
+    assert "&lt;script&gt;&quot;a cat&quot; · seed 7" in shown["text/html"]
+    assert str(result) == shown["text/plain"]
+    assert "seed 6" in str(result)
+    assert "2 images" in str(result)
+
+
+def command(session: Session, *words: str, in_notebook: bool = False) -> Any:
+    context = commands.Context(prog="%mii" if in_notebook else "miinb", sessions={session.name: session})
+    gen = commands.find("gen")
+    values = commands.parse(gen, [*words, "-d", session.name], prog="miinb")
+    return commands.execute(context, gen, values)
+
+
+def test_gen_writes_files(
+    served: tuple[Session, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session, pipe = served
+    words = ("a cat", "--num-inference-steps", "2", "--seed", "3", "--num-images-per-prompt", "2")
+    folder = tmp_path / "out"
+    for _ in range(2):  # what is there stays
+        command(session, *words, "--out", str(folder))
+    assert sorted(file.name for file in folder.iterdir()) == ["3-2.png", "3.png", "4-2.png", "4.png"]
+    with Image.open(folder / "4.png") as image:
+        assert difference(image, direct(pipe, "a cat", 4, num_inference_steps=2)) <= 1
+        assert json.loads(image.info["miinb"])["seed"] == 4
+    assert str(folder / "4-2.png") in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    command(session, *words, "--image-format", "webp")
+    assert {file.name for file in tmp_path.glob("*.webp")} == {"3.webp", "4.webp"}
+    shown = command(session, *words, "--format", "json", in_notebook=True)
+    assert json.loads(commands.as_json(shown))["seeds"] == [3, 4]
+    with pytest.raises(InvalidRequest, match="--chat"):
+        command(session, "a cat", "--chat")
+    with pytest.raises(InvalidRequest, match="max_new_tokens"):
+        command(session, "a cat", "-n", "4")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="cannot be written"):
+        command(session, *words, "--out", str(tmp_path / "file"))
+
+
+def test_a_rank_that_is_killed_fails_its_pictures_and_comes_back(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            session.generate("a cat", num_inference_steps=900, scheduler="DDIMScheduler", num_images_per_prompt=4)
+        except BaseException as error:
+            failures.append(error)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    wait_for(lambda: session.status().in_flight == 1, "the request")
+    (victim,) = session.status().ranks
+    os.kill(victim.pid, signal.SIGKILL)
+    asker.join(30)
+    assert [type(error) for error in failures] == [Unavailable]
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            result = session.generate("a cat", num_inference_steps=2, seed=1)
+            break
+        except Unavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert difference(result.images[0], direct(pipe, "a cat", 1, num_inference_steps=2)) <= 1
+    (rank,) = session.status().ranks
+    assert rank.pid != victim.pid

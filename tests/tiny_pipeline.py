@@ -1,0 +1,114 @@
+"""A tiny Stable Diffusion with random weights, saved as diffusers saves one; its pictures are noise, but its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+WORDS = ("a", "cat", "fox", "red", "blue", "on", "the", "moon", "o", "n", "c", "t")
+#: Pixels of a side, and tokens of a text, the two special ones included.
+SIZE, TEXT_LENGTH = 32, 16
+
+
+def tokenizer() -> Any:
+    """CLIP's byte-level BPE, of few words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    vocab = [*letters, *(letter + "</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = (parts[-2], parts[-1])
+            parts[-2:] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+                vocab.append("".join(pair))
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    table = {token: number for number, token in enumerate(dict.fromkeys(vocab))}
+    return CLIPTokenizer(vocab=table, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, scheduler: Any = None) -> Any:
+    """The pipeline, in fp32 on the CPU, and saved to `folder / "model"`."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=words,
+        unet=unet,
+        scheduler=scheduler
+        or PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        **(_safety() if safety else {"safety_checker": None, "feature_extractor": None}),
+        requires_safety_checker=safety,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model", safe_serialization=True)
+    return pipe
+
+
+def _safety() -> dict[str, Any]:
+    """A checker that finds every picture unfit: each concept's threshold is below what a cosine can be."""
+    import torch
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    }
+    config = CLIPConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 16}, text_config=small, projection_dim=16
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)
+        checker.special_care_embeds_weights.fill_(2.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return {"safety_checker": checker, "feature_extractor": processor}
