@@ -35,7 +35,14 @@ KERNEL_SIDE = (
 )
 
 #: The engine's description of models: data without torch, so that what a model needs is known before a start.
-POLICY_DATA = ("engine.policies", "engine.spec", "engine.encoder_spec", "engine.labels", "engine.parameters")
+POLICY_DATA = (
+    "engine.policies",
+    "engine.spec",
+    "engine.encoder_spec",
+    "engine.diffusion_spec",
+    "engine.labels",
+    "engine.parameters",
+)
 
 #: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
 ALLOWED: dict[str, tuple[str, ...]] = {
