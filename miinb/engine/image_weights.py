@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -60,41 +60,28 @@ class RandomTensors:
         return target.normal_(0.0, (3 * target[0].numel()) ** -0.5, generator=self._generator)
 
 
-class FileTensors:
-    """A folder's safetensors.
+class StoredTensors:
+    """Tensors that are there, each taken once.
 
     Args:
-        folder: of the model: unet/ or vae/.
+        source: names them in errors.
+        stored: reads each.
         dtype: what they become.
         device: where they go.
-
-    Raises:
-        BrokenCheckpoint: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._folder = folder
+    def __init__(
+        self, source: str, stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._source = source
+        self._stored = stored
         self._dtype = dtype
         self._device = device
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        for file in weight_files(folder):
-            names = [entry.name for entry in read_safetensors(file)]
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._files.update(dict.fromkeys(names, opened))
-        self._left = set(self._files)
-
-    def __enter__(self) -> FileTensors:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        self._left = set(stored)
 
     def has(self, name: str) -> bool:
         """See `Tensors`."""
-        return name in self._files
+        return name in self._stored
 
     def take(self, name: str, *shapes: tuple[int, ...]) -> Tensor:
         """See `Tensors`.
@@ -102,19 +89,19 @@ class FileTensors:
         Raises:
             BrokenCheckpoint: it is missing, has another shape, or is not finite.
         """
-        if name not in self._files:
-            raise BrokenCheckpoint(f"{self._folder} lacks the tensor {name}.", hint="Fetch the model again.")
-        stored = self._files[name].get_tensor(name)
+        if name not in self._stored:
+            raise BrokenCheckpoint(f"{self._source} lacks the tensor {name}.", hint="Fetch the model again.")
+        stored = self._stored[name]()
         if stored.shape not in shapes:
             raise BrokenCheckpoint(
-                f"{name} of {self._folder} has shape {list(stored.shape)}, config.json asks for {list(shapes[0])}.",
+                f"{name} of {self._source} has shape {list(stored.shape)}, config.json asks for {list(shapes[0])}.",
                 hint="The configuration and the weights do not belong together.",
             )
         self._left.discard(name)
         target: Tensor = stored.reshape(shapes[0]).to(self._device, self._dtype)
         if not torch.isfinite(target.sum(dtype=torch.float32)):
             raise BrokenCheckpoint(
-                f"{name} of {self._folder} holds NaN or infinity as {self._dtype}.",
+                f"{name} of {self._source} holds NaN or infinity as {self._dtype}.",
                 hint="Fetch the model again, or ask for another dtype.",
             )
         return target
@@ -128,10 +115,32 @@ class FileTensors:
         left = sorted(name for name in self._left if not name.startswith(tuple(unread)))
         if left:
             raise UnsupportedModel(
-                f"{self._folder} holds {len(left)} tensors that the optimized diffusion engine does not know, "
+                f"{self._source} holds {len(left)} tensors that the optimized diffusion engine does not know, "
                 f"{left[0]} first.",
                 hint='Use engine="baseline", which serves any pipeline.',
             )
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[StoredTensors]:
+    """The safetensors of a model's folder, unet/ or vae/.
+
+    Raises:
+        BrokenCheckpoint: a file is missing or damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, Callable[[], Tensor]] = {}
+        for file in weight_files(folder):
+            names = [entry.name for entry in read_safetensors(file)]
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            stored |= {name: functools.partial(opened.get_tensor, name) for name in names}
+        yield StoredTensors(str(folder), stored, dtype, device)
+
+
+def tensors_of(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> StoredTensors:
+    """Those of a model that diffusers has loaded."""
+    stored = {name: functools.partial(torch.clone, tensor) for name, tensor in module.state_dict().items()}
+    return StoredTensors(type(module).__name__, stored, dtype, device)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

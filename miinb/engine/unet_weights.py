@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec, unet_spec
 from miinb.engine.image_blocks import Resnet
-from miinb.engine.image_weights import FileTensors, ImageBuilder, Tensors, read_config
+from miinb.engine.image_weights import ImageBuilder, Tensors, open_tensors, read_config
 from miinb.engine.unet import Block, Transformer, TransformerLayer, Unet, UnetWeights
 from miinb.kernels.linear import PackedLinear
 
@@ -22,7 +22,7 @@ def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Unet
         BrokenCheckpoint: files are missing or damaged.
     """
     spec = unet_spec(read_config(folder))
-    with FileTensors(folder, dtype, device) as tensors:
+    with open_tensors(folder, dtype, device) as tensors:
         weights = unet_weights(spec, tensors)
         tensors.finish()
     return Unet(spec, weights)

@@ -11,7 +11,7 @@ from torch import Tensor
 from miinb.engine.decoder import Norm
 from miinb.engine.diffusion_spec import VaeSpec, vae_spec
 from miinb.engine.image_blocks import Conv, Resnet, Sum, attention, convolve, resnet, upsample
-from miinb.engine.image_weights import FileTensors, ImageBuilder, Tensors, read_config
+from miinb.engine.image_weights import ImageBuilder, Tensors, open_tensors, read_config
 from miinb.kernels.linear import PackedLinear, linear
 
 _EPS = 1e-6
@@ -108,7 +108,7 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> VaeDe
         BrokenCheckpoint: files are missing or damaged.
     """
     spec = vae_spec(read_config(folder))
-    with FileTensors(folder, dtype, device) as tensors:
+    with open_tensors(folder, dtype, device) as tensors:
         weights = vae_weights(spec, tensors)
         tensors.finish(unread=("encoder.", "quant_conv."))
     return VaeDecoder(spec, weights)
