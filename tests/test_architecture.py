@@ -110,6 +110,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
+    "bench.images": ("bench", "engine"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
     ),
@@ -142,6 +143,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.engine_side",
     "bench.encoders.pipelines",
     "bench.encoders.plain_side",
+    "bench.images",
     "bench.headline.arms",
     "bench.headline.floors",
     "bench.quality.engine_side",

@@ -152,7 +152,8 @@ class Unet:
         """The prediction for one step.
 
         Args:
-            latents: [N, inputs, height, width], as the scheduler scales them; any sizes.
+            latents: [N, inputs, height, width], as the scheduler scales them; any sizes. With guidance N / 2 are enough:
+                both predictions are of the same latents, and what comes before the text is computed once.
             step_index: [1] int64 on the device: which of `prepare`'s timesteps.
             conditions: of N rows.
 
@@ -176,7 +177,7 @@ class Unet:
         stream = self._resnet(w.mid.resnets[1], stream, shift)
         for block, weights in zip(spec.up, w.up, strict=True):
             for i in range(len(block.resnets)):
-                stream = Sum(stream.joined(skips.pop().value()))
+                stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
                 stream = self._layer(block, weights, i, stream, shift, conditions.text)
             if weights.sample is not None:
                 _, height, width, _ = skips[-1].value().shape  # odd sizes were rounded up on the way down
@@ -198,23 +199,29 @@ class Unet:
         shape = y.shape
         x, branch = linear(y.flatten(0, 2), w.enter), None
         for layer in w.layers:
-            x, branch = _transformer_layer(layer, heads, x, branch, shape[0], text)
+            x, branch = _transformer_layer(layer, heads, x, branch, shape[1] * shape[2], text)
         x = x if branch is None else x + branch
-        return Sum(linear(x, w.leave).view(shape), residual=stream.value())
+        return Sum(linear(x, w.leave).view(len(text), *shape[1:]), residual=_repeated(stream.value(), len(text)))
 
 
 def _transformer_layer(
-    w: TransformerLayer, heads: int, x: Tensor, branch: Tensor | None, images: int, text: Tensor
+    w: TransformerLayer, heads: int, x: Tensor, branch: Tensor | None, pixels: int, text: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The stream [T, C] and the last branch, which is still to be added to it, before and behind a layer."""
+    width, tokens = x.shape[1], len(text) * pixels
     y, x = _norm(w.norm1, x, branch)
-    q, k, v = linear(y, w.qkv).view(images, -1, 3 * x.shape[1]).chunk(3, -1)
+    q, k, v = linear(y, w.qkv).view(-1, pixels, 3 * width).chunk(3, -1)
     y, x = _norm(w.norm2, linear(attention(q, k, v, heads), w.out), x)
-    width = x.shape[1]
+    q, x = _repeated(linear(y, w.query), tokens), _repeated(x, tokens)
+    q = q.view(-1, pixels, width)
     k, v = text[..., w.first_text : w.first_text + 2 * width].chunk(2, -1)
-    q = linear(y, w.query).view(images, -1, width)
     y, x = _norm(w.norm3, linear(attention(q, k, v, heads), w.text_out), x)
     return x, linear(gated_linear(y, w.up, "gelu"), w.down)
+
+
+def _repeated(x: Tensor, count: int) -> Tensor:
+    """`x`, again and again until its first dimension has so many."""
+    return x if len(x) == count else x.repeat(count // len(x), *(1,) * (x.dim() - 1))
 
 
 def _norm(norm: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

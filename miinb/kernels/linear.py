@@ -138,7 +138,8 @@ def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
     if scale is None:
         if x.shape[0] == 1:
             return _gemv_launch(x, packed, kind, None, gated_pair=True)
-        if tile := product_tile(x, n, gated=True):
+        # Of many rows a UNet's alone; decoders' were measured with cuBLAS.
+        if tile := product_tile(x, n, gated=True, epilogue=kind == "gelu"):
             return product(x, weight, bias, tile, activation=kind, gated=True)
     elif weight.dtype == FP8:
         if x.shape[0] == 1:

@@ -77,6 +77,17 @@ def test_a_step_in_bf16_is_as_near_as_diffusers(name: str, tmp_path: Path) -> No
     assert distance(out, exact) > 0
 
 
+@pytest.mark.parametrize("name", ["sd1", "other"])
+def test_latents_that_guidance_shares(name: str, tmp_path: Path) -> None:
+    """Once each, or as often as texts: where the text comes first, and where it does not."""
+    unet = load(saved(tiny_images.unet(name), tmp_path))
+    latents, text = inputs(name, 2, (9, 8))[0], inputs(name, 4, (1, 1))[1]
+    conditions, index = unet.prepare(text, torch.tensor([400])), torch.tensor([0])
+    both = unet.step(torch.cat((latents, latents)), index, conditions)
+    assert distance(unet.step(latents, index, conditions), both) < 1e-6
+    assert distance(both[:2], both[2:]) > 1e-3
+
+
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     "ddim v": (DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction", "steps_offset": 1}),

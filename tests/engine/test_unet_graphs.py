@@ -31,7 +31,8 @@ def test_graphs_read_what_is_given_them(unet: Unet) -> None:
     assert graphed.capture(2, 4, 6, tokens=7)
     assert graphed.capture(2, 4, 6, tokens=7)
     assert graphed.capture(1, 4, 4, tokens=7)
-    assert str(graphed).startswith("steps of 1 x 4 x 4, 2 x 4 x 6 latents, captured in 0.0 s")
+    assert graphed.capture(2, 4, 4, tokens=7, guided=True)
+    assert str(graphed).startswith("predictions of 1 x 4 x 4, 2 x 4 x 6, 4 x 4 x 4, captured in 0.0 s")
     wide, narrow = inputs("other", 2, (4, 6)), inputs("other", 1, (4, 4))
     first = graphed.prepare(wide[1], torch.tensor([900, 500, 1]))
     second = graphed.prepare(-wide[1], torch.tensor([700]))
@@ -39,12 +40,13 @@ def test_graphs_read_what_is_given_them(unet: Unet) -> None:
     longer = graphed.prepare(inputs("other", 2, (4, 6), tokens=9)[1], torch.tensor([1]))
     calls = [(wide[0], 0, first), (narrow[0], 1, small), (wide[0] + 1, 2, first), (wide[0], 0, second)]
     calls += [(wide[0], 1, first), (wide[0], 0, longer)]
+    calls += [(inputs("other", 2, (4, 4))[0], 0, graphed.prepare(inputs("other", 4, (4, 4))[1], torch.tensor([9])))]
     for latents, index, conditions in calls:
         where = torch.tensor([index])
         torch.testing.assert_close(
             graphed.step(latents, where, conditions), unet.step(latents, where, conditions), rtol=0, atol=0
         )
-    assert recorder.replays == 5
+    assert recorder.replays == 6
 
 
 def test_a_graph_too_many_is_not_made(unet: Unet) -> None:

@@ -195,6 +195,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "embedding_norm": lambda: embedding.embedding_norm(
         *(ids(4, dtype=torch.int64),) * 3, t(30522, 768), t(512, 768), t(2, 768), t(768), t(768), 1e-12
     ),
+    "gated pairs of a picture": lambda: linear.gated_linear(t(8192, 320), packed(2 * 1280, 320, True), "gelu"),
     "group norm": group_norm_call(64, 320, silu=True),
     "group norm kept": group_norm_call(8, 1280, residual=t(2, 8, 8, 1280), keep=True),
     "group norm of a picture": group_norm_call(512, 128, each=True, residual=t(2, 512, 512, 128), silu=True),
@@ -231,6 +232,7 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         *((f"int{bits} {name}", (8, 0)) for bits in (8, 4) for name in ("gemv gated", "product", "many")),
         *((f"fp8 {name}", (8, 9)) for name in ("gemv gated", "product", "product gated", "many", "many widened")),
         ("group norm", (8, 0)),
+        ("gated pairs of a picture", (8, 0)),
         ("join", (8, 0)),
         ("packed attention", (8, 0)),
         ("packed attention long", (8, 0)),
