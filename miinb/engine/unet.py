@@ -37,7 +37,7 @@ class TransformerLayer:
         query: [C, C], of the attention to the text.
         text_out: [C, C].
         up: [8 * C, C], the gate's rows first.
-        down: [C, 4 * C].
+        down: [C, 4 * C]; the last layer's has no bias, which is in the transformer's way out.
         first_text: column of the layer's first key among the text's; its values follow its keys.
     """
 
@@ -152,8 +152,8 @@ class Unet:
         """The prediction for one step.
 
         Args:
-            latents: [N, inputs, height, width], as the scheduler scales them; any sizes. With guidance N / 2 are enough:
-                both predictions are of the same latents, and what comes before the text is computed once.
+            latents: [N, inputs, height, width], as the scheduler scales them; any sizes. With guidance N / 2 are
+                enough: both predictions are of the same latents, and what comes before the text is computed once.
             step_index: [1] int64 on the device: which of `prepare`'s timesteps.
             conditions: of N rows.
 
@@ -197,26 +197,23 @@ class Unet:
     def _transformer(self, heads: int, w: Transformer, stream: Sum, text: Tensor) -> Sum:
         y = stream.norm(w.norm, self.spec.groups, _TRANSFORMER_EPS, silu=False)
         shape = y.shape
-        x, branch = linear(y.flatten(0, 2), w.enter), None
+        x = linear(y.flatten(0, 2), w.enter)
         for layer in w.layers:
-            x, branch = _transformer_layer(layer, heads, x, branch, shape[1] * shape[2], text)
-        x = x if branch is None else x + branch
+            x = _transformer_layer(layer, heads, x, shape[1] * shape[2], text)
         return Sum(linear(x, w.leave).view(len(text), *shape[1:]), residual=_repeated(stream.value(), len(text)))
 
 
-def _transformer_layer(
-    w: TransformerLayer, heads: int, x: Tensor, branch: Tensor | None, pixels: int, text: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The stream [T, C] and the last branch, which is still to be added to it, before and behind a layer."""
+def _transformer_layer(w: TransformerLayer, heads: int, x: Tensor, pixels: int, text: Tensor) -> Tensor:
+    """The stream [T, C] behind a layer; before it there may be half as many images as texts."""
     width, tokens = x.shape[1], len(text) * pixels
-    y, x = _norm(w.norm1, x, branch)
+    y, x = _norm(w.norm1, x)
     q, k, v = linear(y, w.qkv).view(-1, pixels, 3 * width).chunk(3, -1)
     y, x = _norm(w.norm2, linear(attention(q, k, v, heads), w.out), x)
     q, x = _repeated(linear(y, w.query), tokens), _repeated(x, tokens)
     q = q.view(-1, pixels, width)
     k, v = text[..., w.first_text : w.first_text + 2 * width].chunk(2, -1)
     y, x = _norm(w.norm3, linear(attention(q, k, v, heads), w.text_out), x)
-    return x, linear(gated_linear(y, w.up, "gelu"), w.down)
+    return linear(gated_linear(y, w.up, "gelu"), w.down, residual=x)
 
 
 def _repeated(x: Tensor, count: int) -> Tensor:
@@ -224,7 +221,7 @@ def _repeated(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else x.repeat(count // len(x), *(1,) * (x.dim() - 1))
 
 
-def _norm(norm: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def _norm(norm: Norm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return layer_norm(x, norm.weight, norm.bias, _LAYER_EPS, residual)
 
 

@@ -82,13 +82,19 @@ class _Builder(ImageBuilder):
         return w
 
     def _transformer(self, module: str, block: BlockSpec) -> Transformer:
+        """A transformer, whose last bias goes through the way out, so that the last sum is a product's own."""
         width = block.channels
-        return Transformer(
+        w = Transformer(
             norm=self.norm(f"{module}.norm", width),
             enter=self.linear(f"{module}.proj_in", width, width),
             layers=[self._layer(f"{module}.transformer_blocks.{i}", width) for i in range(block.layers)],
             leave=self.linear(f"{module}.proj_out", width, width),
         )
+        last = w.layers[-1].down
+        if last.bias is not None and w.leave.bias is not None:
+            w.leave.bias += (w.leave.weight.float() @ last.bias.float()).to(w.leave.bias.dtype)
+            last.bias = None
+        return w
 
     def _layer(self, module: str, width: int) -> TransformerLayer:
         own, text, mlp = f"{module}.attn1", f"{module}.attn2", f"{module}.ff.net"

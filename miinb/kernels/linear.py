@@ -85,6 +85,8 @@ def linear(
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
         return _cublas(x, packed, out)
+    if residual is not None and packed.bias is None and activation is None:
+        return torch.addmm(residual, x, packed.weight.t())
     if fused is not None and packed.bias is not None:
         y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=fused)
     else:

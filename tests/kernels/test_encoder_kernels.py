@@ -77,6 +77,13 @@ def test_short_products(rows: int, n: int, activation: str | None) -> None:
     same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
 
 
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_a_residual_is_added_by_the_product(dtype: torch.dtype) -> None:
+    x, weight, residual = (rand(*shape, dtype=dtype) for shape in ((300, 200), (96, 200), (300, 96)))
+    out = linear(x, PackedLinear(weight), residual=residual)
+    same(out, reference.linear(wide(x), wide(weight), residual=wide(residual)))
+
+
 @pytest.mark.parametrize("rows", [64, 300, 330])
 def test_products_of_many_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In groups of tiles of rows, of which the last may be smaller."""
