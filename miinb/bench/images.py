@@ -4,7 +4,8 @@
 warm-up, from the same noise and text embeddings: 512 x 512, 50 steps of PNDM, guidance 7.5, fp16. A text encoder has no
 part in it (it takes as long as one step or two). The diffusers arms are its pipeline as published; `--compiled` adds
 one with torch.compile and channels_last, which takes minutes. What an arm's latents differ by from those of diffusers
-is told. `--profile` lists the kernels of a step, `--tiny` shows on any machine that everything runs.
+is told. `--profile` lists the kernels of a step, `--attention cudnn` has PyTorch prefer cuDNN's attention in all arms,
+`--tiny` shows on any machine that everything runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miinb.bench.environment import environment, hardware_words
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
@@ -31,6 +34,7 @@ from miinb.engine.unet_weights import unet_weights
 from miinb.engine.vae import VaeDecoder, vae_weights
 
 TOKENS = 77
+_ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 _VAE: dict[str, Any] = {
@@ -291,6 +295,15 @@ def profile(models: Models, work: Work, *, batch: int) -> str:
     return str(seen.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
 
 
+def _preferring(attention: str) -> AbstractContextManager[None]:
+    """Within it PyTorch's attention is of this kind wherever it can be."""
+    if attention == "auto":
+        return nullcontext()
+    others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    order = list(dict.fromkeys((_ATTENTION[attention], *others)))
+    return sdpa_kernel(order, set_priority=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and store the run if asked."""
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.images", description=__doc__)
@@ -303,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--repeat", type=int, default=3, help="of each arm and batch (3)")
     parser.add_argument("--compiled", action="store_true", help="an arm with torch.compile as well: takes minutes")
+    parser.add_argument("--attention", choices=["auto", *_ATTENTION], default="auto", help="what PyTorch prefers")
     parser.add_argument("--profile", action="store_true", help="list the optimized arm's kernels instead")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that everything runs")
     parser.add_argument("--out", type=Path, help="folder to append the run to (miinb.load_runs reads it)")
@@ -315,10 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--guidance {options.guidance}: above 1, so that all arms compute two predictions a step")
     models = Models.random(tiny=options.tiny, dtype=options.dtype, device=torch.device(options.device))
     work = Work(options.size, options.steps, options.guidance)
-    if options.profile:
-        print(profile(models, work, batch=options.batches[0]))
-        return
-    runs = measure(models, work, batches=options.batches, repeat=options.repeat, compiled=options.compiled)
+    with _preferring(options.attention):
+        if options.profile:
+            print(profile(models, work, batch=options.batches[0]))
+            return
+        runs = measure(models, work, batches=options.batches, repeat=options.repeat, compiled=options.compiled)
+    for env in runs.env.values():
+        env["workload"]["attention"] = options.attention
     print(table(runs))
     if options.out is not None:
         runs.save(options.out)

@@ -16,6 +16,10 @@ from miinb.engine.decoder import Norm
 from miinb.kernels.group_norm import group_norm, join
 from miinb.kernels.linear import PackedLinear, linear
 
+#: Which of three neighbors in a row that was doubled are the first and which the second of two in the row before: of an
+#: output at an even place, and of one at an odd place.
+_MEET = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
 
 @dataclass(slots=True)
 class Conv:
@@ -28,6 +32,27 @@ class Conv:
 
     weight: Tensor
     bias: Tensor
+
+
+@dataclass(slots=True)
+class Upsampler:
+    """A convolution of what is twice as large by nearest neighbors.
+
+    Attributes:
+        conv: the convolution.
+        phases: [4 * out, in, 2, 2], channels_last: for each place of an output in its group of four (rows first), the
+            sums of the weights that meet the same input.
+    """
+
+    conv: Conv
+    phases: Tensor
+
+    @classmethod
+    def of(cls, conv: Conv) -> Upsampler:
+        """That of a convolution of 3 x 3."""
+        meet = torch.tensor(_MEET, dtype=torch.float32, device=conv.weight.device)
+        phases = torch.einsum("aik,bjl,ockl->abocij", meet, meet, conv.weight.float()).flatten(0, 2)
+        return cls(conv, phases.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
 
 
 @dataclass(slots=True)
@@ -113,10 +138,24 @@ def resnet(w: Resnet, stream: Sum, shift: Tensor, groups: int, eps: float) -> Su
     return Sum(convolve(inner, w.conv2.weight), w.conv2.bias[None], residual)
 
 
-def upsample(stream: Sum, conv: Conv, size: tuple[int, int]) -> Sum:
-    """[N, *size, C]: nearest neighbors, then a convolution."""
-    larger = F.interpolate(stream.value().permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
-    return Sum(convolve(larger.contiguous(), conv.weight), conv.bias[None])
+def upsample(stream: Sum, w: Upsampler, size: tuple[int, int]) -> Sum:
+    """[N, *size, C]: nearest neighbors, then a convolution.
+
+    Where the size doubles, the convolution is of the small input: neighbors that are equal meet the sum of their
+    weights, which is 4 / 9 of the work. Sizes that were odd before they were halved end amid such neighbors.
+    """
+    x = stream.value()
+    images, height, width, _ = x.shape
+    if size != (2 * height, 2 * width):
+        larger = F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
+        return Sum(convolve(larger.contiguous(), w.conv.weight), w.conv.bias[None])
+    outputs = len(w.conv.bias)
+    parts = convolve(x, w.phases).view(images, height + 1, width + 1, 2, 2, outputs)
+    y = x.new_empty((images, height, 2, width, 2, outputs))
+    for down in range(2):
+        for right in range(2):
+            y[:, :, down, :, right] = parts[:, down : down + height, right : right + width, down, right]
+    return Sum(y.view(images, *size, outputs), w.conv.bias[None])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

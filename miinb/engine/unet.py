@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miinb.engine.decoder import Norm
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec
-from miinb.engine.image_blocks import Conv, Resnet, Sum, attention, convolve, resnet, upsample
+from miinb.engine.image_blocks import Conv, Resnet, Sum, Upsampler, attention, convolve, resnet, upsample
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm
 
@@ -65,11 +65,15 @@ class Transformer:
 
 @dataclass(slots=True)
 class Block:
-    """Weights of a `BlockSpec`: the mid block has one transformer, others as many as residual blocks or none."""
+    """Weights of a `BlockSpec`: the mid block has one transformer, others as many as residual blocks or none.
+
+    At most one of `halve` (a convolution with a stride of 2) and `double` is there.
+    """
 
     resnets: list[Resnet]
     transformers: list[Transformer] = field(default_factory=list)
-    sample: Conv | None = None
+    halve: Conv | None = None
+    double: Upsampler | None = None
 
 
 @dataclass(slots=True)
@@ -169,9 +173,9 @@ class Unet:
             for i in range(len(block.resnets)):
                 stream = self._layer(block, weights, i, stream, shift, conditions.text)
                 skips.append(stream)
-            if weights.sample is not None:
-                halved = convolve(stream.value(), weights.sample.weight, stride=2)
-                stream = Sum(halved, weights.sample.bias[None])
+            if weights.halve is not None:
+                halved = convolve(stream.value(), weights.halve.weight, stride=2)
+                stream = Sum(halved, weights.halve.bias[None])
                 skips.append(stream)
         stream = self._layer(spec.mid, w.mid, 0, stream, shift, conditions.text)
         stream = self._resnet(w.mid.resnets[1], stream, shift)
@@ -179,9 +183,9 @@ class Unet:
             for i in range(len(block.resnets)):
                 stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
                 stream = self._layer(block, weights, i, stream, shift, conditions.text)
-            if weights.sample is not None:
+            if weights.double is not None:
                 _, height, width, _ = skips[-1].value().shape  # odd sizes were rounded up on the way down
-                stream = upsample(stream, weights.sample, (height, width))
+                stream = upsample(stream, weights.double, (height, width))
         last = stream.norm(w.norm_out, spec.groups, spec.eps, silu=True, keep=False)
         return convolve(last, w.conv_out.weight, w.conv_out.bias).permute(0, 3, 1, 2).contiguous()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec, unet_spec
-from miinb.engine.image_blocks import Resnet
+from miinb.engine.image_blocks import Resnet, Upsampler
 from miinb.engine.image_weights import ImageBuilder, Tensors, open_tensors, read_config
 from miinb.engine.unet import Block, Transformer, TransformerLayer, Unet, UnetWeights
 from miinb.kernels.linear import PackedLinear
@@ -65,10 +65,14 @@ class _Builder(ImageBuilder):
         resnets = [self._resnet(f"{block.module}.resnets.{i}", *pair) for i, pair in enumerate(block.resnets)]
         count = (len(resnets) if sampler else 1) if block.heads else 0
         transformers = [self._transformer(f"{block.module}.attentions.{i}", block) for i in range(count)]
-        width, sample = block.channels, None
+        built = Block(resnets, transformers)
         if block.sampled:
-            sample = self.conv(f"{block.module}.{sampler}.0.conv", width, width)
-        return Block(resnets, transformers, sample)
+            conv = self.conv(f"{block.module}.{sampler}.0.conv", block.channels, block.channels)
+            if sampler == "upsamplers":
+                built.double = Upsampler.of(conv)
+            else:
+                built.halve = conv
+        return built
 
     def _resnet(self, module: str, inputs: int, outputs: int) -> Resnet:
         """A block, whose first convolution's bias goes into its projection of the time embedding."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miinb.engine.decoder import Norm
 from miinb.engine.diffusion_spec import VaeSpec, vae_spec
-from miinb.engine.image_blocks import Conv, Resnet, Sum, attention, convolve, resnet, upsample
+from miinb.engine.image_blocks import Conv, Resnet, Sum, Upsampler, attention, convolve, resnet, upsample
 from miinb.engine.image_weights import ImageBuilder, Tensors, open_tensors, read_config
 from miinb.kernels.linear import PackedLinear, linear
 
@@ -24,7 +24,7 @@ class UpBlock:
     """Residual blocks of one resolution, and the convolution behind its doubling."""
 
     resnets: list[Resnet]
-    sample: Conv | None
+    double: Upsampler | None
 
 
 @dataclass(slots=True)
@@ -82,9 +82,9 @@ class VaeDecoder:
         for block in w.up:
             for each in block.resnets:
                 stream = self._resnet(each, stream)
-            if block.sample is not None:
+            if block.double is not None:
                 _, height, width, _ = stream.value().shape
-                stream = upsample(stream, block.sample, (2 * height, 2 * width))
+                stream = upsample(stream, block.double, (2 * height, 2 * width))
         last = stream.norm(w.norm_out, spec.groups, _EPS, silu=True, keep=False)
         return convolve(last, w.conv_out.weight, w.conv_out.bias).permute(0, 3, 1, 2).contiguous()
 
@@ -125,10 +125,10 @@ def vae_weights(spec: VaeSpec, tensors: Tensors) -> VaeWeights:
     up = []
     for block in spec.up:
         resnets = [build.resnet(f"{block.module}.resnets.{i}", *pair) for i, pair in enumerate(block.resnets)]
-        width, sample = block.channels, None
+        width, double = block.channels, None
         if block.sampled:
-            sample = build.conv(f"{block.module}.upsamplers.0.conv", width, width)
-        up.append(UpBlock(resnets, sample))
+            double = Upsampler.of(build.conv(f"{block.module}.upsamplers.0.conv", width, width))
+        up.append(UpBlock(resnets, double))
     return VaeWeights(
         quant=build.conv("post_quant_conv", spec.inputs, spec.inputs, 1) if spec.quant_conv else None,
         conv_in=build.conv("decoder.conv_in", first, spec.inputs),

@@ -39,5 +39,5 @@ def test_what_cannot_be_measured_is_refused(wrong: list[str], capsys: pytest.Cap
 
 
 def test_the_profile_names_operators(capsys: pytest.CaptureFixture[str]) -> None:
-    images.main(["--tiny", "--device", "cpu", "--dtype", "fp32", "--size", "64", "--profile"])
+    images.main(["--tiny", "--device", "cpu", "--dtype", "fp32", "--size", "64", "--profile", "--attention", "cudnn"])
     assert "convolution" in capsys.readouterr().out

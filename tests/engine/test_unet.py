@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
 from miinb.engine.diffusion_spec import unet_spec, vae_spec
+from miinb.engine.image_blocks import Conv, Sum, Upsampler, upsample
 from miinb.engine.image_weights import RandomTensors, weight_files
 from miinb.engine.unet import Unet
 from miinb.engine.unet_weights import load_unet, unet_weights
@@ -123,6 +125,17 @@ def test_five_steps_with_guidance_end_at_the_same_latents(kind: str, tmp_path: P
         expected = loop(fused=False)
     assert distance(loop(fused=True), expected) < 1e-4
     assert distance(noise, expected) > 1e-2
+
+
+def test_doubling_is_a_convolution_of_neighbors() -> None:
+    torch.manual_seed(0)
+    conv = Conv(torch.randn(5, 3, 3, 3), torch.randn(5))
+    for height, width in ((1, 1), (2, 3), (6, 4)):
+        x = torch.randn(2, height, width, 3)
+        neighbors = x.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(0, 3, 1, 2)
+        expected = F.conv2d(neighbors, conv.weight, conv.bias, padding=1).permute(0, 2, 3, 1)
+        out = upsample(Sum(x), Upsampler.of(conv), (2 * height, 2 * width)).value()
+        assert distance(out, expected) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "images", "size"), [("four", 1, (8, 8)), ("four", 3, (5, 9)), ("two", 2, (3, 4))])
