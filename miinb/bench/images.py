@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from miinb.bench.environment import environment, hardware_words
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.engine.diffusion_spec import unet_spec, vae_spec
+from miinb.engine.image_blocks import fastest_convolutions
 from miinb.engine.image_weights import tensors_of
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet
@@ -191,7 +192,7 @@ class Optimized(Arm):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Arm`."""
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with fastest_convolutions():
             return self._vae.decode(latents / self._scale)
 
 

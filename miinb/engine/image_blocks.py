@@ -6,6 +6,8 @@ be added, which the next norm does in passing.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +113,16 @@ class Sum:
 
     def _set(self, x: Tensor) -> None:
         self._x, self._shift, self._residual = x, None, None
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Within it cuDNN tries its algorithms where a convolution of new sizes comes, and keeps the fastest."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:

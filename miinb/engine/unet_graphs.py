@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine.graphs import Recorder, Replay
+from miinb.engine.image_blocks import fastest_convolutions
 from miinb.engine.unet import Conditions, Unet
 from miinb.wording import size_words
 
@@ -75,7 +76,7 @@ class GraphedUnet:
             text = zeros((texts, tokens, w.keys_values.weight.shape[0]))
             conditions = Conditions(text, zeros((1, w.shifts.weight.shape[0])))
             index = torch.zeros(1, dtype=torch.int64, device=w.device)
-            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+            with fastest_convolutions():
                 replay, (prediction,) = self._recorder.record(lambda: (self._unet.step(latents, index, conditions),))
             self._recorder.settle()
             self._captured[key] = _Captured(replay, latents, conditions, prediction)

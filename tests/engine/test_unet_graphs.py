@@ -49,6 +49,20 @@ def test_graphs_read_what_is_given_them(unet: Unet) -> None:
     assert recorder.replays == 6
 
 
+def test_convolutions_are_tried_before_a_capture_and_cudnn_stays_on(unet: Unet) -> None:
+    seen = []
+
+    class Watching(Recomputing):
+        def record(self, step: Any) -> Any:
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+            return super().record(step)
+
+    recorder: Any = Watching()
+    GraphedUnet(unet, recorder).capture(1, 4, 4, tokens=7)
+    assert seen == [(True, True)]
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_graph_too_many_is_not_made(unet: Unet) -> None:
     recorder: Any = Recomputing()
     graphed = GraphedUnet(unet, recorder)
