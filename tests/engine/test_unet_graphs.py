@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,17 @@ def test_a_graph_too_many_is_not_made(unet: Unet) -> None:
     recorder.enough = True
     assert not graphed.capture(2, 4, 6)
     assert str(graphed) == "none"
+
+
+def test_the_kernels_themselves_compute_what_diffusers_does(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.engine.interpreted_images", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    unet, vae = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < unet < 1e-5
+    assert 0 < vae < 1e-5
 
 
 def test_kernels_are_known_before_weights_are_read() -> None:
