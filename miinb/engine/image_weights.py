@@ -167,7 +167,10 @@ def weight_files(folder: Path) -> list[Path]:
             return [single]
         index = folder / f"{_NAME}.safetensors.index{variant}.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise BrokenCheckpoint(f"{index} is damaged ({error}).", hint="Fetch it again.") from None
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise BrokenCheckpoint(f"{folder} lacks {missing[0]}.", hint="Fetch the model again.")
             return [folder / name for name in names]

@@ -237,6 +237,12 @@ def test_weights_in_several_files_and_in_half_precision(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "several", max_shard_size="200KB")
     assert len(weight_files(tmp_path / "several")) > 1
     assert torch.equal(out(tmp_path / "several"), out(folder))
+    weight_files(tmp_path / "several")[0].unlink()
+    with pytest.raises(BrokenCheckpoint, match="lacks diffusion_pytorch_model-00001"):
+        load(tmp_path / "several")
+    (tmp_path / "several" / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    with pytest.raises(BrokenCheckpoint, match="damaged"):
+        load(tmp_path / "several")
     model.save_pretrained(tmp_path / "half", variant="fp16")
     assert torch.equal(out(tmp_path / "half"), out(folder))
 
