@@ -22,6 +22,7 @@ def kernels_of_images(
     sizes: Iterable[tuple[int, int, int]],
     steps: int = 50,
     tokens: int = 77,
+    guided: bool = True,
 ) -> list[Kernel]:
     """The kernels of prompts, steps and pictures of these sizes; to be called within `compile.compiling_for`.
 
@@ -29,18 +30,20 @@ def kernels_of_images(
         unet_spec: of the UNet.
         vae_spec: of the VAE decoder.
         dtype: of both.
-        sizes: images of a step (with guidance two a picture), and height and width of their latents.
+        sizes: pictures of a step, and height and width of their latents.
         steps: of a prompt.
         tokens: of a text.
+        guided: whether there are two texts a picture.
     """
     unet = Unet(unet_spec, unet_weights(unet_spec, RandomTensors(dtype, META)))
     vae = VaeDecoder(vae_spec, vae_weights(vae_spec, RandomTensors(dtype, META)))
     index = torch.empty(1, dtype=torch.int64, device=META)
     with recording() as kernels:
-        for images, height, width in sizes:
-            text = torch.empty((images, tokens, unet_spec.text_width), dtype=dtype, device=META)
+        for pictures, height, width in sizes:
+            texts = 2 * pictures if guided else pictures
+            text = torch.empty((texts, tokens, unet_spec.text_width), dtype=dtype, device=META)
             conditions = unet.prepare(text, torch.empty(steps, device=META))
-            unet.step(torch.empty((images, unet_spec.inputs, height, width), device=META), index, conditions)
-            for pictures in {1, max(images // 2, 1)}:
-                vae.decode(torch.empty((pictures, vae_spec.inputs, height, width), device=META))
+            unet.step(torch.empty((pictures, unet_spec.inputs, height, width), device=META), index, conditions)
+            for together in {1, pictures}:
+                vae.decode(torch.empty((together, vae_spec.inputs, height, width), device=META))
     return kernels
