@@ -15,7 +15,7 @@ from miinb.kernels.dispatch import arrival_counters, jit, launch_options, power_
 _TILE = 4096  # numbers of a tile
 _COLUMNS = 256  # most columns of a tile of the statistics
 _PROGRAMS = 512  # that keep a GPU busy
-_MOST_PARTS = 256  # of an image's statistics
+_PARTS = (1, 32, 256)  # room for those of an image's statistics: few kinds of kernels serve all sizes
 
 
 def group_norm(
@@ -86,7 +86,8 @@ def _statistics(
     images, height, width, channels = x.shape
     size, rows = channels // groups, height * width
     tile = statistics_tile(images, rows, channels, groups)
-    parts = -(-rows // tile["SPAN"])
+    span = tile.pop("SPAN")
+    parts = -(-rows // span)
     partial = torch.empty((images, groups, 2, parts), dtype=torch.float32, device=x.device)
     means = torch.empty((images, groups, 2), dtype=torch.float32, device=x.device)
     _group_statistics[(images * (groups // tile["TOGETHER"]), parts)](
@@ -101,6 +102,7 @@ def _statistics(
         channels,
         shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
         parts,
+        span,
         eps,
         GROUPS=groups,
         SIZE=size,
@@ -108,7 +110,7 @@ def _statistics(
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         KEEP=total is not None,
-        PARTS=power_of_2(parts),
+        PARTS=next(most for most in _PARTS if parts <= most),
         **tile,
         **launch_options(x),
     )
@@ -121,7 +123,7 @@ def statistics_tile(images: int, rows: int, channels: int, groups: int) -> dict[
     while groups % (2 * together) == 0 and 2 * together * width <= _COLUMNS:
         together *= 2
     step = max(_TILE // (together * width), 1)
-    parts = min(-(-_PROGRAMS * together // (images * groups)), -(-rows // step), _MOST_PARTS)
+    parts = min(-(-_PROGRAMS * together // (images * groups)), -(-rows // step), _PARTS[-1])
     return {"TOGETHER": together, "ROWS": step, "SPAN": -(-rows // (parts * step)) * step}
 
 
@@ -178,11 +180,11 @@ def _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT: tl.conste
     return value
 
 
-@jit(plain=("rows", "parts"))
+@jit(plain=("rows", "parts", "span"))
 def _group_statistics(
-    x, shift, residual, total, partial, means, counters, rows, channels, shift_stride, parts, eps,
+    x, shift, residual, total, partial, means, counters, rows, channels, shift_stride, parts, span, eps,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    KEEP: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+    KEEP: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program some groups of one image and a part of its rows; the last of the parts to finish adds them up.
@@ -206,7 +208,7 @@ def _group_statistics(
     pivots = tl.reshape(tl.broadcast_to(pivot[:, None], [TOGETHER, WIDTH]), [1, TOGETHER * WIDTH])
     sums = tl.zeros([ROWS, TOGETHER * WIDTH], tl.float32)
     squares = tl.zeros([ROWS, TOGETHER * WIDTH], tl.float32)
-    for begin in range(part * SPAN, tl.minimum((part + 1) * SPAN, rows), ROWS):
+    for begin in range(part * span, tl.minimum((part + 1) * span, rows), ROWS):
         at = start + (begin + row)[:, None] * channels + channel[None, :]
         mask = (begin + row < rows)[:, None] & inside[None, :]
         value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)

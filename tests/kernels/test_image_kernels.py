@@ -6,7 +6,7 @@ import torch
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import group_norm as module
 from miinb.kernels import reference
-from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.dispatch import INTERPRETED, power_of_2
 from miinb.kernels.group_norm import group_norm, join, statistics_tile
 from tests.kernels.checking import DEVICE, DTYPES, GPU, rand, same, wide
 
@@ -54,7 +54,7 @@ def test_group_norm(dtype: torch.dtype, images: int, height: int, width: int, ch
 def test_parts_of_an_image_are_added_up(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the counters are as before: so the next call is right too."""
     monkeypatch.setattr(module, "_TILE", 64)
-    monkeypatch.setattr(module, "_MOST_PARTS", parts)
+    monkeypatch.setattr(module, "_PARTS", (1, power_of_2(parts)))
     x, weight, bias = rand(2, 11, 9, 24), rand(24), rand(24)
     assert -(-99 // statistics_tile(2, 99, 24, 3)["SPAN"]) == parts
     for _ in range(2):
