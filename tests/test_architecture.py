@@ -42,7 +42,14 @@ KERNEL_SIDE = (
 )
 
 #: The engine's description of models: data without torch, so that what a model needs is known before a start.
-POLICY_DATA = ("engine.policies", "engine.spec", "engine.encoder_spec", "engine.labels", "engine.parameters")
+POLICY_DATA = (
+    "engine.policies",
+    "engine.spec",
+    "engine.encoder_spec",
+    "engine.diffusion_spec",
+    "engine.labels",
+    "engine.parameters",
+)
 
 #: Parts that a part may import when it loads (its own always). A module's own row holds over its package's.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -132,6 +139,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": (*CORE, "cell", "client", "session", "results", "hardware", "launching", "rpc.address"),
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
+    "bench.images": ("bench", "engine"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
     ),
@@ -164,6 +172,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.engine_side",
     "bench.encoders.pipelines",
     "bench.encoders.plain_side",
+    "bench.images",
     "bench.headline.arms",
     "bench.headline.floors",
     "bench.quality.engine_side",

@@ -85,6 +85,8 @@ def linear(
         return product(x, packed.weight, packed.bias, tile, activation=activation, residual=residual)
     if out is not None:
         return _cublas(x, packed, out)
+    if residual is not None and packed.bias is None and activation is None:
+        return torch.addmm(residual, x, packed.weight.t())
     if fused is not None and packed.bias is not None:
         y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=fused)
     else:
@@ -138,7 +140,8 @@ def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
     if scale is None:
         if x.shape[0] == 1:
             return _gemv_launch(x, packed, kind, None, gated_pair=True)
-        if tile := product_tile(x, n, gated=True):
+        # Of many rows a UNet's alone; decoders' were measured with cuBLAS.
+        if tile := product_tile(x, n, gated=True, epilogue=kind == "gelu"):
             return product(x, weight, bias, tile, activation=kind, gated=True)
     elif weight.dtype == FP8:
         if x.shape[0] == 1:

@@ -57,6 +57,9 @@ _SHORT_STAGE_BYTES = 100 << 10  # of all stages: the next kernel's programs fit 
 
 #: Where the activation makes a second pass over many outputs unnecessary; the first is for fewer tiles than programs.
 _MIDDLE, _LARGE = Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3)
+#: Of gated pairs of many rows, while sums are so short that to write and read both halves takes about as long.
+_GATED_MANY = Tile(128, 128, 64, 8, 3)
+_GATED_SUM = 1280
 _GROUP = 16  # tiles of rows that go along all outputs together: their x stays in the L2 cache
 
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
@@ -71,10 +74,14 @@ def product_tile(x: Tensor, n: int, *, gated: bool, epilogue: bool = False) -> d
         x: [T, K].
         n: outputs; of a gated pair, one half's.
         gated: whether the weight is a gated pair.
-        epilogue: whether cuBLAS would need another pass over the outputs, for an activation that it lacks.
+        epilogue: whether to spare another pass over many outputs: for an activation that cuBLAS lacks, or a gate.
     """
     rows, k = x.shape
-    if rows < 2 or x.element_size() != 2 or n % 128 or k % 128:
+    if rows < 2 or x.element_size() != 2 or n % 128 or k % 64:
+        return None
+    if gated and rows > _MOST_ROWS:
+        return _fitted(x, _GATED_MANY, 1, gated=True) if epilogue and k <= _GATED_SUM else None
+    if k % 128:
         return None
     if not gated and n * k <= _SHORT_WEIGHT and rows <= _SHORT_ROWS:
         tile, split = _short(rows, n, k)

@@ -356,3 +356,32 @@ def sample(
     noise = gumbel(seed, position, logits.shape[-1])
     noisy = torch.where(greedy[:, None], scores, scores + noise)
     return noisy.masked_fill(scores < floor, -math.inf).argmax(-1), finite
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `group_norm.group_norm`."""
+    total = join(x, shift=shift, residual=residual)
+    y = F.group_norm(total.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1).contiguous()
+    return F.silu(y) if silu else y, total if keep else x
+
+
+def join(
+    x: Tensor, *, shift: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
+    """See `group_norm.join`."""
+    if shift is not None:
+        x = x + shift[:, None, None]
+    if residual is not None:
+        x = x + residual
+    return x if other is None else torch.cat((x, other), -1)

@@ -18,6 +18,7 @@ from miinb.kernels import (
     dispatch,
     embedding,
     formats,
+    group_norm,
     head,
     linear,
     norm,
@@ -133,6 +134,12 @@ def encoder_attention_call(tokens: int, heads: int, size: int, max_length: int) 
     )
 
 
+def group_norm_call(size: int, channels: int, *, each: bool = False, **options: Any) -> Callable[[], Any]:
+    x, shift = t(2, size, size, channels), t(2 if each else 1, channels)
+    weight, bias = t(channels), t(channels)
+    return lambda: group_norm.group_norm(x, weight, bias, groups=32, eps=1e-5, shift=shift, **options)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: norm.rms_norm(t(1, 4096), t(4096), 1e-5, t(1, 4096)),
     "layer_norm": lambda: norm.layer_norm(t(1, 768), t(768), t(768), 1e-5, t(1, 768)),
@@ -188,6 +195,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "embedding_norm": lambda: embedding.embedding_norm(
         *(ids(4, dtype=torch.int64),) * 3, t(30522, 768), t(512, 768), t(2, 768), t(768), t(768), 1e-12
     ),
+    "gated pairs of a picture": lambda: linear.gated_linear(t(8192, 320), packed(2 * 1280, 320, True), "gelu"),
+    "group norm": group_norm_call(64, 320, silu=True),
+    "group norm kept": group_norm_call(8, 1280, residual=t(2, 8, 8, 1280), keep=True),
+    "group norm of a picture": group_norm_call(512, 128, each=True, residual=t(2, 512, 512, 128), silu=True),
+    "join": lambda: group_norm.join(
+        t(2, 16, 16, 640), shift=t(1, 640), residual=t(2, 16, 16, 640), other=t(2, 16, 16, 320)
+    ),
     **quantized_calls(8),
     **quantized_calls(4),
     **{f"fp8 {name}": call for name, call in FP8_CALLS.items()},
@@ -217,6 +231,9 @@ def compiled(call: Callable[[], Any], capability: tuple[int, int]) -> list[Any]:
         ("best_shares", (8, 0)),
         *((f"int{bits} {name}", (8, 0)) for bits in (8, 4) for name in ("gemv gated", "product", "many")),
         *((f"fp8 {name}", (8, 9)) for name in ("gemv gated", "product", "product gated", "many", "many widened")),
+        ("group norm", (8, 0)),
+        ("gated pairs of a picture", (8, 0)),
+        ("join", (8, 0)),
         ("packed attention", (8, 0)),
         ("packed attention long", (8, 0)),
     ],

@@ -38,6 +38,17 @@ def test_products_of_gated_pairs(dtype: torch.dtype, rows: int, bias: bool) -> N
     same(gated_linear(x, PackedLinear(weight, b), "silu"), expected)
 
 
+@pytest.mark.parametrize(("rows", "k"), [(130, 64), (300, 320), (513, 128)])
+def test_gated_pairs_of_many_rows(rows: int, k: int) -> None:
+    """A UNet's: with an exact gelu and short sums."""
+    x, weight, b = (rand(*shape, dtype=DOT_DTYPES[1]) for shape in ((rows, k), (2 * 256, k), (2 * 256,)))
+    assert product_tile(x, 256, gated=True, epilogue=True)
+    assert product_tile(x, 256, gated=True) is None
+    assert product_tile(torch.empty(rows, 2048, dtype=x.dtype), 256, gated=True, epilogue=True) is None
+    expected = reference.gated(reference.linear(wide(x), wide(weight), wide(b)), "gelu")
+    same(gated_linear(x, PackedLinear(weight, b), "gelu"), expected)
+
+
 @pytest.mark.parametrize(("rows", "short"), [(2, False), (20, False), (70, False), (2, True), (20, True)])
 def test_products_with_long_sums(rows: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_SHORT_WEIGHT", 1 << 22 if short else 0)
@@ -64,6 +75,13 @@ def test_short_products(rows: int, n: int, activation: str | None) -> None:
     residual = None if activation else rand(rows, n, dtype=x.dtype)
     out = linear(x, PackedLinear(weight, bias), activation=activation, residual=residual)
     same(out, reference.linear(wide(x), wide(weight), wide(bias), activation=activation, residual=wide(residual)))
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_a_residual_is_added_by_the_product(dtype: torch.dtype) -> None:
+    x, weight, residual = (rand(*shape, dtype=dtype) for shape in ((300, 200), (96, 200), (300, 96)))
+    out = linear(x, PackedLinear(weight), residual=residual)
+    same(out, reference.linear(wide(x), wide(weight), residual=wide(residual)))
 
 
 @pytest.mark.parametrize("rows", [64, 300, 330])

@@ -11,7 +11,11 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(
-    "name", ["test_kernels.py", "test_encoder_kernels.py", "test_quantized_kernels.py", "test_fp8_kernels.py"]
+    "name",
+    [
+        *("test_kernels.py", "test_encoder_kernels.py", "test_image_kernels.py"),
+        *("test_quantized_kernels.py", "test_fp8_kernels.py"),
+    ],
 )
 def test_kernels_under_the_interpreter(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,176 @@
+"""What the UNet and the VAE decoder are made of, on activations laid out as [N, H, W, C].
+
+A convolution leaves its bias to the kernel that comes next, and a block its last addition: `Sum` holds what is still to
+be added, which the next norm does in passing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miinb.engine.decoder import Norm
+from miinb.kernels.group_norm import group_norm, join
+from miinb.kernels.linear import PackedLinear, linear
+
+#: Which of three neighbors in a row that was doubled are the first and which the second of two in the row before: of an
+#: output at an even place, and of one at an odd place.
+_MEET = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
+
+@dataclass(slots=True)
+class Conv:
+    """A convolution.
+
+    Attributes:
+        weight: [out, in, height, width], in memory [out, height, width, in] (channels_last).
+        bias: [out].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(slots=True)
+class Upsampler:
+    """A convolution of what is twice as large by nearest neighbors.
+
+    Attributes:
+        conv: the convolution.
+        phases: [4 * out, in, 2, 2], channels_last: for each place of an output in its group of four (rows first), the
+            sums of the weights that meet the same input.
+    """
+
+    conv: Conv
+    phases: Tensor
+
+    @classmethod
+    def of(cls, conv: Conv) -> Upsampler:
+        """That of a convolution of 3 x 3."""
+        meet = torch.tensor(_MEET, dtype=torch.float32, device=conv.weight.device)
+        phases = torch.einsum("aik,bjl,ockl->abocij", meet, meet, conv.weight.float()).flatten(0, 2)
+        return cls(conv, phases.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
+
+
+@dataclass(slots=True)
+class Resnet:
+    """A residual block: norm, SiLU, convolution, a shift of each channel, norm, SiLU, convolution, and the input.
+
+    Attributes:
+        shift: [1, out], the first convolution's bias; None where the step's shift (`first_shift`) holds it.
+        first_shift: column of the block's first channel among the shifts of a step.
+        shortcut: [out, in], what the input goes through; None: nothing.
+    """
+
+    norm1: Norm
+    conv1: Tensor
+    norm2: Norm
+    conv2: Conv
+    shift: Tensor | None = None
+    first_shift: int = 0
+    shortcut: PackedLinear | None = None
+
+
+class Sum:
+    """`x + shift + residual`, [N, H, W, C], added when it is first read.
+
+    Args:
+        x: [N, H, W, C], contiguous.
+        shift: [1 or N, C] or None.
+        residual: as `x`, or None.
+    """
+
+    __slots__ = ("_residual", "_shift", "_x")
+
+    def __init__(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> None:
+        self._x = x
+        self._shift = shift
+        self._residual = residual
+
+    def value(self) -> Tensor:
+        """The sum."""
+        if self._shift is not None or self._residual is not None:
+            self._set(join(self._x, shift=self._shift, residual=self._residual))
+        return self._x
+
+    def norm(self, norm: Norm, groups: int, eps: float, *, silu: bool, keep: bool = True) -> Tensor:
+        """The sum's group norm, with SiLU if asked; it is not kept where nobody reads it again."""
+        pending = {"shift": self._shift, "residual": self._residual}
+        bias = norm.bias if norm.bias is not None else torch.zeros_like(norm.weight)
+        y, total = group_norm(self._x, norm.weight, bias, groups=groups, eps=eps, silu=silu, keep=keep, **pending)
+        if keep:
+            self._set(total)
+        return y
+
+    def joined(self, other: Tensor) -> Tensor:
+        """[N, H, W, C + D]: the sum with another's channels behind its own."""
+        return join(self._x, shift=self._shift, residual=self._residual, other=other)
+
+    def _set(self, x: Tensor) -> None:
+        self._x, self._shift, self._residual = x, None, None
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Within it cuDNN tries its algorithms where a convolution of new sizes comes, and keeps the fastest."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    """A convolution [N, H', W', out] of x [N, H, W, in], padded so that a stride of 1 keeps the size."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, weight.shape[-1] // 2)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def resnet(w: Resnet, stream: Sum, shift: Tensor, groups: int, eps: float) -> Sum:
+    """One residual block.
+
+    Args:
+        w: its weights.
+        stream: [N, H, W, in].
+        shift: [1 or N, out], added to what the first convolution gives.
+        groups, eps: of the norms.
+
+    Returns:
+        [N, H, W, out].
+    """
+    inner = convolve(stream.norm(w.norm1, groups, eps, silu=True), w.conv1)
+    inner = Sum(inner, shift).norm(w.norm2, groups, eps, silu=True, keep=False)
+    x = stream.value()
+    residual = x if w.shortcut is None else linear(x.flatten(0, 2), w.shortcut).view(*x.shape[:3], -1)
+    return Sum(convolve(inner, w.conv2.weight), w.conv2.bias[None], residual)
+
+
+def upsample(stream: Sum, w: Upsampler, size: tuple[int, int]) -> Sum:
+    """[N, *size, C]: nearest neighbors, then a convolution.
+
+    Where the size doubles, the convolution is of the small input: neighbors that are equal meet the sum of their
+    weights, which is 4 / 9 of the work. Sizes that were odd before they were halved end amid such neighbors.
+    """
+    x = stream.value()
+    images, height, width, _ = x.shape
+    if size != (2 * height, 2 * width):
+        larger = F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
+        return Sum(convolve(larger.contiguous(), w.conv.weight), w.conv.bias[None])
+    outputs = len(w.conv.bias)
+    parts = convolve(x, w.phases).view(images, height + 1, width + 1, 2, 2, outputs)
+    y = x.new_empty((images, height, 2, width, 2, outputs))
+    for down in range(2):
+        for right in range(2):
+            y[:, :, down, :, right] = parts[:, down : down + height, right : right + width, down, right]
+    return Sum(y.view(images, *size, outputs), w.conv.bias[None])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of q [N, T, C] to k and v [N, S, C], each of so many heads side by side: [N * T, C]."""
+    q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)

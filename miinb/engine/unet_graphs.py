@@ -1,0 +1,99 @@
+"""CUDA graphs of a UNet's step, one for each number of texts and of latents, and size of these.
+
+A graph reads latents, the text's keys and values, and the step's shifts from memory of its own. What a prompt has is
+copied there when its first step comes, the shifts of a step before each: so prompts of any number of steps share it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miinb.engine.graphs import Recorder, Replay
+from miinb.engine.image_blocks import fastest_convolutions
+from miinb.engine.unet import Conditions, Unet
+from miinb.wording import size_words
+
+#: That all graphs may take, with what the convolutions need beside their outputs.
+MOST_BYTES = 4 << 30
+
+
+@dataclass(slots=True)
+class _Captured:
+    replay: Replay
+    latents: Tensor  # [N, inputs, height, width]
+    conditions: Conditions  # of one step
+    prediction: Tensor  # [N, outputs, height, width]
+    prompt: Conditions | None = None  # whose text is in `conditions`
+
+
+class GraphedUnet:
+    """A `Unet` that runs a step as a CUDA graph where `capture` has made one, and any other eagerly.
+
+    Args:
+        unet: the model.
+        recorder: None: `Recorder`.
+    """
+
+    def __init__(self, unet: Unet, recorder: Recorder | None = None) -> None:
+        self._unet = unet
+        self._recorder = recorder or Recorder(most_bytes=MOST_BYTES)
+        self._captured: dict[tuple[int, ...], _Captured] = {}
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{texts} x {h} x {w}" for _, texts, h, w, _ in sorted(self._captured))
+        took = f"captured in {self._recorder.seconds:.1f} s, {size_words(self._recorder.bytes)}"
+        return f"predictions of {sizes}, {took}" if sizes else "none"
+
+    def prepare(self, text_embeddings: Tensor, timesteps: Tensor) -> Conditions:
+        """See `Unet.prepare`."""
+        return self._unet.prepare(text_embeddings, timesteps)
+
+    @torch.inference_mode()
+    def capture(self, images: int, height: int, width: int, *, tokens: int = 77, guided: bool = False) -> bool:
+        """Make the graph of a step, if there is none yet.
+
+        The convolutions are the fastest that cuDNN finds by trying, before the capture.
+
+        Args:
+            images: latents of a step.
+            height, width: of the latents.
+            tokens: of each text.
+            guided: whether there are two texts for each of the latents.
+
+        Returns:
+            Whether there is one; not where all of them would take more time or memory than they may.
+        """
+        texts = 2 * images if guided else images
+        key = (images, texts, height, width, tokens)
+        if key not in self._captured and not self._recorder.full():
+            spec, w = self._unet.spec, self._unet.weights
+            zeros = functools.partial(torch.zeros, dtype=w.dtype, device=w.device)
+            latents = zeros((images, spec.inputs, height, width))
+            text = zeros((texts, tokens, w.keys_values.weight.shape[0]))
+            conditions = Conditions(text, zeros((1, w.shifts.weight.shape[0])))
+            index = torch.zeros(1, dtype=torch.int64, device=w.device)
+            with fastest_convolutions():
+                replay, (prediction,) = self._recorder.record(lambda: (self._unet.step(latents, index, conditions),))
+            self._recorder.settle()
+            self._captured[key] = _Captured(replay, latents, conditions, prediction)
+        return key in self._captured
+
+    @torch.inference_mode()
+    def step(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> Tensor:
+        """See `Unet.step`; the result of a graph is valid until the next step."""
+        images, _, height, width = latents.shape
+        texts, tokens, _ = conditions.text.shape
+        captured = self._captured.get((images, texts, height, width, tokens))
+        if captured is None:
+            return self._unet.step(latents, step_index, conditions)
+        if captured.prompt is not conditions:
+            captured.conditions.text.copy_(conditions.text)
+            captured.prompt = conditions
+        captured.latents.copy_(latents)
+        torch.index_select(conditions.shifts, 0, step_index, out=captured.conditions.shifts)
+        captured.replay()
+        return captured.prediction
