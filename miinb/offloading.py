@@ -22,7 +22,11 @@ def settings_fault(settings: object) -> str:
     for name, part in parts.items():
         if part is not None and not isinstance(part, Mapping):
             return f"{name}: give a dictionary, not {part!r:.60}"
-    if all((settings.get(name) or {}).get("enabled") for name in ("fp16", "bf16")):
+    enabled = {name: (settings.get(name) or {}).get("enabled") for name in ("fp16", "bf16")}
+    for name, value in enabled.items():
+        if value not in (None, True, False):  # transformers' Trainer has "auto"
+            return f"{name}.enabled: give True or False, not {value!r:.60}"
+    if all(enabled.values()):
         return "fp16 and bf16 are both on: enable one of them"
     return ""
 

@@ -85,6 +85,11 @@ ZERO = {"enable_zero": True, "enable_deepspeed": False}
             InvalidValue,
             r"zero_optimization\.offload_param: give a dictionary, not 'cpu'",
         ),
+        (
+            ZERO | {"ds_config": {"bf16": {"enabled": "auto"}}},
+            InvalidValue,
+            "bf16.enabled: give True or False, not 'auto'",
+        ),
         (ZERO | {"ds_config": {"fp16": True}}, InvalidValue, "fp16: give a dictionary, not True"),
         (
             ZERO | {"ds_config": {"fp16": {"enabled": True}, "bf16": {"enabled": True}}},
