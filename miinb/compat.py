@@ -14,6 +14,7 @@ from typing import Any
 
 from miinb.constants import DeploymentType, TaskType
 from miinb.errors import InvalidValue, TargetError, UnknownOption, did_you_mean
+from miinb.offloading import settings_fault
 from miinb.queries import MiiReply
 from miinb.session import Session, attach
 
@@ -233,7 +234,9 @@ def _refuse(
 ) -> None:
     """Refuse what cannot be honored, rather than drop it."""
     if enable_zero and enable_deepspeed:
-        raise InvalidValue("enable_zero: not together with enable_deepspeed, select only one.")
+        raise InvalidValue(
+            "enable_zero: not together with enable_deepspeed, select only one.", hint="Set enable_deepspeed=False."
+        )
     if ds_config is not None and not enable_zero:
         raise InvalidValue("ds_config: acts only with enable_zero=True.")
     if model_path is not None:
@@ -262,15 +265,17 @@ def _zero(ds_config: Mapping[str, Any] | str | None, options: Mapping[str, Any])
 
 
 def _ds_config(ds_config: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    if not isinstance(ds_config, (str, os.PathLike)):
-        return dict(ds_config or {})
-    try:
-        found = json.loads(Path(ds_config).read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidValue(f"ds_config: {ds_config} is no file of JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise InvalidValue(f"ds_config: {ds_config} holds no JSON object.")
-    return found
+    found: Any = {} if ds_config is None else ds_config
+    if isinstance(ds_config, (str, os.PathLike)):
+        try:
+            found = json.loads(Path(ds_config).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InvalidValue(f"ds_config: {ds_config} is no file of JSON ({error}).") from error
+        if not isinstance(found, dict):
+            raise InvalidValue(f"ds_config: {ds_config} holds no JSON object.")
+    if fault := settings_fault(found):
+        raise InvalidValue(f"ds_config: {fault}.", hint="It is DeepSpeed's configuration of ZeRO stage 3, or its file.")
+    return dict(found)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from miinb.bench_fields import Tokens, read_slo, read_tokens
 from miinb.errors import InvalidRequest, near
 from miinb.frozen import Frozen, InvalidValueError
+from miinb.offloading import settings_fault
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._/][A-Za-z0-9._/-]{0,63}")
 MAX_NEW_TOKENS = 1 << 20
@@ -74,11 +75,16 @@ class EngineOptions(Frozen):
     all_reduce: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     memory_limit_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
     offload: Literal["off", "cpu", "nvme"] = "off"
-    offload_folder: str | None = None
+    offload_folder: Annotated[str, Field(min_length=1)] | None = None
     ds_config: dict[str, Any] | None = None
     quantize_head: bool = True
-    calibration: Annotated[str, Field(min_length=1)] | list[str] = "auto"
+    calibration: str | list[str] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
+
+    @model_validator(mode="after")
+    def _written(self) -> Self:
+        self.refuse_unwritable("options.")
+        return self
 
     @model_validator(mode="after")
     def _offload(self) -> Self:
@@ -86,6 +92,8 @@ class EngineOptions(Frozen):
             raise InvalidValueError("options.offload_folder, options.ds_config: only with options.offload")
         if (self.offload == "nvme") != (self.offload_folder is not None):
             raise InvalidValueError("options.offload_folder: with options.offload='nvme', and only there")
+        if fault := settings_fault(self.ds_config or {}):
+            raise InvalidValueError(f"options.ds_config: {fault}")
         stage = ((self.ds_config or {}).get("zero_optimization") or {}).get("stage", 3)
         if stage != 3:
             raise InvalidValueError(
@@ -152,6 +160,7 @@ class DeploymentConfig(Frozen):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        self.refuse_unwritable()
         if self.options.compile and self.engine != "baseline":
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
         if self.options.speculative != "off" and self.engine != "optimized":

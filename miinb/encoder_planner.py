@@ -112,8 +112,10 @@ def _does_not_fit(
         fits.append("a smaller options.max_step_tokens")
     if choice.device == "cpu" and config.replicas > 1:
         fits.append("fewer replicas")
+    limit = config.options.memory_limit_bytes
+    bound = f" (options.memory_limit_bytes is {size_words(limit)})" if limit else ""
     return OutOfMemory(
         f"{config.model} needs about {size_words(weights + step)} in {choice.dtype} ({size_words(weights)} of weights, "
-        f"{size_words(step)} for a step); {size_words(max(0, usable))} can be used.",
+        f"{size_words(step)} for a step); {size_words(max(0, usable))} can be used{bound}.",
         hint=f"What would fit: {'; '.join(fits)}." if fits else "Take a smaller model.",
     )

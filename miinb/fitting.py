@@ -66,15 +66,30 @@ def does_not_fit(
     fits += _offload(config, choice, model, hardware, place)
     if not place.on_gpu and config.replicas > 1:
         fits.append("fewer replicas")
-    largest = max(0.0, place.usable / DTYPE_BYTES[choice.dtype] / 1e9)
-    where = "each GPU" if place.on_gpu else "this machine"
     return OutOfMemory(
         f"{config.model} needs about {size_words(need)} in {choice.dtype} ({size_words(weights)} of weights, "
-        f"{tokens:,} tokens of cache); {size_words(place.free)} are free on {where}, {USABLE:.0%} of it usable.",
-        hint=f"What would fit: {'; '.join(fits)}."
-        if fits
-        else f"There is room for about {largest:.1f} billion parameters; it has {model.parameters / 1e9:.1f} billion.",
+        f"{tokens:,} tokens of cache); {_bound(config, place)}, {USABLE:.0%} of it usable.",
+        hint=f"What would fit: {'; '.join(fits)}." if fits else _room(config, choice, model, place),
     )
+
+
+def _bound(config: DeploymentConfig, place: Place) -> str:
+    """What bounds the memory: the user's limit, or what is free."""
+    if place.free == config.options.memory_limit_bytes:
+        return f"options.memory_limit_bytes is {size_words(place.free)}"
+    return f"{size_words(place.free)} are free on {'each GPU' if place.on_gpu else 'this machine'}"
+
+
+def _room(config: DeploymentConfig, choice: Plan, model: ModelInfo, place: Place) -> str:
+    """The hint where nothing would fit: how large a model may be."""
+    if place.usable <= 0:
+        runtime = size_words(GPU_RUNTIME_BYTES if place.on_gpu else RUNTIME_BYTES)
+        limited = place.free == config.options.memory_limit_bytes
+        more = "Raise options.memory_limit_bytes" if limited else "Free some memory"
+        return f"{more}: a rank takes {runtime} besides the weights and the cache."
+    unit, word = (1e9, "billion") if place.usable >= DTYPE_BYTES[choice.dtype] * 1e8 else (1e6, "million")
+    largest, has = place.usable / DTYPE_BYTES[choice.dtype] / unit, model.parameters / unit
+    return f"There is room for about {largest:,.1f} {word} parameters; it has {has:,.1f} {word}."
 
 
 def _smaller_cache(place: Place, weights: int, token: int) -> list[str]:

@@ -41,6 +41,20 @@ class Frozen(BaseModel):
         """JSON that `from_json` reads back."""
         return self.model_dump_json()
 
+    def refuse_unwritable(self, prefix: str = "") -> None:
+        """For validators: raise InvalidValueError where a field holds what JSON cannot say, as processes are told it.
+
+        Args:
+            prefix: before the field's name in the message.
+        """
+        for name in self.model_fields_set:
+            try:
+                self.model_dump_json(include={name})
+            except ValueError as error:
+                lone = "surrogate" in str(error)
+                what = "a lone surrogate, which is not text" if lone else "something that is not of JSON"
+                raise InvalidValueError(f"{prefix}{name}: it holds {what}") from None
+
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """The configuration that `to_json` wrote."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from miinb.calibration import is_given
 from miinb.config import DeploymentConfig
 from miinb.errors import InvalidValue
 from miinb.hardware import Gpu
@@ -10,6 +11,10 @@ from miinb.models import FP8_CAPABILITY, QUANTIZED_CAPABILITY, ModelInfo
 
 #: Dtypes of weights alone.
 QUANTIZED = ("int8", "int4", "fp8")
+#: What int4 is where it is not fitted to a text.
+TO_THE_NEAREST = "int4 is rounded to the nearest, which loses more"
+#: Parameters of the largest model that a CPU fits to the sample: SmolLM2-135M takes it some five minutes.
+_MOST_ON_CPU = 300_000_000
 
 
 def quantized(choice: Plan, config: DeploymentConfig, model: ModelInfo, groups: list[list[Gpu]]) -> Plan:
@@ -48,7 +53,44 @@ def quantized(choice: Plan, config: DeploymentConfig, model: ModelInfo, groups: 
     what += f"; activations, norms and cache in {rest}"
     if dtype == "fp8":
         what += ", and activations in fp8 where more than 64 rows are multiplied"
-    return choice.with_line("dtype", dtype, f"asked for: {what}", dtype=dtype)
+    choice = choice.with_line("dtype", dtype, f"asked for: {what}", dtype=dtype)
+    return _fitted(choice, config, model, on_gpu=on_gpu) if dtype == "int4" else choice
+
+
+def _fitted(choice: Plan, config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> Plan:
+    """The plan of int4 with a line where it will not be fitted to a text; a warning too where a text was given."""
+    given = is_given(config.options.calibration)
+    if given and config.tensor_parallel > 1:
+        raise InvalidValue(
+            "options.calibration: int4 over several ranks is rounded to the nearest, not fitted to a text.",
+            hint="Use tensor_parallel=1, dtype='int8', or calibration='off'.",
+        )
+    why = why_unfitted(config, model, on_gpu=on_gpu)
+    if not why:
+        return choice
+    reason = f"{why}; {TO_THE_NEAREST}"
+    return choice.with_line(
+        "calibration", "off", reason, warnings=(*choice.warnings, reason) if given else choice.warnings
+    )
+
+
+def why_unfitted(config: DeploymentConfig, model: ModelInfo, *, on_gpu: bool) -> str:
+    """Why int4 will not be fitted to a text, as far as that is known before a start, or "".
+
+    The rank may still find that the memory for it is not there.
+    """
+    calibration = config.options.calibration
+    if calibration == "off":
+        return "asked for"
+    if config.load_format == "dummy":
+        return "random weights"
+    if config.tensor_parallel > 1:
+        return "several ranks: each would need the others' part of every layer"
+    if calibration == "auto" and not on_gpu and model.parameters > _MOST_ON_CPU:
+        return "it would take a CPU long (give a text to have it)"
+    if not (model.folder / "tokenizer.json").exists():
+        return "there is no tokenizer.json"
+    return ""
 
 
 def check_device(dtype: str, capability: tuple[int, int] | None) -> None:

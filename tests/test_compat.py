@@ -53,12 +53,15 @@ def test_refused_options_say_what_to_do(config: dict[str, Any], error: type[Exce
         compat.session_options(config)
 
 
+ZERO = {"enable_zero": True, "enable_deepspeed": False}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
         ({"deployment_type": mii.constants.DeploymentType.AML}, TargetError, "not there yet"),
         ({"deployment_type": "locl"}, InvalidValue, "local"),
-        ({"enable_zero": True}, InvalidValue, "select only one"),
+        ({"enable_zero": True}, InvalidValue, r"select only one\. Set enable_deepspeed=False\."),
         ({"ds_config": {"zero_optimization": {"stage": 3}}}, InvalidValue, "only with enable_zero"),
         (
             {"enable_zero": True, "enable_deepspeed": False, "ds_config": {"zero_optimization": {"stage": 2}}},
@@ -71,6 +74,28 @@ def test_refused_options_say_what_to_do(config: dict[str, Any], error: type[Exce
             "MII dtype and ZeRO dtype must match",
         ),
         ({"enable_zero": True, "enable_deepspeed": False, "ds_config": "no.json"}, InvalidValue, "no file of JSON"),
+        (ZERO | {"ds_config": [1]}, InvalidValue, r"ds_config: give a dictionary, not \[1\]"),
+        (
+            ZERO | {"ds_config": {"zero_optimization": "x"}},
+            InvalidValue,
+            "zero_optimization: give a dictionary, not 'x'",
+        ),
+        (
+            ZERO | {"ds_config": {"zero_optimization": {"offload_param": "cpu"}}},
+            InvalidValue,
+            r"zero_optimization\.offload_param: give a dictionary, not 'cpu'",
+        ),
+        (
+            ZERO | {"ds_config": {"bf16": {"enabled": "auto"}}},
+            InvalidValue,
+            "bf16.enabled: give True or False, not 'auto'",
+        ),
+        (ZERO | {"ds_config": {"fp16": True}}, InvalidValue, "fp16: give a dictionary, not True"),
+        (
+            ZERO | {"ds_config": {"fp16": {"enabled": True}, "bf16": {"enabled": True}}},
+            InvalidValue,
+            "fp16 and bf16 are both on",
+        ),
         ({"model_path": "/tmp/mii_models"}, InvalidValue, "HF_HUB_CACHE"),
         ({"task": "text-generatoin"}, InvalidValue, "text-generation"),
         ({"version": 2}, InvalidValue, "Azure ML"),

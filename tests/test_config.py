@@ -36,6 +36,25 @@ def test_wrong_values_name_their_field(values: dict[str, object], field: str) ->
         DeploymentConfig.parse({"model": "m", **values})
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"options": {"calibration": ["fine", "\ud800"]}}, "options.calibration: it holds a lone surrogate"),
+        ({"options": {"calibration": "\ud800"}}, "options.calibration: it holds a lone surrogate"),
+        ({"revision": "\ud800"}, "revision: it holds a lone surrogate"),
+        (
+            {"options": {"offload": "cpu", "ds_config": {"a": object()}}},
+            "options.ds_config: it holds something that is not of JSON",
+        ),
+        ({"options": {"offload": "cpu", "ds_config": {"fp16": [1]}}}, "options.ds_config: fp16: give a dictionary"),
+    ],
+)
+def test_what_a_process_cannot_be_told_is_refused(values: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        DeploymentConfig.parse({"model": "m", **values})
+    assert caught.value.message.startswith(words)
+
+
 def test_config_survives_json() -> None:
     config = DeploymentConfig.parse({"model": "m", "gpus": [[0, 1], [2, 3]], "tensor_parallel": 2, "replicas": 2})
     assert DeploymentConfig.from_json(config.to_json()) == config

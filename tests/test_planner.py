@@ -145,6 +145,8 @@ def test_an_encoder(tmp_path: Path) -> None:
         planned(small, bert)
     assert caught.value.hint == "What would fit: dtype='bf16'; dtype='int8'."
     assert "int8" in line(planned(small, bert, dtype="int8"), "weights")
+    with pytest.raises(OutOfMemory, match=r"can be used \(options\.memory_limit_bytes is 1\.07 GB\)\."):
+        planned(CPU, bert, options={"memory_limit_bytes": 1 * GB})
 
 
 @pytest.mark.parametrize(
@@ -273,8 +275,10 @@ def test_weights_that_wait_elsewhere() -> None:
 
 def test_a_limit_below_what_is_free() -> None:
     assert planned(options={"memory_limit_bytes": 4 * GB}).kv_cache_bytes < planned().kv_cache_bytes
-    with pytest.raises(OutOfMemory, match=r"1\.71 GB of weights.*2\.15 GB are free"):
+    with pytest.raises(OutOfMemory, match=r"1\.71 GB of weights.*options\.memory_limit_bytes is 2\.15 GB, 90% of"):
         planned(options={"memory_limit_bytes": 2 * GB})
+    with pytest.raises(OutOfMemory, match=r"2\.15 GB are free on this machine"):
+        planned(dataclasses.replace(CPU, free_bytes=2 * GB), options={"memory_limit_bytes": 3 * GB})
     choice = planned(options={"memory_limit_bytes": 2 * GB, "offload": "cpu"})
     assert "some layers of 16 at a time" in line(choice, "weights")
 
@@ -352,6 +356,21 @@ def test_a_model_that_does_not_fit_a_cpu_names_what_would() -> None:
     with pytest.raises(OutOfMemory) as caught:
         planned(middle, replicas=2)
     assert "fewer replicas" in caught.value.hint
+
+
+def test_what_is_said_where_nothing_fits() -> None:
+    for hardware, runtime in ((CPU, "629 MB"), (TWO_GPUS, "1.07 GB")):
+        with pytest.raises(OutOfMemory) as caught:
+            planned(hardware, options={"memory_limit_bytes": GB // 2})
+        assert caught.value.hint == (
+            f"Raise options.memory_limit_bytes: a rank takes {runtime} besides the weights and the cache."
+        )
+    with pytest.raises(OutOfMemory) as caught:
+        planned(dataclasses.replace(CPU, free_bytes=GB // 2))
+    assert caught.value.hint.startswith("Free some memory: a rank takes 629 MB")
+    with pytest.raises(OutOfMemory) as caught:
+        planned(dataclasses.replace(CPU, free_bytes=int(0.75 * GB)))
+    assert caught.value.hint == "There is room for about 47.8 million parameters; it has 852.6 million."
 
 
 def test_lines_of_a_gpu() -> None:
@@ -474,6 +493,37 @@ def test_what_is_offered_does_not_have_fp8() -> None:
         planned(small, dtype="fp32")
     assert "dtype='int8'" in caught.value.hint
     assert "fp8" not in caught.value.hint
+
+
+def test_int4_that_is_not_fitted_says_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    small = dataclasses.replace(LLAMA, folder=tmp_path, parameters=200_000_000)
+    given = {"options": {"calibration": ["Some text."]}}
+
+    def told(hardware: Hardware, model: ModelInfo, **fields: Any) -> tuple[str, tuple[str, ...]]:
+        choice = planned(hardware, model, dtype="int4", **fields)
+        lines = [f"{one.choice}: {one.reason}" for one in choice.lines if one.what == "calibration"]
+        return "".join(lines), choice.warnings
+
+    nearest = "int4 is rounded to the nearest, which loses more"
+    for hardware in (CPU, TWO_GPUS):
+        assert told(hardware, small) == told(hardware, small, **given) == ("", ())
+        several, warnings = told(hardware, small, tensor_parallel=2)
+        assert several.startswith("off: several ranks")
+        assert several.endswith(nearest)
+        assert warnings == ()
+        with pytest.raises(InvalidValue, match=r"options\.calibration: int4 over several ranks") as caught:
+            told(hardware, small, tensor_parallel=2, **given)
+        assert "tensor_parallel=1, dtype='int8'" in caught.value.hint
+        assert told(hardware, small, options={"calibration": "off"}) == (f"off: asked for; {nearest}", ())
+        dummy = f"random weights; {nearest}"
+        assert told(hardware, small, load_format="dummy", **given) == (f"off: {dummy}", (dummy,))
+        bare = dataclasses.replace(small, folder=tmp_path / "bare")
+        assert told(hardware, bare) == (f"off: there is no tokenizer.json; {nearest}", ())
+    large_one = dataclasses.replace(small, parameters=LLAMA.parameters)
+    assert told(CPU, large_one)[0].startswith("off: it would take a CPU long")
+    assert told(TWO_GPUS, large_one) == told(CPU, large_one, **given) == ("", ())
+    assert not [one for one in planned(dtype="int8").lines if one.what == "calibration"]
 
 
 def test_quantized_weights_that_cannot_be(tmp_path: Path) -> None:

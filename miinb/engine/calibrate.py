@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miinb.calibration import calibration_text, is_given
 from miinb.config import DeploymentConfig
 from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
 from miinb.engine.gptq import round_by_inputs
@@ -23,37 +23,21 @@ from miinb.engine.parity import one_layer_cache
 from miinb.engine.place import Place, free_bytes
 from miinb.engine.quantize import Account
 from miinb.engine.spec import DecoderSpec
-from miinb.errors import InvalidValue, OutOfMemory
+from miinb.errors import OutOfMemory
 from miinb.kernels.activation import gated
 from miinb.kernels.linear import PackedLinear, linear
+from miinb.messages import Plan
 from miinb.models import ModelInfo
+from miinb.quantized_planner import TO_THE_NEAREST, why_unfitted
 from miinb.wording import size_words
 
 #: Tokens of one sequence, sequences of a step, and most of all by device: they take a CPU minutes, a GPU seconds.
 WINDOW, _TOGETHER = 512, 8
 _MOST = {"cuda": 96, "cpu": 32}
-#: Parameters of the largest model that a CPU fits to the sample: SmolLM2-135M takes it some five minutes.
-_MOST_ON_CPU = 300_000_000
 _PAGE_TOKENS = 16
-#: Topics of Python's own documentation that make the sample.
-_TOPICS = ("specialnames", "compound", "types", "string-methods", "debugger", "execmodel", "strings", "try", "calls")
+#: A text of fewer tokens says too little of the inputs that a model gets.
+FEW_TOKENS = 128
 _MATRICES = ("qkv", "out", "up", "down")
-
-
-def calibration_text(source: str | Sequence[str]) -> str:
-    """The text of the option `calibration`. Raises InvalidValue where a file cannot be read."""
-    if not isinstance(source, str):
-        return "\n\n".join(source)
-    if source == "auto":
-        import pydoc_data.topics
-
-        topics = pydoc_data.topics.topics
-        return "\n\n".join(topics[name] for name in _TOPICS if name in topics)
-    try:
-        return Path(source).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        hint = "Give the path of a text file, a list of texts, 'auto' or 'off'."
-        raise InvalidValue(f"options.calibration: {source} cannot be read ({error}).", hint=hint) from None
 
 
 def calibration_of(config: DeploymentConfig, model: ModelInfo, place: Place) -> list[int]:
@@ -68,34 +52,38 @@ def calibration_of(config: DeploymentConfig, model: ModelInfo, place: Place) -> 
     return calibration_tokens(model, config.options.calibration)
 
 
+def with_calibration(plan: Plan, config: DeploymentConfig, model: ModelInfo, place: Place, tokens: int) -> Plan:
+    """The plan with a line on an int4 model that was fitted to so many tokens; where a given text was of no use or is
+    short, a warning too.
+    """
+    what, choice, reason = calibration_line(config, model, place, tokens)
+    warned = is_given(config.options.calibration) and tokens < FEW_TOKENS
+    return plan.with_line(what, choice, reason, warnings=(*plan.warnings, reason) if warned else plan.warnings)
+
+
 def calibration_line(config: DeploymentConfig, model: ModelInfo, place: Place, tokens: int) -> tuple[str, str, str]:
     """The plan's line on an int4 model that was fitted to so many tokens."""
     if not tokens:
-        why = _why_not(config, model, place) or "there is no tokenizer.json"
-        return "calibration", "off", f"{why}; int4 is rounded to the nearest, which loses more"
-    source = "the text that was given"
-    if config.options.calibration == "auto":
-        source = "a sample of Python's documentation"
-    return "calibration", f"{tokens:,} tokens", f"of {source}: int4 is rounded for the inputs that they make"
+        why = _why_not(config, model, place) or "the calibration text has no token of this model"
+        return "calibration", "off", f"{why}; {TO_THE_NEAREST}"
+    given = is_given(config.options.calibration)
+    source = "the text that was given" if given else "a sample of Python's documentation"
+    reason = f"of {source}: int4 is rounded for the inputs that they make"
+    if tokens < FEW_TOKENS:
+        reason = f"the calibration text is too short: with fewer than {FEW_TOKENS} tokens int4 can lose much more"
+    return "calibration", f"{tokens:,} tokens", reason
 
 
 def _why_not(config: DeploymentConfig, model: ModelInfo, place: Place) -> str:
     """Why int4 is not fitted to a text, or "". Raises OutOfMemory where it was asked for and cannot be."""
-    if config.options.calibration == "off":
-        return "asked for"
-    if config.load_format == "dummy":
-        return "random weights"
-    if config.tensor_parallel > 1:
-        return "several ranks: each would need the others' part of every layer"
-    unasked = config.options.calibration == "auto"
-    if unasked and place.device.type == "cpu" and model.parameters > _MOST_ON_CPU:
-        return "it would take a CPU long (give a text to have it)"
+    if why := why_unfitted(config, model, on_gpu=place.device.type == "cuda"):
+        return why
     working, free = working_bytes(model, place), free_bytes(place.device, config)
     form: dict[str, Any] = {"on_gpu": place.device.type == "cuda", "quantize_head": config.options.quantize_head}
     if model.weights_bytes("int4", **form) + working <= free:
         return ""
     needs = f"it would take about {size_words(working)} of memory besides the weights"
-    if unasked:
+    if not is_given(config.options.calibration):
         return f"{needs}, of {size_words(free)} that are free"
     raise OutOfMemory(
         f"options.calibration: {needs}, of {size_words(free)} that are free.",

@@ -15,7 +15,7 @@ import torch
 from miinb import models, splitting
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, parity
-from miinb.engine.calibrate import calibration_line, calibration_of
+from miinb.engine.calibrate import calibration_of, with_calibration
 from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.encoder import Encoder, EncoderWeights
@@ -213,7 +213,7 @@ def _step_executor(
     )
     plan = _load_lines(info.plan, weights, place, time.monotonic() - started)
     if place.dtype == "int4":
-        plan = plan.with_line(*calibration_line(config, model, place, weights.fitted_tokens))
+        plan = with_calibration(plan, config, model, place, weights.fitted_tokens)
     ops, plan = operators_of(plan, local, place)
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)

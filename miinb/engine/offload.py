@@ -16,6 +16,7 @@ from miinb.errors import InvalidValue
 from miinb.fitting import LIVE_LAYERS, live_parameters
 from miinb.messages import EngineInfo
 from miinb.models import ModelInfo
+from miinb.offloading import no_libaio
 
 
 def settings_of(config: DeploymentConfig, model: ModelInfo, info: EngineInfo) -> dict[str, Any]:
@@ -76,7 +77,4 @@ def _check_disk() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise InvalidValue(
-            "options.offload: DeepSpeed cannot read a disk asynchronously here, as libaio is not installed.",
-            hint="Install it (Debian: apt install libaio-dev), or use options.offload='cpu'.",
-        )
+        raise no_libaio()

@@ -15,7 +15,13 @@ from miinb import models
 from miinb.config import DeploymentConfig
 from miinb.demo import fetch
 from miinb.engine import calibrate
-from miinb.engine.calibrate import calibration_line, calibration_of, calibration_text, calibration_tokens
+from miinb.engine.calibrate import (
+    calibration_line,
+    calibration_of,
+    calibration_text,
+    calibration_tokens,
+    with_calibration,
+)
 from miinb.engine.decoder import Decoder, StepBatch, StepRow
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.kv_cache import CacheSize, KVCache
@@ -25,11 +31,13 @@ from miinb.engine.quantize import Account, Quantizer
 from miinb.engine.weights import tensors
 from miinb.errors import InvalidValue, OutOfMemory
 from miinb.kernels.formats import dequantize
+from miinb.messages import Plan
 from tests.engine.conftest import real_text
 from tests.engine.test_loading import answer, load, stand_in_tokenizer
 from tests.engine.test_quantize import decoder
 
 Tiny = Callable[[str], tuple[Any, Path]]
+CPU = Place(torch.device("cpu"), "int4")
 
 
 def inputs(count: int, columns: int) -> Tensor:
@@ -122,6 +130,23 @@ def test_a_deployment_says_what_it_was_fitted_to(tiny: Tiny, tmp_path: Path) -> 
     given = line(options={"calibration": ["word " * 2000]})
     assert "of the text that was given" in given
     assert int(given.split()[0].replace(",", "")) >= 128
+
+
+def test_a_short_text_is_warned_of(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("llama")[1]
+    stand_in_tokenizer(folder)
+    executor, _ = load(folder, tmp_path, dtype="int4", options={"calibration": ["a word"]})
+    plan = executor.info.plan
+    said = next(one for one in plan.lines if one.what == "calibration")
+    assert 0 < int(said.choice.split()[0]) < calibrate.FEW_TOKENS
+    assert said.reason.startswith("the calibration text is too short: with fewer than 128 tokens")
+    assert said.reason in plan.warnings
+
+    config = DeploymentConfig.parse({"model": "m", "dtype": "int4", "options": {"calibration": ["a word"]}})
+    plan = with_calibration(Plan("optimized", "cpu", "int4"), config, models.inspect(folder), CPU, 0)
+    assert plan.lines[-1].reason.startswith("the calibration text has no token of this model")
+    assert plan.warnings == (plan.lines[-1].reason,)
+    assert with_calibration(Plan("optimized", "cpu", "int4"), config, models.inspect(folder), CPU, 128).warnings == ()
 
 
 def test_a_cpu_does_not_fit_a_large_model_unasked(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
