@@ -227,8 +227,10 @@ def fresh(tmp_path: Path) -> Iterator[Callable[[], FrontendProcess]]:
         process.close()
 
 
-def test_a_frontend_that_dies_is_said_and_its_successor_is_not_taken_for_it(fresh: Any) -> None:
+def test_a_frontend_that_dies_is_said_and_another_deployment_is_not_taken_for_its_own(fresh: Any) -> None:
     frontend = fresh()
+    supervisor = frontend.folder / "control.sock"  # which tells deployments apart
+    supervisor.touch()
     with frontend.client() as client, ThreadPoolExecutor(1) as pool:
         assert client.predict("abc")
         frontend.ranks[0].send_signal(signal.SIGSTOP)
@@ -242,6 +244,9 @@ def test_a_frontend_that_dies_is_said_and_its_successor_is_not_taken_for_it(fres
             client.predict("abc", timeout_s=5)
         frontend.ranks[0].kill()
         successor = fresh()
+        assert client.predict("abc")  # the same supervisor has started it again
+        supervisor.rename(supervisor.with_name("ended"))
+        supervisor.touch()
         with pytest.raises(errors.Unavailable, match="started the deployment again"):
             client.predict("abc")
     with successor.client() as client:
