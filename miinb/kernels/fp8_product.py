@@ -17,20 +17,17 @@ from miinb.kernels.dispatch import (
     arrival_counters,
     jit,
     launch_options,
-    shared_memory_bytes,
     tl,
     wait_for_inputs,
 )
 from miinb.kernels.formats import FP8_COLUMNS
-from miinb.kernels.product import write_tile
-from miinb.kernels.quantized_product import Tile
+from miinb.kernels.quantized_product import Tile, left_rows, tile_options, write_left
 
 #: The first tile that has the rows: those of int8, as measured on an H200 (`quantized_product`).
 _TILES = (Tile(16, 64, 4, 4, 512), Tile(32, 64, 4, 6, 256), Tile(64, 128, 8, 3, 128))
 #: More are made fp8 themselves (`fp8_many.py`).
 MOST_ROWS = 64
 _COLUMNS = 128
-_MOST_PARTS = 8
 
 
 def fp8_product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None:
@@ -45,11 +42,9 @@ def fp8_product_tile(x: Tensor, n: int, *, gated: bool) -> dict[str, Any] | None
     weight_rows = 2 * n if gated else n
     if k % FP8_COLUMNS or (gated and weight_rows % tile.outputs):
         return None
-    stages = min(shared_memory_bytes(x) // (_COLUMNS * (2 * tile.rows + tile.outputs)), tile.stages)
-    tiles = -(-weight_rows // tile.outputs)
-    split = 1 if gated else min(max(tile.programs // tiles, 1), _MOST_PARTS, -(-k // _COLUMNS))
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": _COLUMNS, "SPLIT": split}
-    return blocks | {"num_warps": tile.warps, "num_stages": stages}
+    stage_bytes = _COLUMNS * (2 * tile.rows + tile.outputs)
+    options = tile_options(x, tile, weight_rows, stage_bytes, gated=gated)
+    return options and options | {"BLOCK_K": _COLUMNS}
 
 
 def fp8_product(
@@ -115,18 +110,11 @@ def _product(
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order.
-
-    Of a gated pair it takes 8 rows of the gate, the 8 of the other half that belong to them, and so on: a thread's sums
-    are then of both.
-    """
+    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order."""
     unit, part = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
-    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    first = unit * OUTPUTS
-    row = tl.arange(0, BLOCK_N)
-    # places past the last row compute another row again
-    row = first + row // 16 * 8 + row % 8 + row // 8 % 2 * n if GATED else tl.minimum(first + row, n - 1)
+    first = unit * (BLOCK_N // 2 if GATED else BLOCK_N)
+    row = left_rows(first, n, BLOCK_N, GATED)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SPAN: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     column = tl.arange(0, BLOCK_K)
@@ -144,17 +132,9 @@ def _product(
             numbers = tl.load(from_weight + step * BLOCK_K, mask=there[None, :], other=0.0)
         acc = tl.dot(_weights(numbers, x.dtype.element_ty), value, acc)
     acc *= tl.load(scale + row)[:, None]
-    acc = acc.T
-    if GATED:
-        acc, acc2 = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, OUTPUTS // 8, 2, 8]), (0, 1, 3, 2)))
-        acc, acc2 = tl.reshape(acc, [BLOCK_M, OUTPUTS]), tl.reshape(acc2, [BLOCK_M, OUTPUTS])
-    j = first + tl.arange(0, OUTPUTS)
-    to = m[:, None] * n + j[None, :]
-    mask = (m < rows)[:, None] & (j < n)[None, :]
-    j = tl.minimum(j, n - 1)
-    write_tile(
-        acc, acc2 if GATED else acc, bias, residual, y, partial, counters, unit, part, rows, to, j, n, mask, SPLIT,
-        ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
+    write_left(
+        acc, bias, residual, y, partial, counters, unit, part, m, first, rows, n, SPLIT, ACTIVATION, GATED, HAS_BIAS,
+        HAS_RESIDUAL,
     )
 
 

@@ -62,12 +62,27 @@ def quantized_product_tile(x: Tensor, n: int, bits: int, *, gated: bool) -> dict
     if k % GROUP or (gated and weight_rows % tile.outputs):
         return None
     stage_bytes = tile.rows * _COLUMNS * 2 + tile.outputs * (_COLUMNS * bits // 8 + 16)
+    options = tile_options(x, tile, weight_rows, stage_bytes, gated=gated)
+    return options and options | {"BLOCK_W": _COLUMNS * bits // 32}
+
+
+def tile_options(x: Tensor, tile: Tile, weight_rows: int, stage_bytes: int, *, gated: bool) -> dict[str, Any] | None:
+    """The options that a tile gives any kernel with weights on the left, or None where it has no room for its loads.
+
+    Args:
+        x: [T, K].
+        tile: for the rows of x.
+        weight_rows: rows of the weight; of a gated pair of both halves.
+        stage_bytes: of shared memory that a step's loads take.
+        gated: whether the weight is a gated pair, whose sums are not split.
+    """
+    rows, k = x.shape
     stages = min(shared_memory_bytes(x) // stage_bytes, tile.stages)
     if stages < 2:
         return None
     tiles = -(-weight_rows // tile.outputs) * -(-rows // tile.rows)
     split = 1 if gated else min(max(tile.programs // tiles, 1), _MOST_PARTS, -(-k // _COLUMNS))
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_W": _COLUMNS * bits // 32, "SPLIT": split}
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "SPLIT": split}
     return blocks | {"num_warps": tile.warps, "num_stages": stages}
 
 
@@ -135,19 +150,12 @@ def _product(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order.
-
-    Of a gated pair it takes 8 rows of the gate, the 8 of the other half that belong to them, and so on: a thread's sums
-    are then of both.
-    """
+    """One program a tile of outputs and part of the sum; the last to finish of a tile adds the parts in their order."""
     unit, part = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(rows, BLOCK_M)
     m = unit % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    first = unit // tiles * OUTPUTS
-    row = tl.arange(0, BLOCK_N)
-    # places past the last row compute another row again
-    row = first + row // 16 * 8 + row % 8 + row // 8 % 2 * n if GATED else tl.minimum(first + row, n - 1)
+    first = unit // tiles * (BLOCK_N // 2 if GATED else BLOCK_N)
+    row = left_rows(first, n, BLOCK_N, GATED)
     NUMBERS: tl.constexpr = 32 // BITS
     COLUMNS: tl.constexpr = BLOCK_W * NUMBERS
     STEPS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
@@ -170,10 +178,34 @@ def _product(
             mask = (scales < K // 64 - step * SCALES)[None, :]
             factor = tl.load(from_scale + step * SCALES, mask=mask, other=0)
         acc = tl.dot(_weights(words, factor, BITS, x.dtype.element_ty), value, acc)
+    write_left(
+        acc, bias, residual, y, partial, counters, unit, part, m, first, rows, n, SPLIT, ACTIVATION, GATED, HAS_BIAS,
+        HAS_RESIDUAL,
+    )
+
+
+@jit
+def left_rows(first, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """The weight's rows of a tile whose outputs begin at `first`; places past the last row compute another row again.
+
+    Of a gated pair it takes 8 rows of the gate, the 8 of the other half that belong to them, and so on: a thread's sums
+    are then of both.
+    """
+    row = tl.arange(0, BLOCK_N)
+    return first + row // 16 * 8 + row % 8 + row // 8 % 2 * n if GATED else tl.minimum(first + row, n - 1)
+
+
+@jit
+def write_left(
+    acc, bias, residual, y, partial, counters, unit, part, m, first, rows, n, SPLIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):
+    """`write_tile` of sums [rows of the weight, of x], the weight's as `left_rows` has them."""
     acc = acc.T
+    OUTPUTS: tl.constexpr = acc.shape[1] // 2 if GATED else acc.shape[1]
     if GATED:
-        acc, acc2 = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, OUTPUTS // 8, 2, 8]), (0, 1, 3, 2)))
-        acc, acc2 = tl.reshape(acc, [BLOCK_M, OUTPUTS]), tl.reshape(acc2, [BLOCK_M, OUTPUTS])
+        acc, acc2 = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], OUTPUTS // 8, 2, 8]), (0, 1, 3, 2)))
+        acc, acc2 = tl.reshape(acc, [acc.shape[0], OUTPUTS]), tl.reshape(acc2, [acc2.shape[0], OUTPUTS])
     j = first + tl.arange(0, OUTPUTS)
     to = m[:, None] * n + j[None, :]
     mask = (m < rows)[:, None] & (j < n)[None, :]

@@ -33,9 +33,8 @@ class Restarts:
         self._counts[replica] = number = self._counts.get(replica, 0) + 1
         return number if number <= MAX_RESTARTS else None
 
-    def forget(self, replica: int | None) -> None:
-        """It is started anew because it was asked for; None: everything is."""
-        self.given_up = set() if replica is None else self.given_up - {replica}
-        for number in [*self._counts] if replica is None else [replica]:
-            self._counts.pop(number, None)
-            self._ready_at.pop(number, None)
+    def begin_anew(self) -> None:
+        """All are asked to start anew: what was before does not count."""
+        self.given_up.clear()
+        self._counts.clear()
+        self._ready_at.clear()

@@ -196,7 +196,7 @@ class Supervisor:
         """Those that were given up first: nothing has to end for them."""
         again = sorted(self.restarts.given_up)
         self.rolling.begin((n for n in range(self.config.replicas) if n not in again), drain_s)
-        self.restarts.forget(None)
+        self.restarts.begin_anew()
         for replica in again:
             self._renew(replica)
         if not again:
