@@ -105,13 +105,19 @@ def parse(cls: Callable[[], Any], data: bytes) -> Any:
     return message
 
 
-def _parameters(text: str) -> GenerationParams:
+def json_object(text: str) -> dict[str, Any]:
+    """The object that the field parameters_json holds; none is an empty one. Raises InvalidRequest."""
     try:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("parameters_json: it is not JSON.") from error
     if not isinstance(values, dict):
         raise InvalidRequest("parameters_json: it is not an object.")
+    return values
+
+
+def _parameters(text: str) -> GenerationParams:
+    values = json_object(text)
     bias = values.get("logit_bias")
     if isinstance(bias, dict):  # JSON has text keys only; what is no number is refused as a wrong key
         values["logit_bias"] = {int(key) if key.lstrip("-").isdecimal() else key: value for key, value in bias.items()}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from miinb.errors import InvalidRequest, VersionMismatch
 from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, ImageTimes, Picture
-from miinb.image_params import MAX_PROMPT, ImageParams, parse_images
+from miinb.image_params import MAX_PROMPT, parse_images
 from miinb.rpc import inference_pb2 as pb
-from miinb.rpc.codec import SERVICE, parse
+from miinb.rpc.codec import SERVICE, json_object, parse
 
 GENERATE_IMAGES = f"/{SERVICE}/GenerateImages"
 
@@ -41,22 +39,12 @@ def decode_images(data: bytes) -> ImagesRequest:
     """
     message = parse(pb.ImagesRequest, data)
     _check_length(message.prompt)
-    return ImagesRequest(message.prompt, _parameters(message.parameters_json), message.request_id[:64])
+    return ImagesRequest(message.prompt, parse_images(json_object(message.parameters_json)), message.request_id[:64])
 
 
 def _check_length(prompt: str) -> None:
     if len(prompt) > MAX_PROMPT:
         raise InvalidRequest(f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken.")
-
-
-def _parameters(text: str) -> ImageParams:
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("parameters_json: it is not JSON.") from error
-    if not isinstance(values, dict):
-        raise InvalidRequest("parameters_json: it is not an object.")
-    return parse_images(values)
 
 
 def encode_images_event(event: ImagesEvent) -> bytes:
