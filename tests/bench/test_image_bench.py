@@ -38,6 +38,7 @@ def test_what_cannot_be_measured_is_refused(wrong: list[str], capsys: pytest.Cap
     assert wrong[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_profile_names_operators(capsys: pytest.CaptureFixture[str]) -> None:
     images.main(["--tiny", "--device", "cpu", "--dtype", "fp32", "--size", "64", "--profile", "--attention", "cudnn"])
     assert "convolution" in capsys.readouterr().out

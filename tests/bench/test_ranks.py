@@ -7,6 +7,7 @@ from miinb import load_runs
 from miinb.bench import ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_are_compared_with_one_on_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

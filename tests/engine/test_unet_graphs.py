@@ -74,6 +74,7 @@ def test_a_graph_too_many_is_not_made(unet: Unet) -> None:
     assert str(graphed) == "none"
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_compute_what_diffusers_does(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.engine.interpreted_images", str(tmp_path)]
