@@ -50,7 +50,7 @@ def notebook(lab: Lab, page: Page) -> Iterator[Notebook]:
     notebook.run(5)
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, what
