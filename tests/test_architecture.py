@@ -146,6 +146,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
     "bench.images": ("bench", "engine"),
+    "bench.several_gpus": ("bench", "demo", "errors", "session"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
     ),
@@ -173,6 +174,7 @@ MAY_BE_HEAVY = (
     "kernels",
     "server.worker",
     "bench.collective_ranks",
+    "bench.device_map",
     "bench.encoders.arms",
     "bench.encoders.checkpoints",
     "bench.encoders.engine_side",

@@ -1,0 +1,221 @@
+"""What two linked GPUs give: tensor-parallel ranks and replicas against one GPU, in one run on equal work.
+
+`python -m miinb.bench.several_gpus` deploys shapes of public models with random weights, lets their arms take turns on
+the same requests, and prints one table: time per token of one GPU, of two ranks, and of Hugging Face (one GPU, and
+`device_map="auto"` over all); tokens a second of one replica and two, saturated; whether two ranks give one rank's
+greedy tokens; what the death of a replica costs. `miinb.bench.collectives` has the sums alone. Rows can be chosen
+(`--rows`), so that a short loan of a machine is enough; `--tiny --device cpu` shows anywhere that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from miinb.bench import device_map, presets
+from miinb.bench.killing import free_bytes, kill_one
+from miinb.bench.records import Runs
+from miinb.bench.runner import compare
+from miinb.bench.workload import STORY_PROMPTS
+from miinb.demo import tiny_model
+from miinb.errors import MiinbError
+from miinb.session import Session
+
+ROWS = ("equal", "split", "replicas", "death")
+MODELS = ("llama-8b", "gpt-neox-20b")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is asked for.
+
+    Attributes:
+        prompt_tokens, new_tokens: of each request.
+        requests: of each arm of "split", one after another.
+        rows: that a replica computes at once; "replicas" keeps twice as many requests in flight.
+        passes: requests of "replicas" for each one in flight.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 128
+    requests: int = 6
+    rows: int = 128
+    passes: int = 3
+
+
+TINY = Sizes(8, 8, 2, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where the arms run."""
+
+    device: str
+    dtype: str
+    folder: Path
+    tiny: bool
+
+    def model(self, name: str) -> Path:
+        """A folder with a preset's configuration."""
+        return presets.write(name, self.folder / name, **(presets.tiny(name) if self.tiny else {}))
+
+    def session(self, model: Path, **fields: Any) -> Session:
+        """A deployment of random weights, or of a checkpoint's (`load_format="auto"`)."""
+        values: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "load_format": "dummy"}
+        if self.device == "cpu":
+            values["options"] = {"threads": 1}
+        elif not fields.get("gpus"):
+            values["gpus"] = list(range(fields.get("tensor_parallel", 1)))
+        return Session(model, "text-generation", **values | fields)
+
+
+def equal(place: Place) -> list[str]:
+    """Whether two ranks give the greedy tokens of one, with trained weights, in fp32."""
+    fields: dict[str, Any] = {"dtype": "fp32", "load_format": "auto", "max_length": 512}
+    with place.session(tiny_model(), **fields) as one, place.session(tiny_model(), tensor_parallel=2, **fields) as two:
+        asked = {"max_new_tokens": 64, "ignore_eos": True}
+        alike = [
+            one.generate(prompt, **asked).token_ids == two.generate(prompt, **asked).token_ids
+            for prompt in STORY_PROMPTS
+        ]
+    return [f"{sum(alike)} of {len(alike)} prompts, 64 greedy tokens each: equal on 1 and 2 ranks"]
+
+
+def split(place: Place, name: str, sizes: Sizes) -> Runs:
+    """One GPU, two ranks, and Hugging Face on one GPU, one request at a time."""
+    model = place.model(name)
+    length = sizes.prompt_tokens + sizes.new_tokens + 8
+    fields: dict[str, Any] = {"max_batch": 1, "max_length": length}
+    with ExitStack() as stack:
+        arms = {
+            "1 rank": stack.enter_context(place.session(model, **fields)),
+            "2 ranks": stack.enter_context(place.session(model, tensor_parallel=2, **fields)),
+            "Hugging Face": stack.enter_context(place.session(model, engine="baseline", **fields)),
+        }
+        runs = compare(
+            arms,
+            check="none",
+            prompt_tokens=sizes.prompt_tokens,
+            new_tokens=sizes.new_tokens,
+            requests=sizes.requests,
+            warmup=2,
+        )
+        (line,) = [line for line in arms["2 ranks"].plan().lines if line.what == "all-reduce"]
+    for env in runs.env.values():
+        env["preset"], env["all_reduce"] = name, line.choice
+        try:
+            env["device_map_token_s"] = device_map.measure(
+                model, place.dtype, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens
+            )
+        except RuntimeError as error:
+            env["device_map_error"] = str(error)
+    return runs
+
+
+def split_words(runs: Runs) -> Iterator[str]:
+    """The time per token of each arm, and ratios."""
+    times = runs.summary.set_index("arm")["tpot_p50_s"]
+    one, two, plain = (1e3 * float(times[arm]) for arm in ("1 rank", "2 ranks", "Hugging Face"))
+    env = next(iter(runs.env.values()))
+    yield f"1 rank {one:.3f} ms/token, 2 ranks {two:.3f} ({one / two:.2f}x; sums: {env['all_reduce']})"
+    spread = 1e3 * env.get("device_map_token_s", float("nan"))
+    best = min(plain, spread) if spread == spread else plain
+    told = f"{spread:.3f}" if spread == spread else env["device_map_error"]
+    yield f"Hugging Face {plain:.3f} on one, device_map='auto' {told}: 2 ranks are {best / two:.2f}x the faster"
+
+
+def replicas(place: Place, name: str, sizes: Sizes) -> Runs:
+    """One replica and two under so many requests at once that both have all that they can compute."""
+    model, flight = place.model(name), 2 * sizes.rows
+    length = sizes.prompt_tokens + sizes.new_tokens + 8
+    fields: dict[str, Any] = {"max_batch": sizes.rows, "max_length": length}
+    gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
+    with place.session(model, **fields) as one, place.session(model, replicas=2, **fields, **gpus) as two:
+        runs = compare(
+            {"1 replica": one, "2 replicas": two},
+            check="none",
+            prompt_tokens=sizes.prompt_tokens,
+            new_tokens=sizes.new_tokens,
+            concurrency=[flight],
+            requests=flight * sizes.passes,
+        )
+    for env in runs.env.values():
+        env["preset"] = name
+    return runs
+
+
+def replicas_words(runs: Runs) -> Iterator[str]:
+    """Tokens a second of each arm, and their ratio."""
+    rates = runs.summary.set_index("arm")["output_tok_s"]
+    one, two = float(rates["1 replica"]), float(rates["2 replicas"])
+    flight = int(runs.summary["concurrency"].iloc[0])
+    yield f"{flight} requests in flight: {one:,.0f} tokens/s by 1 replica, {two:,.0f} by 2 ({two / one:.2f}x)"
+
+
+def death(place: Place, name: str, sizes: Sizes) -> Iterator[str]:
+    """Two replicas under load; one is killed."""
+    gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
+    tokens = 8 * sizes.new_tokens
+    fields: dict[str, Any] = {"max_batch": 8, "max_length": sizes.prompt_tokens + tokens + 8}
+    free_before = free_bytes()
+    with place.session(place.model(name), replicas=2, **fields, **gpus) as session:
+        return kill_one(session, streams=8, new_tokens=tokens, free_before=free_before).words()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print as it goes, and store the runs if asked."""
+    parser = argparse.ArgumentParser(prog="python -m miinb.bench.several_gpus", description=__doc__)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--models", nargs="+", choices=presets.DECODERS, default=list(MODELS), help="of split")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: shows that everything runs")
+    parser.add_argument("--out", type=Path, help="folder to append the runs to (miinb.load_runs reads it)")
+    options = parser.parse_args(arguments)
+    sizes = TINY if options.tiny else Sizes()
+    with tempfile.TemporaryDirectory(prefix="miinb-several-gpus-") as folder:
+        place = Place(options.device, options.dtype, Path(folder), options.tiny)
+        first = options.models[0]
+        work: list[tuple[str, Callable[[], Iterable[str]]]] = []
+        if "equal" in options.rows:
+            work.append(("greedy tokens", partial(equal, place)))
+        if "split" in options.rows:
+            for name in options.models:
+                work.append((f"tensor parallel, {name}", partial(_told, split, place, name, sizes, options.out)))
+        if "replicas" in options.rows:
+            work.append((f"replicas, {first}", partial(_told, replicas, place, first, sizes, options.out)))
+        if "death" in options.rows:
+            work.append((f"kill -9, {first}", partial(death, place, first, sizes)))
+        for title, row in work:
+            _say(title, row)
+
+
+def _say(title: str, row: Callable[[], Iterable[str]]) -> None:
+    """Do one row's work; a row that fails says so, and the others are measured."""
+    begin = time.monotonic()
+    try:
+        lines = list(row())
+    except MiinbError as error:
+        lines = [f"failed: {type(error).__name__}: {error.line()}"]
+    print(f"{title}  [{time.monotonic() - begin:.0f} s]", *lines, sep="\n  ", flush=True)
+
+
+def _told(
+    measure: Callable[[Place, str, Sizes], Runs], place: Place, name: str, sizes: Sizes, out: Path | None
+) -> Iterable[str]:
+    """A row's words; its run is stored where it is to be."""
+    runs = measure(place, name, sizes)
+    if out is not None:
+        runs.save(out)
+    return split_words(runs) if measure is split else replicas_words(runs)
+
+
+if __name__ == "__main__":
+    main()

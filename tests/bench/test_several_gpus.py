@@ -1,0 +1,75 @@
+"""The comparison of one GPU with two, as far as it goes without GPUs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import miinb
+from miinb.bench import several_gpus
+from miinb.bench.killing import Death
+from miinb.errors import OutOfMemory
+
+
+class Told:
+    """What the words are made of."""
+
+    def __init__(self, env: dict[str, Any], **columns: list[Any]) -> None:
+        self.summary = pd.DataFrame(columns)
+        self.env = {"run": env}
+
+
+ARMS = {"arm": ["1 rank", "2 ranks", "Hugging Face"], "tpot_p50_s": [0.004, 0.002, 0.010]}
+
+
+def test_ranks_are_compared_with_the_faster_way_of_hugging_face() -> None:
+    runs: Any = Told({"all_reduce": "symmetric memory", "device_map_token_s": 0.008}, **ARMS)
+    assert list(several_gpus.split_words(runs)) == [
+        "1 rank 4.000 ms/token, 2 ranks 2.000 (2.00x; sums: symmetric memory)",
+        "Hugging Face 10.000 on one, device_map='auto' 8.000: 2 ranks are 4.00x the faster",
+    ]
+
+
+def test_a_device_map_that_failed_is_told_and_leaves_the_other() -> None:
+    runs: Any = Told({"all_reduce": "gloo", "device_map_error": "no memory"}, **ARMS)
+    assert list(several_gpus.split_words(runs))[1].endswith("device_map='auto' no memory: 2 ranks are 5.00x the faster")
+
+
+def test_replicas_are_compared_by_their_tokens_a_second() -> None:
+    columns = {"arm": ["1 replica", "2 replicas"], "output_tok_s": [1000.0, 1950.0], "concurrency": [256, 256]}
+    runs: Any = Told({}, **columns)
+    (line,) = several_gpus.replicas_words(runs)
+    assert line == "256 requests in flight: 1,000 tokens/s by 1 replica, 1,950 by 2 (1.95x)"
+
+
+def test_what_a_death_cost_is_told() -> None:
+    lines = list(Death(4, {"Unavailable: gone.": 4}, 5.25, 0, 32 << 30).words())
+    assert lines[0] == "4 streams complete, 4 failed: Unavailable: gone."
+    assert "5.2 s" in lines[1]
+    assert lines[2].startswith("after stop 0 bytes of 34")
+    assert next(iter(Death(8, {}, 1.0, 0, 0).words())) == "8 streams complete, none failed"
+
+
+def test_a_row_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> list[str]:
+        raise OutOfMemory("Too large.", hint="Take int8.")
+
+    several_gpus._say("a row", fail)
+    assert re.search(r"a row  \[0 s\]\n  failed: OutOfMemory: Too large\.", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_every_row_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    several_gpus.main(
+        ["--tiny", "--device", "cpu", "--dtype", "fp32", "--models", "llama-8b", "--out", str(tmp_path / "runs")]
+    )
+    told = capsys.readouterr().out
+    assert "8 of 8 prompts" in told
+    assert re.search(r"1 rank \d+\.\d+ ms/token, 2 ranks", told)
+    assert "4 streams complete, 4 failed: Unavailable" in told
+    arms = set(miinb.load_runs(tmp_path / "runs").summary["arm"])
+    assert arms == {"1 rank", "2 ranks", "Hugging Face", "1 replica", "2 replicas"}
