@@ -30,6 +30,8 @@ from miinb.session import Session
 
 ROWS = ("equal", "split", "replicas", "death")
 MODELS = ("llama-8b", "gpt-neox-20b")
+#: Of each stream that runs when a replica is killed: it must not be complete by then.
+DEATH_TOKENS = 4000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,14 +161,13 @@ def replicas_words(runs: Runs) -> Iterator[str]:
     yield f"{flight} requests in flight: {one:,.0f} tokens/s by 1 replica, {two:,.0f} by 2 ({two / one:.2f}x)"
 
 
-def death(place: Place, name: str, sizes: Sizes) -> Iterator[str]:
+def death(place: Place, name: str) -> Iterator[str]:
     """Two replicas under load; one is killed."""
     gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
-    tokens = 8 * sizes.new_tokens
-    fields: dict[str, Any] = {"max_batch": 8, "max_length": sizes.prompt_tokens + tokens + 8}
+    fields: dict[str, Any] = {"max_batch": 8, "max_length": DEATH_TOKENS + 64}
     free_before = free_bytes()
     with place.session(place.model(name), replicas=2, **fields, **gpus) as session:
-        return kill_one(session, streams=8, new_tokens=tokens, free_before=free_before).words()
+        return kill_one(session, streams=8, new_tokens=DEATH_TOKENS, free_before=free_before).words()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "replicas" in options.rows:
             work.append((f"replicas, {first}", partial(_told, replicas, place, first, sizes, options.out)))
         if "death" in options.rows:
-            work.append((f"kill -9, {first}", partial(death, place, first, sizes)))
+            work.append((f"kill -9, {first}", partial(death, place, first)))
         for title, row in work:
             _say(title, row)
 
