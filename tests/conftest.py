@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,13 @@ from tests.frontend_process import FrontendProcess, make
 def pytest_configure() -> None:
     """Take Ctrl-C: a shell's background job begins without it, and hands that on to the programs under test."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """PyTorch computes in one thread, whatever an earlier test has left: several wait for each other on busy cores."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

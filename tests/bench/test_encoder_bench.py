@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from miinb.bench import charts, encoder_tokenizers, presets, published
@@ -250,7 +249,6 @@ def test_the_command_runs_every_kind_of_arm_on_equal_work(tmp_path: Path, capsys
 
 @pytest.mark.parametrize("task", ["question-answering", "token-classification", "feature-extraction"])
 def test_both_sides_answer_alike_in_process(task: str, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     model, suite = ("minilm", "latency") if task == "feature-extraction" else ("roberta-large", "latency")
     wanted = (workload(suite, TINY, "cpu"),)
     found = {}

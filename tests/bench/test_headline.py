@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from miinb.bench import charts, presets
 from miinb.bench.floor import token_bytes
@@ -25,11 +24,6 @@ from miinb.models import inspect
 
 RATES = floors.Rates(1e9, 1e12)
 SUITES = ("decode", "throughput", "ragged")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,6 @@ def truth(found: Reading) -> tuple[list[float], list[int]]:
 
 
 def test_an_arm_reads_as_transformers_do_and_is_timed() -> None:
-    torch.set_num_threads(1)
     found = reading()
     (measured,) = engine_side.run_job(jobs(["fp32"], found, threads=1)[0], None)
     losses, likeliest = truth(found)

@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 
-torch.set_num_threads(1)
-
 BASE = {
     "vocab_size": 101,
     "hidden_size": 48,

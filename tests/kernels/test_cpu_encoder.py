@@ -13,8 +13,6 @@ from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.cpu_blocks import BlockedLinear
 from miinb.kernels.linear import PackedLinear
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def kernels() -> CpuKernels:

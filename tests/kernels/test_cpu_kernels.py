@@ -15,7 +15,6 @@ from miinb.kernels import cpu, cpu_build, cpu_library, reference
 from miinb.kernels.cpu import CpuKernels
 from miinb.kernels.linear import PackedLinear
 
-torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
