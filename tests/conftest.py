@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +15,19 @@ from miinb.client import Client
 from tests.frontend_process import FrontendProcess, make
 
 
-def pytest_configure() -> None:
-    """Take Ctrl-C: a shell's background job begins without it, and hands that on to the programs under test."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Take Ctrl-C, and keep deployments and files in a folder of this process, whose path is short: it holds sockets.
+
+    A shell's background job begins without Ctrl-C, and hands that on to the programs under test. Tests that run beside
+    these, and a user's own deployments, have the same names.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder = tempfile.mkdtemp(prefix="tests-", dir="/tmp")
+    os.environ["XDG_RUNTIME_DIR"] = folder
+    if hasattr(config, "workerinput"):  # one of several processes: pytest's own folder for it is a level deeper
+        config.option.basetemp = f"{folder}/t"
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True)
