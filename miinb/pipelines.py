@@ -12,7 +12,7 @@ from miinb.checkpoint import TensorEntry, main_dtype, read_safetensors
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
 
 #: Classes that are served; of others the message names these.
-SERVED = ("StableDiffusionPipeline",)
+SERVED = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 #: What of model_index.json has weights; the safety checker may be missing or null.
 _WEIGHTS = ("unet", "vae", "text_encoder", "safety_checker")
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

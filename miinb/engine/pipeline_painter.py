@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionPipeline as published: the baseline of text-to-image."""
+"""diffusers' pipelines of Stable Diffusion as published: the baseline of text-to-image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miinb.config import DeploymentConfig
-from miinb.engine.diffusion import ImageExecutor, Reading, Work
+from miinb.engine.diffusion import ImageExecutor, Kind, Reading, Start, Work
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
 from miinb.messages import EngineInfo, Phase
@@ -57,7 +57,7 @@ def _load(model: ModelInfo, pipeline: Pipeline, info: EngineInfo) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
     diffusers.utils.logging.disable_progress_bar()
-    cls = getattr(diffusers, pipeline.name)
+    cls = diffusers.StableDiffusionPipeline  # its parts are those of the classes for other kinds of work
     options: dict[str, Any] = (
         {} if pipeline.checks_safety else {"safety_checker": None, "requires_safety_checker": False}
     )
@@ -93,6 +93,32 @@ def _check(pipe: Any, model: ModelInfo) -> None:
                 )
 
 
+def pipe_of(pipe: Any, kind: Kind) -> Any:
+    """The pipeline for a kind of work: diffusers has a class for each, of the same parts."""
+    import diffusers
+
+    if kind == "text":
+        return pipe
+    cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpaint" else diffusers.StableDiffusionImg2ImgPipeline
+    made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def inputs_of(work: Work, starts: Sequence[Start]) -> dict[str, Any]:
+    """What a pipeline is called with for a kind of work, besides what all take."""
+    size = {"width": work.width, "height": work.height}
+    if work.kind == "text":
+        return size
+    from PIL import Image
+
+    images = [Image.frombytes("RGB", (work.width, work.height), start.image) for start in starts]
+    if work.kind == "image":
+        return {"image": images, "strength": work.strength}
+    masks = [Image.frombytes("L", (work.width, work.height), start.mask) for start in starts]
+    return {"image": images, "mask_image": masks, "strength": work.strength, **size}
+
+
 class PipelinePainter:
     """Runs a pipeline of diffusers; see `Painter`.
 
@@ -110,6 +136,7 @@ class PipelinePainter:
         self._config = pipe.scheduler.config
         self._length = pipeline.text_length
         self._guides = pipe.unet.config.time_cond_proj_dim is None
+        self.kinds: Sequence[Kind] = ("text", "image", "inpaint") if pipe.unet.config.in_channels == 4 else ("inpaint",)
         self._pipe: Any = pipe
 
     def check(self, work: Work) -> None:
@@ -117,7 +144,8 @@ class PipelinePainter:
         scheduler = self._classes[work.scheduler].from_config(self._config)
         try:
             scheduler.set_timesteps(work.steps)
-            fits = bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
+            left = scheduler.timesteps[(work.steps - work.done) * scheduler.order :]
+            fits = len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
         except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
             fits = False
         if not fits:
@@ -146,26 +174,25 @@ class PipelinePainter:
         self,
         conditions: tuple[Tensor, Tensor | None],
         work: Work,
-        seeds: Sequence[int],
+        starts: Sequence[Start],
         between: Callable[[int, Tensor], None],
     ) -> Tensor:
         """See `Painter`."""
-        pipe, (prompts, negatives) = self._pipe, conditions
+        pipe, (prompts, negatives) = pipe_of(self._pipe, work.kind), conditions
         pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             # some schedulers take more timesteps than steps: PNDM's first costs two
-            between(max(1, (index + 1) * work.steps // pipe.num_timesteps), values["latents"])
+            between(max(1, (index + 1) * work.done // pipe.num_timesteps), values["latents"])
             return values
 
         latents: Tensor = pipe(
             prompt_embeds=prompts,
             negative_prompt_embeds=negatives,
-            width=work.width,
-            height=work.height,
+            **inputs_of(work, starts),
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator("cpu").manual_seed(start.seed) for start in starts],
             output_type="latent",
             return_dict=False,
             callback_on_step_end=after,
