@@ -31,10 +31,13 @@ def tokenizer() -> Any:
     return CLIPTokenizer(vocab=table, merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, scheduler: Any = None) -> Any:
-    """The pipeline, in fp32 on the CPU, and saved to `folder / "model"`."""
+def make_pipeline(
+    folder: Path, *, seed: int = 0, safety: bool = False, scheduler: Any = None, channels: int = 4
+) -> Any:
+    """The pipeline, in fp32 on the CPU, and saved to `folder / "model"`; of 9 channels it is one of inpainting."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
@@ -43,7 +46,7 @@ def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, schedule
         block_out_channels=(32, 64),
         layers_per_block=1,
         sample_size=SIZE // 2,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -73,7 +76,8 @@ def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, schedule
             pad_token_id=words.pad_token_id,
         )
     )
-    pipe = StableDiffusionPipeline(
+    cls = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
+    pipe = cls(
         vae=vae,
         text_encoder=text,
         tokenizer=words,
