@@ -282,13 +282,13 @@ class Decoder:
             return [PaintedEvent(**head, pixels=pixels)]
         if kind == Kind.SOURCE:
             (length,) = LENGTH.unpack_from(payload)
-            image, mask = _parts(payload, LENGTH.size, (length, len(payload) - LENGTH.size - length))
+            image, mask = _parts(payload, LENGTH.size, (length, max(0, len(payload) - LENGTH.size - length)))
             self._source = PaintSource(image, mask)
             return ()
         values = json.loads(payload)
         if kind == Kind.PAINT:
             params = ImageParams.from_json(json.dumps(values.pop("params")))
-            source = self._source if values.pop("source") else None
+            source = self._source_of(values.pop("source"))
             return [PaintRequest(**values, params=params, source=source)]
         if kind == Kind.LOGPROBS:
             self._logprobs[values["row_id"]] = tuple(
@@ -301,6 +301,11 @@ class Decoder:
         if kind == Kind.STATUS:
             return [EngineStatus(values)]
         return [from_dict(_CLASSES[Kind(kind)], values)]
+
+    def _source_of(self, there: bool) -> PaintSource | None:
+        if there and self._source is None:
+            raise ValueError("the source has not come")
+        return self._source if there else None
 
     def _tokens(self, payload: bytes) -> Iterable[TokensEvent]:
         packed = array("i")
