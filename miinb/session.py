@@ -209,7 +209,7 @@ class Session:
 
         Args:
             prompts: one prompt or several.
-            parameters: `GenerationParams`, or of pictures `ImageParams`, `image` and `mask_image`; `timeout_s` limits all.
+            parameters: `GenerationParams`, or of pictures `ImageParams`, `image`, `mask_image`; `timeout_s` limits all.
 
         Raises:
             RequestError: the request was refused or failed.

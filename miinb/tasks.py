@@ -54,7 +54,10 @@ class Task:
 
 #: diffusers' classes that make pictures. A model of any of them is asked in one way: a picture to begin from may come
 #: with the prompt, or must.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "StableDiffusionXLPipeline",
+)
 _TRUNCATION = TaskOption(False, (bool,))  # cut off what the model cannot take, which is an error otherwise
 
 #: A text classifier of no more labels gives the scores of all, and the frontend chooses the best: then requests with

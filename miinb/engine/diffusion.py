@@ -20,7 +20,7 @@ from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
-from miinb.engine.previews import preview_of
+from miinb.engine.previews import LatentColors, preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
 from miinb.image_params import ImageParams
@@ -88,9 +88,11 @@ class Painter(Protocol):
         schedulers: classes that may stand in for it, its own too.
         width, height: of a picture unless a request says, in pixels.
         kinds: of work that it can do.
+        colors: what a preview makes of its latents.
     """
 
     kinds: Sequence[Kind]
+    colors: LatentColors
     scheduler: str
     schedulers: Sequence[str]
     width: int
@@ -295,7 +297,7 @@ class ImageExecutor:
                 continue
             every = row.request.params.preview_steps
             due = step // every if every else 0
-            width, preview = preview_of(latents[place]) if due > row.shown else (0, b"")
+            width, preview = preview_of(latents[place], self.painter.colors) if due > row.shown else (0, b"")
             row.shown = due
             emit(PaintProgress(row.request.row_id, step, total, width, preview))
 

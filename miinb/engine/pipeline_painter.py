@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from miinb.config import DeploymentConfig
+from miinb.engine import sdxl
 from miinb.engine.diffusion import ImageExecutor, Kind, Reading, Start, Work
+from miinb.engine.previews import SDXL, STABLE_DIFFUSION
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
 from miinb.messages import EngineInfo, Phase
 from miinb.models import ModelInfo
-from miinb.pipelines import Pipeline
+from miinb.pipelines import Pipeline, is_sdxl
 
-_PARTS = ("unet", "vae", "text_encoder", "safety_checker")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
+#: What a pipeline is called with for conditions, in their order; the last two are SDXL's.
+_CONDITIONS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def load_images(
@@ -57,10 +61,13 @@ def _load(model: ModelInfo, pipeline: Pipeline, info: EngineInfo) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
     diffusers.utils.logging.disable_progress_bar()
-    cls = diffusers.StableDiffusionPipeline  # its parts are those of the classes for other kinds of work
-    options: dict[str, Any] = (
-        {} if pipeline.checks_safety else {"safety_checker": None, "requires_safety_checker": False}
-    )
+    # their parts are those of the classes for other kinds of work
+    cls = diffusers.StableDiffusionPipeline
+    options: dict[str, Any] = {}
+    if is_sdxl(pipeline.name):
+        cls, options = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
+    elif not pipeline.checks_safety:
+        options = {"safety_checker": None, "requires_safety_checker": False}
     if not (model.folder / "feature_extractor").is_dir():
         options["feature_extractor"] = None
     try:
@@ -99,8 +106,10 @@ def pipe_of(pipe: Any, kind: Kind) -> Any:
 
     if kind == "text":
         return pipe
-    cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpaint" else diffusers.StableDiffusionImg2ImgPipeline
-    made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)
+    xl, name = is_sdxl(type(pipe).__name__), "Inpaint" if kind == "inpaint" else "Img2Img"
+    own = {"force_zeros_for_empty_prompt", "add_watermarker"} if xl else {"requires_safety_checker"}
+    options = {option: pipe.config.get(option, False) for option in own}
+    made = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{name}Pipeline")(**pipe.components, **options)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -137,6 +146,8 @@ class PipelinePainter:
         self._length = pipeline.text_length
         self._guides = pipe.unet.config.time_cond_proj_dim is None
         self.kinds: Sequence[Kind] = ("text", "image", "inpaint") if pipe.unet.config.in_channels == 4 else ("inpaint",)
+        self._xl = is_sdxl(pipeline.name)
+        self.colors = SDXL if self._xl else STABLE_DIFFUSION
         self._pipe: Any = pipe
 
     def check(self, work: Work) -> None:
@@ -160,9 +171,11 @@ class PipelinePainter:
         return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor | None, ...]:
         """See `Painter`: embeddings [N, text_length, D] of the prompts and, with guidance, of the negative ones."""
         guided = guidance > 1 and self._guides
+        if self._xl:
+            return sdxl.embed(self._pipe, prompts, negatives, guided)
         device = self._pipe._execution_device
         found: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
             list(prompts), device, 1, guided, list(negatives) if guided else None
@@ -172,13 +185,13 @@ class PipelinePainter:
     @torch.inference_mode()
     def denoise(
         self,
-        conditions: tuple[Tensor, Tensor | None],
+        conditions: tuple[Tensor | None, ...],
         work: Work,
         starts: Sequence[Start],
         between: Callable[[int, Tensor], None],
     ) -> Tensor:
         """See `Painter`."""
-        pipe, (prompts, negatives) = pipe_of(self._pipe, work.kind), conditions
+        pipe = pipe_of(self._pipe, work.kind)
         pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -187,8 +200,7 @@ class PipelinePainter:
             return values
 
         latents: Tensor = pipe(
-            prompt_embeds=prompts,
-            negative_prompt_embeds=negatives,
+            **dict(zip(_CONDITIONS, conditions, strict=False)),
             **inputs_of(work, starts),
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
@@ -202,11 +214,15 @@ class PipelinePainter:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
         """See `Painter`."""
-        pipe = self._pipe
-        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        pipe, flags = self._pipe, None
+        if self._xl:
+            image = sdxl.decode(pipe, latents)
+        else:
+            image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         if not bool(torch.isfinite(image).all()):
             raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
-        image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
+        if not self._xl:  # which comes without a checker
+            image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
         flagged = bool(flags and flags[0])
         (picture,) = pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
         return picture.convert("RGB").tobytes(), flagged
