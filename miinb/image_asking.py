@@ -136,6 +136,9 @@ def _file(text: str | bytes, what: str) -> Source:
 
 
 def _png(image: Any) -> bytes:
+    from PIL import Image
+
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # it goes to this machine mostly
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())  # without notes of its own: a place, a camera
+    bare.save(buffer, "PNG", compress_level=1)  # it goes to this machine mostly
     return buffer.getvalue()

@@ -74,10 +74,14 @@ class ImageParams(Frozen):
         return self
 
 
+def steps_done(steps: int, strength: float) -> int:
+    """How many of the steps are done: with a picture to begin from only the last ones, by diffusers' rounding."""
+    return min(int(steps * strength), steps)
+
+
 def steps_of(params: ImageParams) -> int:
-    """Steps that are done: with a picture to begin from only the last ones, by diffusers' rounding."""
-    strength = 1.0 if params.strength is None else params.strength
-    return min(int(params.num_inference_steps * strength), params.num_inference_steps)
+    """The same of parameters."""
+    return steps_done(params.num_inference_steps, 1.0 if params.strength is None else params.strength)
 
 
 def with_strength(params: ImageParams, *, image: bool, mask: bool) -> ImageParams:

@@ -288,13 +288,15 @@ def test_text_in_a_file_stays_out_of_what_is_sent(tmp_path: Path) -> None:
     """A PIL image's own notes (a place, a camera) are not sent."""
     info = PngImagePlugin.PngInfo()
     info.add_text("secret", "where it was taken")
+    profile = b"icc profile of a camera"
     path = tmp_path / "x.png"
-    noise(16, 16).save(path, pnginfo=info)
+    noise(16, 16).save(path, pnginfo=info, icc_profile=profile, transparency=(1, 2, 3))
     with Image.open(path) as image:
         image.load()
         request = asked(image)
     assert request.image is not None
     assert b"taken" not in request.image.data
+    assert set(Image.open(io.BytesIO(request.image.data)).info) == set()
 
 
 @given(st.binary(max_size=300), st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(8, 200))

@@ -23,7 +23,7 @@ from miinb.engine.executor import Emit, Poll
 from miinb.engine.previews import LatentColors, preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
-from miinb.image_params import ImageParams
+from miinb.image_params import ImageParams, steps_done
 from miinb.messages import EncodeRequest, EngineInfo, FailedEvent, FinishedEvent, FinishReason, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class Work:
 
     @property
     def done(self) -> int:
-        """Steps that are done: of pictures that begin from one only the last, by diffusers' rounding."""
-        return min(int(self.steps * self.strength), self.steps)
+        """Steps that are done."""
+        return steps_done(self.steps, self.strength)
 
 
 @dataclass(frozen=True, slots=True)

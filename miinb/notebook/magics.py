@@ -83,8 +83,8 @@ class MiiMagics(Magics):  # type: ignore[misc]
             print(commands.help_text("%mii", command.name, IN_CELLS))
             return None
         expanded = _as_written if _is_raw(words) else self._expanded
-        look_up = _no_object if _is_raw(words) else self._looked_up
-        values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded, look_up=look_up)
+        objects = {} if _is_raw(words) else {"look_up": self._looked_up}
+        values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded, **objects)
         values["quiet"] = values["quiet"] or silent
         variable = values["output"]
         _check_variable(variable)
@@ -229,10 +229,6 @@ def _is_raw(words: list[str]) -> bool:
 
 def _as_written(text: str) -> str:
     return text
-
-
-def _no_object(text: str) -> Any:
-    return None
 
 
 def _has_front_end(shell: InteractiveShell) -> bool:
