@@ -79,10 +79,14 @@ def _requests(
     requests = []
     read: tuple[Any, ...] = ()
     sources: tuple[Source | None, Source | None] = (None, None)
-    for prompt, params, image, mask in zip(prompts, parameters, images, masks, strict=True):
+    shared = all(image is images[0] for image in images) and all(mask is masks[0] for mask in masks)
+    for place, (prompt, params, image, mask) in enumerate(zip(prompts, parameters, images, masks, strict=True)):
         full = with_strength(params, image=image is not None, mask=mask is not None)
         if image is not None and not (read and read[0] is image and read[1] is mask):  # what all share is read once
-            sources, read = _sources(image, mask, full), (image, mask)
+            try:
+                sources, read = _sources(image, mask, full), (image, mask)
+            except InvalidRequest as error:
+                raise (error if shared else error.of(f"prompts[{place}]")) from None
         pair = sources if image is not None else (None, None)
         requests.append(ImagesRequest(prompt, full, uuid.uuid4().hex, *pair))
     return requests

@@ -10,12 +10,10 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, main_dtype, read_safetensors
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
+from miinb.tasks import TASKS
 
 #: Classes that are served; of others the message names these.
-SERVED = (
-    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    "StableDiffusionXLPipeline",
-)
+SERVED = TASKS["text-to-image"].architectures
 #: What of model_index.json has weights; the safety checker may be missing or null.
 _WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

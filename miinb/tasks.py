@@ -56,7 +56,7 @@ class Task:
 #: with the prompt, or must.
 _PIPELINES = (
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    "StableDiffusionXLPipeline",
+    *("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
 )
 _TRUNCATION = TaskOption(False, (bool,))  # cut off what the model cannot take, which is an error otherwise
 

@@ -68,7 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
-    "pipelines": ("errors", "checkpoint"),
+    "pipelines": ("errors", "checkpoint", "tasks"),
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", "pipelines", *POLICY_DATA),
     "families": ("models", *POLICY_DATA),
     "rpc": ("messages", "image_messages", "image_params", "errors", "config", "frozen"),

@@ -183,6 +183,8 @@ def test_one_for_all_prompts_or_one_for_each() -> None:
         ({"negative_prompt": ["x", "y"], "guidance_scale": 1.0}, "guidance_scale above 1"),
         ({"image": [noise(16, 16)] * 3}, "image: 3 for 2 prompts"),
         ({"image": []}, "image: the list is empty"),
+        ({"image": [noise(16, 16), b"junk"]}, r"^prompts\[1\]: image: it is no PNG"),
+        ({"image": b"junk"}, "^image: it is no PNG"),
         ({"mask_image": noise(16, 16)}, "mask_image: acts only with a picture"),
         ({"strength": 0.5}, "strength: acts only with a picture"),
         ({"image": noise(16, 16), "strength": 0.01}, "strength: of 50 steps 0.01 is none"),

@@ -56,7 +56,7 @@ def make_pipeline(
     return _saved(pipe, folder)
 
 
-def make_xl(folder: Path) -> Any:
+def make_xl(folder: Path, *, channels: int = 4) -> Any:
     """The same of SDXL: two text encoders, sizes and a pooled text beside the time."""
     import diffusers
     import torch
@@ -64,14 +64,15 @@ def make_xl(folder: Path) -> Any:
 
     torch.manual_seed(1)
     words = tokenizer()
-    pipe = diffusers.StableDiffusionXLPipeline(
+    cls = diffusers.StableDiffusionXLPipeline if channels == 4 else diffusers.StableDiffusionXLInpaintPipeline
+    pipe = cls(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text(words)),
         text_encoder_2=CLIPTextModelWithProjection(_text(words, projection_dim=24)),
         tokenizer=words,
         tokenizer_2=tokenizer(),
         unet=_unet(
-            4,
+            channels,
             cross_attention_dim=64,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,

@@ -28,11 +28,17 @@ def embed(pipe: Any, prompts: Sequence[str], negatives: Sequence[str], guided: b
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """The image [1, 3, H, W] of latents, between -1 and 1; in fp32 where the VAE's configuration says that it must."""
-    vae = pipe.vae
-    half = vae.dtype == torch.float16 and vae.config.force_upcast
-    if half:
-        vae.to(dtype=torch.float32)
-    latents = latents.to(vae.dtype)
+    vae, half = pipe.vae, pipe.vae.dtype == torch.float16
+    if not (half and vae.config.force_upcast):
+        return _decoded(vae, latents.to(vae.dtype))
+    vae.to(dtype=torch.float32)
+    try:
+        return _decoded(vae, latents.float())
+    finally:
+        vae.to(dtype=torch.float16)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
@@ -40,6 +46,4 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     else:
         latents = latents / vae.config.scaling_factor
     image: Tensor = vae.decode(latents, return_dict=False)[0]
-    if half:
-        vae.to(dtype=torch.float16)
     return image

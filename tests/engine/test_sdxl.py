@@ -14,6 +14,7 @@ from PIL import Image
 from miinb import models
 from miinb.engine import sdxl
 from miinb.engine.diffusion import ImageExecutor
+from miinb.errors import InvalidRequest
 from miinb.image_messages import PaintProgress, PaintRequest, PaintSource
 from tests.engine.image_rows import load, painted, pixels, request, run
 from tests.tiny_pipeline import SIZE, TEXT_LENGTH, make_xl
@@ -65,6 +66,15 @@ def test_pictures_are_those_of_diffusers(made: tuple[Path, Any, ImageExecutor], 
     expected = direct(made[1], row)
     assert np.abs(pixels(painted(run(made[2], row))[0]) - expected).max() <= 1
     assert expected.std() > 1
+
+
+def test_a_model_for_inpainting_does_that_alone(tmp_path: Path) -> None:
+    pipe = make_xl(tmp_path, channels=9)
+    executor = load(tmp_path / "model")
+    row = request(0, source=SOURCES["inpaint"], strength=1.0, width=SIZE, height=SIZE)
+    assert np.abs(pixels(painted(run(executor, row))[0]) - direct(pipe, row)).max() <= 1
+    with pytest.raises(InvalidRequest, match="a text alone"):
+        executor.paint(request(1))
 
 
 def test_in_a_batch_only_empty_negative_prompts_are_zeros(made: tuple[Path, Any, ImageExecutor]) -> None:
