@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from miinb.engine import diffusion
-from miinb.engine.diffusion import ImageExecutor, warm_up_request
+from miinb.engine.diffusion import ImageExecutor, Start, Work, warm_up_request
+from miinb.engine.image_starts import begin
 from miinb.errors import InvalidRequest, QueueFull
 from miinb.image_messages import PaintProgress, PaintRequest, PaintSource
 from tests.engine.image_rows import load, painted, pixels, request, run
@@ -122,6 +123,34 @@ def test_latents_are_those_of_diffusers(tiny: tuple[Path, Any], executor: ImageE
     finally:
         del pipe.vae.decode
     torch.testing.assert_close(kept[0] / pipe.vae.config.scaling_factor, seen[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(("mask", "strength"), [(False, 0.7), (True, 0.7), (True, 1.0)])
+def test_a_loop_of_ones_own_begins_and_goes_on_as_diffusers(
+    executor: ImageExecutor, name: str, mask: bool, strength: float
+) -> None:
+    """Without guidance, to have no more of a loop here than it takes."""
+    painter: Any = executor.painter
+    pipe = painter._pipe
+    starts = [Start(seed, source(seed, mask=mask).image, source(seed, mask=mask).mask) for seed in (3, 4)]
+    work = Work(*SIZE, 4, 1.0, name, strength, "inpaint" if mask else "image")
+    conditions = painter.embed(["a red cat", "the moon"], ["", ""], 1.0)
+    expected = painter.denoise(conditions, work, starts, lambda step, latents: None)
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(work.steps)
+    draws = [torch.Generator("cpu").manual_seed(start.seed) for start in starts]
+    with torch.inference_mode():
+        beginning = begin(pipe.vae, scheduler, work, starts, draws)
+        latents = beginning.latents
+        extra = {"generator": draws} if "Ancestral" in name else {}
+        for index in range(beginning.first, len(scheduler.timesteps)):
+            time = scheduler.timesteps[index]
+            scaled = scheduler.scale_model_input(latents, time)
+            predicted = pipe.unet(scaled, time, encoder_hidden_states=conditions[0], return_dict=False)[0]
+            latents = scheduler.step(predicted, time, latents, **extra, return_dict=False)[0]
+            latents = beginning.after_step(scheduler, index, latents)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_gives_what_each_picture_gives_alone(tiny: tuple[Path, Any], executor: ImageExecutor) -> None:
