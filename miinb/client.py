@@ -19,7 +19,8 @@ from miinb import awaiting
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.frozen import plain
-from miinb.image_calls import ImageCalls, OnProgress, image_requests
+from miinb.image_asking import image_requests
+from miinb.image_calls import ImageCalls, OnProgress
 from miinb.image_results import ImageResult
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.predicting import GrpcCall, PredictCall, PredictCalls
@@ -184,7 +185,7 @@ class Client:
             prompts: one prompt or several.
             on_progress: called with how far they are (`ImagesProgress`), at most some five times a second a prompt.
             timeout_s: limit of the whole call, seconds.
-            parameters: `miinb.image_params.ImageParams`.
+            parameters: those of `image_asking.image_requests`.
 
         Raises:
             RequestError: a request was refused or failed; the message says which prompt's (`prompts[1]`).
@@ -196,8 +197,8 @@ class Client:
         self, prompts: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
         """`generate_images`, awaitable; canceling the task cancels the requests."""
-        requests, limit_s, calls = image_requests(prompts, parameters), self._limit(timeout_s), self._image_calls()
-        return await awaiting.in_thread(lambda: calls.run(requests, limit_s), calls)
+        limit_s, calls = self._limit(timeout_s), self._image_calls()
+        return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
 
     def _image_calls(self, on_progress: OnProgress = lambda progress: None) -> ImageCalls:
         def call(data: bytes, left_s: float) -> Any:

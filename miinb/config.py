@@ -306,6 +306,7 @@ REFUSED_GENERATION = {
     "streamer": "Use stream(...), which yields chunks.",
     "pad_token_id": "Batches are packed; nothing is padded.",
     "use_cache": "The cache is always on.",
+    **dict.fromkeys(("image", "mask_image", "strength"), "Pictures are taken by deployments of text-to-image."),
 }
 #: What other libraries call a parameter.
 _OTHER_NAMES = {

@@ -6,16 +6,15 @@ import datetime
 import hashlib
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, Unavailable
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
-from miinb.image_params import parse_images
+from miinb.image_params import steps_of
 from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
@@ -29,25 +28,6 @@ _LOOK_S = 0.2
 
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
-
-
-def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRequest]:
-    """One request for each prompt.
-
-    Raises:
-        InvalidRequest: there is no prompt, or one is no text; or a parameter is wrong.
-    """
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set, bytes)):
-        hint = "query() takes a dictionary." if isinstance(prompts, Mapping) else "Give a text or a list of texts."
-        raise InvalidRequest(f"prompts: {type(prompts).__name__} is not text.", hint=hint)
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise InvalidRequest("prompts: the list is empty.")
-    for place, prompt in enumerate(given):
-        if not isinstance(prompt, str):
-            raise InvalidRequest(f"prompts[{place}]: {type(prompt).__name__} is not text.")
-    params = parse_images(parameters)
-    return [ImagesRequest(prompt, params, uuid.uuid4().hex) for prompt in given]
 
 
 class ImageCalls:
@@ -98,7 +78,7 @@ class ImageCalls:
         except KeyboardInterrupt:
             self.cancel()
             steps = sum(self._steps) // len(requests)
-            total = requests[0].params.num_inference_steps
+            total = steps_of(requests[0].params)
             raise Interrupted(f"stopped at step {steps} of {total}; the deployment lives on.") from None
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
@@ -223,7 +203,7 @@ def _row(
     failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
     row: dict[str, Any] = {
         "status": "ok" if end else failed,
-        "steps": params.num_inference_steps,
+        "steps": steps_of(params),
         "guidance": params.guidance_scale,
         "seed": pictures[0].seed if pictures else params.seed,
     }

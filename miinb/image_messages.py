@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from miinb.image_params import ImageParams
@@ -12,12 +12,32 @@ from miinb.image_params import ImageParams
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A picture that others are made from, or a mask: a PNG, JPEG or WebP file.
+
+    Attributes:
+        name: of the file, without folders; "" where it has none.
+    """
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ImagesRequest:
-    """What a client asks: a prompt, and how many pictures of it."""
+    """What a client asks: a prompt, and how many pictures of it.
+
+    Attributes:
+        request_id: chosen by the client, for logs.
+        image: where to begin from, instead of from noise alone.
+        mask: of that picture what is white here is painted anew, and the rest is kept.
+    """
 
     prompt: str
     params: ImageParams
-    request_id: str = ""  # chosen by the client, for logs
+    request_id: str = ""
+    image: Source | None = None
+    mask: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +75,7 @@ class ImageTimes:
     Attributes:
         queue_s: waiting for the batch before.
         text_encode_s: the text encoder's.
-        steps_s: the denoising's, of the whole batch that a picture was in.
+        steps_s: the denoising's, of the whole batch that a picture was in; with the VAE's look at what it began from.
         vae_s: making pixels of latents (and the safety checker's look at them), of a picture alone.
         picture_s: making files of pixels.
     """
@@ -92,14 +112,28 @@ ImagesEvent = ImagesProgress | Picture | ImagesEnd
 
 
 @dataclass(frozen=True, slots=True)
+class PaintSource:
+    """Where pictures begin from, in the size that they are to have.
+
+    Attributes:
+        image: RGB, three bytes a pixel, row after row.
+        mask: one byte a pixel, 128 and more where it is painted anew; b"": everywhere.
+    """
+
+    image: bytes = field(repr=False)
+    mask: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class PaintRequest:
     """One picture for rank 0. A request for n of them is n of these, with seeds seed, seed + 1, ..."""
 
     row_id: int  # unique in the frontend's life
     prompt: str
-    params: ImageParams  # seed is set
+    params: ImageParams  # seed is set; of one with a source width, height and strength too
     t_submit: float  # time.monotonic() when the frontend accepted the request
     deadline: float | None = None  # time.monotonic() after which it must not start
+    source: PaintSource | None = None  # the rows of a request share it
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ MAX_STEPS = 1000
 MAX_IMAGES = 64
 #: Characters of a prompt. The tokenizer reads all of them, also where the model takes 77 tokens.
 MAX_PROMPT = 1 << 16
+#: diffusers' defaults of `strength`, without a mask and with one.
+IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
 
 PictureFormat = Literal["png", "webp"]
 
@@ -45,6 +47,8 @@ class ImageParams(Frozen):
         scheduler: a scheduler's class of diffusers in place of the model's own.
         image_format: of the pictures' bytes: "png" or (smaller, not exact) "webp".
         preview_steps: every so many steps progress comes with a small picture of the latents; 0: never.
+        strength: with a picture to begin from: how much of it noise replaces, and which share of the steps is done;
+            1: nothing is left of it. None: 0.8, and with a mask 1.
     """
 
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 50
@@ -57,12 +61,44 @@ class ImageParams(Frozen):
     scheduler: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")] | None = None
     image_format: PictureFormat = "png"
     preview_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.negative_prompt and self.guidance_scale <= 1:
             raise InvalidValueError("negative_prompt: acts only with a guidance_scale above 1")
+        if self.strength is not None and not steps_of(self):
+            raise InvalidValueError(
+                f"strength: of {self.num_inference_steps} steps {self.strength:g} is none; take more of either"
+            )
         return self
+
+
+def steps_done(steps: int, strength: float) -> int:
+    """How many of the steps are done: with a picture to begin from only the last ones, by diffusers' rounding."""
+    return min(int(steps * strength), steps)
+
+
+def steps_of(params: ImageParams) -> int:
+    """The same of parameters."""
+    return steps_done(params.num_inference_steps, 1.0 if params.strength is None else params.strength)
+
+
+def with_strength(params: ImageParams, *, image: bool, mask: bool) -> ImageParams:
+    """The parameters with a strength where a picture is begun from.
+
+    Raises:
+        InvalidRequest: a mask or a strength without a picture, or so little strength that no step is left.
+    """
+    if not image:
+        for name, there in (("mask_image", mask), ("strength", params.strength is not None)):
+            if there:
+                raise InvalidRequest(f"{name}: acts only with a picture to begin from.", hint="Give image= too.")
+        return params
+    if params.strength is not None:
+        return params
+    values = params.model_dump(exclude_unset=True)
+    return ImageParams.parse(values | {"strength": MASK_STRENGTH if mask else IMAGE_STRENGTH}, error=InvalidRequest)
 
 
 #: diffusers' arguments that have no meaning here, and what to do instead.
@@ -72,6 +108,7 @@ REFUSED_IMAGES = {
     "output_type": "Pictures come as PIL images in .images.",
     "callback_on_step_end": "Progress is shown; canceling is heard between steps.",
     "return_dict": "See the result's attributes.",
+    "padding_mask_crop": "Crop the picture and its mask before, and paste the result after.",
 }
 #: What other programs call a parameter.
 _OTHER_NAMES = {
@@ -81,6 +118,9 @@ _OTHER_NAMES = {
     "negative": "negative_prompt",
     "num_images": "num_images_per_prompt",
     "sampler": "scheduler",
+    "init_image": "image",
+    "mask": "mask_image",
+    "denoising_strength": "strength",
     "timeout": "timeout_s",
 }
 

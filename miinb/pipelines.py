@@ -10,12 +10,14 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, main_dtype, read_safetensors
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
+from miinb.tasks import TASKS
 
 #: Classes that are served; of others the message names these.
-SERVED = ("StableDiffusionPipeline",)
+SERVED = TASKS["text-to-image"].architectures
 #: What of model_index.json has weights; the safety checker may be missing or null.
-_WEIGHTS = ("unet", "vae", "text_encoder", "safety_checker")
+_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_NEEDED_BY_XL = ("text_encoder_2", "tokenizer_2")
 #: Where classes may come from. Another name would be a Python file of the folder itself.
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 #: How files of half the size are told apart ("diffusion_pytorch_model.fp16.safetensors").
@@ -68,7 +70,14 @@ class Pipeline:
     def decode_bytes(self, dtype_bytes: float, width: int, height: int) -> int:
         """About what the VAE takes to make pixels of one picture's latents: its last levels have all pixels."""
         channels = self.configs["vae"]["block_out_channels"]
+        if is_sdxl(self.name) and self.configs["vae"].get("force_upcast", True):
+            dtype_bytes = 4  # diffusers computes it in fp32
         return int(width * height * channels[min(1, len(channels) - 1)] * 5 * dtype_bytes)
+
+
+def is_sdxl(name: str) -> bool:
+    """Whether a class of diffusers is one of SDXL."""
+    return name.startswith("StableDiffusionXL")
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -86,7 +95,7 @@ def read_pipeline(folder: Path, source: str) -> tuple[Pipeline, list[TensorEntry
     index = _read_json(folder / "model_index.json")
     _check_index(index, source)
     configs = {name: _read_json(folder / name / "config.json") for name in _WEIGHTS if _is_there(index, name)}
-    for name in ("tokenizer", "scheduler"):
+    for name in ("tokenizer", "scheduler", *(("tokenizer_2",) if is_sdxl(index["_class_name"]) else ())):
         if not (folder / name).is_dir():
             raise BrokenCheckpoint(f"{folder} has no folder {name}.", hint=_AGAIN)
     files = {name: _weight_files(folder / name) for name in configs}
@@ -158,7 +167,7 @@ def _check_index(index: Mapping[str, Any], source: str) -> None:
             raise UnsupportedModel(
                 f"The part {name} of {source} brings its own Python code ({entry[0]}), which is not run."
             )
-    for name in _NEEDED:
+    for name in (*_NEEDED, *(_NEEDED_BY_XL if is_sdxl(kind) else ())):
         if not _is_there(index, name):
             raise BrokenCheckpoint(f"model_index.json of {source} names no {name}.", hint=_AGAIN)
     if _is_there(index, "image_encoder"):

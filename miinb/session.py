@@ -209,7 +209,7 @@ class Session:
 
         Args:
             prompts: one prompt or several.
-            parameters: `GenerationParams`, or of pictures `ImageParams`; `timeout_s` limits the whole request.
+            parameters: `GenerationParams`, or of pictures `ImageParams`, `image`, `mask_image`; `timeout_s` limits all.
 
         Raises:
             RequestError: the request was refused or failed.

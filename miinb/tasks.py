@@ -52,6 +52,12 @@ class Task:
     options: Mapping[str, TaskOption] = field(default_factory=dict)
 
 
+#: diffusers' classes that make pictures. A model of any of them is asked in one way: a picture to begin from may come
+#: with the prompt, or must.
+_PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    *("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline"),
+)
 _TRUNCATION = TaskOption(False, (bool,))  # cut off what the model cannot take, which is an error otherwise
 
 #: A text classifier of no more labels gives the scores of all, and the frontend chooses the best: then requests with
@@ -125,7 +131,7 @@ TASKS: dict[str, Task] = {
         ),
         Task("fill-mask", False, ("query",), ("ForMaskedLM",), "AutoModelForMaskedLM", options=_FILLS),
         Task("feature-extraction", False, ("query",), ("Model",), "AutoModel", options=_VECTORS),
-        Task("text-to-image", False, ("query",), ("StableDiffusionPipeline",), "", image=True),
+        Task("text-to-image", False, ("query",), _PIPELINES, "", image=True),
     )
 }
 

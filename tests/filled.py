@@ -52,6 +52,7 @@ IMAGE_PARAMS = ImageParams(
     scheduler="DDIMScheduler",
     image_format="webp",
     preview_steps=4,
+    strength=0.5,
 )
 
 

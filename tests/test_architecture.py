@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = (
     *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
-    *("wording", "writing"),
+    *("wording", "writing", "image_sources"),
 )
 KERNEL_SIDE = (
     "client",
     "results",
     "image_results",
+    "image_asking",
     "image_calls",
     "predictions",
     "predicting",
@@ -63,10 +64,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "image_params": ("errors", "frozen", "config"),
     "messages": ("config", "errors"),
     "image_messages": ("image_params",),
+    "image_sources": ("errors", "image_params", "image_messages"),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
-    "pipelines": ("errors", "checkpoint"),
+    "pipelines": ("errors", "checkpoint", "tasks"),
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", "pipelines", *POLICY_DATA),
     "families": ("models", *POLICY_DATA),
     "rpc": ("messages", "image_messages", "image_params", "errors", "config", "frozen"),
@@ -96,6 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "image_params",
         "messages",
         "image_messages",
+        "image_sources",
         "errors",
         "tasks",
         "registry",
@@ -122,6 +125,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "deployment": (*CORE, "registry", "hardware", "launching"),
     "results": CORE,
     "image_results": (*CORE, "results"),
+    "image_asking": CORE,
     "image_calls": (*CORE, "rpc", "results", "image_results"),
     "predictions": CORE,
     "predicting": (*CORE, "rpc"),
@@ -129,7 +133,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "asking": CORE,
     "awaiting": (),
     "client": (
-        *("image_calls", "image_results"),
+        *("image_asking", "image_calls", "image_results"),
         *(*CORE, "frozen", "rpc", "results", "predictions", "predicting", "streams", "asking", "awaiting"),
         "spinning",
     ),

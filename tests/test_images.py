@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,8 @@ from miinb.errors import InvalidRequest, InvalidValue, Unavailable
 from miinb.image_results import ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
+
+torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,61 @@ def test_long_prompts_are_cut_and_it_is_said(served: tuple[Session, Any]) -> Non
     options = {"num_inference_steps": 2, "negative_prompt": "cat " * 40}
     assert difference(result.images[0], direct(pipe, prompt, 1, **options)) <= 1
     assert not session.generate("a red fox", num_inference_steps=1).warnings  # type: ignore[attr-defined]
+
+
+PHOTO = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+MASK = Image.new("L", (SIZE, SIZE))
+MASK.paste(255, (0, 0, SIZE, SIZE // 2))
+
+
+def from_photo(pipe: Any, prompt: str, seed: int, **options: Any) -> np.ndarray:
+    """What diffusers' own class makes of the photo."""
+    cls = (
+        diffusers.StableDiffusionInpaintPipeline
+        if "mask_image" in options
+        else diffusers.StableDiffusionImg2ImgPipeline
+    )
+    made = cls(**pipe.components, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    size = {"width": SIZE, "height": SIZE} if "mask_image" in options else {}
+    return direct(made, prompt, seed, image=PHOTO, **options, **size)
+
+
+def test_pictures_from_pictures_are_those_of_diffusers(served: tuple[Session, Any], tmp_path: Path) -> None:
+    session, pipe = served
+    options = {"num_inference_steps": 3, "strength": 0.7}
+    PHOTO.save(tmp_path / "photo.png")
+    given = [PHOTO, str(tmp_path / "photo.png")]
+    prompts, negatives = ["a red cat", "the moon"], ["blue", "fox"]
+    result = session.generate(prompts, image=given, negative_prompt=negatives, seed=3, **options)
+    for prompt, negative, image in zip(prompts, negatives, result.images, strict=True):
+        expected = from_photo(pipe, prompt, 3, negative_prompt=negative, **options)
+        assert difference(image, expected) <= 1
+    awaited: Any = asyncio.run(
+        session.agenerate("a cat", image=PHOTO, mask_image=MASK, seed=4, num_inference_steps=3)  # type: ignore[arg-type]
+    )
+    expected = from_photo(pipe, "a cat", 4, mask_image=MASK, strength=1.0, num_inference_steps=3)
+    assert difference(awaited.images[0], expected) <= 1
+    handle = miinb.mii_query_handle(session.name)
+    again = handle.query({"query": "a cat"}, image=PHOTO, mask_image=MASK, seed=4, num_inference_steps=3)
+    assert again.images == [awaited.images[0]]
+
+
+def test_gen_begins_from_files(served: tuple[Session, Any], tmp_path: Path) -> None:
+    session, pipe = served
+    PHOTO.save(tmp_path / "photo.png")
+    MASK.save(tmp_path / "mask.png")
+    words = ("a cat", "--image", str(tmp_path / "photo.png"), "--num-inference-steps", "3", "--seed", "5")
+    command(session, *words, "--strength", "0.7", "--out", str(tmp_path / "out"))
+    command(session, *words, "--mask", str(tmp_path / "mask.png"), "--out", str(tmp_path / "out"))
+    with Image.open(tmp_path / "out" / "5.png") as image:
+        assert difference(image, from_photo(pipe, "a cat", 5, strength=0.7, num_inference_steps=3)) <= 1
+        assert json.loads(image.info["miinb"])["source"]["name"] == "photo.png"
+    with Image.open(tmp_path / "out" / "5-2.png") as image:
+        expected = from_photo(pipe, "a cat", 5, mask_image=MASK, strength=1.0, num_inference_steps=3)
+        assert difference(image, expected) <= 1
+    with pytest.raises(InvalidRequest, match="No such file"):
+        command(session, "a cat", "--image", str(tmp_path / "none.png"))
 
 
 def test_awaited_and_attached(served: tuple[Session, Any]) -> None:

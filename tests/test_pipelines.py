@@ -83,8 +83,13 @@ def test_files_of_half_the_size_are_told_apart(made: tuple[Path, Any], tmp_path:
 
 def test_other_pipelines_code_and_pickles_are_refused(folder: Path) -> None:
     index = folder / "model_index.json"
+    for other in ("StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionXLImg2ImgPipeline", None):
+        edit(index, _class_name=other)
+        with pytest.raises(UnsupportedModel, match=f"is a {other}, which is not served") as refused:
+            models.inspect(folder)
+        assert "StableDiffusionXLPipeline" in refused.value.hint
     edit(index, _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UnsupportedModel, match="StableDiffusionXLPipeline"):
+    with pytest.raises(BrokenCheckpoint, match="text_encoder_2"):
         models.inspect(folder)
     edit(index, _class_name="StableDiffusionPipeline", unet=["my_unet", "MyUnet"])
     with pytest.raises(UnsupportedModel, match="its own Python code"):

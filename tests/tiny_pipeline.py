@@ -31,27 +31,90 @@ def tokenizer() -> Any:
     return CLIPTokenizer(vocab=table, merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, scheduler: Any = None) -> Any:
-    """The pipeline, in fp32 on the CPU, and saved to `folder / "model"`."""
+def make_pipeline(
+    folder: Path, *, seed: int = 0, safety: bool = False, scheduler: Any = None, channels: int = 4
+) -> Any:
+    """The pipeline, in fp32 on the CPU, and saved to `folder / "model"`; of 9 channels it is one of inpainting."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
     words = tokenizer()
-    unet = UNet2DConditionModel(
+    unet = _unet(channels, cross_attention_dim=32)
+    vae = _vae()
+    cls = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
+    pipe = cls(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text(words)),
+        tokenizer=words,
+        unet=unet,
+        scheduler=scheduler or diffusers.PNDMScheduler(**_BETAS, skip_prk_steps=True, steps_offset=1),
+        **(_safety() if safety else {"safety_checker": None, "feature_extractor": None}),
+        requires_safety_checker=safety,
+    )
+    return _saved(pipe, folder)
+
+
+def make_xl(folder: Path, *, channels: int = 4) -> Any:
+    """The same of SDXL: two text encoders, sizes and a pooled text beside the time."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    words = tokenizer()
+    cls = diffusers.StableDiffusionXLPipeline if channels == 4 else diffusers.StableDiffusionXLInpaintPipeline
+    pipe = cls(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text(words)),
+        text_encoder_2=CLIPTextModelWithProjection(_text(words, projection_dim=24)),
+        tokenizer=words,
+        tokenizer_2=tokenizer(),
+        unet=_unet(
+            channels,
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+            use_linear_projection=True,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(**_BETAS, steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    return _saved(pipe, folder)
+
+
+_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _saved(pipe: Any, folder: Path) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model", safe_serialization=True)
+    return pipe
+
+
+def _unet(channels: int, **options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         block_out_channels=(32, 64),
         layers_per_block=1,
         sample_size=SIZE // 2,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
         attention_head_dim=8,
         norm_num_groups=8,
+        **options,
     )
-    vae = AutoencoderKL(
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         block_out_channels=(16, 32),
         in_channels=3,
         out_channels=3,
@@ -60,34 +123,23 @@ def make_pipeline(folder: Path, *, seed: int = 0, safety: bool = False, schedule
         latent_channels=4,
         norm_num_groups=8,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+
+
+def _text(words: Any, **options: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        **options,
     )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=words,
-        unet=unet,
-        scheduler=scheduler
-        or PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
-        **(_safety() if safety else {"safety_checker": None, "feature_extractor": None}),
-        requires_safety_checker=safety,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder / "model", safe_serialization=True)
-    return pipe
 
 
 def _safety() -> dict[str, Any]:

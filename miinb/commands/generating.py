@@ -77,8 +77,8 @@ def gen(context: Context, values: Values, body: str | None) -> Result:
     if picturing.makes_images(session := context.session(values["deployment"])):
         return picturing.pictures(context, values, session, prompts)
     session = _generating(context, values)
-    if found := given(values, IMAGES):
-        flag = "--" + next(iter(found)).replace("_", "-")
+    for option in (option for option in IMAGES if values.get(option.target) is not None):
+        flag = option.flags[-1]
         raise InvalidRequest(f"{flag}: {session.name} serves {session.task}, not pictures.", hint=f"Leave {flag} out.")
     asked: Any = prompts if len(prompts) > 1 else prompts[0]
     if values["chat"] or values["system"]:

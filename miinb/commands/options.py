@@ -35,6 +35,7 @@ class Option:
         value: what a switch sets.
         field: the field that it sets when that is not `name` (switches that turn a default off).
         default: what holds without it, for help; None where help says it or nothing does.
+        objects: in a notebook `{name}` as the whole value gives the variable's object, not its text.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Option:
     value: Any = True
     field: str = ""
     default: Any = None
+    objects: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -187,6 +189,7 @@ _IMAGE_HELP = {
     "num_images_per_prompt": "pictures of each prompt",
     "scheduler": "pictures: a scheduler's class of diffusers (default: the model's own)",
     "image_format": "pictures: the format of their files",
+    "strength": "pictures: with --image: how much of it is painted anew, 0 to 1 (default: 0.8, with --mask 1)",
 }
 _BENCH_HELP = {
     "prompt_tokens": "length of the synthetic prompts: 256, or a range: 64-512",
@@ -270,6 +273,19 @@ IN_CELLS = (
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
 IMAGES = (
     *options_of(ImageParams, _IMAGE_HELP),
+    Option(
+        "image",
+        "pictures: begin from this file (a notebook's {name}: a PIL image); may be repeated, one for each prompt",
+        many=True,
+        objects=True,
+    ),
+    Option(
+        "mask",
+        "pictures: of --image paint only what is white here; may be repeated too",
+        many=True,
+        field="mask_image",
+        objects=True,
+    ),
     Option("out", "pictures: write them to this folder (a terminal's default: where you are)"),
 )
 #: Says a default aloud: with it a parameter that only a draw has is refused.

@@ -81,8 +81,17 @@ def _as_written(text: str) -> str:
     return text
 
 
+def _no_object(text: str) -> Any:
+    return None
+
+
 def build(
-    command: Command, *, prog: str, extra: Sequence[Option] = (), expand: Callable[[str], str] = _as_written
+    command: Command,
+    *,
+    prog: str,
+    extra: Sequence[Option] = (),
+    expand: Callable[[str], str] = _as_written,
+    look_up: Callable[[str], Any] = _no_object,
 ) -> argparse.ArgumentParser:
     """The argparse parser of a command. `extra` are options of the place (notebook or terminal)."""
     epilog = "\n".join(
@@ -102,11 +111,13 @@ def build(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option in (*command.options, *extra):
-        _add(parser, option, expand)
+        _add(parser, option, expand, look_up)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, option: Option, expand: Callable[[str], str]) -> None:
+def _add(
+    parser: argparse.ArgumentParser, option: Option, expand: Callable[[str], str], look_up: Callable[[str], Any]
+) -> None:
     text = option.described.replace("%", "%%")
     if option.read is None:
         parser.add_argument(
@@ -115,7 +126,8 @@ def _add(parser: argparse.ArgumentParser, option: Option, expand: Callable[[str]
         return
 
     def read(value: str) -> Any:
-        return read_value(option, expand(value))
+        found = look_up(value) if option.objects else None
+        return read_value(option, expand(value)) if found is None or isinstance(found, str) else found
 
     shown = "{" + ",".join(option.choices) + "}" if option.choices else option.name.upper()
     if option.positional:
@@ -137,15 +149,20 @@ def parse(
     prog: str,
     extra: Sequence[Option] = (),
     expand: Callable[[str], str] = _as_written,
+    look_up: Callable[[str], Any] = _no_object,
 ) -> dict[str, Any]:
-    """Values by field name; None for what was not given. `expand` sees each value's text before it is read.
+    """Values by field name; None for what was not given.
+
+    Args:
+        expand: sees each value's text before it is read.
+        look_up: of options that take objects: the object that a value's text names, or None.
 
     Raises:
         UnknownOption: no such option; the near one is in the hint.
         InvalidValue: a value of the wrong form.
         ConfigError: a word too many or a value missing.
     """
-    parser = build(command, prog=prog, extra=extra, expand=expand)
+    parser = build(command, prog=prog, extra=extra, expand=expand, look_up=look_up)
     options = (*command.options, *extra)
     named, placed = _in_order(words, options)
     values, rest = parser.parse_known_args([*named, "--", *placed] if placed else named)

@@ -34,6 +34,9 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
         if values.get(name):
             flag = "--" + name
             raise InvalidRequest(f"{flag}: {session.name} makes pictures.", hint=f"Leave {flag} out.")
+    for name in ("image", "mask_image"):
+        if name in options:
+            options[name] = _one_or_all(options[name])
     folder = options.pop("out", None)
     result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
     files = result.save(folder or ".") if folder or not context.in_notebook else []
@@ -43,3 +46,9 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
             context.screen.show(str(file))
     pictured: Result = result
     return pictured
+
+
+def _one_or_all(pictures: Sequence[Any]) -> Any:
+    """The only one, or all in order; a variable may hold a list of them."""
+    flat = [one for part in pictures for one in (part if isinstance(part, (list, tuple)) else [part])]
+    return flat[0] if len(flat) == 1 else flat

@@ -13,16 +13,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
+from miinb.engine.previews import LatentColors, preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
-from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
-from miinb.image_params import ImageParams
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
+from miinb.image_params import ImageParams, steps_done
 from miinb.messages import EncodeRequest, EngineInfo, FailedEvent, FinishedEvent, FinishReason, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,12 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 0.2
 #: Pixels of one batch: the outbox of the rank's socket takes two such batches.
 MAX_BATCH_BYTES = 32 << 20
-#: Red, green and blue of the four channels of Stable Diffusion's latents: a linear fit of what its VAE makes of them.
-#: (K. Turner, https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204)
-LATENT_RGB = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473))
+#: Of pictures to begin from that wait: some 240 of 512 x 512.
+MAX_WAITING_BYTES = 256 << 20
+
+
+#: What a picture is made of: a text, a picture and a text, or the white places of a mask over a picture and a text.
+Kind = Literal["text", "image", "inpaint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,27 @@ class Work:
     steps: int
     guidance: float
     scheduler: str  # a class of diffusers
+    strength: float = 1.0
+    kind: Kind = "text"
+
+    @property
+    def done(self) -> int:
+        """Steps that are done."""
+        return steps_done(self.steps, self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where one picture begins: noise of its seed, and what that is laid on.
+
+    Attributes:
+        image: of kinds "image" and "inpaint": RGB, three bytes a pixel, of the work's size.
+        mask: of kind "inpaint": one byte a pixel, 128 and more where it is painted anew.
+    """
+
+    seed: int
+    image: bytes = b""
+    mask: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +87,12 @@ class Painter(Protocol):
         scheduler: the class of the model's own scheduler.
         schedulers: classes that may stand in for it, its own too.
         width, height: of a picture unless a request says, in pixels.
+        kinds: of work that it can do.
+        colors: what a preview makes of its latents.
     """
 
+    kinds: Sequence[Kind]
+    colors: LatentColors
     scheduler: str
     schedulers: Sequence[str]
     width: int
@@ -79,9 +108,9 @@ class Painter(Protocol):
         """The conditions of a batch, for `denoise`."""
 
     def denoise(
-        self, conditions: Any, work: Work, seeds: Sequence[int], between: Callable[[int, Tensor], None]
+        self, conditions: Any, work: Work, starts: Sequence[Start], between: Callable[[int, Tensor], None]
     ) -> Tensor:
-        """Latents [N, C, h, w] of the seeds' noise; `between` gets each step's number, from 1, and its latents."""
+        """Latents [N, C, h, w] of the starts; `between` gets each step's number, from 1, and its latents."""
 
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
         """Pixels of one picture's latents [1, C, h, w]: RGB, row after row; and whether it was found unfit.
@@ -148,12 +177,19 @@ class ImageExecutor:
             raise InvalidRequest(f"scheduler: {scheduler!r} is none for this model.", hint=hint)
         if len(self._waiting) >= self._max_queue:
             raise QueueFull(f"{len(self._waiting)} pictures wait already.", hint="Try again later.")
-        size = (params.width or painter.width, params.height or painter.height)
-        work = Work(*size, params.num_inference_steps, params.guidance_scale, scheduler)
+        self._check_sources(request)
+        work = work_of(request, painter, scheduler)
         painter.check(work)
         row = Row(request, work)
         self._rows[request.row_id] = row
         self._waiting.append(row)
+
+    def _check_sources(self, request: PaintRequest) -> None:
+        """Pictures to begin from wait in memory; the rows of one request share theirs."""
+        sources = {id(one.source): one.source for one in (request, *(row.request for row in self._waiting))}
+        held = sum(len(one.image) + len(one.mask) for one in sources.values() if one is not None)
+        if request.source is not None and held > MAX_WAITING_BYTES:
+            raise QueueFull(f"Pictures to begin from of {held >> 20} MiB wait already.", hint="Try again later.")
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """See `Executor`; a running picture is computed on while others of its batch are wanted."""
@@ -219,7 +255,7 @@ class ImageExecutor:
             between()
 
         between()
-        latents = painter.denoise(conditions, work, [row.request.params.seed or 0 for row in batch], after_step)
+        latents = painter.denoise(conditions, work, [start_of(row.request) for row in batch], after_step)
         self._wait()
         times = {"text_encode_s": embedded - begin, "steps_s": time.monotonic() - embedded}
         for place, row in enumerate(batch):
@@ -252,7 +288,7 @@ class ImageExecutor:
 
     def _tell(self, batch: Sequence[Row], step: int, latents: Tensor, emit: Emit) -> None:
         """Progress of every picture, with a preview of those for which one is due."""
-        now, total = time.monotonic(), batch[0].work.steps
+        now, total = time.monotonic(), batch[0].work.done
         if now - self._told_at < PROGRESS_S and step < total:
             return
         self._told_at = now
@@ -261,7 +297,7 @@ class ImageExecutor:
                 continue
             every = row.request.params.preview_steps
             due = step // every if every else 0
-            width, preview = preview_of(latents[place]) if due > row.shown else (0, b"")
+            width, preview = preview_of(latents[place], self.painter.colors) if due > row.shown else (0, b"")
             row.shown = due
             emit(PaintProgress(row.request.row_id, step, total, width, preview))
 
@@ -309,6 +345,36 @@ class ImageExecutor:
         del self._rows[row.request.row_id]
 
 
+def work_of(request: PaintRequest, painter: Painter, scheduler: str) -> Work:
+    """The work of a picture. Raises InvalidRequest where its painter has no such kind."""
+    params, source = request.params, request.source
+    kind: Kind = "text" if source is None else "inpaint" if source.mask else "image"
+    if kind not in painter.kinds:
+        raise InvalidRequest(f"This model does not {_DOES[kind]}.", hint=_ASKS[painter.kinds[0]])
+    size = (params.width or painter.width, params.height or painter.height)
+    strength = 1.0 if params.strength is None else params.strength
+    return Work(*size, params.num_inference_steps, params.guidance_scale, scheduler, strength, kind)
+
+
+_DOES: Mapping[Kind, str] = {
+    "text": "make pictures of a text alone",
+    "image": "change whole pictures",
+    "inpaint": "paint parts of a picture anew",
+}
+#: What to give for each kind.
+_ASKS: Mapping[Kind, str] = {
+    "text": "Leave image= and mask_image= out.",
+    "image": "Give image=, and no mask.",
+    "inpaint": "Give image= and mask_image=: it paints anew what is white there.",
+}
+
+
+def start_of(request: PaintRequest) -> Start:
+    """Where a picture begins."""
+    seed, source = request.params.seed or 0, request.source
+    return Start(seed) if source is None else Start(seed, source.image, source.mask)
+
+
 def told(error: Exception) -> MiinbError:
     """What the user of a picture that failed is told."""
     if is_out_of_memory(error):
@@ -316,16 +382,12 @@ def told(error: Exception) -> MiinbError:
     return request_error(error)
 
 
-def preview_of(latents: Tensor) -> tuple[int, bytes]:
-    """A small picture of latents [C, h, w]: its width, and RGB; nothing where they are not Stable Diffusion's four."""
-    if latents.shape[0] != len(LATENT_RGB):
-        return 0, b""
-    rgb = torch.einsum("chw,cr->hwr", latents.float(), torch.tensor(LATENT_RGB, device=latents.device))
-    pixels = ((rgb + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8)
-    return int(latents.shape[2]), pixels.cpu().numpy().tobytes()
-
-
-def warm_up_request(info: EngineInfo, now: float) -> PaintRequest:
+def warm_up_request(executor: ImageExecutor, now: float) -> PaintRequest:
     """Two steps: of the usual size on a GPU, whose libraries choose by size, of a small one on a CPU."""
-    size: Mapping[str, Any] = {} if info.device == "cuda" else {"width": 64, "height": 64}
-    return PaintRequest(-1, "", ImageParams(num_inference_steps=2, seed=0, **size), now)
+    painter = executor.painter
+    width, height = (painter.width, painter.height) if executor.info.device == "cuda" else (64, 64)
+    params = ImageParams(num_inference_steps=2, seed=0, width=width, height=height)
+    if "text" in painter.kinds:
+        return PaintRequest(-1, "", params, now)
+    pixels = width * height
+    return PaintRequest(-1, "", params, now, source=PaintSource(bytes(3 * pixels), bytes([255]) * pixels))

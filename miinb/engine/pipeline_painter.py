@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionPipeline as published: the baseline of text-to-image."""
+"""diffusers' pipelines of Stable Diffusion as published: the baseline of text-to-image."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from miinb.config import DeploymentConfig
-from miinb.engine.diffusion import ImageExecutor, Reading, Work
+from miinb.engine import sdxl
+from miinb.engine.diffusion import ImageExecutor, Kind, Reading, Start, Work
+from miinb.engine.previews import SDXL, STABLE_DIFFUSION
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
 from miinb.messages import EngineInfo, Phase
 from miinb.models import ModelInfo
-from miinb.pipelines import Pipeline
+from miinb.pipelines import Pipeline, is_sdxl
 
-_PARTS = ("unet", "vae", "text_encoder", "safety_checker")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
+#: What a pipeline is called with for conditions, in their order; the last two are SDXL's.
+_CONDITIONS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 def load_images(
@@ -57,10 +61,13 @@ def _load(model: ModelInfo, pipeline: Pipeline, info: EngineInfo) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
     diffusers.utils.logging.disable_progress_bar()
-    cls = getattr(diffusers, pipeline.name)
-    options: dict[str, Any] = (
-        {} if pipeline.checks_safety else {"safety_checker": None, "requires_safety_checker": False}
-    )
+    # their parts are those of the classes for other kinds of work
+    cls = diffusers.StableDiffusionPipeline
+    options: dict[str, Any] = {}
+    if is_sdxl(pipeline.name):
+        cls, options = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
+    elif not pipeline.checks_safety:
+        options = {"safety_checker": None, "requires_safety_checker": False}
     if not (model.folder / "feature_extractor").is_dir():
         options["feature_extractor"] = None
     try:
@@ -93,6 +100,34 @@ def _check(pipe: Any, model: ModelInfo) -> None:
                 )
 
 
+def pipe_of(pipe: Any, kind: Kind) -> Any:
+    """The pipeline for a kind of work: diffusers has a class for each, of the same parts."""
+    import diffusers
+
+    if kind == "text":
+        return pipe
+    xl, name = is_sdxl(type(pipe).__name__), "Inpaint" if kind == "inpaint" else "Img2Img"
+    own = {"force_zeros_for_empty_prompt", "add_watermarker"} if xl else {"requires_safety_checker"}
+    options = {option: pipe.config.get(option, False) for option in own}
+    made = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{name}Pipeline")(**pipe.components, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def inputs_of(work: Work, starts: Sequence[Start]) -> dict[str, Any]:
+    """What a pipeline is called with for a kind of work, besides what all take."""
+    size = {"width": work.width, "height": work.height}
+    if work.kind == "text":
+        return size
+    from PIL import Image
+
+    images = [Image.frombytes("RGB", (work.width, work.height), start.image) for start in starts]
+    if work.kind == "image":
+        return {"image": images, "strength": work.strength}
+    masks = [Image.frombytes("L", (work.width, work.height), start.mask) for start in starts]
+    return {"image": images, "mask_image": masks, "strength": work.strength, **size}
+
+
 class PipelinePainter:
     """Runs a pipeline of diffusers; see `Painter`.
 
@@ -110,6 +145,9 @@ class PipelinePainter:
         self._config = pipe.scheduler.config
         self._length = pipeline.text_length
         self._guides = pipe.unet.config.time_cond_proj_dim is None
+        self.kinds: Sequence[Kind] = ("text", "image", "inpaint") if pipe.unet.config.in_channels == 4 else ("inpaint",)
+        self._xl = is_sdxl(pipeline.name)
+        self.colors = SDXL if self._xl else STABLE_DIFFUSION
         self._pipe: Any = pipe
 
     def check(self, work: Work) -> None:
@@ -117,7 +155,8 @@ class PipelinePainter:
         scheduler = self._classes[work.scheduler].from_config(self._config)
         try:
             scheduler.set_timesteps(work.steps)
-            fits = bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
+            left = scheduler.timesteps[(work.steps - work.done) * scheduler.order :]
+            fits = len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
         except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
             fits = False
         if not fits:
@@ -132,9 +171,11 @@ class PipelinePainter:
         return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor | None, ...]:
         """See `Painter`: embeddings [N, text_length, D] of the prompts and, with guidance, of the negative ones."""
         guided = guidance > 1 and self._guides
+        if self._xl:
+            return sdxl.embed(self._pipe, prompts, negatives, guided)
         device = self._pipe._execution_device
         found: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
             list(prompts), device, 1, guided, list(negatives) if guided else None
@@ -144,28 +185,26 @@ class PipelinePainter:
     @torch.inference_mode()
     def denoise(
         self,
-        conditions: tuple[Tensor, Tensor | None],
+        conditions: tuple[Tensor | None, ...],
         work: Work,
-        seeds: Sequence[int],
+        starts: Sequence[Start],
         between: Callable[[int, Tensor], None],
     ) -> Tensor:
         """See `Painter`."""
-        pipe, (prompts, negatives) = self._pipe, conditions
+        pipe = pipe_of(self._pipe, work.kind)
         pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             # some schedulers take more timesteps than steps: PNDM's first costs two
-            between(max(1, (index + 1) * work.steps // pipe.num_timesteps), values["latents"])
+            between(max(1, (index + 1) * work.done // pipe.num_timesteps), values["latents"])
             return values
 
         latents: Tensor = pipe(
-            prompt_embeds=prompts,
-            negative_prompt_embeds=negatives,
-            width=work.width,
-            height=work.height,
+            **dict(zip(_CONDITIONS, conditions, strict=False)),
+            **inputs_of(work, starts),
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator("cpu").manual_seed(start.seed) for start in starts],
             output_type="latent",
             return_dict=False,
             callback_on_step_end=after,
@@ -175,11 +214,15 @@ class PipelinePainter:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
         """See `Painter`."""
-        pipe = self._pipe
-        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        pipe, flags = self._pipe, None
+        if self._xl:
+            image = sdxl.decode(pipe, latents)
+        else:
+            image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         if not bool(torch.isfinite(image).all()):
             raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
-        image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
+        if not self._xl:  # which comes without a checker
+            image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
         flagged = bool(flags and flags[0])
         (picture,) = pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
         return picture.convert("RGB").tobytes(), flagged

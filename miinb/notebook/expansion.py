@@ -36,6 +36,15 @@ def expand(text: str, names: Mapping[str, Any]) -> str:
     return _LOOKUP.sub(replaced, text)
 
 
+def looked_up(text: str, names: Mapping[str, Any]) -> Any:
+    """The object that a text names, which is nothing but one `{name}`, `{obj.attr}` or `{d[key]}`; else None."""
+    match = _LOOKUP.fullmatch(text)
+    if match is None or (match["open"], match["close"]) != ("{", "}"):
+        return None
+    value = _look_up(names, match["name"], match["path"])
+    return None if value is _MISSING else value
+
+
 def _look_up(names: Mapping[str, Any], name: str, path: str) -> Any:
     if name not in names:
         return _MISSING

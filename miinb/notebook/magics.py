@@ -21,7 +21,7 @@ from miinb.commands.options import IN_CELLS, Names, Option
 from miinb.commands.settings import Settings
 from miinb.errors import InvalidValue, MiinbError, did_you_mean
 from miinb.notebook import cards
-from miinb.notebook.expansion import expand
+from miinb.notebook.expansion import expand, looked_up
 from miinb.notebook.streaming import CellScreen
 from miinb.tasks import find_task
 
@@ -83,7 +83,8 @@ class MiiMagics(Magics):  # type: ignore[misc]
             print(commands.help_text("%mii", command.name, IN_CELLS))
             return None
         expanded = _as_written if _is_raw(words) else self._expanded
-        values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded)
+        objects = {} if _is_raw(words) else {"look_up": self._looked_up}
+        values = commands.parse(command, words[1:], prog="%mii", extra=IN_CELLS, expand=expanded, **objects)
         values["quiet"] = values["quiet"] or silent
         variable = values["output"]
         _check_variable(variable)
@@ -131,6 +132,9 @@ class MiiMagics(Magics):  # type: ignore[misc]
 
     def _expanded(self, text: str) -> str:
         return expand(text, self.shell.user_ns)
+
+    def _looked_up(self, text: str) -> Any:
+        return looked_up(text, self.shell.user_ns)
 
     def _for_cell(self, value: Any, *, streamed: bool, quiet: bool) -> Any:
         """The magic's value. Text is printed; what was shown already is not shown again as the cell's output."""

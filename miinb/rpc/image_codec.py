@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from miinb.errors import InvalidRequest, VersionMismatch
-from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, ImageTimes, Picture
+from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, ImageTimes, Picture, Source
 from miinb.image_params import MAX_PROMPT, parse_images
 from miinb.rpc import inference_pb2 as pb
 from miinb.rpc.codec import SERVICE, json_object, parse
@@ -13,6 +15,9 @@ GENERATE_IMAGES = f"/{SERVICE}/GenerateImages"
 _TIMES = tuple(ImageTimes.__slots__)
 _FACTS = ("prompt_tokens", "cut", "negative_cut", "batch")
 _PICTURE = tuple(Picture.__slots__)
+_SOURCES = ("image", "mask")
+#: Characters of a source's name.
+MAX_NAME = 255
 
 
 def encode_images(request: ImagesRequest) -> bytes:
@@ -25,6 +30,9 @@ def encode_images(request: ImagesRequest) -> bytes:
     try:
         parameters = request.params.model_dump_json(exclude_unset=True)
         message = pb.ImagesRequest(prompt=request.prompt, parameters_json=parameters, request_id=request.request_id)
+        for name in _SOURCES:
+            if (source := getattr(request, name)) is not None:
+                getattr(message, name).CopyFrom(pb.Source(name=source.name, data=source.data))
     except (UnicodeEncodeError, ValueError) as error:
         raise InvalidRequest("prompt: it holds a lone surrogate, which is not text.") from error
     data: bytes = message.SerializeToString()
@@ -39,7 +47,14 @@ def decode_images(data: bytes) -> ImagesRequest:
     """
     message = parse(pb.ImagesRequest, data)
     _check_length(message.prompt)
-    return ImagesRequest(message.prompt, parse_images(json_object(message.parameters_json)), message.request_id[:64])
+    params = parse_images(json_object(message.parameters_json))
+    sources = {name: _source(getattr(message, name)) for name in _SOURCES if message.HasField(name)}
+    return ImagesRequest(message.prompt, params, message.request_id[:64], **sources)
+
+
+def _source(message: Any) -> Source:
+    """Of the name what is no folder, and not endless: it is written into files."""
+    return Source(message.name.replace("\\", "/").rpartition("/")[2][:MAX_NAME], message.data)
 
 
 def _check_length(prompt: str) -> None:

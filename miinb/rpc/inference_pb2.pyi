@@ -149,14 +149,26 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[bytes] = ...) -> None: ...
 
 class ImagesRequest(_message.Message):
-    __slots__ = ("prompt", "parameters_json", "request_id")
+    __slots__ = ("prompt", "parameters_json", "request_id", "image", "mask")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_JSON_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     parameters_json: str
     request_id: str
-    def __init__(self, prompt: _Optional[str] = ..., parameters_json: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    image: Source
+    mask: Source
+    def __init__(self, prompt: _Optional[str] = ..., parameters_json: _Optional[str] = ..., request_id: _Optional[str] = ..., image: _Optional[_Union[Source, _Mapping]] = ..., mask: _Optional[_Union[Source, _Mapping]] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImagesEvent(_message.Message):
     __slots__ = ("progress", "picture", "end")

@@ -19,7 +19,7 @@ from typing import Any
 
 from miinb.config import GenerationParams
 from miinb.errors import MiinbError
-from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
+from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
 from miinb.image_params import ImageParams
 from miinb.messages import (
     EncodedEvent,
@@ -55,6 +55,7 @@ class Kind(IntEnum):
     PAINT = 13
     PROGRESS = 14
     PAINTED = 15
+    SOURCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,12 @@ def frame(kind: Kind, *parts: bytes) -> bytes:
     return HEADER.pack(len(payload), kind) + payload
 
 
-def encode(message: Message) -> bytes:
-    """The frames of a message (two for tokens with log-probabilities)."""
+def encode(message: Message, *, sent: PaintSource | None = None) -> bytes:
+    """The frames of a message (two for tokens with log-probabilities and pictures that begin from one).
+
+    Args:
+        sent: the source that the peer was sent last: what the rows of a request share crosses once.
+    """
     if isinstance(message, TokensEvent):
         tokens = tokens_frame({message.row_id: message.token_ids})
         return _logprobs_frame(message) + tokens if message.logprobs else tokens
@@ -114,10 +119,7 @@ def encode(message: Message) -> bytes:
     if isinstance(message, EncodedEvent):
         return _encoded_frame(message)
     if isinstance(message, PaintRequest):
-        plain = {name: getattr(message, name) for name in message.__slots__}
-        return frame(
-            Kind.PAINT, _json({**plain, "params": message.params.model_dump(mode="json", exclude_defaults=True)})
-        )
+        return _paint_frames(message, sent)
     if isinstance(message, PaintProgress):
         return _headed_frame(Kind.PROGRESS, message, "preview")
     if isinstance(message, PaintedEvent):
@@ -130,6 +132,16 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.d
 
 def _json(values: object) -> bytes:
     return _ENCODER.encode(values).encode("utf-8", "replace")
+
+
+def _paint_frames(request: PaintRequest, sent: PaintSource | None) -> bytes:
+    source = request.source
+    plain = {name: getattr(request, name) for name in request.__slots__}
+    params = request.params.model_dump(mode="json", exclude_defaults=True)
+    paint = frame(Kind.PAINT, _json({**plain, "params": params, "source": source is not None}))
+    if source is None or source is sent:
+        return paint
+    return frame(Kind.SOURCE, LENGTH.pack(len(source.image)), source.image, source.mask) + paint
 
 
 def _headed_frame(kind: Kind, event: ImageEvent, tail: str) -> bytes:
@@ -216,11 +228,12 @@ _UNREADABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionErro
 
 
 class Decoder:
-    """Turns received bytes into messages. Holds the log-probabilities that wait for their TOKENS frame."""
+    """Turns received bytes into messages. Holds what comes before its message: log-probabilities, the last source."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        self._source: PaintSource | None = None
 
     def feed(self, data: bytes | memoryview) -> list[Message]:
         """The messages that these bytes complete.
@@ -267,10 +280,16 @@ class Decoder:
         if kind == Kind.PAINTED:
             head, pixels = _headed(payload)
             return [PaintedEvent(**head, pixels=pixels)]
+        if kind == Kind.SOURCE:
+            (length,) = LENGTH.unpack_from(payload)
+            image, mask = _parts(payload, LENGTH.size, (length, max(0, len(payload) - LENGTH.size - length)))
+            self._source = PaintSource(image, mask)
+            return ()
         values = json.loads(payload)
         if kind == Kind.PAINT:
             params = ImageParams.from_json(json.dumps(values.pop("params")))
-            return [PaintRequest(**values, params=params)]
+            source = self._source_of(values.pop("source"))
+            return [PaintRequest(**values, params=params, source=source)]
         if kind == Kind.LOGPROBS:
             self._logprobs[values["row_id"]] = tuple(
                 TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
@@ -282,6 +301,11 @@ class Decoder:
         if kind == Kind.STATUS:
             return [EngineStatus(values)]
         return [from_dict(_CLASSES[Kind(kind)], values)]
+
+    def _source_of(self, there: bool) -> PaintSource | None:
+        if there and self._source is None:
+            raise ValueError("the source has not come")
+        return self._source if there else None
 
     def _tokens(self, payload: bytes) -> Iterable[TokensEvent]:
         packed = array("i")

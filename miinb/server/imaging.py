@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 from miinb.config import MAX_SEED
 from miinb.errors import InvalidRequest, RequestError, from_name
@@ -20,6 +21,8 @@ from miinb.image_messages import (
     PaintRequest,
     Picture,
 )
+from miinb.image_params import with_strength
+from miinb.image_sources import pixels
 from miinb.messages import FailedEvent
 from miinb.server.balancer import Balancer, Replica, RowEvent
 from miinb.server.generation import SEED_BITS
@@ -28,6 +31,8 @@ from miinb.tasks import find_task
 
 #: Least time between two messages of progress: five a second.
 PACE_S = 0.2
+#: Reads files to begin from: one at a time, as a large one takes a few hundred MB meanwhile.
+_READER = ThreadPoolExecutor(1, "miinb-sources")
 
 
 class Imaging:
@@ -59,16 +64,21 @@ class Imaging:
         replica = await balancer.pick(count)
         if not find_task(replica.info.task).image:
             raise InvalidRequest(f"This deployment serves {replica.info.task}, not pictures.")
-        self = cls(request, replica)
+        params = with_strength(request.params, image=request.image is not None, mask=request.mask is not None)
+        source = None
+        if request.image is not None:
+            loop = asyncio.get_running_loop()
+            size, source = await loop.run_in_executor(_READER, pixels, request.image, request.mask, params)
+            params = params.model_copy(update={"width": size[0], "height": size[1]})
+        self = cls(dataclasses.replace(request, params=params), replica)
         asked = request.params.seed
         first = secrets.randbits(SEED_BITS) if asked is None else asked
         try:
             for place in range(count):
                 row_id = balancer.next_row_id()
-                params = request.params.model_copy(update={"seed": (first + place) % (MAX_SEED + 1)})
-                replica.submit(
-                    PaintRequest(row_id, request.prompt, params, t_submit, deadline), self._events.put_nowait
-                )
+                own = params.model_copy(update={"seed": (first + place) % (MAX_SEED + 1)})
+                row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source)
+                replica.submit(row, self._events.put_nowait)
                 self._places[row_id], self._steps[row_id] = place, 0
         except BaseException:
             self.cancel()

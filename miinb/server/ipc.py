@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from miinb.image_messages import PaintRequest, PaintSource
 from miinb.messages import TokensEvent
 from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, tokens_frame
 
@@ -177,6 +178,7 @@ class RankChannel(asyncio.Protocol):
         self.on_messages = on_messages
         self.on_closed = on_closed
         self._decoder = Decoder()
+        self._sent: PaintSource | None = None  # the last one: the next row of the same request has it too
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -202,7 +204,9 @@ class RankChannel(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return False
-        transport.write(encode(message))
+        transport.write(encode(message, sent=self._sent))
+        if isinstance(message, PaintRequest):
+            self._sent = message.source or self._sent
         return True
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -59,9 +60,9 @@ def preview_file(event: PaintProgress) -> bytes:
 
 
 def facts(event: PaintedEvent, request: ImagesRequest, model: str) -> dict[str, Any]:
-    """What makes a picture again, by the parameters' names."""
+    """What makes a picture again, by the parameters' names; of one that it was made from what tells it apart."""
     params = request.params
-    return {
+    values = {
         "prompt": request.prompt,
         "negative_prompt": params.negative_prompt or "",
         "num_inference_steps": params.num_inference_steps,
@@ -73,6 +74,11 @@ def facts(event: PaintedEvent, request: ImagesRequest, model: str) -> dict[str, 
         "model": Path(model).name if model.startswith(("/", ".", "~")) else model,
         "version": miinb.__version__,
     }
+    if request.image is None:
+        return values
+    data = request.image.data
+    source = {"name": request.image.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return values | {"strength": params.strength, "source": source, "mask": request.mask is not None}
 
 
 def parameters_text(values: dict[str, Any]) -> str:
@@ -85,7 +91,17 @@ def parameters_text(values: dict[str, Any]) -> str:
         "Seed": values["seed"],
         "Size": f"{values['width']}x{values['height']}",
         "Model": values["model"],
+        **_source_named(values),
         "Version": f"miinb {values['version']}",
     }
     line = ", ".join(f"{name}: {value}" for name, value in named.items())
     return f"{values['prompt']}\n{negative}{line}".replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _source_named(values: dict[str, Any]) -> dict[str, Any]:
+    """What a picture was made from; its name may hold what ends a field there, and is in the JSON alone."""
+    if "source" not in values:
+        return {}
+    covered = {"Mask": "yes"} if values["mask"] else {}
+    hashed = values["source"]["sha256"][:10]
+    return {"Denoising strength": values["strength"], "Source hash": hashed, **covered}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
+from miinb.image_params import steps_of
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -147,7 +148,7 @@ class StandIn:
         """A step of every picture."""
         for row_id, state in tuple(self.painting.items()):
             state[1] += 1
-            params, total = state[0].params, state[0].params.num_inference_steps
+            params, total = state[0].params, steps_of(state[0].params)
             every = params.preview_steps
             width = 4 if every and state[1] % every == 0 else 0
             self.socket.send(PaintProgress(row_id, state[1], total, width, bytes(3 * width * width)))
@@ -157,6 +158,8 @@ class StandIn:
                 facts = {"prompt_tokens": 3, "cut": "", "negative_cut": "", "batch": len(self.painting) + 1}
                 times = dict.fromkeys(("queue_s", "text_encode_s", "steps_s", "vae_s"), 0.5)
                 pixels = bytes([seed & 255]) * (3 * width * height)
+                if (source := state[0].source) is not None:  # what it has got, for tests
+                    pixels = bytes(value for value in source.mask for _ in range(3)) or source.image
                 scheduler = params.scheduler or "PNDMScheduler"
                 self.socket.send(PaintedEvent(row_id, width, height, seed, False, scheduler, facts, times, pixels))
 

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.errors import MiinbError, OutOfMemory, RankFailed
@@ -205,9 +205,9 @@ def warm_up(executor: Executor) -> None:
         prompt = [0] * min(16, info.max_length - params.max_new_tokens)
         executor.submit(SequenceRequest(-1, prompt, params, now))
     elif TASKS[info.task].image:
-        from miinb.engine.diffusion import warm_up_request
+        from miinb.engine.diffusion import ImageExecutor, warm_up_request
 
-        executor.paint(warm_up_request(info, now))
+        executor.paint(warm_up_request(cast(ImageExecutor, executor), now))
     else:
         text = [0] * min(16, info.max_length)
         executor.encode(EncodeRequest(-1, text, [len(text)], now, wanted=[0] if info.task == "fill-mask" else []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from miinb import models
-from miinb.config import DeploymentConfig
 from miinb.engine import diffusion
 from miinb.engine.diffusion import ImageExecutor
-from miinb.engine.pipeline_painter import load_images
 from miinb.errors import BrokenCheckpoint, InvalidRequest, QueueFull
-from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
-from miinb.image_params import ImageParams
-from miinb.messages import EngineInfo, FailedEvent, FinishedEvent, Plan
+from miinb.image_messages import PaintProgress, PaintRequest
+from miinb.messages import FailedEvent, FinishedEvent
+from tests.engine.image_rows import load, painted, pixels, request, run
 from tests.tiny_pipeline import SIZE, make_pipeline
 
 
@@ -30,40 +27,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder / "model", make_pipeline(folder)
 
 
-def load(folder: Path, max_batch: int = 4) -> ImageExecutor:
-    plan = Plan("baseline", "cpu", "fp32")
-    info = EngineInfo(0, "m", "text-to-image", "baseline", "fp32", "cpu", 9, 16, max_batch, (), "", plan)
-    config = DeploymentConfig.parse({"model": str(folder), "options": {"max_queue": 6}})
-    return load_images(models.inspect(folder), config, info, lambda phase: None)
-
-
 @pytest.fixture
 def executor(tiny: tuple[Path, Any]) -> Iterator[ImageExecutor]:
     executor = load(tiny[0])
     yield executor
     executor.close()
-
-
-def request(row_id: int, prompt: str = "a red cat", **params: Any) -> PaintRequest:
-    values = {"num_inference_steps": 4, "seed": 10 + row_id, **params}
-    return PaintRequest(row_id, prompt, ImageParams(**values), time.monotonic())
-
-
-def run(executor: ImageExecutor, *requests: PaintRequest, poll: Callable[[], None] = lambda: None) -> list[Any]:
-    for one in requests:
-        executor.paint(one)
-    events: list[Any] = []
-    while executor.busy:
-        executor.step(events.append, poll)
-    return events
-
-
-def painted(events: list[Any]) -> dict[int, PaintedEvent]:
-    return {event.row_id: event for event in events if isinstance(event, PaintedEvent)}
-
-
-def pixels(event: PaintedEvent) -> np.ndarray:
-    return np.frombuffer(event.pixels, np.uint8).reshape(event.height, event.width, 3).astype(int)
 
 
 def direct(pipe: Any, asked: PaintRequest) -> np.ndarray:

@@ -3,7 +3,7 @@ import types
 
 import pytest
 
-from miinb.notebook.expansion import expand
+from miinb.notebook.expansion import expand, looked_up
 
 NAMES = {
     "city": "Paris",
@@ -43,3 +43,10 @@ def test_plain_look_ups_become_text(text: str, expected: str) -> None:
 )
 def test_every_other_brace_stays(text: str) -> None:
     assert expand(text, NAMES) == text
+
+
+def test_one_name_alone_is_an_object() -> None:
+    assert looked_up("{items}", NAMES) is NAMES["items"]
+    assert looked_up("{thing.inner.name}", NAMES) == "deep"
+    for text in ("{nowhere}", "{{items}}", "a {items}", "{items} ", "items", "", "{items[9]}", "{items}{n}"):
+        assert looked_up(text, NAMES) is None

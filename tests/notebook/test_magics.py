@@ -127,6 +127,26 @@ def test_names_are_replaced_in_every_option_before_it_is_read(shell: Shell, depl
     assert shell.user_ns["kept"].text in shown.stdout
 
 
+def test_pictures_to_begin_from_are_files_or_variables(shell: Shell, deployments: dict[str, StandIn]) -> None:
+    tiny = deployments["tiny"] = StandIn("tiny", task="text-to-image")
+    photo, mask = object(), object()
+    shell.user_ns.update(photo=photo, both=[photo, mask], paint={"mask": mask}, folder="/tmp")
+    shell.run("%%mii -q --image {photo} --mask {paint[mask]} --strength 0.5\na {photo} of mine")
+    shell.run("%%mii -q --image {both} --batch lines\na\nb")
+    shell.run("%%mii -q --image {folder}/x.png --image y.png --batch lines\na\nb")
+    shell.run("%mii gen -q a --image '{photo}' --raw")
+    (_, prompt, first), *others = tiny.calls
+    assert prompt.startswith("a <object")
+    assert (first["image"], first["mask_image"], first["strength"]) == (photo, mask, 0.5)
+    assert [call[2]["image"] for call in others] == [[photo, mask], ["/tmp/x.png", "y.png"], "{photo}"]
+
+
+@pytest.mark.parametrize("flag", ["--image", "--mask", "--strength"])
+def test_a_deployment_of_texts_takes_no_pictures(shell: Shell, flag: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{flag}: tiny serves text-generation, not pictures"):
+        shell.run(f"%mii gen a {flag} 1")
+
+
 def test_json_is_printed(shell: Shell) -> None:
     with capture_output() as shown:
         shell.run("s = %mii status --json")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miinb import errors
-from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, Picture
+from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, Picture, Source
 from miinb.image_params import MAX_PROMPT, ImageParams, parse_images
 from miinb.rpc import image_codec
 from miinb.rpc import inference_pb2 as pb
@@ -70,3 +70,11 @@ def test_what_no_text_or_too_long_is_refused_on_both_sides() -> None:
 def test_junk_is_an_invalid_request_or_a_request(data: bytes) -> None:
     with contextlib.suppress(errors.InvalidRequest):
         image_codec.decode_images(data)
+
+
+def test_of_a_files_name_no_folder_and_no_endless_text_is_kept() -> None:
+    for sent, kept in (("/home/me/cat.png", "cat.png"), ("C:\\me\\cat.png", "cat.png"), ("x" * 999, "x" * 255)):
+        data = image_codec.encode_images(ImagesRequest("a", ImageParams(), image=Source(sent, b"x")))
+        found = image_codec.decode_images(data)
+        assert found.image == Source(kept, b"x")
+        assert found.mask is None

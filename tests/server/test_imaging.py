@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import signal
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from miinb import errors
 from miinb.client import Client
-from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent
+from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, Source
 from miinb.image_params import ImageParams
 from miinb.server.picture_files import facts, parameters_text, picture_file
 from tests.frontend_process import FrontendProcess, make, wait_for
@@ -113,6 +115,74 @@ def test_a_folders_path_is_not_told() -> None:
     assert b"/home/me" not in picture_file(event, request, "/home/me/models/sd")
 
 
+def noise(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def test_pictures_to_begin_from_reach_the_rank_as_pixels_of_the_work(client: Client, tmp_path: Path) -> None:
+    photos = [noise(40, 27), noise(24, 16)]
+    photos[0].save(tmp_path / "cat.png")
+    given: list[Any] = [tmp_path / "cat.png", photos[1]]
+    result = client.generate_images(["a", "b"], image=given, num_inference_steps=4, num_images_per_prompt=3, seed=1)
+    expected = [photos[0].resize((40, 24), Image.Resampling.LANCZOS), photos[1]]
+    for place, image in enumerate(result.images):
+        assert np.array_equal(np.asarray(image), np.asarray(expected[place // 3]))
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    covered = client.generate_images("a", image=photos[1], mask_image=mask, num_inference_steps=1).images[0]
+    assert np.array_equal(np.asarray(covered), np.asarray(mask.convert("RGB")))
+
+
+def test_progress_counts_the_steps_that_a_strength_leaves(client: Client) -> None:
+    told: list[ImagesProgress] = []
+    result = client.generate_images("a", told.append, image=noise(16, 16), num_inference_steps=40, strength=0.51)
+    assert (told[-1].step, told[-1].total) == (20, 20)
+    assert result.rows[0]["steps"] == 20
+
+
+def test_files_keep_what_they_were_made_from_but_not_the_picture(client: Client, tmp_path: Path) -> None:
+    noise(24, 16).save(tmp_path / "my, cat.png")
+    data = (tmp_path / "my, cat.png").read_bytes()
+    options: dict[str, Any] = {"image": str(tmp_path / "my, cat.png"), "num_inference_steps": 5, "seed": 2}
+    png: Any = client.generate_images("a", **options, strength=0.5).images[0]
+    told = json.loads(png.info["miinb"])
+    assert told["source"] == {"name": "my, cat.png", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert (told["strength"], told["mask"], told["num_inference_steps"]) == (0.5, False, 5)
+    assert "Denoising strength: 0.5, Source hash: " + told["source"]["sha256"][:10] in png.info["parameters"]
+    assert "my, cat" not in png.info["parameters"]
+    mask = Image.new("1", (24, 16), 1)
+    webp: Any = client.generate_images("a", **options, mask_image=mask, image_format="webp").images[0]
+    again = json.loads(webp.getexif()[0x010E])
+    assert (again["source"], again["strength"], again["mask"]) == (told["source"], 1.0, True)
+    plain: Any = client.generate_images("a", num_inference_steps=1).images[0]
+    assert {"source", "strength", "mask"}.isdisjoint(json.loads(plain.info["miinb"]))
+
+
+def test_any_clients_files_are_checked_before_a_rank_hears_of_them(frontend: FrontendProcess, client: Client) -> None:
+    """Requests as another program would send them."""
+    good = io.BytesIO()
+    noise(16, 16).save(good, "PNG")
+    picture = Source("x", good.getvalue())
+    wrong: list[tuple[ImagesRequest, str]] = [
+        (ImagesRequest("a", ImageParams(), image=Source("x", b"junk")), "image: it is no PNG"),
+        (ImagesRequest("a", ImageParams(), image=Source("x", b"")), "image: the file is empty"),
+        (ImagesRequest("a", ImageParams(), image=picture, mask=Source("m", b"junk")), "mask_image: it is no PNG"),
+        (ImagesRequest("a", ImageParams(), mask=picture), "mask_image: acts only with"),
+        (ImagesRequest("a", ImageParams(strength=0.5)), "strength: acts only with"),
+        (ImagesRequest("a", ImageParams(num_inference_steps=1), image=picture), "strength: of 1 steps 0.8 is none"),
+    ]
+    for request, words in wrong:
+        with pytest.raises(errors.InvalidRequest, match=words):
+            client._image_calls().run([request], 20.0)
+    told: Any = client._image_calls().run([ImagesRequest("a", ImageParams(), image=picture)], 20.0)
+    assert json.loads(told.images[0].info["miinb"])["strength"] == 0.8
+    large = ImagesRequest("a", ImageParams(), image=Source("x", good.getvalue() + bytes(17 << 20)))
+    with pytest.raises(errors.InvalidRequest, match="MiB"):
+        client._image_calls().run([large], 20.0)
+    assert frontend.running() == 0
+
+
 def test_a_time_limit_ends_the_steps(frontend: FrontendProcess, client: Client) -> None:
     with pytest.raises(errors.DeadlineExceeded):
         client.generate_images("a", num_inference_steps=1000, timeout_s=0.3)
@@ -186,6 +256,11 @@ def test_tasks_are_told_apart(client: Client, tmp_path: Path) -> None:
         process.rank()
         with process.client() as texts, pytest.raises(errors.InvalidRequest, match="text-generation, not pictures"):
             texts.generate_images("a")
+        with process.client() as texts:
+            for name in ("image", "mask_image", "strength"):
+                with pytest.raises(errors.InvalidRequest, match=f"{name} cannot be set") as refused:
+                    texts.generate("a", **{name: 1})
+                assert "text-to-image" in refused.value.hint
     finally:
         process.close()
 

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miinb.config import GenerationParams
+from miinb.image_messages import PaintRequest, PaintSource
+from miinb.image_params import ImageParams
 from miinb.messages import (
     EncodedEvent,
     EncodeRequest,
@@ -94,6 +96,36 @@ def test_no_field_of_any_message_is_lost(cls: type) -> None:
         if isinstance(message, SequenceRequest):
             message = replace(message, params=params)
         assert frames.Decoder().feed(frames.encode(message)) == [message]
+
+
+def test_what_rows_share_crosses_once() -> None:
+    source, other = PaintSource(bytes(range(9)), b"abc"), PaintSource(b"xyz")
+    rows = [PaintRequest(row, "a", ImageParams(seed=row), 1.0, source=source) for row in range(3)]
+    rows += [PaintRequest(3, "a", ImageParams(), 1.0), PaintRequest(4, "b", ImageParams(), 1.0, source=source)]
+    rows.append(PaintRequest(5, "b", ImageParams(), 1.0, source=other))
+    sent: list[bytes] = []
+    channel = ipc.RankChannel(lambda *_: None, lambda *_: None)
+    channel.connection_made(Written(sent))
+    assert all(channel.send(row) for row in rows)
+    assert [data.count(source.image) for data in sent] == [1, 0, 0, 0, 0, 0]
+    received = frames.Decoder().feed(b"".join(sent))
+    assert received == rows
+    assert received[0].source is received[4].source  # type: ignore[union-attr]
+    with pytest.raises(ConnectionError, match="announced"):
+        frames.Decoder().feed(frames.frame(frames.Kind.SOURCE, frames.LENGTH.pack(9), b"xyz"))
+    with pytest.raises(ConnectionError, match="source"):
+        frames.Decoder().feed(sent[1])
+
+
+class Written(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self, sent: list[bytes]) -> None:
+        super().__init__()
+        self.write = sent.append  # type: ignore[assignment]
+
+    def is_closing(self) -> bool:
+        return False
 
 
 def test_every_parameter_is_among_the_filled_ones() -> None:
