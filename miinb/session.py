@@ -272,7 +272,7 @@ class Session:
         self._client.destroy_session(session_id)
 
     def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
-        """`generate`, awaitable."""
+        """`generate`, awaitable; of pictures `on_progress` is called with each `ImagesProgress`, in another thread."""
         if self._makes_images():
             return self._client.agenerate_images(prompts, **parameters)
         return self._client.agenerate(prompts, **parameters)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = (
     *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
-    *("wording", "writing"),
+    *("wording", "writing", "image_metadata", "image_difference"),
 )
 KERNEL_SIDE = (
     "client",
@@ -63,6 +63,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "image_params": ("errors", "frozen", "config"),
     "messages": ("config", "errors"),
     "image_messages": ("image_params",),
+    "image_metadata": ("errors", "image_params"),
+    "image_difference": ("errors", "wording"),
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
@@ -96,6 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "image_params",
         "messages",
         "image_messages",
+        "image_metadata",
         "errors",
         "tasks",
         "registry",
