@@ -193,7 +193,12 @@ class Client:
         return self._image_calls(on_progress).run(image_requests(prompts, parameters), self._limit(timeout_s))
 
     async def agenerate_images(
-        self, prompts: str | Sequence[str], *, timeout_s: float | None = None, on_progress: OnProgress | None = None, **parameters: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+        **parameters: Any,
     ) -> ImageResult:
         """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` is called in a thread."""
         requests, limit_s = image_requests(prompts, parameters), self._limit(timeout_s)

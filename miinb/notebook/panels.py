@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.notebook.bench_panel import BenchPanel
 from miinb.notebook.compare_panel import ComparePanel
-from miinb.notebook.controls import GENERATING
+from miinb.notebook.controls import GENERATING, PICTURING
 from miinb.notebook.encoder_panel import EncoderPanel
+from miinb.notebook.image_compare_panel import ImageComparePanel
+from miinb.notebook.image_panel import ImagePanel
+from miinb.notebook.pair_panel import PairPanel
 from miinb.notebook.server_card import ServerCard
 from miinb.notebook.text_panel import TextPanel
 from miinb.notebook.work_panel import WorkPanel
@@ -18,19 +21,29 @@ from miinb.predictions import PREDICTIONS
 if TYPE_CHECKING:
     from miinb.session import Session
 
+
+def compare_panel(session: Session) -> PairPanel:
+    """The panel that compares answers of a deployment's task: texts or pictures."""
+    return (ImageComparePanel if session.task in PICTURING else ComparePanel)(session)
+
+
 PANELS: dict[str, Callable[[Session], WorkPanel]] = {
     "text": TextPanel,
+    "image": ImagePanel,
     "encoder": EncoderPanel,
-    "compare": ComparePanel,
+    "compare": compare_panel,
     "bench": BenchPanel,
     "server": ServerCard,
 }
-#: Kinds of the contract that are not built yet.
-LATER = ("image",)
 #: What a deployment must serve for a panel; the others take any.
-TASKS_OF: dict[str, Sequence[str]] = {"text": GENERATING, "encoder": tuple(PREDICTIONS), "compare": GENERATING}
+TASKS_OF: dict[str, Sequence[str]] = {
+    "text": GENERATING,
+    "image": PICTURING,
+    "encoder": tuple(PREDICTIONS),
+    "compare": (*GENERATING, *PICTURING),
+}
 #: Kinds that are chosen by the task.
-OWN = ("text", "encoder")
+OWN = ("text", "image", "encoder")
 
 
 def panel(session: Session, kind: str | None = None) -> WorkPanel:
@@ -38,7 +51,7 @@ def panel(session: Session, kind: str | None = None) -> WorkPanel:
 
     Args:
         session: the deployment.
-        kind: "text", "encoder", "compare", "bench" or "server"; None chooses "text" or "encoder" by the task.
+        kind: "text", "image", "encoder", "compare", "bench" or "server"; None: "text", "image" or "encoder" by the task.
 
     Raises:
         InvalidValue: there is no such panel, or it is none for this task.
@@ -48,8 +61,6 @@ def panel(session: Session, kind: str | None = None) -> WorkPanel:
         kind = next((one for one in OWN if session.task in TASKS_OF[one]), None)
     if kind is None:
         raise InvalidValue(f"There is no panel for the task {session.task!r} yet.", hint=there)
-    if kind in LATER:
-        raise InvalidValue(f"The panel {kind!r} is not there yet.", hint=there)
     if kind not in PANELS:
         raise InvalidValue(f"There is no panel {kind!r}.", hint=did_you_mean(kind, PANELS))
     if kind in TASKS_OF and session.task not in TASKS_OF[kind]:

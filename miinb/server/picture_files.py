@@ -12,6 +12,7 @@ from miinb.image_metadata import encoded
 
 _PREVIEW_QUALITY = 80
 
+
 def picture_file(event: PaintedEvent, request: ImagesRequest, model: str) -> bytes:
     """A PNG or WebP file of a picture.
 

@@ -17,8 +17,8 @@ from PIL import Image
 from miinb import errors
 from miinb.client import Client
 from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent
-from miinb.image_params import ImageParams
 from miinb.image_metadata import parameters_text
+from miinb.image_params import ImageParams
 from miinb.server.picture_files import facts, picture_file
 from tests.frontend_process import FrontendProcess, make, wait_for
 
