@@ -193,14 +193,9 @@ class Client:
         return self._image_calls(on_progress).run(image_requests(prompts, parameters), self._limit(timeout_s))
 
     async def agenerate_images(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        timeout_s: float | None = None,
-        on_progress: OnProgress | None = None,
-        **parameters: Any,
+        self, prompts: Any, on_progress: OnProgress | None = None, *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
-        """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` is called in a thread."""
+        """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` runs in a thread."""
         requests, limit_s = image_requests(prompts, parameters), self._limit(timeout_s)
         calls = self._image_calls(on_progress or (lambda progress: None))
         return await awaiting.in_thread(lambda: calls.run(requests, limit_s), calls)

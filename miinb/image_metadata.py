@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +131,10 @@ def read_parameters(data: bytes) -> MadeWith:
     if len(data) > MAX_FILE:
         raise InvalidRequest(f"The file has more than {MAX_FILE >> 20} MiB.", hint="Take the picture's own file.")
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as image:
-            told, text = _texts(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of EXIF that ends too early
+            with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as image:
+                told, text = _texts(image)
     except (OSError, ValueError, SyntaxError, LookupError, TypeError, Image.DecompressionBombError):
         raise InvalidRequest("The file is no PNG, WebP or JPEG picture, or is damaged.") from None
     values = _from_json(told) or _from_a1111(text)
@@ -234,7 +237,7 @@ def _checked(values: Mapping[str, Any]) -> MadeWith:
         if value in ("", None):
             continue
         try:
-            ImageParams.parse({name: value}, error=InvalidRequest)
+            value = getattr(ImageParams.parse({name: value}, error=InvalidRequest), name)
         except InvalidRequest as error:
             notes.append(f"Not taken over: {error.message}.".replace("..", "."))
         else:

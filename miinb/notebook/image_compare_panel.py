@@ -20,7 +20,7 @@ from miinb.notebook.image_progress import ImageProgress
 from miinb.notebook.inline import caption
 from miinb.notebook.pair_cards import Side, Sides, bars_card, ratio_words
 from miinb.notebook.pair_panel import Pair, PairPanel
-from miinb.notebook.viewer import PairViewer, words_of
+from miinb.notebook.viewer import VIEWS, PairViewer, words_of
 from miinb.wording import printable
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class ImageComparePanel(PairPanel):
         self.prompt = prompt_area("What both pictures show", example="a lighthouse at dusk, oil painting", rows=3)
         self.controls = ImageControls(previews=False)
         self._progress = ImageProgress()
-        self.viewer = PairViewer(self._lock)
+        self.viewer = PairViewer(self._lock, VIEWS[1:])  # side by side they stand above it
         self.which = control(W.Dropdown, "picture", "Which of the pictures is looked at below", options=[("1", 0)])
         self.which.observe(self._looked, "value")
         self._looking = named(W.VBox([self.which, self.viewer.box], layout={"display": "none"}), "looking")
@@ -176,14 +176,13 @@ class ImageComparePanel(PairPanel):
 
     def _make_room(self) -> None:
         """Forget the oldest pairs, where the files of all take too much; the last one stays."""
-        room, kept = MOST_BYTES, 0
-        for pair in reversed(self.history):
+        room = MOST_BYTES
+        for kept, pair in enumerate(reversed(self.history)):
             results = (side.result for side in pair.sides if isinstance(side.result, ImageResult))
             room -= sum(len(file) for result in results for file in result.files)
             if room < 0 and kept:
                 self._history.drop_oldest(len(self.history) - kept)
                 break
-            kept += 1
 
     def _show_side(self, pair: PicturePair, number: int) -> None:
         hidden = pair.blind and not pair.complete and not pair.revealed

@@ -19,6 +19,8 @@ SIZES = ((512, 512), (512, 768), (768, 512), (768, 768), (1024, 1024))
 _ANOTHER = "another"
 #: Steps between two previews.
 _PREVIEW_STEPS = 4
+#: The width of a name: diffusers' are long.
+_LABEL = "14em"
 #: The largest seed that a front end's numbers hold exactly, and that is drawn.
 _MAX_SEED, _DRAWN_SEEDS = (1 << 53) - 1, 1 << 31
 
@@ -33,7 +35,7 @@ def negative_area() -> Any:
 def _field(kind: Any, name: str, tooltip: str, **traits: Any) -> Any:
     """A control with room for diffusers' long names."""
     made = control(kind, name, tooltip, **traits)
-    made.layout.width, made.style.description_width = "22em", "12.5em"
+    made.layout.width, made.style.description_width = "26em", _LABEL
     return made
 
 
@@ -84,17 +86,21 @@ class ImageControls:
         self._put_together()
 
     def _put_together(self) -> None:
-        for row in (self.lock, self.draw):
-            row.layout.width = "auto"
-        self.lock.indent = False
-        left = (self.num_inference_steps, self.guidance_scale, self.scheduler, self.image_format)
-        middle = (self.num_images_per_prompt, self.seed, W.HBox([self.lock, self.draw]))
-        right = (self.size, self.width, self.height)
-        columns = (left, (*middle, self.preview_steps) if self.preview_steps else middle, right)
-        grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
-        self.box = Fold("Parameters", grid, "parameters")
+        self.lock.layout.width, self.lock.indent = "auto", False
+        lock = W.HBox([self.lock, self.draw], layout={"margin": f"0 0 0 {_LABEL}"})
+        left = [self.num_inference_steps, self.guidance_scale, self.scheduler, self.image_format]
+        right = [self.num_images_per_prompt, self.seed, lock, self.size, self.width, self.height]
+        if self.preview_steps is not None:
+            left.append(self.preview_steps)
+        grid = W.Box([W.VBox(column) for column in (left, right)], layout={"flex_flow": "row wrap"})
+        self._rows = W.VBox([grid])
+        self.box = Fold("Parameters", self._rows, "parameters")
         self.size.observe(self._sized, "value")
         self._sized()
+
+    def add(self, widget: Any) -> None:
+        """Put something more below the parameters."""
+        self._rows.children = (*self._rows.children, widget)
 
     def _sized(self, _: Any = None) -> None:
         """Width and height are the chosen size's; only of another one they are written."""
@@ -135,7 +141,7 @@ class ImageControls:
     @property
     def previews(self) -> dict[str, Any]:
         """The parameter that has no part in the picture."""
-        every = self.preview_steps.value if self.preview_steps else 0
+        every = self.preview_steps.value if self.preview_steps is not None else 0
         return {"preview_steps": every} if every else {}
 
     def load(self, values: Mapping[str, Any]) -> None:

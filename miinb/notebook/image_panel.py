@@ -54,7 +54,7 @@ class ImagePanel(WorkPanel):
             W.Box([self.deployment], layout=ROW),
             self.prompt,
             self.controls.negative,
-            W.Box([self.run, self.halt, self.upload], layout=ROW),
+            W.Box([self.run, self.halt], layout=ROW),
             self.controls.box,
             self.status,
             self._progress.box,
@@ -83,14 +83,15 @@ class ImagePanel(WorkPanel):
         self.halt = self._halt("End the request between two steps; nothing of it is kept")
         self.upload = named(
             W.FileUpload(
-                description="Parameters of a file",
+                description="Take from a file",
                 tooltip="Take prompt and parameters from a PNG, WebP or JPEG that miinb or the A1111 web UI made",
                 accept=".png,.webp,.jpg,.jpeg",
-                layout={"width": "auto"},
+                layout={"width": "auto", "align_self": "flex-start"},
             ),
             "upload",
         )
         self.upload.observe(self._uploaded, "value")
+        self.controls.add(self.upload)
         self._progress = ImageProgress()
 
     def _make_gallery(self) -> None:
@@ -291,6 +292,8 @@ class ImagePanel(WorkPanel):
         return cards.card("Image panel", facts=[("deployment", self.deployment.value)], foot="No picture yet.")
 
     def _summary(self) -> str:
+        if self.comparing.unfolded and self._two.compared is not None:
+            return "The comparison"
         return f"Picture {self.chosen.name}" if self.chosen is not None else ""
 
     def _closing(self) -> None:

@@ -51,7 +51,8 @@ def panel(session: Session, kind: str | None = None) -> WorkPanel:
 
     Args:
         session: the deployment.
-        kind: "text", "image", "encoder", "compare", "bench" or "server"; None: "text", "image" or "encoder" by the task.
+        kind: "text", "image", "encoder", "compare", "bench" or "server"; None chooses one of the first three by the
+            task.
 
     Raises:
         InvalidValue: there is no such panel, or it is none for this task.

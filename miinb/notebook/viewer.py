@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets as W
@@ -40,13 +41,16 @@ def words_of(pair: Two) -> str:
 
 def pair_html(pair: Two, names: tuple[str, str], *, side: int = _SIDE, most_bytes: int = _BYTES) -> str:
     """Two pictures side by side, static."""
-    figures = (figure(image, name, side, most_bytes) for image, name in zip(pair, names, strict=True))
-    return f'<div style="{GRID}">{"".join(figures)}</div>'
+    figures = (
+        f'<div style="flex:0 1 auto;min-width:0">{figure(image, name, side, most_bytes)}</div>'
+        for image, name in zip(pair, names, strict=True)
+    )
+    return f'<div style="display:flex;gap:.7em;margin:.3em 0">{"".join(figures)}</div>'
 
 
 def difference_html(pair: Two, names: tuple[str, str], gain: int, side: int = _SIDE) -> str:
-    """What differs, made bright, static; "" for pictures of two sizes."""
-    if pair[0].size != pair[1].size:
+    """What differs, made bright, static; "" where nothing does, and for pictures of two sizes."""
+    if pair[0].size != pair[1].size or difference(*pair).equal:
         return ""
     words = f"Difference of {names[0]} and {names[1]}, {gain} times as bright"
     return f'<div style="{GRID}">{figure(difference_picture(*pair, gain), words, side, _BYTES)}</div>'
@@ -55,7 +59,7 @@ def difference_html(pair: Two, names: tuple[str, str], gain: int, side: int = _S
 def comparison_card(pair: Two, names: tuple[str, str], gain: int = GAINS[1]) -> Card:
     """Two pictures, what differs and the numbers, static."""
     words, side = words_of(pair), 360
-    apart = "" if pair[0].size != pair[1].size else difference_html(pair, names, gain, side)
+    apart = difference_html(pair, names, gain, side)
     body = [f'<div style="{GRID}">{pair_html(pair, names, side=side)}{apart}</div>']
     html, _ = cards.card("", body=body, foot=words)
     return html, printable(f"{names[0]} and {names[1]}: {words}")
@@ -66,19 +70,20 @@ class PairViewer:
 
     Args:
         lock: of the panel.
+        views: the choice, of `VIEWS`; pictures of two sizes are only ever shown side by side.
 
     Attributes:
         box: the widget.
     """
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self, lock: threading.RLock, views: Sequence[str] = VIEWS) -> None:
         self._lock = lock
         self._pair: Two | None = None
         self._small: Two | None = None  # as large as the slider shows them
         self._names = ("A", "B")
         self._timer: threading.Timer | None = None
         self._next = 0.0
-        self.view = control(W.Dropdown, "view", "How the two are shown", options=VIEWS)
+        self.view = control(W.Dropdown, "view", "How the two are shown", options=views)
         self.position = control(
             W.IntSlider, "position", "Left of the line is the first picture", value=50, min=0, max=100
         )
