@@ -159,7 +159,7 @@ def _thumb_html(picture: GalleryPicture) -> str:
 
 
 class Gallery:
-    """Pictures on pages of 12, oldest first; the newest page is shown when some come.
+    """Pictures on pages of 12, oldest first; of new ones the first is chosen.
 
     Args:
         lock: of the panel.
@@ -197,8 +197,7 @@ class Gallery:
         self._made = pictures[-1].number
         del self.pictures[:-MOST]
         self._make_room()
-        self._page = len(self.pictures) // PAGE  # the last one, also where `choose` moves it
-        self.choose(pictures[0])
+        self.choose(self.pictures[-min(len(pictures), MOST)])
 
     def remove(self, picture: GalleryPicture) -> None:
         """Forget a picture; the one beside it is chosen then."""
