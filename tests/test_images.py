@@ -92,8 +92,8 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
     for wrong, words in (({"height": 30}, "multiple of 8"), ({"sheduler": "x"}, "sheduler"), ({"scheduler": "x"}, "x")):
         with pytest.raises(InvalidRequest, match=words):
             session.generate("a", **wrong)
-    with pytest.raises(InvalidValue, match="panel"):
-        session.panel()
+    with pytest.raises(InvalidValue, match="'image'"):
+        session.panel("text")
     with pytest.raises(InvalidValue, match="not benchmarked"):
         session.bench()
     with pytest.raises(InvalidRequest):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as W
 
 from miinb.notebook.cards import Card
-from miinb.notebook.controls import named
+from miinb.notebook.controls import button, named
 from miinb.notebook.gallery import Gallery, GalleryPicture
 from miinb.notebook.viewer import PairViewer
 from miinb.notebook.work_panel import ROW
@@ -20,13 +21,14 @@ class GalleryPair:
     Args:
         lock: of the panel.
         gallery: whose pictures they are; at first they are the one chosen before and the chosen one.
+        pin: keeps what is shown in the notebook.
 
     Attributes:
         box: the widget.
         viewer: what shows the two.
     """
 
-    def __init__(self, lock: threading.RLock, gallery: Gallery) -> None:
+    def __init__(self, lock: threading.RLock, gallery: Gallery, pin: Callable[[Any], None]) -> None:
         self._lock, self._gallery = lock, gallery
         self.first, self.second = (
             named(
@@ -36,7 +38,9 @@ class GalleryPair:
             for label in ("First", "Second")
         )
         self.viewer = PairViewer(lock)
-        self.box = W.VBox([W.Box([self.first, self.second], layout=ROW), self.viewer.box])
+        tooltip = "Keep both pictures and what differs in the notebook, below the panel"
+        self.pinning = button("Pin comparison", "pin-two", tooltip, pin, icon="thumb-tack")
+        self.box = W.VBox([W.Box([self.first, self.second, self.pinning], layout=ROW), self.viewer.box])
         self._observe()
 
     @property

@@ -116,7 +116,7 @@ class ImagePanel(WorkPanel):
         acts = [self.again, self.vary, self.count, self.take, self.pinning, self.filing, self.delete]
         self._acts = W.Box(acts, layout={**ROW, "display": "none"})
         self.pinning.tooltip = "Keep this picture in the notebook, below the panel"
-        self._two = GalleryPair(self._lock, self.gallery)
+        self._two = GalleryPair(self._lock, self.gallery, self.pin_comparison)
         self.comparing = Fold("Compare two pictures", self._two.box, "comparing")
         self.comparing.layout.display = "none"
         self.comparing.switch.observe(self._unfolded, "value")
@@ -176,6 +176,11 @@ class ImagePanel(WorkPanel):
                 number = self.chosen.number
                 self.gallery.remove(self.chosen)
                 self._say(f"Picture {number} is deleted.")
+
+    def pin_comparison(self, _: Any = None) -> None:
+        """Write the two pictures that are compared, and their numbers, as static output below the panel."""
+        with self._lock:
+            self._pin(self._two.compared, "The comparison")
 
     def make_files(self, _: Any = None) -> None:
         """Make the links that save the chosen picture, as PNG and as WebP, with its parameters inside."""
@@ -284,16 +289,12 @@ class ImagePanel(WorkPanel):
                 self._two.refresh()
 
     def _card(self) -> cards.Card | None:
-        if self.comparing.unfolded and self._two.compared is not None:
-            return self._two.compared
         return self.chosen.card() if self.chosen is not None else None
 
     def _empty_card(self) -> cards.Card:
         return cards.card("Image panel", facts=[("deployment", self.deployment.value)], foot="No picture yet.")
 
     def _summary(self) -> str:
-        if self.comparing.unfolded and self._two.compared is not None:
-            return "The comparison"
         return f"Picture {self.chosen.name}" if self.chosen is not None else ""
 
     def _closing(self) -> None:

@@ -121,16 +121,19 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     def pin(self, _: Any = None) -> None:
         """Write what is shown as static output below the panel."""
         with self._lock:
-            card = self._card()
-            if card is None:
-                self._say("There is nothing to pin yet.")
-                return
-            if sum(len(pinned[0]) for pinned in (*self._pins, card)) > _MOST_PINNED:
-                self._say("There is no room for another pin: display(panel.snapshot()) shows this in another cell.")
-                return
-            self._pins.append(card)
-            self._show_pins()
-            self._say(" · ".join(part for part in (self._summary(), "pinned below the panel") if part))
+            self._pin(self._card(), self._summary())
+
+    def _pin(self, card: cards.Card | None, summary: str) -> None:
+        """Write a card below the panel. The lock is held."""
+        if card is None:
+            self._say("There is nothing to pin yet.")
+            return
+        if sum(len(pinned[0]) for pinned in (*self._pins, card)) > _MOST_PINNED:
+            self._say("There is no room for another pin: display(panel.snapshot()) shows this in another cell.")
+            return
+        self._pins.append(card)
+        self._show_pins()
+        self._say(" · ".join(part for part in (summary, "pinned below the panel") if part))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the running request is complete; False when the time is over first."""

@@ -348,7 +348,7 @@ def test_two_pictures_are_compared(make: Make) -> None:
     assert (two.first.value, two.second.value) == (1, 2)
     assert "the largest difference is 3 of 255" in two.viewer.words.value
     assert two.viewer.picture.value.count("<img ") == 2
-    shown.pin()
+    two.pinning.click()
     assert shown._pins[0][0].count("<img ") == 3
     assert "the largest difference is 3 of 255" in shown._pins[0][1]
     two.second.value = 1
@@ -367,6 +367,7 @@ def test_hostile_text_is_no_markup(make: Make) -> None:
     shown.comparing.switch.value = True
     shown.filing.click()
     shown.pin()
+    shown.pin_comparison()
     html = re.sub(
         r'<img( class="[\w-]+")? alt="[^"]*" style="[^"]*" src="data:image/webp;base64,[^"]*">', "", html_of(shown)
     )
