@@ -12,7 +12,6 @@ from miinb.notebook.controls import GENERATING, PICTURING
 from miinb.notebook.encoder_panel import EncoderPanel
 from miinb.notebook.image_compare_panel import ImageComparePanel
 from miinb.notebook.image_panel import ImagePanel
-from miinb.notebook.pair_panel import PairPanel
 from miinb.notebook.server_card import ServerCard
 from miinb.notebook.text_panel import TextPanel
 from miinb.notebook.work_panel import WorkPanel
@@ -21,20 +20,16 @@ from miinb.predictions import PREDICTIONS
 if TYPE_CHECKING:
     from miinb.session import Session
 
-
-def compare_panel(session: Session) -> PairPanel:
-    """The panel that compares answers of a deployment's task: texts or pictures."""
-    return (ImageComparePanel if session.task in PICTURING else ComparePanel)(session)
-
-
 PANELS: dict[str, Callable[[Session], WorkPanel]] = {
     "text": TextPanel,
     "image": ImagePanel,
     "encoder": EncoderPanel,
-    "compare": compare_panel,
+    "compare": ComparePanel,
     "bench": BenchPanel,
     "server": ServerCard,
 }
+#: The same of tasks whose answers are pictures.
+_OF_PICTURES: dict[str, Callable[[Session], WorkPanel]] = {"compare": ImageComparePanel}
 #: What a deployment must serve for a panel; the others take any.
 TASKS_OF: dict[str, Sequence[str]] = {
     "text": GENERATING,
@@ -67,4 +62,5 @@ def panel(session: Session, kind: str | None = None) -> WorkPanel:
     if kind in TASKS_OF and session.task not in TASKS_OF[kind]:
         own = next((one for one in OWN if session.task in TASKS_OF[one]), "server")
         raise InvalidValue(f"panel: {kind!r} is not for {session.task}.", hint=f"{session.name} has {own!r}.")
-    return PANELS[kind](session)
+    of_task = _OF_PICTURES if session.task in PICTURING else {}
+    return of_task.get(kind, PANELS[kind])(session)
