@@ -123,6 +123,33 @@ def test_a_card_shows_pictures_and_escapes_prompts(served: tuple[Session, Any]) 
     assert "2 images" in str(result)
 
 
+def test_panels_ask_the_deployment(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    shown, both = session.panel(), session.panel("compare")
+    for panel in (shown, both):
+        panel.prompt.value = "a cat"
+        panel.controls.load({"num_inference_steps": 2, "seed": 3})
+        panel.controls.lock.value = True
+    shown.generate()
+    assert shown.wait(60)
+    assert difference(shown.chosen.image, direct(pipe, "a cat", 3, num_inference_steps=2)) <= 1
+    shown.remake()
+    assert shown.wait(60)
+    assert "The same as picture 1, pixel for pixel" in shown.status.value
+    shown.controls.load({"num_inference_steps": 900, "scheduler": "DDIMScheduler"})
+    shown.generate()
+    wait_for(lambda: "Step " in shown.status.value, "progress")
+    shown.stop()
+    assert shown.wait(20)
+    assert "given up" in shown.status.value
+    both.compare()
+    assert both.wait(60)
+    assert "pixel for pixel" in both.viewer.words.value
+    assert "faster" in both.output.value or "slower" in both.output.value or "as fast" in both.output.value
+    shown.close()
+    both.close()
+
+
 def command(session: Session, *words: str, in_notebook: bool = False) -> Any:
     context = commands.Context(prog="%mii" if in_notebook else "miinb", sessions={session.name: session})
     gen = commands.find("gen")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PAGE, _THUMB_SIDE, _THUMB_BYTES = 12, 120, 12_000
 #: Pictures that a gallery keeps, and bytes of their files: of the oldest ones above that only thumbnails are kept.
 MOST, MOST_BYTES = 240, 256 << 20
-#: The largest picture of a panel: pixels of its longer side, and bytes.
+#: Of a picture that stays in the notebook, and of the largest in a panel: pixels of the longer side, and bytes.
+_CARD_SIDE, _CARD_BYTES = 384, 120_000
 _LARGE_SIDE, _LARGE_BYTES = 640, 300_000
 _CELL = _THUMB_SIDE + 12
 _TEXT = 28  # pixels of the line below a thumbnail
@@ -84,7 +85,7 @@ class GalleryPicture:
         rows = [(shown.get(name, name), value) for name, value in known.items()]
         return [*rows, ("deployment", self.deployment), ("took", cards.duration(self.seconds))]
 
-    def card(self, side: int = 512, most_bytes: int = 150_000) -> cards.Card:
+    def card(self, side: int = _CARD_SIDE, most_bytes: int = _CARD_BYTES) -> cards.Card:
         """The picture with all that made it, static."""
         notes = ["made black by the model's safety checker"] * self.flagged
         if self.file is None:

@@ -83,8 +83,8 @@ class ImagePanel(WorkPanel):
         self.halt = self._halt("End the request between two steps; nothing of it is kept")
         self.upload = named(
             W.FileUpload(
-                description="Take from a file",
-                tooltip="Take prompt and parameters from a PNG, WebP or JPEG that miinb or the A1111 web UI made",
+                description="Load from a picture",
+                tooltip="Prompt and parameters of a PNG, WebP or JPEG that miinb or the A1111 web UI made",
                 accept=".png,.webp,.jpg,.jpeg",
                 layout={"width": "auto", "align_self": "flex-start"},
             ),

@@ -219,3 +219,17 @@ def test_the_image_panel_is_labelled(painted: Notebook) -> None:
     for words in ('textbox "Prompt"', 'combobox "scheduler"', 'button "Generate"', 'button "Same again"', "status:"):
         assert re.search(words.replace(' "', ' ".*'), tree), words
     assert re.search(r'img "a cat <img.* seed \d+"', tree)
+
+
+def test_pinned_pictures_are_there_when_the_kernel_is_gone_and_the_notebook_opened_again(painted: Notebook) -> None:
+    painted.find("pin").click()
+    until(says(painted, "pinned below the panel"), "nothing was pinned")
+    pinned = painted.outputs(8)[-1]
+    painted.save()
+    painted.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    painted.open()
+    assert painted.outputs(8)[-1] == pinned
+    shown = painted.page.locator(".jp-RenderedHTMLCommon figure img").last
+    shown.wait_for(timeout=10_000)
+    until(lambda: shown.evaluate("image => image.naturalWidth") > 0, "the pinned picture is not seen")
+    assert painted.page.evaluate("window.pwned") is None
