@@ -81,7 +81,10 @@ def test_long_prompts_are_cut_and_it_is_said(served: tuple[Session, Any]) -> Non
 
 def test_awaited_and_attached(served: tuple[Session, Any]) -> None:
     session, pipe = served
+    told: list[Any] = []
     first = asyncio.run(session.agenerate("a cat", num_inference_steps=2, seed=9))  # type: ignore[arg-type]
+    session.generate("a cat", num_inference_steps=2, on_progress=told.append)
+    assert told[-1].total == 2
     assert difference(first.images[0], direct(pipe, "a cat", 9, num_inference_steps=2)) <= 1
     joined = Session._of(session._deployment)
     assert joined.generate("a cat", num_inference_steps=2, seed=9).images[0] == first.images[0]

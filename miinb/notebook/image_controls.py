@@ -58,11 +58,14 @@ class ImageControls:
     def __init__(self, *, previews: bool = True) -> None:
         whole, real, side = W.BoundedIntText, W.BoundedFloatText, {"min": SIDE_STEP, "max": MAX_SIDE, "step": SIDE_STEP}
         self.negative = negative_area()
+        known, steps = ImageParams(), "Steps of the denoising"
         self.num_inference_steps = _field(
-            whole, "num_inference_steps", "Steps of the denoising", value=30, min=1, max=MAX_STEPS
+            whole, "num_inference_steps", steps, value=known.num_inference_steps, min=1, max=MAX_STEPS
         )
         closely = "How closely the picture follows the prompt; at 1 and below a step costs half"
-        self.guidance_scale = _field(real, "guidance_scale", closely, value=7.5, min=0, max=100, step=0.5)
+        self.guidance_scale = _field(
+            real, "guidance_scale", closely, value=known.guidance_scale, min=0, max=100, step=0.5
+        )
         sizes = [OWN_SIZE, *(f"{width} x {height}" for width, height in SIZES), _ANOTHER]
         self.size = _field(W.Dropdown, "size", "Width x height in pixels", options=sizes, value=OWN_SIZE)
         multiple = f"Pixels, a multiple of {SIDE_STEP}; for the size {_ANOTHER!r}"
