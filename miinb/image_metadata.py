@@ -197,6 +197,8 @@ def _from_a1111(text: str) -> dict[str, Any] | None:
         "negative_prompt": negative.strip(),
         "scheduler": pairs.get("Sampler", ""),
         "model": pairs.get("Model", ""),
+        "source": "Denoising strength" in pairs or None,
+        "enlarged": any(name.startswith("Hires") for name in pairs) or None,
     }
     return {"prompt": prompt.strip()} | {name: value for name, value in found.items() if value not in ("", None)}
 
@@ -229,6 +231,10 @@ def _checked(values: Mapping[str, Any]) -> MadeWith:
     """What of the values is valid, and notes on the rest."""
     kept: dict[str, Any] = {}
     notes: list[str] = []
+    if values.get("enlarged"):
+        notes.append("It was enlarged by a second pass, which is not done here.")
+    elif values.get("source"):
+        notes.append("It was made from another picture, which the file does not hold.")
     for name in _NAMES:
         value = values.get(name)
         if name == "scheduler" and isinstance(value, str):

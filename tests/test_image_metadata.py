@@ -96,6 +96,21 @@ def test_comments_of_either_byte_order_and_in_jpeg(order: str) -> None:
     assert made.parameters["scheduler"] == "HeunDiscreteScheduler"
 
 
+@pytest.mark.parametrize(
+    ("more", "note"),
+    [
+        ("Denoising strength: 0.7", "made from another picture"),
+        ("Denoising strength: 0.5, Hires upscale: 2", "enlarged by a second pass"),
+    ],
+)
+def test_what_more_it_took_is_told(more: str, note: str) -> None:
+    made = read_parameters(plain_png(parameters=A1111.format(sampler="Euler") + ", " + more))
+    assert len(made.notes) == 1
+    assert note in made.notes[0]
+    ours = read_parameters(plain_png(miinb=json.dumps({**VALUES, "source": {"name": "a.png"}})))
+    assert "made from another picture" in ours.notes[0]
+
+
 def test_what_cannot_be_set_here_is_named_and_left_out() -> None:
     values = {**VALUES, "seed": -4, "width": 513, "num_inference_steps": "many", "guidance_scale": 1, "scheduler": 3}
     made = read_parameters(plain_png(miinb=json.dumps(values)))
