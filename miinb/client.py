@@ -194,10 +194,10 @@ class Client:
         return self._image_calls(on_progress).run(image_requests(prompts, parameters), self._limit(timeout_s))
 
     async def agenerate_images(
-        self, prompts: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
+        self, prompts: Any, on_progress: OnProgress | None = None, *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
-        """`generate_images`, awaitable; canceling the task cancels the requests."""
-        limit_s, calls = self._limit(timeout_s), self._image_calls()
+        """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` runs in a thread."""
+        limit_s, calls = self._limit(timeout_s), self._image_calls(on_progress or (lambda progress: None))
         return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
 
     def _image_calls(self, on_progress: OnProgress = lambda progress: None) -> ImageCalls:

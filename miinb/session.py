@@ -209,14 +209,14 @@ class Session:
 
         Args:
             prompts: one prompt or several.
-            parameters: `GenerationParams`, or of pictures `ImageParams`, `image`, `mask_image`; `timeout_s` limits all.
+            parameters: `GenerationParams`; of pictures `ImageParams`, `image`, `mask_image`, `on_progress`; `timeout_s`
 
         Raises:
             RequestError: the request was refused or failed.
         """
         if self._makes_images():
-            with cell.steps("generate") as on_progress:
-                return self._client.generate_images(prompts, on_progress, **parameters)
+            with cell.steps("generate") as bar:
+                return self._client.generate_images(prompts, parameters.pop("on_progress", bar), **parameters)
         return self._client.generate(prompts, **parameters)
 
     def chat(self, messages: Messages, **parameters: Any) -> Result:
@@ -272,7 +272,7 @@ class Session:
         self._client.destroy_session(session_id)
 
     def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
-        """`generate`, awaitable."""
+        """`generate`, awaitable; `on_progress` is called in another thread."""
         if self._makes_images():
             return self._client.agenerate_images(prompts, **parameters)
         return self._client.agenerate(prompts, **parameters)

@@ -139,7 +139,10 @@ def test_gen_begins_from_files(served: tuple[Session, Any], tmp_path: Path) -> N
 
 def test_awaited_and_attached(served: tuple[Session, Any]) -> None:
     session, pipe = served
+    told: list[Any] = []
     first = asyncio.run(session.agenerate("a cat", num_inference_steps=2, seed=9))  # type: ignore[arg-type]
+    session.generate("a cat", num_inference_steps=2, on_progress=told.append)
+    assert told[-1].total == 2
     assert difference(first.images[0], direct(pipe, "a cat", 9, num_inference_steps=2)) <= 1
     joined = Session._of(session._deployment)
     assert joined.generate("a cat", num_inference_steps=2, seed=9).images[0] == first.images[0]
@@ -150,8 +153,8 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
     for wrong, words in (({"height": 30}, "multiple of 8"), ({"sheduler": "x"}, "sheduler"), ({"scheduler": "x"}, "x")):
         with pytest.raises(InvalidRequest, match=words):
             session.generate("a", **wrong)
-    with pytest.raises(InvalidValue, match="panel"):
-        session.panel()
+    with pytest.raises(InvalidValue, match="'image'"):
+        session.panel("text")
     with pytest.raises(InvalidValue, match="not benchmarked"):
         session.bench()
     with pytest.raises(InvalidRequest):
@@ -179,6 +182,33 @@ def test_a_card_shows_pictures_and_escapes_prompts(served: tuple[Session, Any]) 
     assert str(result) == shown["text/plain"]
     assert "seed 6" in str(result)
     assert "2 images" in str(result)
+
+
+def test_panels_ask_the_deployment(served: tuple[Session, Any]) -> None:
+    session, pipe = served
+    shown, both = session.panel(), session.panel("compare")
+    for panel in (shown, both):
+        panel.prompt.value = "a cat"
+        panel.controls.load({"num_inference_steps": 2, "seed": 3})
+        panel.controls.lock.value = True
+    shown.generate()
+    assert shown.wait(60)
+    assert difference(shown.chosen.image, direct(pipe, "a cat", 3, num_inference_steps=2)) <= 1
+    shown.remake()
+    assert shown.wait(60)
+    assert "The same as picture 1, pixel for pixel" in shown.status.value
+    shown.controls.load({"num_inference_steps": 900, "scheduler": "DDIMScheduler"})
+    shown.generate()
+    wait_for(lambda: "Step " in shown.status.value, "progress")
+    shown.stop()
+    assert shown.wait(20)
+    assert "given up" in shown.status.value
+    both.compare()
+    assert both.wait(60)
+    assert "pixel for pixel" in both.viewer.words.value
+    assert "faster" in both.output.value or "slower" in both.output.value or "as fast" in both.output.value
+    shown.close()
+    both.close()
 
 
 def command(session: Session, *words: str, in_notebook: bool = False) -> Any:

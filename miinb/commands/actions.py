@@ -29,7 +29,7 @@ Values = Mapping[str, Any]
 _TABLE = re.compile(r"\[[A-Za-z_.-]+\]\s*(#.*)?$", re.MULTILINE)
 
 #: Kinds of panels; `notebook.panels` has one for each (it loads ipywidgets: the names stand here too, held by a test).
-PANELS = ("text", "encoder", "compare", "bench", "server")
+PANELS = ("text", "image", "encoder", "compare", "bench", "server")
 
 
 def start(context: Context, values: Values, body: str | None) -> Session:

@@ -115,19 +115,26 @@ def card(
         body: HTML that is safe already; its plain text is the caller's business.
         foot: plain text.
     """
+    head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
+    table, words = facts_table(facts)
+    last = f'<div style="{QUIET}">{escape(printable(foot))}</div>' if foot else ""
+    lines = (f"{title} ({chip})" if chip else title, words, foot)
+    return box(f"{head}{table}{''.join(body)}{last}"), printable("\n".join(line for line in lines if line))
+
+
+def facts_table(facts: Sequence[tuple[str, Any]]) -> Card:
+    """Named facts without a frame, a row each; empty values are left out."""
     known = [(name, str(value)) for name, value in facts if value not in ("", None)]
+    if not known:
+        return "", ""
     rows = "".join(
         f'<tr style="background:none"><th scope="row" style="{_NAME}">{escape(name)}</th>'
         f'<td style="{_CELL}">{escape(printable(value))}</td></tr>'
         for name, value in known
     )
-    head = f"<div><b>{escape(printable(title))}</b>{' &nbsp; ' + state(chip) if chip else ''}</div>" if title else ""
-    table = f'<table style="border:none;border-collapse:collapse;margin:.3em 0">{rows}</table>' if rows else ""
-    last = f'<div style="{QUIET}">{escape(printable(foot))}</div>' if foot else ""
-    html = box(f"{head}{table}{''.join(body)}{last}")
-    width = max((len(name) for name, _ in known), default=0)
-    lines = [f"{title} ({chip})" if chip else title, *(f"  {name:<{width}}  {value}" for name, value in known), foot]
-    return html, printable("\n".join(line for line in lines if line))
+    width = max(len(name) for name, _ in known)
+    text = printable("\n".join(f"  {name:<{width}}  {value}" for name, value in known))
+    return f'<table style="border:none;border-collapse:collapse;margin:.3em 0">{rows}</table>', text
 
 
 def grid(table: Table) -> str:

@@ -17,6 +17,8 @@ from miinb.tasks import TASKS
 
 #: Tasks whose answers are text.
 GENERATING = tuple(task.name for task in TASKS.values() if task.streams)
+#: Tasks whose answers are pictures.
+PICTURING = tuple(task.name for task in TASKS.values() if task.image)
 _LAYOUT = {"width": "19em"}
 _STYLE = {"description_width": "10em"}
 
@@ -35,15 +37,15 @@ def button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None], *
     return made
 
 
-def prompt_area(tooltip: str) -> Any:
+def prompt_area(tooltip: str, *, example: str = "Once upon a time", rows: int = 4) -> Any:
     """Where a prompt is written."""
-    example = {"placeholder": "Once upon a time", "rows": 4, "layout": {"width": "auto"}}
-    return named(W.Textarea(description="Prompt", tooltip=tooltip, **example), "prompt")
+    look = {"placeholder": example, "rows": rows, "layout": {"width": "auto"}}
+    return named(W.Textarea(description="Prompt", tooltip=tooltip, **look), "prompt")
 
 
-def save_link(text: str, filename: str, label: str) -> str:
-    """HTML of a link that saves this text; the text travels inside it."""
-    data = base64.b64encode(text.encode("utf-8", "replace")).decode()
+def save_link(content: str | bytes, filename: str, label: str) -> str:
+    """HTML of a link that saves this text or file, which travels inside it."""
+    data = base64.b64encode(content.encode("utf-8", "replace") if isinstance(content, str) else content).decode()
     href = f"data:application/octet-stream;base64,{data}"
     name = f'download="{escape(filename)}" class="miinb-save" style="text-decoration:underline"'
     return f'<a {name} href="{href}">{escape(label)}</a>'

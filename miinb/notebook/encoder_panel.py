@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as W
 
 from miinb.commands.screen import as_json
-from miinb.errors import Cancelled, InvalidValue
+from miinb.errors import InvalidValue
 from miinb.notebook import cards
 from miinb.notebook.controls import DeploymentChoice, button, close_tree, save_link
 from miinb.notebook.encoder_controls import Given, TaskInputs, TaskOptions
@@ -203,22 +201,7 @@ class EncoderPanel(WorkPanel):
 
     def _ask(self, asked: Asked) -> str:
         session = self._session(asked.deployment)
-
-        async def answer() -> Predictions:
-            loop, task = asyncio.get_running_loop(), asyncio.current_task()
-            assert task is not None
-
-            def cancel() -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has just ended
-                    loop.call_soon_threadsafe(task.cancel)
-
-            self._cancel_with(cancel)
-            return await session.apredict(asked.given.inputs, **asked.options)
-
-        try:
-            asked.predictions = asyncio.run(answer())
-        except asyncio.CancelledError:
-            raise Cancelled("The request was given up.") from None
+        asked.predictions = self._awaited(lambda: session.apredict(asked.given.inputs, **asked.options))
         return timing_line(asked.predictions)
 
     # What is shown; the lock is held

@@ -63,6 +63,11 @@ class History:
         del self.entries[:-MOST]
         self.refresh()
 
+    def drop_oldest(self, count: int) -> None:
+        """Forget so many entries."""
+        del self.entries[:count]
+        self.refresh()
+
     def refresh(self) -> None:
         """The list's entries, the newest chosen, without acting on the choice."""
         words = (" ".join(self._title(entry).split())[:40] for entry in self.entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -104,6 +104,11 @@ def speed_words(sides: Sides, names: Sequence[str]) -> str:
     equal = left.tokens == right.tokens
     ratio = left.e2e_s / right.e2e_s if equal else (left.e2e_s / left.tokens) / (right.e2e_s / right.tokens)
     per = "" if equal else f" for each token (the answers have {left.tokens} and {right.tokens})"
+    return ratio_words(ratio, names, per)
+
+
+def ratio_words(ratio: float, names: Sequence[str], per: str = "") -> str:
+    """How fast the second is, in a sentence; `ratio` is the first one's time over its, `per` goes before the stop."""
     if abs(ratio - 1) < _SAME:
         return f"{names[1]} is as fast as {names[0]}{per}."
     if ratio > 1:
@@ -140,29 +145,37 @@ def _word_start(text: str, place: int) -> int:
 
 def times_card(sides: Sides, names: Sequence[str], speed: str) -> Card:
     """The times of both sides as bars, and what they say; `speed` is of `speed_words`."""
+    named = (("first token", "ttft_s"), ("each further token", "tpot_s"), ("whole answer", "e2e_s"))
+    return bars_card(sides, names, named, " ".join(part for part in (difference_words(sides), speed) if part))
+
+
+def bars_card(sides: Sides, names: Sequence[str], named: Iterable[tuple[str, str]], words: str) -> Card:
+    """Times of both sides as bars, below a sentence.
+
+    Args:
+        sides: the answers, left first.
+        names: how the sides are called.
+        named: what each time is called, and its name in `timing`.
+        words: the sentence.
+    """
     rows, plain = [], []
-    for what, values in _measures(sides):
+    for what, values in _measures(sides, named):
         most = max(values)
         for name, value, color in zip(names, values, _BARS, strict=True):
             share = value / most if most else 0.0
             rows.append((what, name, duration(value), cards.bar(share, "16em", color)))
             plain.append((what, name, duration(value), "█" * round(share * 20)))
     columns = ("time", "deployment", "", "")
-    words = " ".join(part for part in (difference_words(sides), speed) if part)
     said = f'<div style="margin:.4em 0"><b>{escaped(words)}</b></div>'
     return said + (grid(Table(columns, rows)) if rows else ""), f"{words}\n{Table(columns, plain)}" if plain else words
 
 
-def _measures(sides: Sides) -> list[tuple[str, tuple[float, float]]]:
+def _measures(sides: Sides, named: Iterable[tuple[str, str]]) -> list[tuple[str, tuple[float, float]]]:
     if any(side.result is None for side in sides):
         return []
     timings = [side.result.timing for side in sides if side.result]
-    found = []
-    for what, name in (("first token", "ttft_s"), ("each further token", "tpot_s"), ("whole answer", "e2e_s")):
-        values = (getattr(timings[0], name), getattr(timings[1], name))
-        if min(values) > 0:
-            found.append((what, values))
-    return found
+    pairs = [(what, (getattr(timings[0], name), getattr(timings[1], name))) for what, name in named]
+    return [(what, values) for what, values in pairs if min(values) > 0]
 
 
 def pair_card(prompt: str, sides: Sides, names: Sequence[str], *, speed: str | None, foot: str) -> Card:

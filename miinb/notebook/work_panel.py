@@ -6,10 +6,12 @@ cancel the worker, and return. The worker owns the request; it changes traits at
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ipywidgets as W
 from IPython import get_ipython
@@ -17,7 +19,7 @@ from IPython.display import display
 
 import miinb
 from miinb import cell
-from miinb.errors import MiinbError
+from miinb.errors import Cancelled, MiinbError
 from miinb.notebook import cards
 from miinb.notebook.controls import DeploymentChoice, button, close_tree, named
 from miinb.wording import printable
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 #: The layout of a row of controls: it wraps where the notebook is narrow.
 ROW = {"flex_flow": "row wrap", "align_items": "center"}
 _END_S = 10.0
+#: What is pinned travels as a whole with each pin, and stays in the notebook.
+_MOST_PINNED = 3_000_000
+
+_T = TypeVar("_T")
 
 
 class Snapshot:
@@ -65,7 +71,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self._sessions: dict[str, Session] = {session.name: session}
         self._worker: threading.Thread | None = None
         self._stop = threading.Event()
-        self._cancel: Callable[[], object] | None = None
+        self._cancels: list[Callable[[], object]] = []
         self._choices: tuple[DeploymentChoice, ...] = ()
         self._pins: list[cards.Card] = []
         self._own_display: Any = None
@@ -107,20 +113,27 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         """End the running request; what came so far stays."""
         with self._lock:
             self._stop.set()
-            if self._cancel is not None:
-                self._cancel()
+            for cancel in self._cancels:
+                cancel()
+            if self._cancels:
                 self._say("Stopping …")
 
     def pin(self, _: Any = None) -> None:
         """Write what is shown as static output below the panel."""
         with self._lock:
-            card = self._card()
-            if card is None:
-                self._say("There is nothing to pin yet.")
-                return
-            self._pins.append(card)
-            self._show_pins()
-            self._say(" · ".join(part for part in (self._summary(), "pinned below the panel") if part))
+            self._pin(self._card(), self._summary())
+
+    def _pin(self, card: cards.Card | None, summary: str) -> None:
+        """Write a card below the panel. The lock is held."""
+        if card is None:
+            self._say("There is nothing to pin yet.")
+            return
+        if sum(len(pinned[0]) for pinned in (*self._pins, card)) > _MOST_PINNED:
+            self._say("There is no room for another pin: display(panel.snapshot()) shows this in another cell.")
+            return
+        self._pins.append(card)
+        self._show_pins()
+        self._say(" · ".join(part for part in (summary, "pinned below the panel") if part))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the running request is complete; False when the time is over first."""
@@ -185,7 +198,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         for choice in self._choices:
             choice.look()
         with self._lock:
-            self._cancel = self._worker = None
+            self._worker = None
+            self._cancels.clear()
             try:
                 self._show()
                 for choice in self._choices:
@@ -196,11 +210,34 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
             self._say(said)
 
     def _cancel_with(self, cancel: Callable[[], object]) -> None:
-        """What Stop calls from now on; at once where it came before there was something to stop. Takes the lock."""
+        """What Stop calls too; at once where it came before there was something to stop. Takes the lock."""
         with self._lock:
-            self._cancel = cancel
+            self._cancels.append(cancel)
             if self._stop.is_set():
                 cancel()
+
+    def _awaited(self, ask: Callable[[], Awaitable[_T]]) -> _T:
+        """The answer to an awaitable call of a session, which Stop gives up. Of the worker: without the lock.
+
+        Raises:
+            Cancelled: it was given up.
+        """
+
+        async def answer() -> _T:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+
+            def cancel() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has just ended
+                    loop.call_soon_threadsafe(task.cancel)
+
+            self._cancel_with(cancel)
+            return await ask()
+
+        try:
+            return asyncio.run(answer())
+        except asyncio.CancelledError:
+            raise Cancelled("The request was given up.") from None
 
     def _session(self, name: str) -> Session:
         """The session of a deployment; joins it if it is not known yet. Of the worker: without the lock."""

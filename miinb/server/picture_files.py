@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import miinb
 from miinb.image_messages import ImagesRequest, PaintedEvent, PaintProgress
+from miinb.image_metadata import encoded
 
-#: zlib's level for PNG: the higher ones take several times as long for a few percent.
-_PNG_LEVEL = 3
-_WEBP_QUALITY = 90
 _PREVIEW_QUALITY = 80
-#: EXIF's tags: where A1111 and its readers have a WebP's parameters, and where ours lie.
-_EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
 
 
 def picture_file(event: PaintedEvent, request: ImagesRequest, model: str) -> bytes:
@@ -27,24 +22,10 @@ def picture_file(event: PaintedEvent, request: ImagesRequest, model: str) -> byt
         request: what asked for it.
         model: the model's folder or hub name; of a folder only its own name is told.
     """
-    from PIL import Image, PngImagePlugin
+    from PIL import Image
 
     image = Image.frombytes("RGB", (event.width, event.height), event.pixels)
-    values = facts(event, request, model)
-    text = parameters_text(values)
-    told = json.dumps(values, ensure_ascii=False)
-    buffer = io.BytesIO()
-    if request.params.image_format == "webp":
-        exif = Image.Exif()
-        exif[_DESCRIPTION] = json.dumps(values)  # ASCII
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
-        image.save(buffer, "WEBP", quality=_WEBP_QUALITY, exif=exif)
-    else:
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", text)
-        info.add_itxt("miinb", told)
-        image.save(buffer, "PNG", pnginfo=info, compress_level=_PNG_LEVEL)
-    return buffer.getvalue()
+    return encoded(image, facts(event, request, model), request.params.image_format)
 
 
 def preview_file(event: PaintProgress) -> bytes:
@@ -79,29 +60,3 @@ def facts(event: PaintedEvent, request: ImagesRequest, model: str) -> dict[str, 
     data = request.image.data
     source = {"name": request.image.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return values | {"strength": params.strength, "source": source, "mask": request.mask is not None}
-
-
-def parameters_text(values: dict[str, Any]) -> str:
-    """The same in the form of the A1111 web UI, which other programs read."""
-    negative = f"Negative prompt: {values['negative_prompt']}\n" if values["negative_prompt"] else ""
-    named = {
-        "Steps": values["num_inference_steps"],
-        "Sampler": values["scheduler"],
-        "CFG scale": values["guidance_scale"],
-        "Seed": values["seed"],
-        "Size": f"{values['width']}x{values['height']}",
-        "Model": values["model"],
-        **_source_named(values),
-        "Version": f"miinb {values['version']}",
-    }
-    line = ", ".join(f"{name}: {value}" for name, value in named.items())
-    return f"{values['prompt']}\n{negative}{line}".replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-def _source_named(values: dict[str, Any]) -> dict[str, Any]:
-    """What a picture was made from; its name may hold what ends a field there, and is in the JSON alone."""
-    if "source" not in values:
-        return {}
-    covered = {"Mask": "yes"} if values["mask"] else {}
-    hashed = values["source"]["sha256"][:10]
-    return {"Denoising strength": values["strength"], "Source hash": hashed, **covered}

@@ -13,6 +13,8 @@ from lab import Lab, Notebook
 from playwright.sync_api import Page
 
 from miinb.demo import tiny_encoder, tiny_model
+from miinb.image_metadata import read_parameters
+from tests.tiny_pipeline import make_pipeline
 
 pytestmark = pytest.mark.browser
 
@@ -28,6 +30,8 @@ CELLS = [
     "card = %mii panel server -d second\ncard",
     "%mii stop --all",
     "print('views', card._view_count, 'looks', card._looker is not None)",
+    "drawn = %mii start drawn/model --name drawn --threads 1",
+    "%mii panel image -d drawn",
 ]
 
 
@@ -36,6 +40,7 @@ def lab() -> Iterator[Lab]:
     lab = Lab()
     try:
         lab.write("panels.ipynb", CELLS)
+        make_pipeline(lab.folder / "drawn")
         yield lab
     finally:
         lab.close()
@@ -134,3 +139,97 @@ def test_the_server_card_restarts_its_deployment_and_stops_it(notebook: Notebook
     assert notebook.find("stop").is_disabled()
     notebook.page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
     until(lambda: "views 0" in notebook.run(6)[0]["text"], "the front end counts no views")
+
+
+@pytest.fixture(scope="module")
+def painted(notebook: Notebook) -> Notebook:
+    """The notebook with an image panel that has three pictures of a hostile prompt."""
+    for index in (7, 8):
+        notebook.run(index)
+        assert not [one for one in notebook.outputs(index) if one["output_type"] == "error"], notebook.text(index)
+    notebook.find("generate").wait_for(timeout=30_000)
+    notebook.find("prompt").locator("textarea").fill(f"a cat {PROBE}")
+    notebook.find("parameters-switch").click()
+    notebook.find("num-inference-steps").locator("input").fill("900")
+    notebook.find("scheduler").locator("select").select_option("DDIMScheduler")
+    notebook.find("generate").click()
+    until(lambda: "Step " in notebook.find("status").inner_text(), "no progress")
+    until(lambda: notebook.find("preview").locator("img").count() == 1, "no preview")
+    notebook.find("stop").click()
+    until(says(notebook, "given up"), "Stop did not end it", 10)
+    notebook.find("num-inference-steps").locator("input").fill("3")
+    notebook.find("num-images-per-prompt").locator("input").fill("3")
+    notebook.find("generate").click()
+    until(says(notebook, "3 images"), "no pictures")
+    return notebook
+
+
+def test_a_picture_is_chosen_made_again_and_compared(painted: Notebook, tmp_path: Path) -> None:
+    choices = painted.page.locator(".miinb-choose:visible")
+    assert choices.count() == 3
+    thumb = painted.find("gallery").locator("img").nth(1)
+    assert thumb.evaluate("image => image.naturalWidth") > 0
+    box = thumb.bounding_box()
+    assert box is not None
+    painted.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)  # on the picture, not below it
+    until(lambda: "Picture 2 " in painted.find("output").inner_text(), "a click on a picture does not choose it")
+    choices.nth(2).focus()
+    painted.page.keyboard.press("Enter")
+    until(lambda: "Picture 3 " in painted.find("output").inner_text(), "a key does not choose it")
+    painted.find("again").click()
+    until(says(painted, "The same as picture 3, pixel for pixel"), "not the same")
+    choices.nth(0).click()
+    painted.find("comparing-switch").click()
+    until(lambda: "PSNR" in painted.find("difference-words").inner_text(), "no numbers")
+    painted.find("view").locator("select").select_option("slider")
+    pair = painted.find("pair").locator("img").first
+    until(lambda: "left of 50%" in (pair.get_attribute("alt") or ""), "no slider")
+    painted.find("position").locator(".noUi-handle").focus()
+    painted.page.keyboard.press("ArrowRight")
+    until(lambda: "left of 51%" in (pair.get_attribute("alt") or ""), "the slider does not follow the keys")
+    picture(painted, tmp_path, "image")
+    painted.find("pin-two").click()
+    until(lambda: "PSNR" in painted.text(8), "no comparison was pinned")
+    assert painted.page.evaluate("window.pwned") is None
+
+
+def test_a_picture_is_downloaded_taken_back_and_pinned(painted: Notebook) -> None:
+    painted.find("make-files").click()
+    for kind in ("png", "webp"):
+        with painted.page.expect_download(timeout=10_000) as download:
+            painted.find("panel").get_by_text(f"Save .{kind}").click()
+        made = read_parameters(Path(download.value.path()).read_bytes())
+        assert made.prompt == f"a cat {PROBE}"
+        assert download.value.suggested_filename == f"{made.parameters['seed']}.{kind}"
+    painted.find("prompt").locator("textarea").fill("")
+    with painted.page.expect_file_chooser() as chooser:
+        painted.find("upload").click()
+    chooser.value.set_files({"name": "a.webp", "mimeType": "image/webp", "buffer": download.value.path().read_bytes()})
+    until(says(painted, "its seed is locked"), "the file was not read")
+    assert painted.find("prompt").locator("textarea").input_value() == made.prompt
+    painted.find("pin").click()
+    until(lambda: "> a cat <img" in painted.text(8), "nothing was pinned")
+    (pinned,) = [one["data"] for one in painted.outputs(8) if "a cat" in str(one["data"].get("text/html"))]
+    assert "application/vnd.jupyter.widget-view+json" not in pinned
+    assert painted.page.evaluate("window.pwned") is None
+
+
+def test_the_image_panel_is_labelled(painted: Notebook) -> None:
+    tree = painted.find("panel").aria_snapshot()
+    for words in ('textbox "Prompt"', 'combobox "scheduler"', 'button "Generate"', 'button "Same again"', "status:"):
+        assert re.search(words.replace(' "', ' ".*'), tree), words
+    assert re.search(r'img "a cat <img.* seed \d+"', tree)
+
+
+def test_pinned_pictures_are_there_when_the_kernel_is_gone_and_the_notebook_opened_again(painted: Notebook) -> None:
+    painted.find("pin").click()
+    until(says(painted, "pinned below the panel"), "nothing was pinned")
+    pinned = painted.outputs(8)[-1]
+    painted.save()
+    painted.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    painted.open()
+    assert painted.outputs(8)[-1] == pinned
+    shown = painted.page.locator(".jp-RenderedHTMLCommon figure img").last
+    shown.wait_for(timeout=10_000)
+    until(lambda: shown.evaluate("image => image.naturalWidth") > 0, "the pinned picture is not seen")
+    assert painted.page.evaluate("window.pwned") is None

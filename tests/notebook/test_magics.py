@@ -402,7 +402,7 @@ def test_question_mark_shows_the_commands(shell: Shell) -> None:
         ("%mii start m --dtype b", {"bf16"}),
         ("%mii plot th", {"throughput"}),
         ("%mii help ben", {"bench"}),
-        ("%mii panel ", {"text", "encoder", "compare", "bench", "server"}),
+        ("%mii panel ", {"text", "image", "encoder", "compare", "bench", "server"}),
         ("%mii panel se", {"server"}),
         ("%mii panel compare -d ", {"tiny"}),
         ("%%mii ti", {"tiny"}),
@@ -435,9 +435,12 @@ def test_panels_of_every_kind(shell: Shell, kind: str, name: str) -> None:
 def test_panels_by_the_task_and_of_several_deployments(shell: Shell, deployments: dict[str, StandIn]) -> None:
     deployments["labels"] = StandIn("labels", task="text-classification")
     deployments["zebra"] = StandIn("zebra")
+    deployments["drawn"] = StandIn("drawn", task="text-to-image")
+    asked = ("-d labels", "encoder -d labels", "compare", "-d drawn", "image -d drawn", "compare -d drawn")
     with capture_output():
-        found = [shell.run(f"%mii panel {words}") for words in ("-d labels", "encoder -d labels", "compare")]
-    assert [type(one).__name__ for one in found] == ["EncoderPanel", "EncoderPanel", "ComparePanel"]
+        found = [shell.run(f"%mii panel {words}") for words in asked]
+    names = ["EncoderPanel", "EncoderPanel", "ComparePanel", "ImagePanel", "ImagePanel", "ImageComparePanel"]
+    assert [type(one).__name__ for one in found] == names
     assert (found[2].first.value, found[2].second.value) == ("tiny", "zebra")
     for one in found:
         one.close()

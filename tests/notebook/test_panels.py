@@ -232,8 +232,6 @@ def test_unknown_panels_name_the_near_one(session: StandIn) -> None:
         panel(session, "txt")
     with pytest.raises(InvalidValue, match="'compare'"):
         panel(session, "comparison")
-    with pytest.raises(InvalidValue, match="not there yet"):
-        panel(session, "image")
 
 
 def test_the_command_offers_every_kind() -> None:

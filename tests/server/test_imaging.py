@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -19,8 +20,9 @@ from PIL import Image
 from miinb import errors
 from miinb.client import Client
 from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, Source
+from miinb.image_metadata import parameters_text
 from miinb.image_params import ImageParams
-from miinb.server.picture_files import facts, parameters_text, picture_file
+from miinb.server.picture_files import facts, picture_file
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -56,6 +58,14 @@ def test_pictures_come_in_order_with_seeds_times_and_progress(client: Client) ->
     (row,) = result.rows
     assert (row["images"], row["steps"], row["width_px"], row["height_px"], row["status"]) == (3, 60, 24, 16, "ok")
     assert list(client.records["images"]) == [3]
+
+
+def test_awaited_pictures_tell_their_progress(client: Client) -> None:
+    told: list[ImagesProgress] = []
+    result = asyncio.run(client.agenerate_images("a cat", on_progress=told.append, num_inference_steps=30, seed=7))
+    assert result.seeds == (7,)
+    assert told
+    assert told[-1].total == 30
 
 
 def test_a_list_of_prompts_keeps_its_order_and_names_who_failed(client: Client) -> None:
@@ -192,8 +202,6 @@ def test_a_time_limit_ends_the_steps(frontend: FrontendProcess, client: Client) 
 
 
 def test_canceling_ends_the_steps(frontend: FrontendProcess, client: Client) -> None:
-    import asyncio
-
     before = len(frontend.told("cancel"))
 
     async def leave() -> None:

@@ -1,0 +1,269 @@
+"""What made a picture, inside its file: written by the frontend and for downloads, read for "the same once more".
+
+Two forms stand beside each other: `parameters` as the A1111 web UI writes it, which viewers and other programs read,
+and all that is known as JSON in `miinb`. In PNG they are text chunks, in WebP (and JPEG) they lie in EXIF.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from miinb.errors import InvalidRequest
+from miinb.image_params import MAX_PROMPT, ImageParams
+
+#: Bytes of a file that is read; and zlib's level for PNG: higher ones take several times as long for a few percent.
+MAX_FILE = 64 << 20
+PNG_LEVEL, WEBP_QUALITY = 3, 90
+#: EXIF's tags: where A1111 and its readers have a WebP's parameters, and where ours lie.
+_EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
+#: The parameters of `ImageParams` that a file may hold; width and height stand beside them.
+_NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width", "height", "scheduler")
+#: A1111's last line, and a name and value of it; the quoted ones may hold commas.
+_LAST_LINE = re.compile(r"^Steps: \d+, ", re.MULTILINE)
+_PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_NEGATIVE = "Negative prompt:"
+#: A1111's samplers by the words of their names without the noise schedule, and diffusers' classes.
+SAMPLERS = {
+    "euler": "EulerDiscreteScheduler",
+    "euler a": "EulerAncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "plms": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2 a": "KDPM2AncestralDiscreteScheduler",
+    "dpm++ 2m": "DPMSolverMultistepScheduler",
+    "dpm++ sde": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+_SCHEDULES = (" karras", " exponential", " automatic", " sgm uniform")
+
+
+@dataclass(frozen=True, slots=True)
+class MadeWith:
+    """What a file says of how its picture was made.
+
+    Attributes:
+        prompt: the text.
+        parameters: fields of `ImageParams`, each of them valid.
+        model: what the file calls the model; "": nothing.
+        notes: what of the file could not be taken over, a sentence each.
+    """
+
+    prompt: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    notes: tuple[str, ...] = ()
+
+
+# Writing
+
+
+def parameters_text(values: Mapping[str, Any]) -> str:
+    """What made a picture in the form of the A1111 web UI; `values` are those of the JSON."""
+    negative = f"{_NEGATIVE} {values['negative_prompt']}\n" if values["negative_prompt"] else ""
+    named = {
+        "Steps": values["num_inference_steps"],
+        "Sampler": values["scheduler"],
+        "CFG scale": values["guidance_scale"],
+        "Seed": values["seed"],
+        "Size": f"{values['width']}x{values['height']}",
+        "Model": values["model"],
+        **_source_named(values),
+        "Version": f"miinb {values['version']}",
+    }
+    line = ", ".join(f"{name}: {value}" for name, value in named.items())
+    return f"{values['prompt']}\n{negative}{line}".replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _source_named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture was made from; its name may hold what ends a field there, and is in the JSON alone."""
+    if "source" not in values:
+        return {}
+    covered = {"Mask": "yes"} if values["mask"] else {}
+    hashed = values["source"]["sha256"][:10]
+    return {"Denoising strength": values["strength"], "Source hash": hashed, **covered}
+
+
+def encoded(image: Any, values: Mapping[str, Any], image_format: str) -> bytes:
+    """A PNG or WebP file of a picture of PIL's, with what made it inside. Takes up to seconds.
+
+    Args:
+        image: RGB.
+        values: what made it, by the parameters' names.
+        image_format: "png" or "webp".
+    """
+    from PIL import Image, PngImagePlugin
+
+    text, buffer = parameters_text(values), io.BytesIO()
+    if image_format == "webp":
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = json.dumps(values)  # ASCII
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+        image.save(buffer, "WEBP", quality=WEBP_QUALITY, exif=exif)
+    else:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", text)
+        info.add_itxt("miinb", json.dumps(values, ensure_ascii=False))
+        image.save(buffer, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def converted(data: bytes, image_format: str) -> bytes:
+    """A file that `encoded` made as one of the other format, with the same inside; of that format: itself."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        if str(image.format).lower() == image_format:
+            return data
+        return encoded(image.convert("RGB"), json.loads(_texts(image)[0]), image_format)
+
+
+# Reading
+
+
+def read_parameters(data: bytes) -> MadeWith:
+    """What made the picture in a PNG, WebP or JPEG file of miinb's or the A1111 web UI's. No pixel is decoded.
+
+    Raises:
+        InvalidRequest: it is no such file, or says nothing of how it was made.
+    """
+    from PIL import Image
+
+    if len(data) > MAX_FILE:
+        raise InvalidRequest(f"The file has more than {MAX_FILE >> 20} MiB.", hint="Take the picture's own file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of EXIF that ends too early
+            with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as image:
+                told, text = _texts(image)
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, Image.DecompressionBombError):
+        raise InvalidRequest("The file is no PNG, WebP or JPEG picture, or is damaged.") from None
+    values = _from_json(told) or _from_a1111(text)
+    if values is None:
+        raise InvalidRequest(
+            "The file does not say how its picture was made.",
+            hint="Files of miinb and of the A1111 web UI do, unless another program has written them anew.",
+        )
+    return _checked(values)
+
+
+def _texts(image: Any) -> tuple[str, str]:
+    """Our JSON and A1111's text; "" for what is not there."""
+    if image.format == "PNG":
+        return tuple(str(image.info.get(name, "")) for name in ("miinb", "parameters"))  # type: ignore[return-value]
+    exif = image.getexif()
+    told = exif.get(_DESCRIPTION, "")
+    return (told if isinstance(told, str) else ""), _comment(exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
+
+
+def _comment(data: Any) -> str:
+    """EXIF's user comment: eight bytes say how the others are to be read."""
+    if isinstance(data, str):
+        return data.removeprefix("UNICODE\0").removeprefix("ASCII\0\0\0")
+    if not isinstance(data, bytes):
+        return ""
+    kind, text = data[:8], data[8:]
+    if kind != b"UNICODE\0":
+        return text.decode("utf-8", "replace")
+    little = text[1::2].count(0) > text[::2].count(0)
+    return text.decode("utf-16-le" if little else "utf-16-be", "replace")
+
+
+def _from_json(told: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(told)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        return None
+    return {name: value for name, value in values.items() if value not in ("", None) or name == "prompt"}
+
+
+def _from_a1111(text: str) -> dict[str, Any] | None:
+    places = [match.start() for match in _LAST_LINE.finditer(text)]
+    if not places:
+        return None
+    head, line = text[: places[-1]], text[places[-1] :].split("\n", 1)[0]
+    prompt, _, negative = head.partition(f"\n{_NEGATIVE}")
+    if head.startswith(_NEGATIVE):
+        prompt, negative = "", head.removeprefix(_NEGATIVE)
+    pairs = {match[1].strip(): match[2].strip().strip('"') for match in _PAIR.finditer(line)}
+    width, _, height = pairs.get("Size", "").partition("x")
+    found: dict[str, Any] = {
+        "num_inference_steps": _number(pairs.get("Steps", "")),
+        "guidance_scale": _number(pairs.get("CFG scale", "")),
+        "seed": _number(pairs.get("Seed", "")),
+        "width": _number(width),
+        "height": _number(height),
+        "negative_prompt": negative.strip(),
+        "scheduler": pairs.get("Sampler", ""),
+        "model": pairs.get("Model", ""),
+        "source": "Denoising strength" in pairs or None,
+        "enlarged": any(name.startswith("Hires") for name in pairs) or None,
+    }
+    return {"prompt": prompt.strip()} | {name: value for name, value in found.items() if value not in ("", None)}
+
+
+def _number(text: str) -> int | float | str:
+    """A number where it is one; else the text, which is refused by its name later."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text[:40]
+
+
+def _scheduler(name: str) -> Iterator[str]:
+    """diffusers' class of a sampler's name, then notes."""
+    plain = name.lower().strip()
+    short = next((plain.removesuffix(end) for end in _SCHEDULES if plain.endswith(end)), plain)
+    if name.endswith("Scheduler"):
+        yield name
+        return
+    yield SAMPLERS.get(short, "")
+    if short not in SAMPLERS:
+        yield f"The sampler {name[:40]!r} is not known here: the model's own is taken."
+    elif short != plain:
+        yield f"Of the sampler {name[:40]!r} the noise schedule is not taken over."
+
+
+def _checked(values: Mapping[str, Any]) -> MadeWith:
+    """What of the values is valid, and notes on the rest."""
+    kept: dict[str, Any] = {}
+    notes: list[str] = []
+    if values.get("enlarged"):
+        notes.append("It was enlarged by a second pass, which is not done here.")
+    elif values.get("source"):
+        notes.append("It was made from another picture, which the file does not hold.")
+    for name in _NAMES:
+        value = values.get(name)
+        if name == "scheduler" and isinstance(value, str):
+            value, *said = _scheduler(value)
+            notes += said
+        if value in ("", None):
+            continue
+        try:
+            value = getattr(ImageParams.parse({name: value}, error=InvalidRequest), name)
+        except InvalidRequest as error:
+            notes.append(f"Not taken over: {error.message}.".replace("..", "."))
+        else:
+            kept[name] = value
+    if kept.get("negative_prompt") and kept.get("guidance_scale", 7.5) <= 1:
+        del kept["negative_prompt"]
+        notes.append("The negative prompt is left out: without guidance it does nothing.")
+    prompt = str(values["prompt"])
+    if len(prompt) > MAX_PROMPT:
+        prompt = prompt[:MAX_PROMPT]
+        notes.append(f"Of the prompt only the first {MAX_PROMPT} characters are taken over.")
+    model = values.get("model", "")
+    return MadeWith(prompt, kept, model if isinstance(model, str) else "", tuple(notes))

@@ -1,0 +1,160 @@
+"""What made a picture goes into its file and comes out again; other programs' files, and broken ones."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from miinb.errors import InvalidRequest
+from miinb.image_metadata import MadeWith, converted, encoded, parameters_text, read_parameters
+
+VALUES: dict[str, Any] = {
+    "prompt": "a cat,\nNegative prompt: not this 😀",
+    "negative_prompt": "dogs, rain",
+    "num_inference_steps": 20,
+    "guidance_scale": 6.5,
+    "seed": 7,
+    "width": 16,
+    "height": 24,
+    "scheduler": "DDIMScheduler",
+    "model": "tiny",
+    "version": "1.0",
+}
+A1111 = """a castle, <lora:x:1>
+second line
+Negative prompt: blurry,
+text
+Steps: 28, Sampler: {sampler}, CFG scale: 7, Seed: 4294967295, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, \
+Lora hashes: "x: abc, Seed: 9", Version: v1.9.4"""
+
+
+def plain_png(**texts: str) -> bytes:
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_what_is_written_is_read(kind: str) -> None:
+    data = encoded(Image.new("RGB", (16, 24), "red"), VALUES, kind)
+    made = read_parameters(data)
+    kept = {name: value for name, value in VALUES.items() if name not in ("prompt", "model", "version")}
+    assert made == MadeWith(VALUES["prompt"], kept, "tiny")
+    other = "webp" if kind == "png" else "png"
+    again = converted(data, other)
+    assert read_parameters(again) == made
+    assert converted(data, kind) is data
+    assert Image.open(io.BytesIO(again)).format == other.upper()
+
+
+def test_a_png_made_of_a_png_keeps_its_pixels_and_both_forms() -> None:
+    data = encoded(Image.new("RGB", (16, 24), (1, 2, 3)), VALUES, "png")
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.getpixel((0, 0)) == (1, 2, 3)
+        assert image.info["parameters"] == parameters_text(VALUES)
+        assert json.loads(image.info["miinb"]) == VALUES
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "note"),
+    [
+        ("Euler a", "EulerAncestralDiscreteScheduler", ""),
+        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", "noise schedule"),
+        ("PNDMScheduler", "PNDMScheduler", ""),
+        ("Restart", None, "'Restart' is not known here"),
+    ],
+)
+def test_files_of_a1111_are_read(sampler: str, scheduler: str | None, note: str) -> None:
+    made = read_parameters(plain_png(parameters=A1111.format(sampler=sampler)))
+    assert made.prompt == "a castle, <lora:x:1>\nsecond line"
+    assert made.model == "v1-5"
+    assert made.parameters == {
+        "negative_prompt": "blurry,\ntext",
+        "num_inference_steps": 28,
+        "guidance_scale": 7,
+        "seed": 4294967295,
+        "width": 512,
+        "height": 768,
+        **({"scheduler": scheduler} if scheduler else {}),
+    }
+    assert note in " ".join(made.notes)
+    assert bool(made.notes) == bool(note)
+
+
+@pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
+def test_comments_of_either_byte_order_and_in_jpeg(order: str) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + A1111.format(sampler="Heun").encode(order)
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=exif)
+    made = read_parameters(buffer.getvalue())
+    assert made.parameters["scheduler"] == "HeunDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("more", "note"),
+    [
+        ("Denoising strength: 0.7", "made from another picture"),
+        ("Denoising strength: 0.5, Hires upscale: 2", "enlarged by a second pass"),
+    ],
+)
+def test_what_more_it_took_is_told(more: str, note: str) -> None:
+    made = read_parameters(plain_png(parameters=A1111.format(sampler="Euler") + ", " + more))
+    assert len(made.notes) == 1
+    assert note in made.notes[0]
+    ours = read_parameters(plain_png(miinb=json.dumps({**VALUES, "source": {"name": "a.png"}})))
+    assert "made from another picture" in ours.notes[0]
+
+
+def test_what_cannot_be_set_here_is_named_and_left_out() -> None:
+    values = {**VALUES, "seed": -4, "width": 513, "num_inference_steps": "many", "guidance_scale": 1, "scheduler": 3}
+    made = read_parameters(plain_png(miinb=json.dumps(values)))
+    assert made.parameters == {"guidance_scale": 1, "height": 24}
+    told = " ".join(made.notes)
+    for name in ("seed", "width", "num_inference_steps", "scheduler", "negative prompt"):
+        assert name in told
+
+
+def test_ours_comes_before_the_text_and_a_broken_one_falls_back() -> None:
+    text = A1111.format(sampler="DDIM")
+    assert read_parameters(plain_png(miinb=json.dumps(VALUES), parameters=text)).prompt == VALUES["prompt"]
+    for broken in ("[" * 100_000, "{", "[1]", '{"prompt": 3}'):
+        assert read_parameters(plain_png(miinb=broken, parameters=text)).prompt.startswith("a castle")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "no PNG"),
+        (b"GIF89a" + bytes(40), "no PNG"),
+        (plain_png()[:20], "no PNG"),
+        (plain_png(parameters="a cat in a hat"), "does not say"),
+        (plain_png(), "does not say"),
+        (bytes((64 << 20) + 1), "64 MiB"),
+    ],
+)
+def test_other_files_are_refused(data: bytes, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        read_parameters(data)
+
+
+def test_values_are_of_their_own_kinds() -> None:
+    values = {"prompt": "a", "guidance_scale": 6, "seed": 12, "num_inference_steps": float("nan"), "height": "16"}
+    made = read_parameters(plain_png(miinb=json.dumps(values)))
+    assert made.parameters == {"guidance_scale": 6.0, "seed": 12}
+    assert isinstance(made.parameters["guidance_scale"], float)
+    assert all(name in " ".join(made.notes) for name in ("num_inference_steps", "height"))
+
+
+def test_a_text_that_unpacks_to_a_bomb_is_refused() -> None:
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt("parameters", "a" * (32 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    assert len(buffer.getvalue()) < 1 << 20
+    with pytest.raises(InvalidRequest):
+        read_parameters(buffer.getvalue())
