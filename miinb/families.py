@@ -36,5 +36,5 @@ def families() -> FamilyTable:
     rows = [FamilyRow(name, DECODER_TASKS, True) for name in POLICIES]
     rows += [FamilyRow(name, DECODER_TASKS, False) for name in decoders]
     rows += [FamilyRow(name, ENCODER_TASKS, True) for name in ENCODERS]
-    images = FamilyRow("stable-diffusion", ("text-to-image",), False)
+    images = FamilyRow("stable-diffusion", ("text-to-image",), True)
     return FamilyTable([*rows, FamilyRow("albert", ENCODER_TASKS, False), images])

@@ -49,6 +49,7 @@ POLICY_DATA = (
     "engine.spec",
     "engine.encoder_spec",
     "engine.diffusion_spec",
+    "engine.image_parameters",
     "engine.labels",
     "engine.parameters",
 )
@@ -66,7 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
-    "pipelines": ("errors", "checkpoint"),
+    "pipelines": ("errors", "checkpoint", "engine.diffusion_spec"),
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", "pipelines", *POLICY_DATA),
     "families": ("models", *POLICY_DATA),
     "rpc": ("messages", "image_messages", "image_params", "errors", "config", "frozen"),

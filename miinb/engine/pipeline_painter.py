@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from miinb.config import DeploymentConfig
-from miinb.engine.diffusion import ImageExecutor, Reading, Work
-from miinb.engine.weights import DTYPES
-from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
+from miinb.engine.diffusion import ImageExecutor, Work
+from miinb.engine.pipeline_parts import PipelineParts, check_parts, generators, load_pipe, parts_of
+from miinb.errors import UnsupportedModel
 from miinb.messages import EngineInfo, Phase
 from miinb.models import ModelInfo
 from miinb.pipelines import Pipeline
-
-_PARTS = ("unet", "vae", "text_encoder", "safety_checker")
 
 
 def load_images(
@@ -38,13 +36,12 @@ def load_images(
     if model.pipeline is None:
         raise UnsupportedModel(f"{model.source} is no image pipeline.")
     report(Phase("load", 0, 1, f"{model.architecture} with diffusers"))
-    pipe = _load(model, model.pipeline, info)
+    pipe = load_pipe(model, model.pipeline, info)
     report(Phase("load", 1, 1))
-    parts = [part for name in _PARTS if (part := getattr(pipe, name, None)) is not None]
-    weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
+    weights = sum(tensor.nbytes for part in parts_of(pipe).values() for tensor in part.parameters())
     if config.options.parity != "off":
         report(Phase("verify"))
-        _check(pipe, model)
+        check_parts(pipe, model)
     checker = "kept" if model.pipeline.checks_safety else "none"
     plan = info.plan.with_line("diffusers", "eager", f"as published; safety checker: {checker}", weights_bytes=weights)
     painter = PipelinePainter(pipe, model.pipeline)
@@ -52,48 +49,7 @@ def load_images(
     return ImageExecutor(painter, info, max_queue=config.options.max_queue)
 
 
-def _load(model: ModelInfo, pipeline: Pipeline, info: EngineInfo) -> Any:
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
-    diffusers.utils.logging.disable_progress_bar()
-    cls = getattr(diffusers, pipeline.name)
-    options: dict[str, Any] = (
-        {} if pipeline.checks_safety else {"safety_checker": None, "requires_safety_checker": False}
-    )
-    if not (model.folder / "feature_extractor").is_dir():
-        options["feature_extractor"] = None
-    try:
-        pipe = cls.from_pretrained(
-            model.folder,
-            dtype=DTYPES[info.dtype],
-            variant=pipeline.variant(info.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-    except (MiinbError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # what diffusers makes of an unusual configuration or checkpoint
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise UnsupportedModel(
-            f"diffusers cannot make the pipeline of {model.source} ({why}).", hint="Look at its configurations."
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(info.device)
-
-
-def _check(pipe: Any, model: ModelInfo) -> None:
-    for name in _PARTS:
-        part = getattr(pipe, name, None)
-        for tensor, values in part.named_parameters() if part is not None else ():
-            if not bool(values.isfinite().all()):
-                raise BrokenCheckpoint(
-                    f"{name}/{tensor} of {model.source} holds NaN or infinity.", hint="Fetch the model again."
-                )
-
-
-class PipelinePainter:
+class PipelinePainter(PipelineParts):
     """Runs a pipeline of diffusers; see `Painter`.
 
     Args:
@@ -102,44 +58,7 @@ class PipelinePainter:
     """
 
     def __init__(self, pipe: Any, pipeline: Pipeline) -> None:
-        own = type(pipe.scheduler)
-        self._classes = {own.__name__: own} | {cls.__name__: cls for cls in pipe.scheduler.compatibles}
-        self.scheduler: str = own.__name__
-        self.schedulers: Sequence[str] = sorted(self._classes)
-        self.width, self.height = pipeline.width, pipeline.height
-        self._config = pipe.scheduler.config
-        self._length = pipeline.text_length
-        self._guides = pipe.unet.config.time_cond_proj_dim is None
-        self._pipe: Any = pipe
-
-    def check(self, work: Work) -> None:
-        """See `Painter`."""
-        scheduler = self._classes[work.scheduler].from_config(self._config)
-        try:
-            scheduler.set_timesteps(work.steps)
-            fits = bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
-        except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
-            fits = False
-        if not fits:
-            raise InvalidRequest(
-                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
-            )
-
-    def read(self, text: str) -> Reading:
-        """See `Painter`."""
-        ids = self._pipe.tokenizer(text, truncation=False, verbose=False).input_ids
-        rest = ids[self._length - 1 : -1]
-        return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
-
-    @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
-        """See `Painter`: embeddings [N, text_length, D] of the prompts and, with guidance, of the negative ones."""
-        guided = guidance > 1 and self._guides
-        device = self._pipe._execution_device
-        found: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
-            list(prompts), device, 1, guided, list(negatives) if guided else None
-        )
-        return found
+        super().__init__(pipe, pipeline, guides=pipe.unet.config.time_cond_proj_dim is None)
 
     @torch.inference_mode()
     def denoise(
@@ -150,22 +69,22 @@ class PipelinePainter:
         between: Callable[[int, Tensor], None],
     ) -> Tensor:
         """See `Painter`."""
-        pipe, (prompts, negatives) = self._pipe, conditions
-        pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
+        prompts, negatives = conditions
+        self.new_scheduler(work)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             # some schedulers take more timesteps than steps: PNDM's first costs two
             between(max(1, (index + 1) * work.steps // pipe.num_timesteps), values["latents"])
             return values
 
-        latents: Tensor = pipe(
+        latents: Tensor = self._pipe(
             prompt_embeds=prompts,
             negative_prompt_embeds=negatives,
             width=work.width,
             height=work.height,
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=generators(seeds),
             output_type="latent",
             return_dict=False,
             callback_on_step_end=after,
@@ -175,15 +94,5 @@ class PipelinePainter:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
         """See `Painter`."""
-        pipe = self._pipe
-        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        if not bool(torch.isfinite(image).all()):
-            raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
-        image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
-        flagged = bool(flags and flags[0])
-        (picture,) = pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
-        return picture.convert("RGB").tobytes(), flagged
-
-    def close(self) -> None:
-        """See `Painter`."""
-        self._pipe = None
+        vae = self._pipe.vae
+        return self.pixels(vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0])

@@ -88,8 +88,8 @@ def test_the_kernels_themselves_compute_what_diffusers_does(tmp_path: Path) -> N
 
 def test_kernels_are_known_before_weights_are_read() -> None:
     pytest.importorskip("triton")
-    from miinb.engine.compile import compiling_for
     from miinb.engine.image_kernels import kernels_of_images
+    from miinb.engine.recording import compiling_for
 
     unet, vae = unet_spec({"cross_attention_dim": 768}), vae_spec(tiny_images.VAES["four"])
 
