@@ -120,7 +120,9 @@ class PipelineParts:
 
     def __init__(self, pipe: Any, pipeline: Pipeline, *, guides: bool = True) -> None:
         own = type(pipe.scheduler)
-        self._classes = {own.__name__: own} | {cls.__name__: cls for cls in pipe.scheduler.compatibles}
+        # Classes with `_backends` stand for those that need a library which is not installed.
+        others = [cls for cls in pipe.scheduler.compatibles if not hasattr(cls, "_backends")]
+        self._classes = {cls.__name__: cls for cls in (own, *others)}
         self.scheduler: str = own.__name__
         self.schedulers: Sequence[str] = sorted(self._classes)
         self.width, self.height = pipeline.width, pipeline.height
