@@ -54,9 +54,26 @@ def test_pictures_are_those_of_diffusers(served: tuple[Session, Any]) -> None:
     assert result.finish_reasons == ("stop",) * 3
     assert result.timing.steps_s > 0
     assert result.timing.e2e_s >= result.timing.steps_s
-    assert session.engine == "baseline"
-    assert "diffusers" in str(session.plan())
+    assert session.engine == "optimized"
+    assert "passed" in str(session.plan())
     assert list(result.frame["images"]) == [3]
+
+
+def test_the_baseline_gives_the_same_pictures(served: tuple[Session, Any], tmp_path: Path) -> None:
+    pipe = served[1]
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    miinb.deploy(
+        "text-to-image", str(tmp_path / "model"), "plain-pictures", mii_config={"device": "cpu", "engine": "baseline"}
+    )
+    options = {"num_inference_steps": 4, "seed": 5, "guidance_scale": 7.5}
+    try:
+        plain = miinb.mii_query_handle("plain-pictures").query({"query": ["a cat", "the moon"]}, **options)
+    finally:
+        miinb.terminate("plain-pictures")
+    ours = served[0].generate(["a cat", "the moon"], **options).images
+    for image, expected in zip(ours, plain.images, strict=True):
+        error = np.square(np.asarray(image, float) - np.asarray(expected, float)).mean()
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) > 50
 
 
 def test_requests_at_once_share_batches_and_keep_their_pictures(served: tuple[Session, Any]) -> None:

@@ -27,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from miinb.bench.environment import environment, hardware_words
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.engine.diffusion_spec import unet_spec, vae_spec
-from miinb.engine.image_blocks import fastest_convolutions
+from miinb.engine.image_blocks import can_pack, pack_convolutions
 from miinb.engine.image_weights import tensors_of
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet
+from miinb.engine.unet_painter import decoded, denoised
 from miinb.engine.unet_weights import unet_weights
 from miinb.engine.vae import VaeDecoder, vae_weights
 
@@ -165,35 +166,25 @@ class Optimized(Arm):
         unet = Unet(shape, unet_weights(shape, tensors_of(models.unet, dtype, device)))
         decoder = vae_spec(models.vae.config)
         self._vae = VaeDecoder(decoder, vae_weights(decoder, tensors_of(models.vae, dtype, device)))
+        if device.type == "cpu" and can_pack():
+            pack_convolutions([unet.weights, self._vae.weights])
         self._scale = models.vae.config.scaling_factor
         self._unet: Unet | GraphedUnet = GraphedUnet(unet) if device.type == "cuda" else unet
-        self._device = device
 
     def warm(self, batch: int, work: Work) -> None:
         """See `Arm`."""
         if isinstance(self._unet, GraphedUnet):
             self._unet.capture(batch, work.size // 8, work.size // 8, tokens=TOKENS, guided=True)
 
-    @torch.inference_mode()
     def denoise(self, noise: Tensor, text: Tensor, work: Work) -> Tensor:
-        """See `Arm`."""
+        """See `Arm`: the painter's own loop."""
         scheduler = PNDMScheduler(**_SCHEDULER)
         scheduler.set_timesteps(work.steps)
-        times = scheduler.timesteps  # stay on the host, where the scheduler looks them up: no step waits for the GPU
-        conditions = self._unet.prepare(text, times)
-        indexes = torch.arange(len(times), device=self._device)
-        latents = noise * scheduler.init_noise_sigma
-        for i, moment in enumerate(times):
-            scaled = scheduler.scale_model_input(latents, moment)
-            plain, guided = self._unet.step(scaled, indexes[i : i + 1], conditions).chunk(2)
-            latents = scheduler.step(torch.lerp(plain, guided, work.guidance), moment, latents).prev_sample
-        result: Tensor = latents
-        return result
+        return denoised(self._unet, scheduler, noise * scheduler.init_noise_sigma, text, work.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Arm`."""
-        with fastest_convolutions():
-            return self._vae.decode(latents / self._scale)
+        return decoded(self._vae, latents / self._scale)
 
 
 def arms_of(models: Models, *, compiled: bool) -> Iterator[Arm]:

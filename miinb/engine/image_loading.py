@@ -11,6 +11,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import image_parity
 from miinb.engine.diffusion import ImageExecutor
 from miinb.engine.diffusion_spec import DiffusionSpec
+from miinb.engine.image_blocks import can_pack, pack_convolutions
 from miinb.engine.image_weights import RandomTensors
 from miinb.engine.pipeline_parts import check_parts, load_pipe, parts_of
 from miinb.engine.place import Place
@@ -59,7 +60,7 @@ def load_painter(
     parts = [list(part.parameters()) for part in parts_of(pipe).values()]
     size = weights_bytes([unet.weights, vae.weights, parts])
     plan = info.plan.with_line("load", size_words(size), f"in {time.monotonic() - started:.1f} s", weights_bytes=size)
-    plan = _described(plan, pipeline, place)
+    plan = _described(plan, unet, vae, pipeline, place)
     ranks = aside.ranks.result()
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *compiled(aside.kernels, report))
@@ -89,15 +90,19 @@ def _models(
     return unet, vae
 
 
-def _described(plan: Plan, pipeline: Pipeline, place: Place) -> Plan:
-    """The plan with lines on what computes."""
+def _described(plan: Plan, unet: Unet, vae: VaeDecoder, pipeline: Pipeline, place: Place) -> Plan:
+    """The plan with lines on what computes; a CPU's convolutions are laid out for it."""
     why = "guidance shares what comes before the text; its keys and values and all time embeddings once a prompt"
     plan = plan.with_line("unet", "fused", why)
     plan = plan.with_line("vae", "fused", "the decoder; one picture at a time")
     checker = "kept" if pipeline.checks_safety else "none"
     plan = plan.with_line("diffusers", "text encoder, schedulers", f"as published; safety checker: {checker}")
     if place.device.type != "cuda":
-        plan = plan.with_line("kernels", "PyTorch's", f"{torch.get_num_threads()} threads")
+        how = "there is no oneDNN to lay convolutions out for"
+        if can_pack():
+            pack_convolutions([unet.weights, vae.weights])
+            how = "convolutions in oneDNN's layout"
+        plan = plan.with_line("kernels", "PyTorch's", f"{how}, {torch.get_num_threads()} threads")
     return plan
 
 

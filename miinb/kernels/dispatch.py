@@ -34,6 +34,7 @@ __all__ = [
     "INTERPRETED",
     "arrival_counters",
     "copies_tiles",
+    "is_plain",
     "jit",
     "launch_options",
     "plain_operators",
@@ -83,6 +84,11 @@ def plain_operators() -> Iterator[None]:
         yield
     finally:
         _plain = before
+
+
+def is_plain() -> bool:
+    """Whether it is within `plain_operators`."""
+    return _plain
 
 
 def use_triton(x: Tensor) -> bool:

@@ -103,6 +103,23 @@ def test_kernels_are_known_before_weights_are_read() -> None:
         assert {"_group_statistics", "_normalize"} <= {name for name, _ in found((1, 40, 72))}
 
 
+def test_a_pipelines_kernels_are_known_ahead(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from miinb import models
+    from miinb.config import DeploymentConfig
+    from miinb.engine.compile import kernels_of
+    from miinb.engine.recording import compiling_for
+    from tests.tiny_pipeline import make_pipeline
+
+    make_pipeline(tmp_path)
+    model = models.inspect(tmp_path / "model")
+    config = DeploymentConfig.parse({"model": str(tmp_path / "model"), "dtype": "fp16", "max_batch": 2})
+    with compiling_for((9, 0)):
+        kernels = kernels_of(config, model)
+    assert {kernel.name for kernel in kernels} >= {"_group_statistics", "_normalize", "_join", "_norm"}
+    assert len({(kernel.name, kernel.specialization) for kernel in kernels}) == len(kernels)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_a_gpu_predicts_what_a_cpu_does(name: str, tmp_path: Path) -> None:
