@@ -67,7 +67,7 @@ def test_the_baseline_gives_the_same_pictures(served: tuple[Session, Any], tmp_p
     )
     options = {"num_inference_steps": 4, "seed": 5, "guidance_scale": 7.5}
     try:
-        plain = miinb.mii_query_handle("plain-pictures").query({"query": ["a cat", "the moon"]}, **options)
+        plain: Any = miinb.mii_query_handle("plain-pictures").query({"query": ["a cat", "the moon"]}, **options)
     finally:
         miinb.terminate("plain-pictures")
     ours = served[0].generate(["a cat", "the moon"], **options).images
