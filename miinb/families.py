@@ -10,7 +10,7 @@ from miinb.models import DECODER_TASKS, ENCODER_TASKS
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a policy for it."""
+    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a form for it."""
 
     family: str
     tasks: tuple[str, ...]

@@ -59,19 +59,15 @@ def test_pictures_are_those_of_diffusers(served: tuple[Session, Any]) -> None:
     assert list(result.frame["images"]) == [3]
 
 
+@pytest.mark.slow
 def test_the_baseline_gives_the_same_pictures(served: tuple[Session, Any], tmp_path: Path) -> None:
-    pipe = served[1]
-    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
-    miinb.deploy(
-        "text-to-image", str(tmp_path / "model"), "plain-pictures", mii_config={"device": "cpu", "engine": "baseline"}
-    )
-    options = {"num_inference_steps": 4, "seed": 5, "guidance_scale": 7.5}
-    try:
-        plain: Any = miinb.mii_query_handle("plain-pictures").query({"query": ["a cat", "the moon"]}, **options)
-    finally:
-        miinb.terminate("plain-pictures")
-    ours = served[0].generate(["a cat", "the moon"], **options).images
-    for image, expected in zip(ours, plain.images, strict=True):
+    served[1].save_pretrained(tmp_path / "model", safe_serialization=True)
+    prompts, options = ["a cat", "the moon"], {"num_inference_steps": 4, "seed": 5, "guidance_scale": 7.5}
+    with Session(tmp_path / "model", device="cpu", engine="baseline", options={"threads": 1}) as session:
+        assert session.engine == "baseline"
+        plain: Any = session.generate(prompts, **options)
+    ours: Any = served[0].generate(prompts, **options)
+    for image, expected in zip(ours.images, plain.images, strict=True):
         error = np.square(np.asarray(image, float) - np.asarray(expected, float)).mean()
         assert 10 * np.log10(255**2 / max(error, 1e-9)) > 50
 
