@@ -10,7 +10,7 @@ from miinb.models import DECODER_TASKS, ENCODER_TASKS
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a policy for it."""
+    """A row of `miinb.models()`: a family, what it serves, and whether the optimized engine has a form for it."""
 
     family: str
     tasks: tuple[str, ...]
@@ -36,5 +36,5 @@ def families() -> FamilyTable:
     rows = [FamilyRow(name, DECODER_TASKS, True) for name in POLICIES]
     rows += [FamilyRow(name, DECODER_TASKS, False) for name in decoders]
     rows += [FamilyRow(name, ENCODER_TASKS, True) for name in ENCODERS]
-    images = FamilyRow("stable-diffusion", ("text-to-image",), False)
+    images = FamilyRow("stable-diffusion", ("text-to-image",), True)
     return FamilyTable([*rows, FamilyRow("albert", ENCODER_TASKS, False), images])

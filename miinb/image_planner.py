@@ -22,7 +22,6 @@ def refuse(config: DeploymentConfig, pipeline: Pipeline) -> None:
         "tensor_parallel": config.tensor_parallel > 1,
         "max_length": config.max_length not in (None, pipeline.text_length),
         "kv_dtype": config.kv_dtype != "auto",
-        "load_format": config.load_format != "auto",
         "dtype": config.dtype in QUANTIZED,
         "options.compile": options.compile,
         "options.offload": options.offload != "off",
@@ -39,12 +38,14 @@ def refuse(config: DeploymentConfig, pipeline: Pipeline) -> None:
             raise InvalidValue(f"{name}: there is no such choice for text-to-image yet.", hint=hint)
 
 
-def engine(choice: Plan, config: DeploymentConfig) -> Plan:
-    """Which engine runs it. The optimized one has no form for it yet, so that diffusers stands in, as for a family
-    without a policy."""
+def engine(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
+    """Which engine runs it: diffusers where that was asked for, or where the optimized one has no form for it."""
     if config.engine == "baseline":
         return choice.with_line("engine", "baseline", "asked for: plain diffusers")
-    reason = "plain diffusers run it: the optimized engine has no form for text-to-image yet"
+    if pipeline_of(model).diffusion is not None:
+        return choice.with_line("engine", "optimized", "fused UNet and VAE decoder; schedulers are diffusers'")
+    why = model.unfused.message if model.unfused else f"There is no form of {model.architecture}."
+    reason = f"plain diffusers run it: {why}"
     return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
 
 

@@ -18,6 +18,7 @@ import miinb.engine.parameters as sizes
 from miinb.checkpoint import TensorEntry, gguf_config, main_dtype, read_gguf, read_safetensors, safetensors_files
 from miinb.config import LoadFormat
 from miinb.engine.encoder_spec import EncoderSpec
+from miinb.engine.image_parameters import count_pipeline
 from miinb.engine.labels import function_of, labels_of
 from miinb.engine.parameters import QUANTIZED, Parameters, count_encoder, count_parameters
 from miinb.engine.policies import ENCODERS, POLICIES, decoder_spec, encoder_spec
@@ -61,8 +62,7 @@ class ModelInfo:
         tasks: names of the tasks that its head serves.
         config: config.json as it is (for GGUF: the same made from the file's metadata).
         tensors: the checkpoint's tensors, by name.
-        parameters: number of parameters (tied ones once): of the weights that the optimized engine loads where it has
-            a form for the model, else of the files.
+        parameters: how many (tied ones once) the optimized engine loads, where it has a form for the model, else all.
         dtype: the checkpoint's main dtype, by miinb's names; "bf16" for quantized GGUF.
         context_length: most tokens of one sequence; 0 when the family has no limit.
         head_size: width of one attention head.
@@ -105,7 +105,7 @@ class ModelInfo:
     @property
     def optimized(self) -> bool:
         """Whether the optimized engine has a form for it."""
-        return self.spec is not None or self.encoder is not None
+        return bool(self.spec or self.encoder or (self.pipeline and self.pipeline.diffusion))
 
     @property
     def files(self) -> list[Path]:
@@ -235,7 +235,7 @@ def inspect(
     """
     place = locate(model, revision=revision)
     if is_pipeline(place):
-        return _describe_pipeline(str(model), place)
+        return _describe_pipeline(str(model), place, load_format)
     gguf = gguf_file(place)
     if gguf is not None:
         metadata, entries = read_gguf(gguf)
@@ -307,20 +307,20 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
     )
 
 
-def _describe_pipeline(source: str, folder: Path) -> ModelInfo:
-    pipeline, entries = read_pipeline(folder, source)
+def _describe_pipeline(source: str, folder: Path, load_format: LoadFormat) -> ModelInfo:
+    pipeline, entries = read_pipeline(folder, source, dummy=load_format == "dummy")
     text = pipeline.configs["text_encoder"]
     return ModelInfo(
         source=source,
         folder=folder,
-        format="safetensors",
+        format="safetensors" if entries else "none",
         family="stable-diffusion",
         architecture=pipeline.name,
         tasks=tasks_of(pipeline.name),
         config=pipeline.configs["unet"],
         tensors={entry.name: entry for entry in entries},
-        parameters=sum(entry.elements for entry in entries),
-        dtype=main_dtype({}, entries),
+        parameters=sum(entry.elements for entry in entries) or count_pipeline(pipeline.configs),
+        dtype=main_dtype({"dtype": "float16"}, entries),
         context_length=pipeline.text_length,
         vocab_size=_first(text, _KEYS["vocab_size"]),
         layers=0,
@@ -328,6 +328,7 @@ def _describe_pipeline(source: str, folder: Path) -> ModelInfo:
         heads=0,
         kv_heads=0,
         head_size=0,
+        unfused=pipeline.unfused,
         pipeline=pipeline,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.checkpoint import TensorEntry, main_dtype, read_safetensors
+from miinb.engine.diffusion_spec import DiffusionSpec, diffusion_spec
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
 from miinb.tasks import TASKS
 
@@ -40,6 +41,8 @@ class Pipeline:
         half_files: these are files of their own, beside or instead of larger ones.
         full_files: there are others than those.
         checks_safety: pictures go through its safety checker.
+        diffusion: the UNet and the VAE for the optimized engine; None where it has no form for them.
+        unfused: why it has none.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Pipeline:
     half_files: bool
     full_files: bool
     checks_safety: bool
+    diffusion: DiffusionSpec | None = field(default=None, repr=False)
+    unfused: UnsupportedModel | None = None
 
     def variant(self, dtype: str) -> str | None:
         """Which files diffusers is to read for a dtype: "fp16", or None for those without such a word."""
@@ -85,8 +90,14 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def read_pipeline(folder: Path, source: str) -> tuple[Pipeline, list[TensorEntry]]:
+def read_pipeline(folder: Path, source: str, *, dummy: bool = False) -> tuple[Pipeline, list[TensorEntry]]:
     """The pipeline in a folder, and the tensors that a part's name goes before ("unet/conv_in.weight").
+
+    Args:
+        folder: of the pipeline.
+        source: names it in errors.
+        dummy: its weights will be random ones: files of weights are not looked for, a tokenizer may be missing, and
+            there is no safety checker, which could tell nothing.
 
     Raises:
         UnsupportedModel: another pipeline, its own Python code, or pickled weights.
@@ -94,6 +105,9 @@ def read_pipeline(folder: Path, source: str) -> tuple[Pipeline, list[TensorEntry
     """
     index = _read_json(folder / "model_index.json")
     _check_index(index, source)
+    if dummy:
+        configs = {name: _read_json(folder / name / "config.json") for name in _WEIGHTS[:3]}
+        return _described(folder, index, configs, [], half=False, full=True), []
     configs = {name: _read_json(folder / name / "config.json") for name in _WEIGHTS if _is_there(index, name)}
     for name in ("tokenizer", "scheduler", *(("tokenizer_2",) if is_sdxl(index["_class_name"]) else ())):
         if not (folder / name).is_dir():
@@ -126,6 +140,7 @@ def _described(
         scale = 2 ** (len(_wholes(configs["vae"]["block_out_channels"])) - 1)
         _wholes(configs["unet"]["block_out_channels"])
         sample = configs["unet"]["sample_size"]
+        diffusion, unfused = _fused(configs)
         rows, columns = _wholes(sample if isinstance(sample, list) else [sample, sample])
         return Pipeline(
             name=index["_class_name"],
@@ -139,9 +154,19 @@ def _described(
             half_files=half,
             full_files=full,
             checks_safety="safety_checker" in configs,
+            diffusion=diffusion,
+            unfused=unfused,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpoint(f"The configurations of {folder} cannot be used ({error}).", hint=_AGAIN) from None
+
+
+def _fused(configs: Mapping[str, Mapping[str, Any]]) -> tuple[DiffusionSpec | None, UnsupportedModel | None]:
+    """The optimized engine's form, or why there is none."""
+    try:
+        return diffusion_spec(configs), None
+    except UnsupportedModel as error:
+        return None, error
 
 
 def _wholes(values: Any) -> list[int]:

@@ -54,7 +54,7 @@ def _images(
     choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
 ) -> Plan:
     image_planner.refuse(config, image_planner.pipeline_of(model))
-    choice = _device(image_planner.engine(choice, config), config, hardware, groups)
+    choice = _device(image_planner.engine(choice, config, model), config, hardware, groups)
     has_bf16 = all(gpu.capability >= (8, 0) for group in groups for gpu in group)
     choice = image_planner.number_format(choice, config, model, has_bf16=has_bf16)
     return image_planner.memory(choice, config, model, _place(config, hardware, groups))

@@ -57,9 +57,22 @@ def test_pictures_are_those_of_diffusers(served: tuple[Session, Any]) -> None:
     assert result.finish_reasons == ("stop",) * 3
     assert result.timing.steps_s > 0
     assert result.timing.e2e_s >= result.timing.steps_s
-    assert session.engine == "baseline"
-    assert "diffusers" in str(session.plan())
+    assert session.engine == "optimized"
+    assert "passed" in str(session.plan())
     assert list(result.frame["images"]) == [3]
+
+
+@pytest.mark.slow
+def test_the_baseline_gives_the_same_pictures(served: tuple[Session, Any], tmp_path: Path) -> None:
+    served[1].save_pretrained(tmp_path / "model", safe_serialization=True)
+    prompts, options = ["a cat", "the moon"], {"num_inference_steps": 4, "seed": 5, "guidance_scale": 7.5}
+    with Session(tmp_path / "model", device="cpu", engine="baseline", options={"threads": 1}) as session:
+        assert session.engine == "baseline"
+        plain: Any = session.generate(prompts, **options)
+    ours: Any = served[0].generate(prompts, **options)
+    for image, expected in zip(ours.images, plain.images, strict=True):
+        error = np.square(np.asarray(image, float) - np.asarray(expected, float)).mean()
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) > 50
 
 
 def test_requests_at_once_share_batches_and_keep_their_pictures(served: tuple[Session, Any]) -> None:

@@ -14,10 +14,13 @@ import torch
 
 from miinb import models, planner
 from miinb.config import DeploymentConfig
+from miinb.engine.diffusion_spec import unet_spec, vae_spec
+from miinb.engine.image_parameters import count_unet, count_vae
 from miinb.errors import BrokenCheckpoint, InvalidRequest, InvalidValue, OutOfMemory, UnsupportedModel
 from miinb.hardware import Gpu, Hardware
 from miinb.image_params import ImageParams, parse_images
 from miinb.messages import Plan
+from tests.engine import tiny_images
 from tests.tiny_pipeline import SIZE, TEXT_LENGTH, make_pipeline
 
 
@@ -136,9 +139,10 @@ def test_parts_that_are_missing_are_named(folder: Path) -> None:
 
 def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
     found = plan(made[0], device="cpu")
-    assert (found.engine, found.dtype, found.max_length, found.max_batch) == ("baseline", "fp32", TEXT_LENGTH, 2)
-    assert "diffusers" in found.warnings[0]
-    assert not plan(made[0], device="cpu", engine="baseline").warnings
+    assert (found.engine, found.dtype, found.max_length, found.max_batch) == ("optimized", "fp32", TEXT_LENGTH, 2)
+    assert not found.warnings
+    baseline = plan(made[0], device="cpu", engine="baseline")
+    assert (baseline.engine, baseline.warnings) == ("baseline", ())
     assert f"{SIZE} x {SIZE}" in str(found)
     assert plan(made[0], device="cpu", dtype="fp16").dtype == "fp32"
     assert plan(made[0], device="cpu", dtype="bf16").dtype == "bf16"
@@ -154,7 +158,6 @@ def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
         {"tensor_parallel": 2},
         {"max_length": 100},
         {"kv_dtype": "fp8"},
-        {"load_format": "dummy"},
         {"dtype": "int8"},
         {"engine": "baseline", "options": {"compile": True}},
         {"options": {"offload": "cpu"}},
@@ -165,6 +168,36 @@ def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
 def test_options_that_would_do_nothing_are_refused(made: tuple[Path, Any], config: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match="text-to-image"):
         plan(made[0], gpus=(gpu(), gpu(index=1)), **config)
+
+
+def test_what_has_no_form_runs_on_diffusers_and_says_why(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
+    found = plan(folder, device="cpu")
+    assert found.engine == "baseline"
+    assert "resnet_time_scale_shift" in found.warnings[0]
+    edit(folder / "unet" / "config.json", resnet_time_scale_shift="default", in_channels=9)
+    assert "9 channels" in plan(folder, device="cpu").warnings[0]
+    with pytest.raises(UnsupportedModel, match="9 channels"):
+        models.inspect(folder, load_format="dummy")
+
+
+def test_parameters_are_counted_without_files(made: tuple[Path, Any], folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    dummy = models.inspect(folder, load_format="dummy")
+    assert dummy.parameters == models.inspect(made[0]).parameters
+    machine = Hardware("CPU", 4, 8 << 30, 8 << 30)
+    config = DeploymentConfig.parse({"model": str(folder), "device": "cpu", "load_format": "dummy"})
+    assert planner.plan(config, dummy, machine).engine == "optimized"
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "other"])
+def test_unets_and_vaes_of_all_shapes_are_counted(kind: str) -> None:
+    unet = tiny_images.unet(kind)
+    assert count_unet(unet_spec(unet.config)) == sum(tensor.numel() for tensor in unet.parameters())
+    for name in tiny_images.VAES:
+        vae = tiny_images.vae(name)
+        assert count_vae(vae_spec(vae.config)) == sum(tensor.numel() for tensor in vae.parameters())
 
 
 def test_what_does_not_fit_is_refused_with_what_would(made: tuple[Path, Any]) -> None:

@@ -5,13 +5,15 @@ warm-up, from the same noise and text embeddings: 512 x 512, 50 steps of PNDM, g
 part in it (it takes as long as one step or two). The diffusers arms are its pipeline as published; `--compiled` adds
 one with torch.compile and channels_last, which takes minutes. What an arm's latents differ by from those of diffusers
 is told. `--profile` lists the kernels of a step, `--attention cudnn` has PyTorch prefer cuDNN's attention in all arms,
-`--tiny` shows on any machine that everything runs.
+`--tiny` shows on any machine that everything runs. `--folder` writes the shape's configurations: a deployment with
+`load_format="dummy"` of that folder serves it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,14 +25,16 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig
 
 from miinb.bench.environment import environment, hardware_words
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.engine.diffusion_spec import unet_spec, vae_spec
-from miinb.engine.image_blocks import fastest_convolutions
+from miinb.engine.image_blocks import can_pack, pack_convolutions
 from miinb.engine.image_weights import tensors_of
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet
+from miinb.engine.unet_painter import decoded, denoised
 from miinb.engine.unet_weights import unet_weights
 from miinb.engine.vae import VaeDecoder, vae_weights
 
@@ -55,6 +59,18 @@ _SCHEDULER: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+    "max_position_embeddings": TOKENS,
+}
+_TINY_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
+_TINY_TEXT |= {"num_attention_heads": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,26 @@ class Models:
         latents = torch.randn((batch, 4, side, side), generator=generator)
         text = torch.randn((2 * batch, TOKENS, width), generator=generator)
         return latents.to(self.device, _DTYPES[self.dtype]), text.to(self.device, _DTYPES[self.dtype])
+
+
+def write_folder(folder: Path, *, tiny: bool = False) -> None:
+    """The configurations of a pipeline of this shape, which `load_format="dummy"` serves with random weights."""
+    with torch.device("meta"):
+        UNet2DConditionModel(**_UNET | (_TINY_UNET if tiny else {})).save_config(folder / "unet")
+        AutoencoderKL(**_VAE | (_TINY_VAE if tiny else {})).save_config(folder / "vae")
+    CLIPTextConfig(**_TEXT | (_TINY_TEXT if tiny else {})).save_pretrained(folder / "text_encoder")
+    PNDMScheduler(**_SCHEDULER).save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 class Arm:
@@ -165,35 +201,25 @@ class Optimized(Arm):
         unet = Unet(shape, unet_weights(shape, tensors_of(models.unet, dtype, device)))
         decoder = vae_spec(models.vae.config)
         self._vae = VaeDecoder(decoder, vae_weights(decoder, tensors_of(models.vae, dtype, device)))
+        if device.type == "cpu" and can_pack():
+            pack_convolutions([unet.weights, self._vae.weights])
         self._scale = models.vae.config.scaling_factor
         self._unet: Unet | GraphedUnet = GraphedUnet(unet) if device.type == "cuda" else unet
-        self._device = device
 
     def warm(self, batch: int, work: Work) -> None:
         """See `Arm`."""
         if isinstance(self._unet, GraphedUnet):
             self._unet.capture(batch, work.size // 8, work.size // 8, tokens=TOKENS, guided=True)
 
-    @torch.inference_mode()
     def denoise(self, noise: Tensor, text: Tensor, work: Work) -> Tensor:
-        """See `Arm`."""
+        """See `Arm`: the painter's own loop."""
         scheduler = PNDMScheduler(**_SCHEDULER)
         scheduler.set_timesteps(work.steps)
-        times = scheduler.timesteps  # stay on the host, where the scheduler looks them up: no step waits for the GPU
-        conditions = self._unet.prepare(text, times)
-        indexes = torch.arange(len(times), device=self._device)
-        latents = noise * scheduler.init_noise_sigma
-        for i, moment in enumerate(times):
-            scaled = scheduler.scale_model_input(latents, moment)
-            plain, guided = self._unet.step(scaled, indexes[i : i + 1], conditions).chunk(2)
-            latents = scheduler.step(torch.lerp(plain, guided, work.guidance), moment, latents).prev_sample
-        result: Tensor = latents
-        return result
+        return denoised(self._unet, scheduler, noise * scheduler.init_noise_sigma, text, work.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Arm`."""
-        with fastest_convolutions():
-            return self._vae.decode(latents / self._scale)
+        return decoded(self._vae, latents / self._scale)
 
 
 def arms_of(models: Models, *, compiled: bool) -> Iterator[Arm]:
@@ -321,7 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="list the optimized arm's kernels instead")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that everything runs")
     parser.add_argument("--out", type=Path, help="folder to append the run to (miinb.load_runs reads it)")
+    parser.add_argument("--folder", type=Path, help='write the model\'s configurations for load_format="dummy" instead')
     options = parser.parse_args(arguments)
+    if options.folder is not None:
+        write_folder(options.folder, tiny=options.tiny)
+        return
     if options.size < 64 or options.size % 8:
         parser.error(f"--size {options.size}: a multiple of 8 from 64 on")
     if min(*options.batches, options.steps, options.repeat) < 1:

@@ -128,6 +128,29 @@ class VaeSpec:
         return int(2 ** sum(block.sampled for block in self.up))
 
 
+@dataclass(frozen=True, slots=True)
+class DiffusionSpec:
+    """What the engine computes of a pipeline."""
+
+    unet: UnetSpec
+    vae: VaeSpec
+
+
+def diffusion_spec(configs: Mapping[str, Mapping[str, Any]]) -> DiffusionSpec:
+    """That of a pipeline whose parts have these configurations.
+
+    Raises:
+        UnsupportedModel: there is something in them that the computation here does not have; the message says what.
+    """
+    unet, vae = unet_spec(configs["unet"]), vae_spec(configs["vae"])
+    if not unet.inputs == unet.outputs == vae.inputs:
+        channels = f"{unet.inputs} channels in, {unet.outputs} out and {vae.inputs} in the VAE"
+        raise _unsupported(f"a UNet of {channels}")
+    if vae.outputs != 3:
+        raise _unsupported(f"a VAE of {vae.outputs} colors")
+    return DiffusionSpec(unet, vae)
+
+
 def unet_spec(config: Mapping[str, Any]) -> UnetSpec:
     """The computation that a config.json of diffusers' UNet2DConditionModel describes.
 

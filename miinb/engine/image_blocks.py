@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.engine.decoder import Norm
+from miinb.kernels.dispatch import is_plain
 from miinb.kernels.group_norm import group_norm, join
 from miinb.kernels.linear import PackedLinear, linear
 
@@ -126,9 +128,52 @@ def fastest_convolutions() -> Iterator[None]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
-    """A convolution [N, H', W', out] of x [N, H, W, in], padded so that a stride of 1 keeps the size."""
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, weight.shape[-1] // 2)
+    """A convolution [N, H', W', out] of x [N, H, W, in], padded so that a stride of 1 keeps the size.
+
+    Args:
+        x: contiguous.
+        weight: [out, in, side, side], or what `pack_convolutions` made of it.
+        bias: [out] or None.
+        stride: of both directions.
+    """
+    planes, pad = x.permute(0, 3, 1, 2), weight.shape[-1] // 2
+    if not weight.is_mkldnn:
+        y = F.conv2d(planes, weight, bias, stride, pad)
+    elif is_plain():
+        y = F.conv2d(planes, weight.to_dense(), bias, stride, pad)
+    else:
+        places = ([pad, pad], [stride, stride], [1, 1], 1)
+        y = torch.ops.mkldnn._convolution_pointwise(planes, weight, bias, *places, "none", [], "")
     return y.permute(0, 2, 3, 1).contiguous()
+
+
+def can_pack() -> bool:
+    """Whether this PyTorch has oneDNN's convolutions of weights in its own layout."""
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # type: ignore[no-untyped-call]
+
+
+def pack_convolutions(weights: Any) -> None:
+    """Lay the convolutions of a CPU's model out as oneDNN computes them, which it would otherwise do in every call.
+
+    Args:
+        weights: dataclasses, and lists of them; changed in place.
+    """
+    if isinstance(weights, list | tuple):
+        for each in weights:
+            pack_convolutions(each)
+    for name in getattr(weights, "__dataclass_fields__", ()):
+        value = getattr(weights, name)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            setattr(weights, name, _packed(value))
+        elif not isinstance(value, Tensor):
+            pack_convolutions(value)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    pad = weight.shape[-1] // 2
+    usual = [2, weight.shape[1], 16, 16]  # a picture; the layout hardly depends on its size
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [pad, pad], [1, 1], [1, 1], 1, usual)
+    return packed
 
 
 def resnet(w: Resnet, stream: Sum, shift: Tensor, groups: int, eps: float) -> Sum:

@@ -6,12 +6,37 @@ from collections.abc import Iterable
 
 import torch
 
-from miinb.engine.compile import META, Kernel, recording
+from miinb.config import DeploymentConfig
 from miinb.engine.diffusion_spec import UnetSpec, VaeSpec
 from miinb.engine.image_weights import RandomTensors
+from miinb.engine.recording import META, Kernel, recording
 from miinb.engine.unet import Unet
+from miinb.engine.unet_graphs import batches
 from miinb.engine.unet_weights import unet_weights
 from miinb.engine.vae import VaeDecoder, vae_weights
+from miinb.engine.weights import DTYPES
+from miinb.pipelines import Pipeline
+
+
+def kernels_of_pipeline(config: DeploymentConfig, pipeline: Pipeline) -> list[Kernel]:
+    """Those of pictures of the usual size, in all batches that are graphs; none where diffusers serves.
+
+    Args:
+        config: with a plan's choices; its `dtype` and `max_batch` count here.
+        pipeline: of the model.
+    """
+    spec = pipeline.diffusion
+    if spec is None or config.dtype not in DTYPES:
+        return []
+    height, width = pipeline.height // pipeline.scale, pipeline.width // pipeline.scale
+    sizes = [(batch, height, width) for batch in batches(config.max_batch or 1)]
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for guided in (True, False):
+        found = kernels_of_images(
+            spec.unet, spec.vae, dtype=DTYPES[config.dtype], sizes=sizes, tokens=pipeline.text_length, guided=guided
+        )
+        kernels |= {(kernel.name, kernel.specialization): kernel for kernel in found}
+    return list(kernels.values())
 
 
 def kernels_of_images(
@@ -24,7 +49,7 @@ def kernels_of_images(
     tokens: int = 77,
     guided: bool = True,
 ) -> list[Kernel]:
-    """The kernels of prompts, steps and pictures of these sizes; to be called within `compile.compiling_for`.
+    """The kernels of prompts, steps and pictures of these sizes; to be called within `recording.compiling_for`.
 
     Args:
         unet_spec: of the UNet.

@@ -122,15 +122,17 @@ class StoredTensors:
 
 
 @contextlib.contextmanager
-def open_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[StoredTensors]:
-    """The safetensors of a model's folder, unet/ or vae/.
+def open_tensors(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, half: bool = False
+) -> Iterator[StoredTensors]:
+    """The safetensors of a model's folder, unet/ or vae/ (`half`: see `weight_files`).
 
     Raises:
         BrokenCheckpoint: a file is missing or damaged.
     """
     with contextlib.ExitStack() as stack:
         stored: dict[str, Callable[[], Tensor]] = {}
-        for file in weight_files(folder):
+        for file in weight_files(folder, half=half):
             names = [entry.name for entry in read_safetensors(file)]
             opened = stack.enter_context(safe_open(file, framework="pt"))
             stored |= {name: functools.partial(opened.get_tensor, name) for name in names}
@@ -155,13 +157,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a diffusers model: in full precision where there are both.
+def weight_files(folder: Path, *, half: bool = False) -> list[Path]:
+    """The safetensors of a diffusers model; where there are both in full precision, or in half of it if asked.
 
     Raises:
         BrokenCheckpoint: there are none, or some of several are missing.
     """
-    for variant in ("", ".fp16"):
+    for variant in (".fp16", "") if half else ("", ".fp16"):
         single = folder / f"{_NAME}{variant}.safetensors"
         if single.is_file():
             return [single]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from miinb import models, splitting
 from miinb.config import DeploymentConfig
 from miinb.engine import encoder_parity, parity
 from miinb.engine.calibrate import calibration_of, with_calibration
-from miinb.engine.compile_job import CompileJob, log_late_compilation, use_cache
+from miinb.engine.compile_job import CompileJob, use_cache
 from miinb.engine.decoder import Decoder, DecoderWeights, Operators
 from miinb.engine.encoder import Encoder, EncoderWeights
 from miinb.engine.encoder_executor import fused_executor
@@ -32,18 +31,16 @@ from miinb.engine.place import Place, device_name, find_place, free_bytes, refus
 from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
+from miinb.engine.start_up import Aside, Report, compiled, verified
 from miinb.engine.tokenizer_files import eos_token_ids, export_tokenizer, with_chat_template
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
-from miinb.errors import InvalidValue, OutOfMemory, RankFailed, UnsupportedModel
+from miinb.errors import InvalidValue, OutOfMemory, UnsupportedModel
 from miinb.kernels.dequantize import scratch
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
-#: Why the optimized engine leaves pictures to diffusers.
-NO_IMAGES = "the optimized engine has no form for text-to-image yet"
-Report = Callable[[Phase], None]
 #: Whose versions are told.
 LIBRARIES = ("torch", "transformers", "diffusers", "deepspeed")
 
@@ -122,14 +119,6 @@ def load_rank(
     return executor
 
 
-@dataclass(frozen=True, slots=True)
-class Aside:
-    """What goes on while the weights are read."""
-
-    ranks: Future[Ranks]
-    kernels: CompileJob | None
-
-
 def _export_tokenizer(config: DeploymentConfig, model: ModelInfo, task: str, rank: int, folder: Path) -> None:
     if rank == 0 and not TASKS[task].image:
         dummy = config.load_format == "dummy"
@@ -173,7 +162,9 @@ def _optimized(
 ) -> Executor | Following:
     """The engine's own executor of the task. Raises UnsupportedModel where it has none: the baseline serves then."""
     if TASKS[info.task].image:
-        raise UnsupportedModel(NO_IMAGES)
+        from miinb.engine.image_loading import load_painter  # it imports diffusers, which texts do without
+
+        return load_painter(config, model, info, place, aside, report)
     make = _step_executor if TASKS[info.task].streams else _encode_executor
     return make(config, model, info, place, aside, rank, report)
 
@@ -218,7 +209,7 @@ def _step_executor(
     ranks = aside.ranks.result()
     decoder = Decoder(local, weights, group=ranks.group, ops=ops)
     if aside.kernels is not None:
-        plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
+        plan = plan.with_line("kernels", *compiled(aside.kernels, report))
     ranks.connect(config, place.device)
     free = ranks.share_of(free_bytes(place.device, config), place.device)
     kv_dtype = cache_dtype(config.kv_dtype, weights.dtype)
@@ -228,7 +219,7 @@ def _step_executor(
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, weights.dtype)
-    plan = _verified(plan, lambda: parity.check(decoder, size.page_tokens, kv_dtype), config, ranks)
+    plan = verified(plan, lambda: parity.check(decoder, size.page_tokens, kv_dtype), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     cache = KVCache(local, size, kv_dtype, place.device)
     info = dataclasses.replace(info, plan=plan, max_length=size.max_length, max_batch=size.max_batch)
@@ -276,13 +267,13 @@ def _encode_executor(
     ranks = aside.ranks.result()
     encoder = Encoder(local, weights, group=ranks.group, ops=kernels.operators)
     if aside.kernels is not None:
-        plan = plan.with_line("kernels", *_compiled(aside.kernels, report))
+        plan = plan.with_line("kernels", *compiled(aside.kernels, report))
     ranks.connect(config, place.device)
     plan = ranks.describe(plan)
     report(Phase("verify"))
     if config.options.parity != "off" and config.load_format != "dummy":
         check_finite(tensors(weights), model, weights.dtype)
-    plan = _verified(plan, lambda: encoder_parity.check(encoder, kernels.tolerance), config, ranks)
+    plan = verified(plan, lambda: encoder_parity.check(encoder, kernels.tolerance), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     plan = dataclasses.replace(plan, weights_bytes=weights_bytes(weights))
     return fused_executor(encoder, config, dataclasses.replace(info, plan=plan, load_peak_bytes=peak), report, ranks)
@@ -299,14 +290,6 @@ def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, place: Pla
         what = "change of the weights by rounding (root mean square)"
         plan = plan.with_line(place.dtype, f"{weights.rounding:.2%}", what)
     return plan
-
-
-def _compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
-    """Wait for the kernels; how many there are, and how long the wait was."""
-    report(Phase("compile"))
-    outcome = kernels.wait(report)
-    log_late_compilation()
-    return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
 
 
 def _capture(loaded: StepExecutor | Follower, config: DeploymentConfig, report: Report) -> StepExecutor | Follower:
@@ -345,25 +328,6 @@ def operators_of(plan: Plan, spec: DecoderSpec, place: Place) -> tuple[Operators
         return Operators(), plan
     ops = Operators(**{name: getattr(kernels, name) for name in Operators._fields})
     return ops, plan.with_line("kernels", "compiled for this CPU", kernels.description)
-
-
-def _verified(plan: Plan, check: Callable[[], parity.ParityReport], config: DeploymentConfig, ranks: Ranks) -> Plan:
-    """The plan with a line on the parity check.
-
-    Raises:
-        UnsupportedModel: it failed (the caller falls back).
-        RankFailed: it failed, and falling back was not wanted.
-    """
-    if config.options.parity == "off":
-        return plan.with_line("parity", "off", "asked for")
-    result = check()
-    if ranks.agree(result.passed, torch.device(plan.device)):
-        return plan.with_line("parity", "passed", str(result))
-    where = " on another rank" if result.passed else ""
-    message = f"The fused layers differ from their reference{where}: {result}."
-    if config.options.parity == "raise":
-        raise RankFailed(message, hint="options={'parity': 'fallback'} serves with plain transformers instead.")
-    raise UnsupportedModel(message)
 
 
 def _fall_back(info: EngineInfo, config: DeploymentConfig, reason: str) -> EngineInfo:

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from miinb.config import DeploymentConfig
 from miinb.engine import sdxl
-from miinb.engine.diffusion import ImageExecutor, Kind, Reading, Start, Work
-from miinb.engine.previews import SDXL, STABLE_DIFFUSION
-from miinb.engine.weights import DTYPES
-from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
+from miinb.engine.diffusion import ImageExecutor, Kind, Start, Work
+from miinb.engine.pipeline_parts import PipelineParts, check_parts, generators, load_pipe, parts_of
+from miinb.errors import UnsupportedModel
 from miinb.messages import EngineInfo, Phase
 from miinb.models import ModelInfo
-from miinb.pipelines import Pipeline, is_sdxl
+from miinb.pipelines import is_sdxl
 
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 #: What a pipeline is called with for conditions, in their order; the last two are SDXL's.
 _CONDITIONS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -42,62 +40,17 @@ def load_images(
     if model.pipeline is None:
         raise UnsupportedModel(f"{model.source} is no image pipeline.")
     report(Phase("load", 0, 1, f"{model.architecture} with diffusers"))
-    pipe = _load(model, model.pipeline, info)
+    pipe = load_pipe(model, model.pipeline, info)
     report(Phase("load", 1, 1))
-    parts = [part for name in _PARTS if (part := getattr(pipe, name, None)) is not None]
-    weights = sum(tensor.nbytes for part in parts for tensor in part.parameters())
+    weights = sum(tensor.nbytes for part in parts_of(pipe).values() for tensor in part.parameters())
     if config.options.parity != "off":
         report(Phase("verify"))
-        _check(pipe, model)
+        check_parts(pipe, model)
     checker = "kept" if model.pipeline.checks_safety else "none"
     plan = info.plan.with_line("diffusers", "eager", f"as published; safety checker: {checker}", weights_bytes=weights)
     painter = PipelinePainter(pipe, model.pipeline)
     info = dataclasses.replace(info, plan=plan)
     return ImageExecutor(painter, info, max_queue=config.options.max_queue)
-
-
-def _load(model: ModelInfo, pipeline: Pipeline, info: EngineInfo) -> Any:
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
-    diffusers.utils.logging.disable_progress_bar()
-    # their parts are those of the classes for other kinds of work
-    cls = diffusers.StableDiffusionPipeline
-    options: dict[str, Any] = {}
-    if is_sdxl(pipeline.name):
-        cls, options = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
-    elif not pipeline.checks_safety:
-        options = {"safety_checker": None, "requires_safety_checker": False}
-    if not (model.folder / "feature_extractor").is_dir():
-        options["feature_extractor"] = None
-    try:
-        pipe = cls.from_pretrained(
-            model.folder,
-            dtype=DTYPES[info.dtype],
-            variant=pipeline.variant(info.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-    except (MiinbError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # what diffusers makes of an unusual configuration or checkpoint
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise UnsupportedModel(
-            f"diffusers cannot make the pipeline of {model.source} ({why}).", hint="Look at its configurations."
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(info.device)
-
-
-def _check(pipe: Any, model: ModelInfo) -> None:
-    for name in _PARTS:
-        part = getattr(pipe, name, None)
-        for tensor, values in part.named_parameters() if part is not None else ():
-            if not bool(values.isfinite().all()):
-                raise BrokenCheckpoint(
-                    f"{name}/{tensor} of {model.source} holds NaN or infinity.", hint="Fetch the model again."
-                )
 
 
 def pipe_of(pipe: Any, kind: Kind) -> Any:
@@ -128,59 +81,8 @@ def inputs_of(work: Work, starts: Sequence[Start]) -> dict[str, Any]:
     return {"image": images, "mask_image": masks, "strength": work.strength, **size}
 
 
-class PipelinePainter:
-    """Runs a pipeline of diffusers; see `Painter`.
-
-    Args:
-        pipe: a `StableDiffusionPipeline` on its device.
-        pipeline: what its folder says.
-    """
-
-    def __init__(self, pipe: Any, pipeline: Pipeline) -> None:
-        own = type(pipe.scheduler)
-        self._classes = {own.__name__: own} | {cls.__name__: cls for cls in pipe.scheduler.compatibles}
-        self.scheduler: str = own.__name__
-        self.schedulers: Sequence[str] = sorted(self._classes)
-        self.width, self.height = pipeline.width, pipeline.height
-        self._config = pipe.scheduler.config
-        self._length = pipeline.text_length
-        self._guides = pipe.unet.config.time_cond_proj_dim is None
-        self.kinds: Sequence[Kind] = ("text", "image", "inpaint") if pipe.unet.config.in_channels == 4 else ("inpaint",)
-        self._xl = is_sdxl(pipeline.name)
-        self.colors = SDXL if self._xl else STABLE_DIFFUSION
-        self._pipe: Any = pipe
-
-    def check(self, work: Work) -> None:
-        """See `Painter`."""
-        scheduler = self._classes[work.scheduler].from_config(self._config)
-        try:
-            scheduler.set_timesteps(work.steps)
-            left = scheduler.timesteps[(work.steps - work.done) * scheduler.order :]
-            fits = len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
-        except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
-            fits = False
-        if not fits:
-            raise InvalidRequest(
-                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
-            )
-
-    def read(self, text: str) -> Reading:
-        """See `Painter`."""
-        ids = self._pipe.tokenizer(text, truncation=False, verbose=False).input_ids
-        rest = ids[self._length - 1 : -1]
-        return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
-
-    @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor | None, ...]:
-        """See `Painter`: embeddings [N, text_length, D] of the prompts and, with guidance, of the negative ones."""
-        guided = guidance > 1 and self._guides
-        if self._xl:
-            return sdxl.embed(self._pipe, prompts, negatives, guided)
-        device = self._pipe._execution_device
-        found: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
-            list(prompts), device, 1, guided, list(negatives) if guided else None
-        )
-        return found
+class PipelinePainter(PipelineParts):
+    """Runs a pipeline of diffusers; see `Painter`."""
 
     @torch.inference_mode()
     def denoise(
@@ -192,7 +94,7 @@ class PipelinePainter:
     ) -> Tensor:
         """See `Painter`."""
         pipe = pipe_of(self._pipe, work.kind)
-        pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
+        pipe.scheduler = self.new_scheduler(work)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             # some schedulers take more timesteps than steps: PNDM's first costs two
@@ -204,7 +106,7 @@ class PipelinePainter:
             **inputs_of(work, starts),
             num_inference_steps=work.steps,
             guidance_scale=work.guidance,
-            generator=[torch.Generator("cpu").manual_seed(start.seed) for start in starts],
+            generator=generators(starts),
             output_type="latent",
             return_dict=False,
             callback_on_step_end=after,
@@ -214,19 +116,7 @@ class PipelinePainter:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
         """See `Painter`."""
-        pipe, flags = self._pipe, None
         if self._xl:
-            image = sdxl.decode(pipe, latents)
-        else:
-            image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        if not bool(torch.isfinite(image).all()):
-            raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
-        if not self._xl:  # which comes without a checker
-            image, flags = pipe.run_safety_checker(image, image.device, latents.dtype)
-        flagged = bool(flags and flags[0])
-        (picture,) = pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
-        return picture.convert("RGB").tobytes(), flagged
-
-    def close(self) -> None:
-        """See `Painter`."""
-        self._pipe = None
+            return self.pixels(sdxl.decode(self._pipe, latents))
+        vae = self._pipe.vae
+        return self.pixels(vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0])

@@ -171,18 +171,18 @@ class Unet:
         skips = [stream]
         for block, weights in zip(spec.down, w.down, strict=True):
             for i in range(len(block.resnets)):
-                stream = self._layer(block, weights, i, stream, shift, conditions.text)
+                stream = self.layer(block, weights, i, stream, shift, conditions.text)
                 skips.append(stream)
             if weights.halve is not None:
                 halved = convolve(stream.value(), weights.halve.weight, stride=2)
                 stream = Sum(halved, weights.halve.bias[None])
                 skips.append(stream)
-        stream = self._layer(spec.mid, w.mid, 0, stream, shift, conditions.text)
+        stream = self.layer(spec.mid, w.mid, 0, stream, shift, conditions.text)
         stream = self._resnet(w.mid.resnets[1], stream, shift)
         for block, weights in zip(spec.up, w.up, strict=True):
             for i in range(len(block.resnets)):
                 stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
-                stream = self._layer(block, weights, i, stream, shift, conditions.text)
+                stream = self.layer(block, weights, i, stream, shift, conditions.text)
             if weights.double is not None:
                 _, height, width, _ = skips[-1].value().shape  # odd sizes were rounded up on the way down
                 stream = upsample(stream, weights.double, (height, width))
@@ -193,8 +193,17 @@ class Unet:
         own = shift[:, w.first_shift : w.first_shift + len(w.conv1)]
         return resnet(w, stream, own, self.spec.groups, self.spec.eps)
 
-    def _layer(self, block: BlockSpec, w: Block, i: int, stream: Sum, shift: Tensor, text: Tensor) -> Sum:
-        """A residual block, and the transformer behind it."""
+    def layer(self, block: BlockSpec, w: Block, i: int, stream: Sum, shift: Tensor, text: Tensor) -> Sum:
+        """A block's residual block `i`, and the transformer behind it.
+
+        Args:
+            block: the block's shape.
+            w: its weights.
+            i: which of its residual blocks.
+            stream: [N, H, W, in].
+            shift: [1, sum of channels], of the step.
+            text: `Conditions.text`.
+        """
         stream = self._resnet(w.resnets[i], stream, shift)
         return self._transformer(block.heads, w.transformers[i], stream, text) if w.transformers else stream
 

@@ -21,6 +21,11 @@ from miinb.wording import size_words
 MOST_BYTES = 4 << 30
 
 
+def batches(most: int) -> list[int]:
+    """How many pictures the graphs that are made at the start are for, the largest first: others fit in its memory."""
+    return sorted({n for n in (1, 2, 4, 8) if n < most} | {min(most, 8)}, reverse=True)
+
+
 @dataclass(slots=True)
 class _Captured:
     replay: Replay
@@ -39,6 +44,7 @@ class GraphedUnet:
     """
 
     def __init__(self, unet: Unet, recorder: Recorder | None = None) -> None:
+        self.spec = unet.spec
         self._unet = unet
         self._recorder = recorder or Recorder(most_bytes=MOST_BYTES)
         self._captured: dict[tuple[int, ...], _Captured] = {}
@@ -47,6 +53,11 @@ class GraphedUnet:
         sizes = ", ".join(f"{texts} x {h} x {w}" for _, texts, h, w, _ in sorted(self._captured))
         took = f"captured in {self._recorder.seconds:.1f} s, {size_words(self._recorder.bytes)}"
         return f"predictions of {sizes}, {took}" if sizes else "none"
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the graphs."""
+        return self._recorder.bytes
 
     def prepare(self, text_embeddings: Tensor, timesteps: Tensor) -> Conditions:
         """See `Unet.prepare`."""

@@ -14,7 +14,7 @@ from miinb.engine.unet import Block, Transformer, TransformerLayer, Unet, UnetWe
 from miinb.kernels.linear import PackedLinear
 
 
-def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Unet:
+def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device, half: bool = False) -> Unet:
     """The UNet of a folder with config.json and safetensors.
 
     Raises:
@@ -22,7 +22,7 @@ def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Unet
         BrokenCheckpoint: files are missing or damaged.
     """
     spec = unet_spec(read_config(folder))
-    with open_tensors(folder, dtype, device) as tensors:
+    with open_tensors(folder, dtype, device, half=half) as tensors:
         weights = unet_weights(spec, tensors)
         tensors.finish()
     return Unet(spec, weights)

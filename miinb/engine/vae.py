@@ -77,18 +77,23 @@ class VaeDecoder:
         if w.quant is not None:
             x = convolve(x, w.quant.weight, w.quant.bias)
         stream = Sum(convolve(x, w.conv_in.weight), w.conv_in.bias[None])
-        stream = self._attention(self._resnet(w.mid[0], stream))
-        stream = self._resnet(w.mid[1], stream)
+        stream = self.middle(stream)
         for block in w.up:
             for each in block.resnets:
-                stream = self._resnet(each, stream)
+                stream = self.residual(each, stream)
             if block.double is not None:
                 _, height, width, _ = stream.value().shape
                 stream = upsample(stream, block.double, (2 * height, 2 * width))
         last = stream.norm(w.norm_out, spec.groups, _EPS, silu=True, keep=False)
         return convolve(last, w.conv_out.weight, w.conv_out.bias).permute(0, 3, 1, 2).contiguous()
 
-    def _resnet(self, w: Resnet, stream: Sum) -> Sum:
+    def middle(self, stream: Sum) -> Sum:
+        """The lowest resolution [N, H, W, C]: a residual block, the attention, another residual block."""
+        first, second = self.weights.mid
+        return self.residual(second, self._attention(self.residual(first, stream)))
+
+    def residual(self, w: Resnet, stream: Sum) -> Sum:
+        """One residual block on [N, H, W, C]."""
         if w.shift is None:
             raise RuntimeError("a decoder's residual block has its first convolution's bias")
         return resnet(w, stream, w.shift, self.spec.groups, _EPS)
@@ -100,7 +105,7 @@ class VaeDecoder:
         return Sum(out.view(y.shape), residual=stream.value())
 
 
-def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> VaeDecoder:
+def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device, half: bool = False) -> VaeDecoder:
     """The decoder of a VAE's folder with config.json and safetensors; the encoder is left unread.
 
     Raises:
@@ -108,7 +113,7 @@ def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device) -> VaeDe
         BrokenCheckpoint: files are missing or damaged.
     """
     spec = vae_spec(read_config(folder))
-    with open_tensors(folder, dtype, device) as tensors:
+    with open_tensors(folder, dtype, device, half=half) as tensors:
         weights = vae_weights(spec, tensors)
         tensors.finish(unread=("encoder.", "quant_conv."))
     return VaeDecoder(spec, weights)

@@ -326,7 +326,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in weights or in a part of them; a tied head comes twice."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors(item)
     elif hasattr(value, "__dataclass_fields__"):

@@ -14,9 +14,10 @@ it reads anything that another kernel wrote, and before it writes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ __all__ = [
     "INTERPRETED",
     "arrival_counters",
     "copies_tiles",
+    "is_plain",
     "jit",
     "launch_options",
+    "plain_operators",
     "power_of_2",
     "shared_memory_bytes",
     "tl",
@@ -69,9 +72,28 @@ def wait_for_inputs(PDL: tl.constexpr):
         gdc_wait()
 
 
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it wrappers compute as `reference.py` does, on any device: what their kernels are checked against."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    """Whether it is within `plain_operators`."""
+    return _plain
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the operator on this tensor runs as a Triton kernel."""
-    return ((x.is_cuda or x.is_meta) and triton is not None) or INTERPRETED
+    return (((x.is_cuda or x.is_meta) and triton is not None) or INTERPRETED) and not _plain
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:

@@ -358,6 +358,10 @@ def sample(
     return noisy.masked_fill(scores < floor, -math.inf).argmax(-1), finite
 
 
+#: PyTorch's group norm of [N, H, W, C] in memory is slow on a CPU for fewer pixels: copies to and fro take less time.
+_LARGE_PICTURE = 1024
+
+
 def group_norm(
     x: Tensor,
     weight: Tensor,
@@ -372,7 +376,10 @@ def group_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `group_norm.group_norm`."""
     total = join(x, shift=shift, residual=residual)
-    y = F.group_norm(total.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1).contiguous()
+    planes = total.permute(0, 3, 1, 2)
+    if x.shape[1] * x.shape[2] < _LARGE_PICTURE:
+        planes = planes.contiguous()
+    y = F.group_norm(planes, groups, weight, bias, eps).permute(0, 2, 3, 1).contiguous()
     return F.silu(y) if silu else y, total if keep else x
 
 

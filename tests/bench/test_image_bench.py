@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import miinb
+from miinb import models
 from miinb.bench import images
 
 
@@ -36,6 +37,14 @@ def test_what_cannot_be_measured_is_refused(wrong: list[str], capsys: pytest.Cap
     with pytest.raises(SystemExit):
         images.main(["--tiny", *wrong])
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_folder_of_configurations_is_a_model(tmp_path: Path) -> None:
+    images.main(["--folder", str(tmp_path)])
+    info = models.inspect(tmp_path, load_format="dummy")
+    assert (info.parameters, info.optimized) == (1_066_235_307, True)
+    assert info.pipeline is not None
+    assert (info.pipeline.width, info.pipeline.text_length) == (512, 77)
 
 
 @pytest.mark.slow

@@ -17,13 +17,14 @@ from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
 from miinb.engine import weights as weights_module
-from miinb.engine.compile import Kernel, NoPeers, compiling_for, kernels_of, recording
+from miinb.engine.compile import NoPeers, kernels_of
 from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import capture_order, mixed_sizes
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.policies import POLICIES
+from miinb.engine.recording import Kernel, compiling_for, recording
 from miinb.engine.weights import load_weights
 from miinb.kernels import (
     activation,

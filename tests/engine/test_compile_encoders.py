@@ -13,8 +13,9 @@ from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig
 from miinb.engine import compile as compiling
-from miinb.engine.compile import Kernel, compiling_for, kernels_of
+from miinb.engine.compile import kernels_of
 from miinb.engine.encoder_inputs import Sizes
+from miinb.engine.recording import Kernel, compiling_for
 
 H100 = (9, 0)
 

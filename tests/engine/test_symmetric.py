@@ -19,9 +19,10 @@ import miinb
 from miinb import Session
 from miinb.config import DeploymentConfig, EngineOptions
 from miinb.engine import symmetric
-from miinb.engine.compile import NoPeers, compiling_for, recording
+from miinb.engine.compile import NoPeers
 from miinb.engine.parallel import Group, set_environment
 from miinb.engine.ranks import Ranks
+from miinb.engine.recording import compiling_for, recording
 from miinb.messages import Plan
 from tests.engine.conftest import build
 from tests.test_tensor_parallel import lose_a_follower

@@ -88,8 +88,8 @@ def test_the_kernels_themselves_compute_what_diffusers_does(tmp_path: Path) -> N
 
 def test_kernels_are_known_before_weights_are_read() -> None:
     pytest.importorskip("triton")
-    from miinb.engine.compile import compiling_for
     from miinb.engine.image_kernels import kernels_of_images
+    from miinb.engine.recording import compiling_for
 
     unet, vae = unet_spec({"cross_attention_dim": 768}), vae_spec(tiny_images.VAES["four"])
 
@@ -101,6 +101,23 @@ def test_kernels_are_known_before_weights_are_read() -> None:
         ahead = found((1, 64, 64), (8, 64, 64))
         assert {name for name, _ in ahead} >= {"_group_statistics", "_normalize", "_join", "_norm", "_product"}
         assert {"_group_statistics", "_normalize"} <= {name for name, _ in found((1, 40, 72))}
+
+
+def test_a_pipelines_kernels_are_known_ahead(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from miinb import models
+    from miinb.config import DeploymentConfig
+    from miinb.engine.compile import kernels_of
+    from miinb.engine.recording import compiling_for
+    from tests.tiny_pipeline import make_pipeline
+
+    make_pipeline(tmp_path)
+    model = models.inspect(tmp_path / "model")
+    config = DeploymentConfig.parse({"model": str(tmp_path / "model"), "dtype": "fp16", "max_batch": 2})
+    with compiling_for((9, 0)):
+        kernels = kernels_of(config, model)
+    assert {kernel.name for kernel in kernels} >= {"_group_statistics", "_normalize", "_join", "_norm"}
+    assert len({(kernel.name, kernel.specialization) for kernel in kernels}) == len(kernels)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from miinb.engine.compile import compiling_for, recording
+from miinb.engine.recording import compiling_for, recording
 from miinb.kernels import (
     all_reduce,
     attention,

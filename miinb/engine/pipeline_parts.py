@@ -1,0 +1,206 @@
+"""What a pipeline of diffusers has around its UNet and VAE, for all painters: text encoder, schedulers, safety."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb.engine import sdxl
+from miinb.engine.diffusion import Kind, Reading, Start, Work
+from miinb.engine.previews import SDXL, STABLE_DIFFUSION
+from miinb.engine.weights import DTYPES
+from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
+from miinb.messages import EngineInfo
+from miinb.models import ModelInfo
+from miinb.pipelines import Pipeline, is_sdxl
+
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
+
+
+def load_pipe(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, *, without: Sequence[str] = ()) -> Any:
+    """diffusers' pipeline on its device; with random weights where the model has no files of any.
+
+    Args:
+        model: with the pipeline.
+        pipeline: what its folder says.
+        info: its dtype and device count here.
+        without: parts that are not loaded.
+
+    Raises:
+        UnsupportedModel: diffusers cannot make it.
+    """
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # it logs what it cuts off of prompts
+    diffusers.utils.logging.disable_progress_bar()
+    # its parts are those of the classes for other kinds of work
+    cls, options = diffusers.StableDiffusionPipeline, dict.fromkeys(without)
+    if is_sdxl(pipeline.name):
+        cls, options = diffusers.StableDiffusionXLPipeline, options | {"add_watermarker": False}
+    elif not pipeline.checks_safety:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if not (model.folder / "feature_extractor").is_dir() or not pipeline.checks_safety:
+        options["feature_extractor"] = None
+    try:
+        if model.format == "none":
+            options |= _random_parts(model, pipeline, info, without)
+        pipe = cls.from_pretrained(
+            model.folder,
+            dtype=DTYPES[info.dtype],
+            variant=pipeline.variant(info.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    except (MiinbError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what diffusers makes of an unusual configuration or checkpoint
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UnsupportedModel(
+            f"diffusers cannot make the pipeline of {model.source} ({why}).", hint="Look at its configurations."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(info.device)
+
+
+def _random_parts(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, without: Sequence[str]) -> dict[str, Any]:
+    """Parts with random weights, the same at every start, and a tokenizer of letters where the folder has none."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    configs = pipeline.configs
+    makers = {
+        "unet": lambda: diffusers.UNet2DConditionModel.from_config(configs["unet"]),
+        "vae": lambda: diffusers.AutoencoderKL.from_config(configs["vae"]),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(
+            CLIPTextConfig.from_dict(dict(configs["text_encoder_2"]))
+        ),
+    }
+    torch.manual_seed(0)
+    parts = {}
+    with torch.device(info.device):
+        for name in makers.keys() & configs.keys() - set(without):
+            parts[name] = makers[name]().to(DTYPES[info.dtype]).eval()
+    for name in ("tokenizer", "tokenizer_2") if is_sdxl(pipeline.name) else ("tokenizer",):
+        if not (model.folder / name).is_dir():
+            parts[name] = _letters(pipeline.text_length)
+    return parts
+
+
+def _letters(length: int) -> Any:
+    """CLIP's kind of tokenizer, without merges: a token for each letter of a text."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=length
+    )
+
+
+def check_parts(pipe: Any, model: ModelInfo) -> None:
+    """Raise BrokenCheckpoint where a loaded part has weights that are NaN or infinite, by the tensor's name."""
+    for name, part in parts_of(pipe).items():
+        for tensor, values in part.named_parameters():
+            if not bool(values.isfinite().all()):
+                raise BrokenCheckpoint(
+                    f"{name}/{tensor} of {model.source} holds NaN or infinity.", hint="Fetch the model again."
+                )
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """The loaded parts that have weights."""
+    return {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
+
+
+class PipelineParts:
+    """What `Painter`s of one pipeline have in common: all but the computation of latents and pictures.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`, or SDXL's, on its device; its UNet may be missing.
+        pipeline: what its folder says.
+    """
+
+    def __init__(self, pipe: Any, pipeline: Pipeline) -> None:
+        own = type(pipe.scheduler)
+        # Classes with `_backends` stand for those that need a library which is not installed.
+        others = [cls for cls in pipe.scheduler.compatibles if not hasattr(cls, "_backends")]
+        self._classes = {cls.__name__: cls for cls in (own, *others)}
+        self.scheduler: str = own.__name__
+        self.schedulers: Sequence[str] = sorted(self._classes)
+        self.width, self.height = pipeline.width, pipeline.height
+        self._config = pipe.scheduler.config
+        self._length = pipeline.text_length
+        unet = pipeline.configs["unet"]
+        self._guides = unet.get("time_cond_proj_dim") is None
+        own_size = unet.get("in_channels", 4) == pipeline.configs["vae"].get("latent_channels", 4)
+        self.kinds: Sequence[Kind] = ("text", "image", "inpaint") if own_size else ("inpaint",)
+        self._xl = is_sdxl(pipeline.name)
+        self.colors = SDXL if self._xl else STABLE_DIFFUSION
+        self._pipe: Any = pipe
+
+    def check(self, work: Work) -> None:
+        """See `Painter`."""
+        scheduler = self._classes[work.scheduler].from_config(self._config)  # the pipeline's may be at work
+        try:
+            scheduler.set_timesteps(work.steps)
+            left = scheduler.timesteps[(work.steps - work.done) * scheduler.order :]
+            fits = len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
+        except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
+            fits = False
+        if not fits:
+            raise InvalidRequest(
+                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
+            )
+
+    def read(self, text: str) -> Reading:
+        """See `Painter`."""
+        ids = self._pipe.tokenizer(text, truncation=False, verbose=False).input_ids
+        rest = ids[self._length - 1 : -1]
+        return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor | None, ...]:
+        """See `Painter`: embeddings [N, text_length, D] of the prompts and, with guidance, of the negative ones."""
+        guided = guidance > 1 and self._guides
+        if self._xl:
+            return sdxl.embed(self._pipe, prompts, negatives, guided)
+        device = self._pipe._execution_device
+        found: tuple[Tensor, Tensor | None] = self._pipe.encode_prompt(
+            list(prompts), device, 1, guided, list(negatives) if guided else None
+        )
+        return found
+
+    def new_scheduler(self, work: Work) -> Any:
+        """A scheduler of the work's class with the model's settings, without timesteps; the pipeline's from now on."""
+        self._pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
+        return self._pipe.scheduler
+
+    def pixels(self, image: Tensor) -> tuple[bytes, bool]:
+        """RGB of one picture [1, 3, height, width], about -1 to 1, and whether the safety checker found it unfit.
+
+        Raises:
+            NonFinite: it is NaN or infinite.
+        """
+        if not bool(torch.isfinite(image).all()):
+            raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
+        flags = None
+        if not self._xl:  # which comes without a checker
+            image, flags = self._pipe.run_safety_checker(image, image.device, image.dtype)
+        flagged = bool(flags and flags[0])
+        (picture,) = self._pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
+        return picture.convert("RGB").tobytes(), flagged
+
+    def close(self) -> None:
+        """See `Painter`."""
+        self._pipe = None
+
+
+def generators(starts: Sequence[Start]) -> list[torch.Generator]:
+    """What each picture's noise comes from: on the CPU, so that devices agree."""
+    return [torch.Generator("cpu").manual_seed(start.seed) for start in starts]
