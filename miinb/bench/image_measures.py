@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from miinb.bench.pixels import psnr_db
-from miinb.bench.records import NAN
+from miinb.bench.pixels import Pixels, difference, psnr_db
+from miinb.bench.records import NAN, Record
 
 #: Parts of a picture's time that have a median in the summary.
 PARTS = ("text_encode", "steps", "vae", "step")
@@ -60,6 +60,18 @@ def _joined(column: pd.Series) -> list[float]:
     """The numbers of all lists of a column."""
     known = [each for each in column if isinstance(each, (list, tuple))]
     return [float(value) for value in itertools.chain(*known) if value is not None and not math.isnan(value)]
+
+
+def note_differences(record: Record, expected: Sequence[Pixels], made: Sequence[Pixels]) -> bool:
+    """How far a request's pictures are from the reference's, into its record; whether all are identical.
+
+    Raises:
+        ValueError: they have other sizes, or another number.
+    """
+    pairs = [difference(one, other) for one, other in zip(expected, made, strict=True)]
+    record.mse, record.max_abs_diff = [mse for mse, _ in pairs], [most for _, most in pairs]
+    record.equal_share = sum(most == 0 for most in record.max_abs_diff) / len(pairs)
+    return record.equal_share == 1.0
 
 
 def by_seed(requests: pd.DataFrame) -> pd.DataFrame:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from miinb.bench.arms import Arm
 from miinb.bench.checks import REFERENCE, Answered
+from miinb.bench.image_measures import note_differences
 from miinb.bench.picture_prompts import picture_prompts
-from miinb.bench.pixels import difference, pixels_of
+from miinb.bench.pixels import pixels_of
 from miinb.bench.records import Record
-from miinb.bench.thumbnails import MOST, thumbnail
+from miinb.bench.thumbnails import MOST, entry
 from miinb.bench.workload import Job, check_texts
 from miinb.errors import Cancelled, InvalidRequest, InvalidValue
 from miinb.image_params import parse_images
@@ -41,15 +42,10 @@ class PictureAnswer:
     def compare(self, got: PictureAnswer, record: Record) -> bool:
         """The same pixels; `mse` and `max_abs_diff` of each picture, `equal_share`: of the pictures."""
         try:
-            pairs = [
-                difference(pixels_of(mine), pixels_of(other)) for mine, other in zip(self.files, got.files, strict=True)
-            ]
+            return note_differences(record, [*map(pixels_of, self.files)], [*map(pixels_of, got.files)])
         except ValueError:  # other sizes, or another number of pictures
             record.equal_share = 0.0
             return False
-        record.mse, record.max_abs_diff = [mse for mse, _ in pairs], [most for _, most in pairs]
-        record.equal_share = sum(most == 0 for most in record.max_abs_diff) / len(pairs)
-        return record.equal_share == 1.0
 
 
 class Pictures:
@@ -123,19 +119,22 @@ class Pictures:
         """See `Kind`: small pictures of the first point that has some, the same prompts and seeds of each arm."""
         if self._shown:
             return
-        made: dict[str, dict[tuple[str, int | None], tuple[Record, PictureAnswer]]] = {}
+        made: dict[str, dict[tuple[str, int | None], PictureAnswer]] = {}
         for record in records:
             answer = answers.get(record.seq)
             if isinstance(answer, PictureAnswer):
-                made.setdefault(record.arm, {})[record.prompt_id, record.seed] = record, answer
+                made.setdefault(record.arm, {})[record.prompt_id, record.seed] = answer
         if not made:
             return
         shared = set.intersection(*(set(mine) for mine in made.values()))
         first = made.get(REFERENCE) or next(iter(made.values()))
         keys = [key for key in first if key in shared]
-        places = [(place, key) for place in range(MOST) for key in keys if place < len(first[key][1].files)][:MOST]
+        places = [(place, key) for place in range(MOST) for key in keys if place < len(first[key].files)][:MOST]
         for arm, mine in made.items():
-            self._shown += [_entry(arm, *mine[key], place, self._prompt(key[0])) for place, key in places]
+            for place, (prompt_id, seed) in places:
+                pixels = pixels_of(mine[prompt_id, seed].files[place])
+                prompt, own = self._prompt(prompt_id), None if seed is None else seed + place
+                self._shown.append(entry(arm, pixels, prompt_id=prompt_id, prompt=prompt, seed=own))
 
     def _prompt(self, prompt_id: str) -> str:
         prompts = self.config.prompts or [""]
@@ -149,12 +148,6 @@ class Pictures:
         """See `Kind`."""
         sizes = {(r.width_px, r.height_px) for r in ok}
         return ["the arms' pictures have not one size"] if len(sizes) > 1 else []
-
-
-def _entry(arm: str, record: Record, answer: PictureAnswer, place: int, prompt: str) -> dict[str, Any]:
-    seed = None if record.seed is None else record.seed + place
-    facts = {"arm": arm, "prompt_id": record.prompt_id, "prompt": prompt, "seed": seed}
-    return {**facts, "webp": thumbnail(answer.files[place])}
 
 
 def _fill(record: Record, result: Any, max_batch: int) -> None:

@@ -26,16 +26,22 @@ FOLDER = "pictures"
 _QUALITY = 82
 
 
-def thumbnail(file: bytes) -> str:
-    """A picture's file as a small WebP, base64."""
+def thumbnail(pixels: Pixels) -> str:
+    """A picture [height, width, 3] as a small WebP, base64."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(file)) as image:
-        small = image.convert("RGB")
+    small = Image.fromarray(pixels)
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=_QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def entry(
+    arm: str, pixels: Pixels, *, prompt_id: str = "", prompt: str = "", seed: int | None = None
+) -> dict[str, Any]:
+    """What a run keeps of a picture of an arm."""
+    return {"arm": arm, "prompt_id": prompt_id, "prompt": prompt, "seed": seed, "webp": thumbnail(pixels)}
 
 
 def pictures_in(env: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Pixels]]:

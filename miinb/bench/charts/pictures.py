@@ -17,11 +17,11 @@ from miinb.bench.thumbnails import pictures_in
 from miinb.wording import number, one_line, shortened
 
 #: Points: a picture's longer side, between two of them, and a line of text above each row.
-SIDE, GAP, LINE = 96.0, 8.0, 13.0
+SIDE, GAP, LINE = 112.0, 8.0, 13.0
 #: Arms whose pictures are shown, and pictures of each.
 MOST_ARMS, MOST_COLUMNS = 3, 4
-#: Characters of a prompt above its picture, in each of two lines.
-_PROMPT = 23
+#: Characters of a line of a prompt above its picture; it has two, and a third one has the seed.
+_PROMPT = 30
 HIDDEN_FROM = 200.0  # spread of rates from which the smallest bar cannot be seen
 
 Rows = dict[str, list[tuple[dict[str, Any], Pixels]]]
@@ -82,7 +82,7 @@ def _pictures(rows: pd.DataFrame) -> Rows:
 def _height(made: Rows) -> float:
     """Points that the pictures take."""
     shown = min(len(made), MOST_ARMS)
-    return shown * (SIDE + LINE + GAP) + 2 * LINE if shown else 0.0
+    return shown * (SIDE + LINE + GAP) + 3 * LINE if shown else 0.0
 
 
 def _show(ax: Any, made: Rows, arms: dict[str, str]) -> None:
@@ -95,7 +95,7 @@ def _show(ax: Any, made: Rows, arms: dict[str, str]) -> None:
     down = 6.0
     for place, (facts, _) in enumerate(next(iter(shown.values()))[:columns]):
         _write(ax, place * step, down, "\n".join(_title(facts)), own, size=7.5)
-    down += 2 * LINE - 4
+    down += 3 * LINE - 6
     for arm, pictures in shown.items():
         _write(ax, 0, down, arms.get(arm, names.shown(arm)), own, weight="bold")
         for place, (_, pixels) in enumerate(pictures[:columns]):
@@ -104,10 +104,11 @@ def _show(ax: Any, made: Rows, arms: dict[str, str]) -> None:
 
 
 def _title(facts: dict[str, Any]) -> list[str]:
-    """A picture's prompt and seed in two short lines."""
-    prompt = textwrap.shorten(one_line(str(facts.get("prompt") or "")), 2 * _PROMPT, placeholder=" ...")
-    lines = textwrap.wrap(prompt, _PROMPT, max_lines=1, placeholder=" ...") or [""]
-    return [shortened(lines[0], _PROMPT + 4), f"seed {facts.get('seed')}"]
+    """A picture's prompt in two short lines, and its seed."""
+    words = one_line(str(facts.get("prompt") or ""))
+    lines = textwrap.wrap(words, _PROMPT, max_lines=2, placeholder=" …") or [""]
+    seed = [] if facts.get("seed") is None else [f"seed {facts['seed']}"]
+    return [*(shortened(line, _PROMPT + 2) for line in lines), *seed]
 
 
 def _place(ax: Any, own: bool) -> dict[str, Any]:
