@@ -6,18 +6,21 @@ import textwrap
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 from miinb.bench.charts import frames, names
 from miinb.bench.charts.grouped import Bars
 from miinb.bench.charts.measures import RATES, per_gpu
-from miinb.bench.charts.style import INK, SOFT, WIDTH_IN, ChartAxes
+from miinb.bench.charts.style import INK, SOFT, WIDTH_IN
 from miinb.bench.pixels import Pixels
 from miinb.bench.thumbnails import pictures_in
 from miinb.wording import number, one_line, shortened
 
 #: Points: a picture's longer side, between two of them, and a line of text above each row.
 SIDE, GAP, LINE = 112.0, 8.0, 13.0
+#: Within axes that are not the chart's own: no smaller pictures, their share of the height, points for long labels.
+LEAST_SIDE, SHARE, WIDE = 24.0, 0.4, 360.0
 #: Arms whose pictures are shown, and pictures of each.
 MOST_ARMS, MOST_COLUMNS = 3, 4
 #: Characters of a line of a prompt above its picture; it has two, and a third one has the seed.
@@ -45,19 +48,19 @@ def images(frame: Any, *, ax: Any = None, by: str | None = None, log: bool | Non
     names.check_by(rows, by, "images")
     rows = names.in_order(rows.assign(value=values), by)
     bars = Bars(rows, rows["value"], lower_is_better=False, gpus=True, by=by)
-    bars.notes = {index: f"{_seconds(s)} an image" for index, s in rows["image_p50_s"].dropna().items()}
     bars.on_log_axis(log, HIDDEN_FROM)
-    made = _pictures(rows) if pictures else {}
-    below = _height(made)
-    ax = bars.draw(ax, 1.0, RATES["img_s"].unit, below_in=below / 72)
+    sheet = _Sheet(_pictures(rows) if pictures else {}, ax)
+    if ax is None or sheet.width >= WIDE:
+        bars.notes = {index: f"{_seconds(s)} an image" for index, s in rows["image_p50_s"].dropna().items()}
+    ax = bars.draw(ax, 1.0, RATES["img_s"].unit, below_in=sheet.height / 72)
     ax.set_xlabel(words + " (log axis)" * bars.dots, fontsize=9, color=INK)
-    if made:
-        _show(ax, made, names.arm_names(rows))
-    what = "Images over the time of all requests; seconds an image are medians of a request's time over its images"
-    ax = bars.finish(ax, words, what, below=below)
-    if made:
-        shared = len(next(iter(made.values())))
-        ax._miinb_alt.append(f"Below the bars, {shared} pictures of each arm: {', '.join(map(names.shown, made))}.")
+    sheet.show(ax, names.arm_names(rows))
+    what = "Images over the time of all requests"
+    what += "; seconds an image are medians of a request's time over its images" if bars.notes else ""
+    ax = bars.finish(ax, words, what, below=sheet.height)
+    if sheet.made:
+        shown = ", ".join(map(names.shown, sheet.made))
+        ax._miinb_alt.append(f"Below the bars, {sheet.columns} pictures of each arm: {shown}.")
     return ax
 
 
@@ -79,28 +82,45 @@ def _pictures(rows: pd.DataFrame) -> Rows:
     return {}
 
 
-def _height(made: Rows) -> float:
-    """Points that the pictures take."""
-    shown = min(len(made), MOST_ARMS)
-    return shown * (SIDE + LINE + GAP) + 3 * LINE if shown else 0.0
+class _Sheet:
+    """The pictures below the bars: a row an arm, the prompts above the first; in a figure of its own a large one.
 
+    Attributes:
+        made: pictures by arm; {}: there is no room, or there are none.
+        columns: pictures of a row.
+        width, height: points of all of it.
+    """
 
-def _show(ax: Any, made: Rows, arms: dict[str, str]) -> None:
-    """A row of pictures an arm below the axis' label, the prompts above the first."""
-    shown = dict(list(made.items())[:MOST_ARMS])
-    own = isinstance(ax, ChartAxes)
-    width = WIDTH_IN * 72 if own else ax.get_position().width * ax.figure.get_figwidth() * 72
-    columns = max(1, min(MOST_COLUMNS, int((width - 2 * GAP) // (SIDE + GAP))))
-    step = (width - 2 * GAP) / MOST_COLUMNS if own else SIDE + GAP
-    down = 6.0
-    for place, (facts, _) in enumerate(next(iter(shown.values()))[:columns]):
-        _write(ax, place * step, down, "\n".join(_title(facts)), own, size=7.5)
-    down += 3 * LINE - 6
-    for arm, pictures in shown.items():
-        _write(ax, 0, down, arms.get(arm, names.shown(arm)), own, weight="bold")
-        for place, (_, pixels) in enumerate(pictures[:columns]):
-            _picture(ax, pixels, place * step, down + LINE, own)
-        down += SIDE + LINE + GAP
+    def __init__(self, made: Rows, ax: Any) -> None:
+        self.made = dict(list(made.items())[:MOST_ARMS])
+        self.own = not isinstance(ax, Axes)
+        self.columns = max((len(row) for row in self.made.values()), default=0)
+        self.width, self.side, self._titles = WIDTH_IN * 72, SIDE, 0
+        if self.own:
+            self._titles = max((len(_title(facts)) for row in self.made.values() for facts, _ in row), default=0)
+        else:
+            box, (width, height) = ax.get_position(), ax.figure.get_size_inches()
+            self.width = box.width * width * 72
+            tall = SHARE * box.height * height * 72 / max(len(self.made), 1) - LINE - GAP
+            self.side = min(SIDE, tall, self.width / max(self.columns, 1) - GAP)
+        if self.side < LEAST_SIDE:
+            self.made = {}
+        self._step = (self.width - 2 * GAP) / MOST_COLUMNS if self.own else self.side + GAP
+        rows = len(self.made) * (self.side + LINE + GAP)
+        self.height = rows + 6 + self._titles * LINE if self.made else 0.0
+
+    def show(self, ax: Any, arms: dict[str, str]) -> None:
+        """Draw it below the axis' label; `arms` are the arms' names."""
+        down = 6.0
+        if self.own and self.made:
+            for place, (facts, _) in enumerate(next(iter(self.made.values()))):
+                _write(ax, place * self._step, down, "\n".join(_title(facts)), self.own, size=7.5)
+            down += self._titles * (LINE - 1.5)
+        for arm, pictures in self.made.items():
+            _write(ax, 0, down, arms.get(arm, names.shown(arm)), self.own, weight="bold")
+            for place, (_, pixels) in enumerate(pictures):
+                _picture(ax, pixels, self.side, place * self._step, down + LINE, self.own)
+            down += self.side + LINE + GAP
 
 
 def _title(facts: dict[str, Any]) -> list[str]:
@@ -126,9 +146,9 @@ def _write(
     ax.annotate(text, xytext=(right, -down), textcoords="offset points", gid="miinb-caption", **_place(ax, own), **look)
 
 
-def _picture(ax: Any, pixels: Pixels, right: float, down: float, own: bool) -> None:
-    """A picture of `SIDE` points on its longer side."""
-    image = OffsetImage(pixels, zoom=SIDE / max(pixels.shape[:2]), interpolation="antialiased", dpi_cor=True)
+def _picture(ax: Any, pixels: Pixels, side: float, right: float, down: float, own: bool) -> None:
+    """A picture of `side` points on its longer side."""
+    image = OffsetImage(pixels, zoom=side / max(pixels.shape[:2]), interpolation="antialiased", dpi_cor=True)
     look: dict[str, Any] = {"frameon": False, "pad": 0.0, "box_alignment": (0, 1)}
     box = AnnotationBbox(image, xybox=(right, -down), boxcoords="offset points", **_place(ax, own), **look)
     box.set_gid("miinb-picture")
