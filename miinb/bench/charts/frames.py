@@ -80,7 +80,8 @@ def _whole_summary(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame of a summary with every column; those that are missing are as for one run."""
     usual: dict[str, Any] = {"run_id": "run", "model": "", "task": "", "dtype": "", "n": 1, "n_failed": 0}
     usual |= {name: math.nan for name in SUMMARY_COLUMNS if name not in usual}
-    summary = frame.assign(**{name: value for name, value in usual.items() if name not in frame.columns})
+    missing = {name: value for name, value in usual.items() if name not in frame.columns}
+    summary = pd.concat([frame, pd.DataFrame(missing, index=frame.index)], axis=1)
     summary.attrs = dict(frame.attrs)
     return summary
 
