@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from miinb import load_runs
+from miinb import commands, load_runs
 from miinb.bench import charts, published, report, thumbnails
 from miinb.bench.image_measures import note_differences
 from miinb.bench.picture_prompts import MOST, picture_prompts
@@ -261,6 +261,39 @@ def test_other_tasks_have_no_pictures_and_are_not_compared_with_them() -> None:
             bench(session, ["a"], num_inference_steps=3)
         with pytest.raises(InvalidValue, match="one task"):
             compare([Painting(name="p"), session], ["a"])
+
+
+def test_lines_are_of_one_batch_where_loads_differ_too() -> None:
+    arms = [Painting("baseline", token_s=0.002), Painting()]
+    crossed = compare(
+        arms, num_images_per_prompt=[1, 2], concurrency=[1, 2], requests=2, num_inference_steps=1, progress=QUIET
+    )
+    for kind, options in (("frontier", {}), ("batch_scaling", {"by": "concurrency"})):
+        ax = charts.draw(kind, crossed, **options)
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert names == ["baseline, batch 1", "baseline, batch 2", "optimized, batch 1", "optimized, batch 2"]
+    names = [text.get_text() for text in charts.batch_scaling(crossed).get_legend().get_texts()]
+    assert names[-1] == "optimized, concurrency 2"
+
+
+def test_the_command_has_the_same_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Benched(Painting):
+        state = "ready"
+
+        def bench(self, **fields: Any) -> Runs:
+            return bench(self, progress=QUIET, **fields)
+
+    session = Benched()
+    context = commands.Context(prog="miinb", sessions={session.name: session})
+    command = commands.find("bench")
+    words = ["-d", session.name, "--num-images-per-prompt", "1,2", "--num-inference-steps", "3", "--width", "40"]
+    words += ["--guidance-scale", "2", "--negative-prompt", "rain", "--requests", "1", "--save", str(tmp_path)]
+    commands.execute(context, command, commands.parse(command, words, prog="miinb"))
+    assert str(tmp_path) in capsys.readouterr().out
+    assert {call["num_images_per_prompt"] for call in session.calls} == {1, 2}
+    asked = {"num_inference_steps": 3, "width": 40, "guidance_scale": 2.0, "negative_prompt": "rain"}
+    assert all(asked.items() <= call.items() for call in session.calls)
+    assert set(load_runs(tmp_path).summary["batch_size"]) == {1, 2}
 
 
 def test_failures_are_counted_and_arrivals_and_sweeps_work() -> None:

@@ -49,7 +49,7 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
     if by and by not in (*keys, "concurrency", "rate_rps"):
         rows["by"] = names.by_labels(rows, by)
         keys.append("by")
-    if picturing and x and rows.duplicated([*keys, "run", x]).any():  # other batches, or at them other loads
+    if picturing and _crossed(rows, x):
         rows["load"] = [_other_load(row, x) for _, row in rows.iterrows()]
         keys.append("load")
     if "run" not in keys and by != "run" and rows.duplicated([*keys, *([x] if x else loads)]).any():
@@ -64,6 +64,13 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
         seen[arm] = seen.get(arm, 0) + 1
         label = "/".join(dict.fromkeys(line["label"]))  # one line may have several dtypes
         yield ", ".join([label, *more]), style, line.sort_values([x] if x else loads)
+
+
+def _crossed(rows: pd.DataFrame, x: str) -> bool:
+    """Whether pictures have several batches and several loads, of which an axis takes one."""
+    loads = rows[["concurrency", "rate_rps"]].drop_duplicates()
+    varied = len(loads) > 1 if x == "batch_size" else rows["batch_size"].nunique() > 1
+    return varied and (bool(x) or len(loads) > 1)
 
 
 def _other_load(row: pd.Series, x: str) -> str:

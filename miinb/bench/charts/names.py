@@ -175,13 +175,10 @@ def load_label(row: Mapping[str, Any] | pd.Series) -> str:
     return ", ".join([f"batch {row['batch_size']:g}", *([load] if load not in ("", "concurrency 1") else [])])
 
 
-def load_mark(row: pd.Series, *, batches: bool) -> str:
-    """A point's load as a mark beside it: "8", "2.5/s"; with `batches` its pictures first: "4", "4, 2/s"."""
+def load_mark(row: pd.Series) -> str:
+    """A point's load as a mark beside it: "8", "2.5/s"."""
     load = f"{row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else ""
-    load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else load
-    if not batches:
-        return load
-    return ", ".join([f"{row['batch_size']:g}", *([load] if load not in ("", "1") else [])])
+    return f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else load
 
 
 def short_model(model: object) -> str:
