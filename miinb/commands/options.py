@@ -223,7 +223,6 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "eos_token_id": integers,
     "concurrency": integers,
     "rate": floats,
-    "num_images_per_prompt": integers,
     "prompt_tokens": str,  # the configuration reads ranges and objectives
     "new_tokens": str,
     "slo": str,
@@ -237,6 +236,9 @@ def _read_of(annotation: Any) -> tuple[Callable[[str], Any] | None, tuple[str, .
         return _read_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         return _read_of(next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is list:
+        inner, _ = _read_of(get_args(annotation)[0])
+        return integers if inner is int else floats if inner is float else annotation, ()
     if get_origin(annotation) is Literal:
         return str, tuple(get_args(annotation))
     return (None if annotation is bool else annotation), ()
