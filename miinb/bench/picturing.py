@@ -161,7 +161,8 @@ def _fill(record: Record, result: Any, max_batch: int) -> None:
     record.images, record.prompt_tokens = count, result.usage.prompt_tokens
     record.width_px, record.height_px = result.images[0].size
     record.queue_s, record.text_encode_s, record.steps_s = timing.queue_s, timing.text_encode_s, timing.steps_s
-    record.vae_s, record.postprocess_s = timing.vae_s * last, timing.picture_s
+    left = record.e2e_s - timing.queue_s - timing.text_encode_s - timing.steps_s
+    record.vae_s, record.postprocess_s = min(timing.vae_s * last, max(left, timing.vae_s)), timing.picture_s
     record.model_s = record.text_encode_s + record.steps_s + record.vae_s
     record.image_s, record.step_s = record.e2e_s / count, record.steps_s / record.steps
     record.finish_reason = "stop"
