@@ -1,13 +1,15 @@
-"""Fields of a benchmark that a user may write in several ways: lengths, objectives, a sweep."""
+"""Fields of a benchmark that a user may write in several ways: lengths, objectives, numbers of pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from miinb.errors import InvalidValue, did_you_mean
-from miinb.frozen import InvalidValueError
+from miinb.frozen import Frozen, InvalidValueError
 
 #: A number of tokens, or the least and the most of them.
 Tokens = int | tuple[int, int]
@@ -16,6 +18,29 @@ MAX_TOKENS = 1 << 20
 OBJECTIVES = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 #: What others call them.
 _OTHER_NAMES = {"e2el": "e2e", "latency": "e2e", "total": "e2e", "itl": "tpot", "time_to_first_token": "ttft"}
+
+
+def number_list(value: object) -> object:
+    """[4] of 4; tuples as lists."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    return list(value) if isinstance(value, tuple) else value
+
+
+class PictureFields(Frozen):
+    """What each request of a benchmark of text-to-image asks for, by diffusers' names; see `ImageParams` for limits.
+
+    Attributes:
+        num_images_per_prompt: pictures of one request, which are computed together; several numbers are a point each.
+    """
+
+    num_images_per_prompt: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(number_list)] = [1]  # noqa: RUF012
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    scheduler: str | None = None
 
 
 def read_tokens(value: object, name: str) -> Tokens:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from miinb.bench_fields import Tokens, read_slo, read_tokens
+from miinb.bench_fields import PictureFields, Tokens, number_list, read_slo, read_tokens
 from miinb.errors import InvalidRequest, near
 from miinb.frozen import Frozen, InvalidValueError
 from miinb.offloading import settings_fault
@@ -207,12 +207,6 @@ def _stop_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _number_list(value: object) -> object:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [value]
-    return list(value) if isinstance(value, tuple) else value
-
-
 #: What a greedy choice would ignore, and so is refused without `do_sample=True`.
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 #: What beam search cannot be combined with, by the value that it has otherwise.
@@ -247,7 +241,7 @@ class GenerationParams(Frozen):
     early_stopping: bool | Literal["never"] = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
-    eos_token_id: Annotated[list[int] | None, BeforeValidator(_number_list)] = None
+    eos_token_id: Annotated[list[int] | None, BeforeValidator(number_list)] = None
     logit_bias: dict[int, float] | None = None
     return_full_text: bool = False
     speculative: bool = True  # False: not for this request, where the deployment speculates
@@ -338,8 +332,8 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     return GenerationParams.parse(kept, error=InvalidRequest)
 
 
-class BenchConfig(Frozen):
-    """One benchmark: the workload's shape, its load, and the price. Lengths are in tokens.
+class BenchConfig(PictureFields):
+    """One benchmark: the workload's shape, its load, and the price. Lengths are in tokens, `PictureFields` of images.
 
     Attributes:
         prompts: the prompts themselves (of encoder tasks the inputs); None makes synthetic ones of `prompt_tokens`.
@@ -355,7 +349,8 @@ class BenchConfig(Frozen):
         sweep: "concurrency" (or True) or "rate": doubles the load from 1 (or from the one that is given) until every
             arm is saturated, or past `sweep_limit`.
         slo: limits in seconds, "ttft=0.5,tpot=0.05,e2e=2" or a mapping; what meets all of them is goodput.
-        check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none".
+        check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none"; of pictures how
+            far they differ, unless it is "none".
         price: US dollars per GPU-hour (or per machine-hour without a GPU), the user's; None leaves cost empty.
     """
 
@@ -367,8 +362,8 @@ class BenchConfig(Frozen):
     duration_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
     repeat: Annotated[int, Field(ge=1, le=100)] = 1
     warmup: Annotated[int, Field(ge=0, le=1000)] = 2
-    concurrency: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], BeforeValidator(_number_list)] = [1]  # noqa: RUF012
-    rate: Annotated[list[Annotated[float, Field(gt=0)]] | None, BeforeValidator(_number_list)] = None
+    concurrency: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], BeforeValidator(number_list)] = [1]  # noqa: RUF012
+    rate: Annotated[list[Annotated[float, Field(gt=0)]] | None, BeforeValidator(number_list)] = None
     sweep: Literal["concurrency", "rate"] | None = None
     sweep_limit: Annotated[float, Field(gt=0, le=4096)] = 256.0
     slo: Annotated[dict[str, float] | None, BeforeValidator(read_slo)] = None

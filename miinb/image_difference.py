@@ -55,9 +55,15 @@ def difference(one: Any, other: Any) -> Difference:
     _check_sizes(one, other)
     apart = _apart(one, other)
     square = float(numpy.mean(apart.astype(numpy.float64) ** 2))
-    psnr = 10 * math.log10(_WHITE**2 / square) if square else math.inf
     changed = float(numpy.mean(apart.any(axis=-1)))
-    return Difference(int(apart.max()), float(apart.mean()), psnr, changed)
+    return Difference(int(apart.max()), float(apart.mean()), psnr_db(square), changed)
+
+
+def psnr_db(mean_square: float) -> float:
+    """Peak signal to noise ratio of a mean squared difference of values of 0 to 255, in dB; infinity of equal ones."""
+    if math.isnan(mean_square):
+        return math.nan
+    return 10 * math.log10(_WHITE**2 / mean_square) if mean_square else math.inf
 
 
 def difference_picture(one: Any, other: Any, gain: int = 1) -> Any:

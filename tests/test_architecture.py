@@ -189,6 +189,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.pipelines",
     "bench.encoders.plain_side",
     "bench.images",
+    "bench.image_folder",
     "bench.headline.arms",
     "bench.headline.floors",
     "bench.quality.engine_side",

@@ -168,10 +168,25 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
             session.generate("a", **wrong)
     with pytest.raises(InvalidValue, match="'image'"):
         session.panel("text")
-    with pytest.raises(InvalidValue, match="not benchmarked"):
-        session.bench()
+    with pytest.raises(InvalidValue, match="multiple of 8"):
+        session.bench(height=30)
     with pytest.raises(InvalidRequest):
         session.create_session("a")
+
+
+def test_it_is_measured_under_a_workload(served: tuple[Session, Any], tmp_path: Path) -> None:
+    session, _ = served
+    runs = session.bench(["a cat", "the moon"], num_images_per_prompt=[1, 3], requests=2, num_inference_steps=2)
+    rows = runs.requests[~runs.requests["warmup"]]
+    assert list(rows["status"]) == ["ok"] * 4
+    assert list(rows["images"]) == [1, 1, 3, 3]
+    assert (rows["e2e_s"] >= rows["model_s"]).all()
+    assert (rows[["queue_s", "text_encode_s", "steps_s", "vae_s", "postprocess_s"]] > 0).all().all()
+    summary = runs.summary
+    assert summary["overhead"].iloc[0] > 0
+    assert (summary["peak_mem_bytes"] > 0).all()
+    (env,) = miinb.load_runs(runs.save(tmp_path)).env.values()
+    assert [one["seed"] for one in env["pictures"]] == [2, 3]
 
 
 def test_mii_asks_for_pictures(served: tuple[Session, Any]) -> None:

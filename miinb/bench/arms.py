@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from miinb.bench.records import NAN
-from miinb.bench.summary import encodes
+from miinb.bench.summary import task_kind
 from miinb.errors import InvalidValue, MiinbError
 from miinb.rpc.address import socket_path
 from miinb.tasks import TASKS
 
-#: What is benchmarked: text, and what encoders answer.
-BENCHED = tuple(task.name for task in TASKS.values() if not task.image)
+#: What is benchmarked: text, what encoders answer, and pictures of prompts.
+BENCHED = tuple(task.name for task in TASKS.values() if not task.image or task.name == "text-to-image")
 #: Arms as they are called by what they are; charts draw and comparisons take the baselines by these names.
 KINDS = ("baseline", "baseline-best", "optimized")
 
@@ -90,7 +90,7 @@ def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
     """Arms of running sessions (or names of deployments), labeled; those of a mapping by its keys.
 
     Raises:
-        InvalidValue: no session, one named twice, one whose task is not benchmarked, or an encoder's with another task.
+        InvalidValue: no session, one named twice, one whose task is not benchmarked, or tasks that are not compared.
         DeploymentNotFound: a name that no deployment has.
     """
     given = list(sessions) if isinstance(sessions, Mapping) else []
@@ -108,9 +108,10 @@ def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
         if session.task and session.task not in BENCHED:
             raise InvalidValue(
                 f"sessions: {session.name} serves {session.task}, which is not benchmarked yet.",
-                hint="Text generation and encoder tasks are.",
+                hint="Text generation, encoder tasks and text-to-image are.",
             )
-        if session.task != found[0].task and encodes(str(session.task)) | encodes(str(found[0].task)):
+        kinds = {task_kind(str(one.task)) for one in (session, found[0])}
+        if session.task != found[0].task and kinds != {"text"}:
             raise InvalidValue(
                 f"sessions: {session.name} serves {session.task}, {found[0].name} {found[0].task}.",
                 hint="Compare deployments of one task.",

@@ -1,4 +1,4 @@
-"""Do both arms answer the same? Text by text, and token by token up to the first difference."""
+"""Do the arms answer the same? Answer by answer; of texts, token by token up to the first difference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ REFERENCE = "baseline"
 class Answered(Protocol):
     """An answer that can be compared with another arm's."""
 
-    def agreement(self, got: Any) -> tuple[bool, float]:
-        """Whether `got` is the same answer, and which share of it is."""
+    def compare(self, got: Any, record: Record) -> bool:
+        """Whether `got` is the same answer; which share of it is, and how it differs, goes into its `record`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,10 @@ class TextAnswer:
     text: str
     token_ids: tuple[int, ...] = ()
 
-    def agreement(self, got: TextAnswer) -> tuple[bool, float]:
-        """The same text; the share of the tokens before the first difference."""
-        return got.text == self.text, leading_share(self, got)
+    def compare(self, got: TextAnswer, record: Record) -> bool:
+        """The same text; `equal_share`: of the tokens before the first difference."""
+        record.equal_share = leading_share(self, got)
+        return got.text == self.text
 
 
 def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered], *, exact: bool) -> None:
@@ -47,7 +48,7 @@ def compare_outputs(records: Sequence[Record], answers: Mapping[int, Answered], 
         key = (record.point, record.prompt_id, record.seed)
         if record.arm == reference or record.warmup or record.seq not in answers or key not in expected:
             continue
-        equal, record.equal_share = expected[key].agreement(answers[record.seq])
+        equal = expected[key].compare(answers[record.seq], record)
         if exact:
             record.equal = equal
 

@@ -13,11 +13,10 @@ from miinb.bench.display import STYLE, run_labels, table_html
 from miinb.bench.objectives import ATTAIN, rejudged
 from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
 from miinb.bench.records import NAN, Runs
-from miinb.bench.summary import encodes, summarize
+from miinb.bench.summary import summarize, task_kind
 from miinb.bench.workload import load_words
 from miinb.bench_fields import read_slo, slo_words
 from miinb.errors import InvalidValue
-from miinb.tasks import TASKS
 from miinb.wording import number, one_line
 
 __all__ = ["CostTable", "table", "usd_per_1k_images", "usd_per_1k_texts", "usd_per_mtok"]
@@ -79,7 +78,7 @@ def _shown(row: pd.Series, among: pd.DataFrame, run: str) -> dict[str, str]:
         "model": _short(row["model"]) if many["model"] else "",
         "plan": f"{one_line(str(row['arm']))} ({_machine(row)})",
         "load": f"{rate:g}/s" if pd.notna(rate) else _number(row, "concurrency"),
-        "texts": _number(row, "batch_size") if many["batch_size"] else "",
+        row["unit"].removesuffix("/s"): _number(row, "batch_size") if many["batch_size"] else "",
         "throughput": f"{number(row['throughput'])} {row['unit']}",
         **{f"{text} ms": _ms(row, f"{name}_p50_s") for name, text in (("ttft", "TTFT"), ("tpot", "TPOT"))},
         "total ms": _ms(row, "e2e_p50_s"),
@@ -126,7 +125,7 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
         raise InvalidValue("cost: no request succeeded.", hint="Look at runs.requests['error'].")
     known = summary["slo_share"].notna()
     rows = summary[[*_PLAN, *_LOAD, *_TIMES]].copy()
-    kinds = [_kind(str(task)) for task in summary["task"]]
+    kinds = [task_kind(str(task)) for task in summary["task"]]
     plain: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in summary.to_dict("records")]
     rows["throughput"] = [float(row[_KINDS[kind][1]]) for row, kind in zip(plain, kinds, strict=True)]
     rows["unit"] = [_KINDS[kind][3] for kind in kinds]
@@ -150,11 +149,6 @@ def table(runs: Any, slo: Any = None, *, price: float | None = None, attain: flo
     found = CostTable(rows[kept].reset_index(drop=True))
     found.attrs = {"answer": " ".join(answers), "definitions": summary.attrs["definitions"]}
     return found
-
-
-def _kind(task: str) -> str:
-    known = TASKS.get(task)
-    return "encoder" if encodes(task) else "image" if known is not None and known.image else "text"
 
 
 def _asked(env: Mapping[str, Any]) -> dict[str, float]:
@@ -198,7 +192,8 @@ def _words(row: pd.Series, among: pd.DataFrame) -> str:
     load = row["rate_rps"] if rate else row["concurrency"]
     at = f" at {load_words('rate' if rate else 'concurrency', load)}" if pd.notna(load) else ""
     size = float(row["batch_size"]) if pd.notna(row["batch_size"]) else NAN
-    batch = f", {size:g} texts a request" if among["batch_size"].nunique() > 1 and size == size else ""
+    what = str(row["unit"]).removesuffix("/s")
+    batch = f", {size:g} {what} a request" if among["batch_size"].nunique() > 1 and size == size else ""
     return f"{model}{one_line(str(row['arm']))} ({_machine(row)}){at}{batch}"
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from miinb.bench.environment import differences, hardware_words
-from miinb.bench.summary import encodes, ratio_text, reference_arm
+from miinb.bench.pixels import psnr_words
+from miinb.bench.summary import ratio_text, reference_arm, task_kind
 from miinb.bench.sweeping import saturation_words
 from miinb.bench_fields import slo_words
 from miinb.wording import number, one_line, size_words
@@ -33,8 +34,7 @@ def narrow(summary: pd.DataFrame) -> pd.DataFrame:
         _row(row, run if many_runs else "", many_models=many_models, many_sizes=many_sizes)
         for (_, row), run in zip(summary.iterrows(), run_labels(summary), strict=True)
     ]
-    frame = pd.DataFrame(rows)
-    return _without_empty(frame)
+    return _without_empty(pd.DataFrame(rows).fillna(""))
 
 
 def run_labels(summary: pd.DataFrame) -> list[str]:
@@ -49,16 +49,16 @@ def run_labels(summary: pd.DataFrame) -> list[str]:
 
 
 def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> dict[str, str]:
-    load = _load(row)
+    load, kind = _load(row), task_kind(str(row["task"]))
     return {
         "run": run,
         "model": one_line(str(row["model"])) if many_models else "",
         "arm": one_line(str(row["arm"])),
         "dtype": one_line(str(row["dtype"] or "")),
         "load": f"{load} (saturated)" if row["saturated"] is True else load,
-        "texts": _whole(row["batch_size"]) if many_sizes else "",
+        "batch" if kind == "image" else "texts": _whole(row["batch_size"]) if many_sizes else "",
         "speed-up": _speedup(row),
-        "same answers": _answers(row),
+        "pictures" if kind == "image" else "same answers": _answers(row),
         "perplexity": _perplexity(row),
         "n": _whole(row["n"]),
         "failed": f"{row['n_failed']:.0f} ({one_line(row['failures'])})" if row["n_failed"] else "0",
@@ -66,11 +66,15 @@ def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> di
         "TTFT ms": _ms(row["ttft_p50_s"]),
         "TPOT ms": _ms(row["tpot_p50_s"]),
         "total ms": _ms(row["e2e_p50_s"]),
+        "s/image": number(row["image_p50_s"], ""),
+        "ms/step": _ms(row["step_p50_s"]),
+        "overhead": f"{row['overhead']:.1%}" if pd.notna(row["overhead"]) else "",
+        "images/s": _spread(row, "img_s"),
         "texts/s": _spread(row, "seq_s"),
         "tokens/s": _spread(row, "output_tok_s"),
         "SLO met": f"{row['slo_share']:.0%}" if pd.notna(row["slo_share"]) else "",
         "goodput/s": number(row["goodput_req_s"], ""),
-        "$/Mtok": "" if encodes(str(row["task"])) else number(row["usd_per_mtok"], ""),
+        "$/Mtok": "" if kind == "encoder" else number(row["usd_per_mtok"], ""),
         "$/1k texts": number(row["usd_per_1k_texts"], ""),
         "$/1k images": number(row["usd_per_1k_images"], ""),
         "memory": _size(row["peak_mem_bytes"]),
@@ -146,11 +150,14 @@ def _speedup(row: pd.Series) -> str:
 def _answers(row: pd.Series) -> str:
     if not row["n_compared"]:
         return ""
+    kind = task_kind(str(row["task"]))
+    if kind == "image":
+        return psnr_words(row["psnr_db"]) if pd.notna(row["psnr_db"]) else "other sizes"
     if pd.isna(row["n_equal"]) and row["equal_share"] == 1:
-        return "all labels" if encodes(str(row["task"])) else "all tokens"
+        return "all labels" if kind == "encoder" else "all tokens"
     if pd.isna(row["n_equal"]):
         share = f"{row['equal_share']:.0%}"
-        return f"{share} of labels" if encodes(str(row["task"])) else f"first {share} of tokens"
+        return f"{share} of labels" if kind == "encoder" else f"first {share} of tokens"
     return "yes" if row["outputs_equal"] else f"{row['n_equal']:.0f} of {row['n_compared']:.0f}"
 
 
@@ -173,6 +180,8 @@ def notes(runs: Runs) -> list[str]:
     lines = []
     if (runs.summary["passes"] > 1).any():
         lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
+    if runs.summary["psnr_db"].notna().any():
+        lines.append("pictures: PSNR to the baseline's of the same prompt and seed, of the picture that differs most")
     reference = reference_arm(runs.summary)
     if reference != "baseline" and runs.summary["speedup"].notna().any():
         lines.append(f"speed-up: against {reference}")

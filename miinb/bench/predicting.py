@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miinb.bench import lengths
+from miinb.bench.arms import Arm
+from miinb.bench.checks import Answered
 from miinb.bench.encoders.answers import Answer
 from miinb.bench.encoders.inputs import Inputs
 from miinb.bench.encoders.predictions import answer_of
 from miinb.bench.records import Record
-from miinb.bench.summary import encodes
-from miinb.bench.workload import Job, Maker, Offsets
+from miinb.bench.workload import Job, Maker, Offsets, check_texts, tokenizer_offsets
 from miinb.bench_fields import most
 from miinb.errors import InvalidValue
 
 if TYPE_CHECKING:
     from miinb.config import BenchConfig
-
-#: Fields of `BenchConfig` that mean something for tasks that generate text alone, and for the others alone.
-GENERATED = ("new_tokens", "do_sample", "temperature")
-ENCODED = ("batch_size",)
-
-
-def check(config: BenchConfig, task: str) -> None:
-    """Refuse fields that the task would ignore, and prompts that are none of its inputs. Raises InvalidValue."""
-    wrong = GENERATED if encodes(task) else ENCODED
-    for name in sorted(config.model_fields_set & {*wrong}):
-        hint = "Its answers have no length." if encodes(task) else "Use concurrency: the server batches by itself."
-        raise InvalidValue(f"{name}: not for {task}.", hint=hint)
-    if encodes(task) and (wrong_slo := [name for name in config.slo or () if name != "e2e"]):
-        raise InvalidValue(f"slo: {wrong_slo[0]} means nothing for {task}.", hint="Its answers have e2e alone.")
-    pairs = task == "question-answering"
-    if any(isinstance(prompt, Mapping) != pairs for prompt in config.prompts or ()):
-        kind = 'dictionaries of "question" and "context"' if pairs else "texts"
-        raise InvalidValue(f"prompts: {task} takes {kind}.")
 
 
 def fitted(config: BenchConfig, max_length: int) -> BenchConfig:
@@ -71,35 +56,64 @@ def maker(task: str, folder: Path | None, config: BenchConfig) -> Maker:
     return make
 
 
-def note(record: Record, job: Job, offsets: Offsets | None) -> None:
-    """How many inputs a request has, and of how many tokens (unknown without a tokenizer)."""
-    record.batch_size = len(job.prompt)
-    if offsets is not None:
-        texts = [tuple(one.values()) if isinstance(one, Mapping) else (one,) for one in job.prompt]
-        record.prompt_tokens = sum(len(offsets(*text)) for text in texts)
-
-
 @dataclass(frozen=True, slots=True)
 class PredictedAnswer:
     """The answers to the inputs of a request."""
 
     answers: tuple[Answer, ...]
 
-    def agreement(self, got: PredictedAnswer) -> tuple[bool, float]:
-        """The same labels, tokens, spans (or nearly the same embeddings) for all inputs; the share that are."""
+    def compare(self, got: PredictedAnswer, record: Record) -> bool:
+        """The same labels, tokens, spans (or nearly the same embeddings) for all inputs; `equal_share` that are."""
         shares = [mine.share(other) for mine, other in zip(self.answers, got.answers, strict=True)]
-        return min(shares) == 1.0, sum(shares) / len(shares)
+        record.equal_share = sum(shares) / len(shares)
+        return min(shares) == 1.0
 
 
-def ask(session: Any, job: Job, record: Record, t_submit: float, timeout_s: float) -> PredictedAnswer:
-    """One request through `Session.predict`, its measures into `record`. Raises MiinbError."""
-    predictions = session.predict(job.prompt, timeout_s=timeout_s)
-    record.e2e_s = time.perf_counter() - t_submit
-    timing = predictions.timing
-    record.queue_s, record.preprocess_s = timing.queue_s, timing.preprocess_s
-    record.model_s, record.postprocess_s = timing.model_s, timing.postprocess_s
-    record.finish_reason = "stop"
-    return PredictedAnswer(tuple(_answer(session.task, one) for one in predictions))
+class Predictions:
+    """See `kinds.Kind`. A request that is in flight cannot be ended: it is short.
+
+    Raises:
+        InvalidValue: the prompts are no inputs of the task, or do not fit the models.
+    """
+
+    def __init__(self, config: BenchConfig, arms: Sequence[Arm], stop: threading.Event) -> None:
+        task, folder = str(arms[0].session.task), arms[0].tokenizer_folder
+        check_texts(config, task)
+        self.config = fitted(config, min(arm.plan.max_length for arm in arms))
+        self.offsets: Offsets | None = tokenizer_offsets(folder)
+        lengths.check(self.config, arms, self.offsets, encodes=True)
+        self.make: Maker | None = maker(task, folder, self.config)
+
+    def note(self, record: Record, job: Job) -> None:
+        """See `Kind`: how many inputs a request has, and of how many tokens (unknown without a tokenizer)."""
+        record.batch_size = len(job.prompt)
+        if self.offsets is not None:
+            texts = [tuple(one.values()) if isinstance(one, Mapping) else (one,) for one in job.prompt]
+            record.prompt_tokens = sum(len(self.offsets(*text)) for text in texts)
+
+    def ask(self, arm: Arm, job: Job, record: Record, t_submit: float) -> PredictedAnswer:
+        """See `Kind`."""
+        predictions = arm.session.predict(job.prompt, timeout_s=self.config.timeout_s)
+        record.e2e_s = time.perf_counter() - t_submit
+        timing = predictions.timing
+        record.queue_s, record.preprocess_s = timing.queue_s, timing.preprocess_s
+        record.model_s, record.postprocess_s = timing.model_s, timing.postprocess_s
+        record.finish_reason = "stop"
+        return PredictedAnswer(tuple(_answer(arm.session.task, one) for one in predictions))
+
+    def cancel(self) -> None:
+        """See `Kind`."""
+
+    def settle(self, records: Sequence[Record], answers: Mapping[int, Answered]) -> None:
+        """See `Kind`: nothing is kept."""
+
+    def facts(self) -> dict[str, Any]:
+        """See `Kind`."""
+        return {}
+
+    def warnings(self, arms: Sequence[Arm], ok: Sequence[Record]) -> list[str]:
+        """See `Kind`."""
+        return []
 
 
 def _answer(task: str, predictions: Any) -> Answer:

@@ -12,6 +12,7 @@ at their defaults, prefix caching off; the workloads are those of the headline's
 from __future__ import annotations
 
 import functools
+import re
 from importlib import resources
 
 import pandas as pd
@@ -19,7 +20,7 @@ import pandas as pd
 from miinb.bench.charts.frames import summary_of
 from miinb.bench.charts.names import short_model
 from miinb.bench.records import NAN
-from miinb.bench.summary import SUMMARY_COLUMNS, encodes
+from miinb.bench.summary import SUMMARY_COLUMNS, task_kind
 from miinb.errors import InvalidValue, did_you_mean
 
 #: Columns of the data: the arm's name in a chart.
@@ -74,6 +75,11 @@ ENCODERS: dict[tuple[str, str], str] = {
 }
 
 
+#: Text to image: Stable Diffusion 1.x, one image of 512 x 512 in 50 steps on an A100-80GB.
+IMAGES = "stable-diffusion-v1-4"
+_SD_1 = re.compile(r"stable-diffusion-v?1[.-]\d", re.IGNORECASE)
+
+
 def beside(frame: object, model: str | None = None) -> pd.DataFrame:
     """The summary of `frame` with MII's rows of the same model, for the charts to draw.
 
@@ -94,21 +100,27 @@ def beside(frame: object, model: str | None = None) -> pd.DataFrame:
     rows = []
     for (measured_name, task), name in pairs.items():
         if name.lower() not in table:
-            if encodes(task) and not model:
+            if task_kind(task) == "encoder" and not model:
                 continue  # of that head they published nothing
             raise InvalidValue(f"MII published no figure of {name!r}.", hint=did_you_mean(name, table))
         rows += _rows(measured_name, table[name.lower()])
     if not rows:
         raise InvalidValue(f"MII published no figure of {measured[0][0]!r} with this task.", hint="Give model=.")
     both = pd.DataFrame([*summary.to_dict("records"), *rows], columns=list(SUMMARY_COLUMNS))
-    used = "20 new tokens" if not all(encodes(task) for _, task in pairs) else "short texts"
-    note = f"(2022): read off MII's own charts (other hardware, fp16, {used}); compared among themselves."
+    kinds = {task_kind(task) for _, task in pairs}
+    used = "20 new tokens" if "text" in kinds else "short texts"
+    where = (
+        "A100-80GB, fp16, one image of 512 x 512, 50 steps" if kinds == {"image"} else f"other hardware, fp16, {used}"
+    )
+    note = f"(2022): read off MII's own charts ({where}); compared among themselves."
     both.attrs = {**summary.attrs, "notes": [note]}
     return both
 
 
 def _twin(model: str, task: str) -> str:
     """MII's model of the measured one's shape and task, else its own name."""
+    if task_kind(task) == "image" and _SD_1.search(model):
+        return IMAGES
     return short_model(ENCODERS.get((short_model(model), task), model))
 
 
@@ -123,5 +135,8 @@ def _rows(model: str, figures: pd.Series) -> list[dict[str, object]]:
         row: dict[str, object] = dict.fromkeys(SUMMARY_COLUMNS, NAN)
         row |= {"arm": arm, "model": model, "task": figures["task"], "dtype": "fp16", "n_failed": 0, "run_id": None}
         row |= {"tpot_p50_s" if text else "e2e_p50_s": seconds, "model_p50_s": figures[f"{column}_model_ms"] / 1e3}
+        if task_kind(str(figures["task"])) == "image":
+            row |= {"image_p50_s": seconds, "img_s": 1 / seconds, "n_gpus": 1, "img_s_per_gpu": 1 / seconds}
+            row |= {"batch_size": 1, "steps": 50, "width_px": 512, "height_px": 512}
         found.append(row | {"concurrency": 1.0, "n_compared": 0, "outputs_equal": None, "name": None})
     return found

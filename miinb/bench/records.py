@@ -38,8 +38,28 @@ DEFINITIONS: dict[str, str] = {
     "e2e_s": "submit to the end of the answer, on the client's clock; with rate, from the planned arrival",
     "queue_s": "waiting for the scheduler",
     "preprocess_s": "tokenizing (and other work before the model)",
-    "model_s": "from admission to the last token in rank 0",
-    "postprocess_s": "detokenizing (and other work after the model)",
+    "model_s": (
+        "from admission to the last token in rank 0; of pictures text_encode_s + steps_s + vae_s, those of the last "
+        "batch where a request has more pictures than one holds"
+    ),
+    "postprocess_s": "detokenizing (and other work after the model); of pictures making the slowest file",
+    "image_s": "seconds per image: e2e_s / images of the request",
+    "steps_s": "all denoising steps of the batch that a picture was in; step_s is steps_s / steps",
+    "vae_s": (
+        "making pixels of latents, the request's pictures one after another: as if each took as long as the slowest, "
+        "at most what is left of e2e_s"
+    ),
+    "img_s": "images per second: images of the successful requests / duration_s",
+    "overhead": (
+        "of the server and the client: (e2e_s - model_s) / model_s, median over the requests of points with one in "
+        "flight whose pictures fit one batch; of others it would count waiting for each other"
+    ),
+    "psnr_db": (
+        "peak signal-to-noise ratio of a picture to the baseline's of the same prompt and seed, values of 0 to 255; of "
+        "a point that of the picture that differs most, psnr_p50_db the median picture's; infinite: identical"
+    ),
+    "mse": "mean squared difference of a request's pictures to the baseline's, in the order of their seeds",
+    "max_abs_diff": "largest difference of a value (0 to 255) of a picture to the baseline's",
     "percentiles": (
         "over rows with status 'ok' that are no warm-up; p99 is empty below 100 samples, p95 and p5 below 20, "
         "p90 below 10"
@@ -78,10 +98,10 @@ DEFINITIONS: dict[str, str] = {
         "the differences of single tokens)"
     ),
     "same_next": "share of the text's places where the likeliest next token is the unquantized arm's",
-    "outputs_equal": "check='exact': every compared answer is the same text as the baseline's for the same prompt",
+    "outputs_equal": "check='exact': every compared answer is the baseline's for the same prompt: its text, its pixels",
     "equal_share": (
         "share of the baseline's output tokens before the first difference, mean over the answers; of encoder tasks "
-        "the share of equal labels, tokens or spans"
+        "the share of equal labels, tokens or spans, of pictures that of identical ones"
     ),
 }
 
@@ -129,6 +149,11 @@ class Record:
     itl_max_s: float = NAN
     itl_s: list[float] | None = None  # every gap between two chunks
     model_s: float = NAN
+    text_encode_s: float = NAN
+    steps_s: float = NAN
+    vae_s: float = NAN
+    step_s: float = NAN
+    image_s: float = NAN
     postprocess_s: float = NAN
     e2e_s: float = NAN
     chunk_count: int = 0
@@ -138,8 +163,10 @@ class Record:
     slo_met: bool | None = None  # every objective; None where none was set
     finish_reason: str | None = None
     output_sha256: str | None = None
-    equal: bool | None = None  # same text as the baseline's answer
-    equal_share: float = NAN  # share of the baseline's tokens before the first difference
+    equal: bool | None = None  # same answer as the baseline's
+    equal_share: float = NAN  # share of the baseline's tokens before the first difference, of equal labels or pictures
+    mse: list[float] | None = None  # of each picture to the baseline's
+    max_abs_diff: list[int] | None = None
     artifact: str | None = None
 
 
@@ -223,17 +250,32 @@ class Runs:
             raise InvalidValue(f"There is no run {run_id!r}.", hint=did_you_mean(run_id, [*self.env, *names]))
         return Runs(_rows(self.requests[self.requests["run_id"] == key]), {key: self.env[key]})
 
-    def compare(self, baseline: str | None = None) -> pd.DataFrame:
+    def compare(self, baseline: str | None = None, *, best: bool = False) -> pd.DataFrame:
         """Every other arm against `baseline` at the same point: ratios above 1 mean better than it.
 
         Without a name it is the arm "baseline"; where there is none, the first arm.
 
+        Args:
+            baseline: name of the arm.
+            best: of text-to-image: each arm at the point where it makes most images a second, in place of the same one.
+
         Raises:
-            InvalidValue: no arm has that name.
+            InvalidValue: no arm has that name, or `best` of runs that make no images.
         """
+        if best:
+            from miinb.bench.best_batch import at_their_best
+
+            return at_their_best(self.requests, self.summary, baseline)
         from miinb.bench.summary import comparison
 
         return comparison(self.requests, self.summary, baseline)
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """One row for each compared picture: its seed, `psnr_db` and `max_abs_diff` to the baseline's."""
+        from miinb.bench.image_measures import by_seed
+
+        return by_seed(self.requests)
 
     def cost(self, slo: Any = None, *, price: float | None = None, attain: float = 0.9) -> CostTable:
         """Throughput and cost by plan and load; its `.answer` says which is the cheapest under the limits `slo`.

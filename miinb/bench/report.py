@@ -15,6 +15,8 @@ from miinb.bench.cost import narrow as narrow_costs
 from miinb.bench.display import SPREAD_TITLE, STYLE, narrow, notes, spread_html, table_html
 from miinb.bench.records import DEFINITIONS, NAN
 from miinb.bench.store import write_atomically
+from miinb.bench.summary import task_kind
+from miinb.bench.thumbnails import without
 from miinb.bench.workload import load_words
 from miinb.errors import InvalidValue
 from miinb.wording import number, one_line, printable, size_words
@@ -59,7 +61,8 @@ def write_report(runs: Runs, path: Path) -> Path:
     names = [one_line(str(facts.get("name") or run_id)) for run_id, facts in runs.env.items()]
     title = html.escape(f"Benchmark {', '.join(names)}" if len(names) <= 3 else f"{len(names)} benchmark runs")
     definitions = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in DEFINITIONS.items())
-    environment = html.escape(printable(json.dumps(runs.env, indent=1, default=str, ensure_ascii=False)))
+    facts = {run_id: without(env) for run_id, env in runs.env.items()}
+    environment = html.escape(printable(json.dumps(facts, indent=1, default=str, ensure_ascii=False)))
     remarks = "".join(f'<div class="miinb-note">{html.escape(line)}</div>' for line in notes(runs))
     write_atomically(
         path,
@@ -104,16 +107,33 @@ def _answers(runs: Runs) -> list[str]:
             against = "" if best["baseline"] == "baseline" else f" than {best['baseline']}"
             words = f"{arm}: {best['verdict']}{against}{at}" + (", the most of its loads" if at else "")
             lines.append(words + _same(rows))
+        lines += _best(runs)
     known = runs.summary[runs.summary["n"] > 0]
     if known["price_usd_per_gpu_hour"].notna().any() or known["slo_share"].notna().any():
         lines.append(runs.cost().answer)
     return [f"<div class='miinb-answer'>{html.escape(one_line(line))}</div>" for line in lines]
 
 
-def _load(row: pd.Series) -> str:
-    if pd.notna(row["rate_rps"]):
-        return load_words("rate", row["rate_rps"])
-    return load_words("concurrency", row["concurrency"]) if pd.notna(row["concurrency"]) else ""
+def _best(runs: Runs) -> list[str]:
+    """Of images at several batches: each arm at its own best."""
+    images = runs.summary[[task_kind(str(task)) == "image" for task in runs.summary["task"]]]
+    if images["batch_size"].nunique() < 2 or not images["img_s"].notna().any():
+        return []
+    return [
+        f"{row['arm']} at its best ({_load(row)}: {number(row['img_s'])} images/s) against {row['baseline']} "
+        f"at its own ({_load(row, 'baseline_')}: {number(row['baseline_img_s'])} images/s): {row['verdict']}."
+        for _, row in runs.compare(best=True).iterrows()
+    ]
+
+
+def _load(row: pd.Series, whose: str = "") -> str:
+    """A point's load, of images with their batch; `whose` is before the columns' names."""
+    rate, concurrency = row[f"{whose}rate_rps"], row[f"{whose}concurrency"]
+    load = load_words("concurrency", concurrency) if pd.notna(concurrency) else ""
+    load = load_words("rate", rate) if pd.notna(rate) else load
+    image = task_kind(str(row.get("task", "text-to-image"))) == "image"
+    batch = f"batch {row[f'{whose}batch_size']:g}" if image and pd.notna(row[f"{whose}batch_size"]) else ""
+    return ", ".join(filter(None, (batch, "" if batch and concurrency == 1 else load)))
 
 
 def _same(rows: pd.DataFrame) -> str:
@@ -121,6 +141,11 @@ def _same(rows: pd.DataFrame) -> str:
     if compared.empty:
         return "; answers were not compared."
     total = int(compared["n_compared"].sum())
+    if compared["psnr_db"].notna().any():
+        worst, most = float(compared["psnr_db"].min()), float(compared["max_abs_diff"].max())
+        if math.isinf(worst):
+            return f"; all pictures of {total} compared requests are identical."
+        return f"; the most different picture of {total} requests has {worst:.1f} dB PSNR, at most {most:g} of 255."
     if all(value is True for value in compared["outputs_equal"]):
         return f"; all {total} compared answers are the same."
     share = float((compared["equal_share"] * compared["n_compared"]).sum()) / total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,30 +13,18 @@ import numpy as np
 
 from miinb import cell
 from miinb.bench import arms as arms_of
-from miinb.bench import lengths, predicting
 from miinb.bench.arms import Arm
 from miinb.bench.callbacks import harmless
-from miinb.bench.checks import Answered, TextAnswer, compare_outputs
+from miinb.bench.checks import Answered, compare_outputs
 from miinb.bench.environment import environment
 from miinb.bench.gone import Gone
-from miinb.bench.measures import fill
+from miinb.bench.kinds import Kind, kind_of
 from miinb.bench.objectives import met
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
-from miinb.bench.summary import encodes, failure_kinds, summarize
+from miinb.bench.summary import failure_kinds, summarize
 from miinb.bench.sweeping import Sweep
 from miinb.bench.turns import Turn, turns
-from miinb.bench.workload import (
-    Endless,
-    Job,
-    Maker,
-    Offsets,
-    Point,
-    configure,
-    generation_params,
-    point_at,
-    points,
-    tokenizer_offsets,
-)
+from miinb.bench.workload import Endless, Job, Point, configure, point_at, points
 from miinb.errors import Cancelled, DeadlineExceeded, MiinbError
 
 if TYPE_CHECKING:
@@ -106,9 +93,9 @@ def compare(
     """
     config = configure(workload, fields)
     arms = arms_of.label(sessions)
-    predicting.check(config, str(arms[0].session.task or "text-generation"))
-    told = harmless(progress, "progress"), harmless(on_point, "on_point")
-    run = _Run(config, arms, *told, stop or threading.Event())
+    told, stop = (harmless(progress, "progress"), harmless(on_point, "on_point")), stop or threading.Event()
+    kind = kind_of(config, arms, stop)
+    run = _Run(kind.config, arms, kind, *told, stop)
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -125,6 +112,7 @@ def compare(
 class _Run:
     config: BenchConfig
     arms: list[Arm]
+    kind: Kind
     progress: Progress | None
     on_point: OnPoint | None
     stop: threading.Event
@@ -132,24 +120,12 @@ class _Run:
     created: str = field(default_factory=utc_now)
     interrupted: bool = False
     records: list[Record] = field(default_factory=list)
-    answers: dict[int, Answered] = field(default_factory=dict)  # by seq
+    answers: dict[int, Answered] = field(default_factory=dict)  # by seq, of the point that runs
     t_start: float = field(default_factory=time.perf_counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    streams: set[Any] = field(default_factory=set)
     total: int = 0  # 0: not known (a sweep, or a closed loop by the clock)
-    offsets: Offsets | None = None
     sweep: Sweep | None = None
     gone: Gone = field(default_factory=Gone)
-
-    @property
-    def task(self) -> str:
-        """Of all arms."""
-        return str(self.arms[0].session.task or "text-generation")
-
-    @property
-    def predicts(self) -> bool:
-        """Requests are predict calls, not streams of text."""
-        return encodes(self.task)
 
     @property
     def _there(self) -> list[Arm]:
@@ -158,13 +134,7 @@ class _Run:
 
     def measure(self) -> None:
         """All points: warm-up of each arm, then its blocks, the arms taking turns (A B, B A, ...)."""
-        folder = self.arms[0].tokenizer_folder
-        self.offsets = tokenizer_offsets(folder)
-        if self.predicts:
-            self.config = predicting.fitted(self.config, min(arm.plan.max_length for arm in self.arms))
-        lengths.check(self.config, self.arms, self.offsets, encodes=self.predicts)
-        make = predicting.maker(self.task, folder, self.config) if self.predicts else None
-        plan = self._points(make)
+        plan = self._points()
         bar = None if self.progress else cell.bar(total=self.total or None, desc="bench", unit="request", leave=False)
         if bar is not None:
             self.progress = lambda done, total, record: bar.update()
@@ -177,6 +147,7 @@ class _Run:
                         self._block(turn)
                 for arm in self._there:
                     arm.note_memory()
+                self._compare()
                 self._note_load(point)
                 if self.on_point is not None and any(self._counts(record) for record in self.records):
                     self.on_point(self.result())
@@ -186,15 +157,22 @@ class _Run:
             if bar is not None:
                 bar.close()
 
-    def _points(self, make: Maker | None) -> Iterable[Point]:
+    def _compare(self) -> None:
+        """Compare the answers that came since the last point; they are then dropped."""
+        if self.config.check != "none" and not self.config.do_sample and len(self.arms) > 1:
+            compare_outputs(self.records, self.answers, exact=self.config.check == "exact")
+        self.kind.settle(self.records, self.answers)
+        self.answers.clear()
+
+    def _points(self) -> Iterable[Point]:
         """The points that the configuration names, or those of its sweep; sets `total` where it is known."""
-        config = self.config
+        config, sizing = self.config, (self.kind.offsets, self.kind.make)
         if config.sweep:
             start = (config.rate or [1.0])[0] if config.sweep == "rate" else float(config.concurrency[0])
             self.sweep = Sweep(config.sweep, start, config.sweep_limit, [arm.label for arm in self.arms])
             loads = enumerate(self.sweep.loads())
-            return (point_at(config, index, str(config.sweep), load, self.offsets, make) for index, load in loads)
-        plan = points(config, self.offsets, make)
+            return (point_at(config, index, str(config.sweep), load, *sizing) for index, load in loads)
+        plan = points(config, *sizing)
         if config.duration_s is None or config.rate:
             self.total = len(self.arms) * sum(len(p.warmup) + sum(map(len, p.blocks)) for p in plan)
         return plan
@@ -226,21 +204,15 @@ class _Run:
                 while wait(futures, timeout=0.2).not_done:
                     if self.stop.is_set():
                         turn.ended.set()
-                        self._cancel()
+                        self.kind.cancel()
             except KeyboardInterrupt:
                 self.stop.set()
                 turn.ended.set()
-                self._cancel()
+                self.kind.cancel()
                 wait(futures, timeout=JOIN_S)
                 raise
         for future in futures:
             future.result()
-
-    def _cancel(self) -> None:
-        with self.lock:
-            streams = list(self.streams)
-        for stream in streams:
-            stream.cancel()
 
     def _expected(self, turn: Turn) -> int:
         """About how many jobs a block of `duration_s` takes, by what the warm-up took; more are made when needed."""
@@ -287,7 +259,6 @@ class _Run:
             block=turn.number,
             pass_no=turn.pass_no,
             prompt_id=job.prompt_id,
-            asked_tokens=float("nan") if self.predicts else job.new_tokens,
             seed=job.seed,
             warmup=job.warmup,
         )
@@ -295,55 +266,20 @@ class _Run:
     def _send(self, arm: Arm, job: Job, record: Record, planned: float | None) -> Answered | None:
         """One request, its measures (or its error) into `record`."""
         record.t_submit = utc_now()
-        if self.predicts:
-            predicting.note(record, job, self.offsets)  # before the clock starts
+        self.kind.note(record, job)  # before the clock starts
         t_submit = planned if planned is not None else time.perf_counter()
         record.t_rel_s = t_submit - self.t_start
         try:
-            if self.predicts:
-                return predicting.ask(arm.session, job, record, t_submit, self.config.timeout_s)
-            return self._stream(arm, job, record, t_submit)
+            return self.kind.ask(arm, job, record, t_submit)
         except (MiinbError, KeyboardInterrupt) as failure:
             record.e2e_s = time.perf_counter() - t_submit
             record.status = _status(failure, self.stop.is_set())
             record.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
             return None
 
-    def _stream(self, arm: Arm, job: Job, record: Record, t_submit: float) -> TextAnswer | None:
-        """One request through `Session.stream`; None if it was cancelled."""
-        params = generation_params(self.config, job)
-        arrivals: list[float] = []
-        t_first: float | None = None
-        text: list[str] = []
-        token_ids: list[int] = []
-        stream = arm.session.stream(job.prompt, timeout_s=self.config.timeout_s, **params)
-        try:
-            with self.lock:
-                self.streams.add(stream)
-            if self.stop.is_set():  # it was opened while the others were being cancelled
-                stream.cancel()
-            for chunk in stream:
-                now = time.perf_counter()
-                if t_first is None and chunk.text:
-                    t_first = now
-                arrivals.append(now)
-                text.append(chunk.text)
-                token_ids.extend(chunk.token_ids)
-            record.e2e_s = time.perf_counter() - t_submit
-        finally:
-            with self.lock:
-                self.streams.discard(stream)
-        fill(record, stream.result, arrivals, t_first, t_submit)
-        if record.finish_reason == "cancelled":
-            record.status = "cancelled"
-            return None
-        record.output_sha256 = hashlib.sha256("".join(text).encode("utf-8", "surrogatepass")).hexdigest()
-        return TextAnswer("".join(text), tuple(token_ids))
-
     def result(self) -> Runs:
         """The run as frames; compares the outputs and notes what a reader must know."""
-        if self.config.check != "none" and not self.config.do_sample and len(self.arms) > 1:
-            compare_outputs(self.records, self.answers, exact=self.config.check == "exact")
+        self._compare()
         ok = [r for r in self.records if self._counts(r)]
         failed = [r for r in self.records if r.status in ("error", "timeout")]
         if failed and not ok:
@@ -362,6 +298,7 @@ class _Run:
             "total": self.total or None,
             "failed": len(failed),
             "gone": list(self.gone.arms),
+            **self.kind.facts(),
             "warnings": [*self._warnings(ok), *self.gone.words(len(failed), len(self.records))],
         }
         return Runs(self._rows(), {self.run_id: env})
@@ -380,16 +317,7 @@ class _Run:
         if self.interrupted:
             of = f" of {self.total}" if self.total else ""
             found.append(f"interrupted after {len(self.records)}{of} requests")
-        for arm in self.arms:
-            mine = [r for r in ok if r.arm == arm.label]
-            short = sum(r.output_tokens != r.asked_tokens for r in mine)
-            if short and not self.predicts:
-                found.append(f"{arm.label}: {short} of {len(mine)} answers have not the tokens asked for")
-        prompts = self.config.prompts
-        most_sent = max((sum(r.arm == arm.label for r in ok) for arm in self.arms), default=0)
-        if prompts and len({str(prompt) for prompt in prompts}) < most_sent:
-            found += [] if self.predicts else ["prompts repeat: a prefix cache can help"]
-        return found
+        return found + self.kind.warnings(self.arms, ok)
 
 
 def _status(failure: BaseException, stopped: bool) -> Any:

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +29,7 @@ from miinb.wording import size_words
 
 _BLOCK_BYTES = 16 << 20
 _READERS = 8
-_PHASES = ("start", "load", "compile", "verify", "capture")
+PHASES = ("start", "load", "compile", "verify", "capture")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -129,8 +129,18 @@ def start_once(folder: Path, arm: str, options: argparse.Namespace) -> tuple[flo
     with Session(folder, dtype="bf16", device=options.device, name=f"startup-{arm}-{os.getpid()}") as session:
         seconds = time.perf_counter() - started
         session.generate("Hello", max_new_tokens=2)
-        with contextlib.closing(Client(session.address)) as client:
-            return seconds, client.describe()
+        return seconds, described(session)
+
+
+def described(session: Session) -> EngineInfo:
+    """What the engine of a running session tells of itself: the phases of its start among it."""
+    with contextlib.closing(Client(session.address)) as client:
+        return client.describe()
+
+
+def phases_words(phases_s: Mapping[str, float]) -> str:
+    """The seconds of each phase, in columns as wide as `COLUMNS` has them."""
+    return " ".join(f"{phases_s.get(name, 0.0):>8.1f}" for name in PHASES)
 
 
 def run(options: argparse.Namespace, place: Path) -> tuple[Runs, str]:
@@ -165,12 +175,12 @@ def run(options: argparse.Namespace, place: Path) -> tuple[Runs, str]:
     return Runs(records, {run_id: env}), "\n".join([head, rate, *lines])
 
 
-_COLUMNS = " ".join(f"{name:>8}" for name in _PHASES)
-_HEAD = f"{'kernel cache':<12} {'ready s':>8} {'beyond':>7} {_COLUMNS}  peak/weights"
+COLUMNS = " ".join(f"{name:>8}" for name in PHASES)
+_HEAD = f"{'kernel cache':<12} {'ready s':>8} {'beyond':>7} {COLUMNS}  peak/weights"
 
 
 def _line(arm: str, facts: dict[str, Any]) -> str:
-    phases = " ".join(f"{facts['phases_s'].get(name, 0.0):>8.1f}" for name in _PHASES)
+    phases = phases_words(facts["phases_s"])
     peak = f"{facts['load_peak_bytes'] / facts['weights_bytes']:.2f}" if facts["load_peak_bytes"] else "-"
     return f"{arm:<12} {facts['ready_s']:>8.1f} {facts['beyond_reading_s']:>7.1f} {phases}  {peak:>12}"
 

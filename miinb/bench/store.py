@@ -1,5 +1,7 @@
 """Runs on disk: one folder a run, `env.json` and append-only `requests.jsonl`; CSV and Parquet for other tools.
 
+Small pictures of a run are files in `pictures/` beside them.
+
 Rows are appended, flushed and synced; a last line that a crash cut short is left out at loading, with a warning.
 """
 
@@ -15,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miinb.bench import thumbnails
 from miinb.bench.records import DEFINITIONS, Record, Runs, plain, rows_of
 from miinb.errors import InvalidValue, MiinbError
 from miinb.writing import writing
@@ -37,7 +40,11 @@ def save(runs: Runs, path: Path) -> Path:
         folder = path / run_id
         with writing(path), _whole(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / ENV, _to_json(runs.env[run_id], indent=1))
+            facts, pictures = thumbnails.unpacked(runs.env[run_id])
+            for name, data in pictures.items():
+                (folder / thumbnails.FOLDER).mkdir(exist_ok=True)
+                (folder / thumbnails.FOLDER / name).write_bytes(data)
+            write_atomically(folder / ENV, _to_json(facts, indent=1))
             there = {row["seq"] for row in _read_lines(folder / REQUESTS, quiet=True)}
             append_rows(folder / REQUESTS, [row for row in rows if row["seq"] not in there])
     return path
@@ -85,7 +92,7 @@ def load(path: Path) -> Runs:
         for row in _requests(folder / REQUESTS):
             key = (row["run_id"], row["seq"]) if row.get("seq") is not None else (len(rows), "unnumbered")
             rows[key] = {**dict.fromkeys(Record.__slots__), **row}
-        env[folder.name] = _read_facts(folder / ENV)
+        env[folder.name] = thumbnails.packed(_read_facts(folder / ENV), folder)
     return Runs(rows.values(), {str(facts.get("run_id", name)): facts for name, facts in env.items()})
 
 

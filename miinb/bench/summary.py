@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from miinb.bench import image_measures
 from miinb.bench.environment import hardware_words
 from miinb.bench.objectives import judged
 from miinb.bench.prices import usd_per_1k_images, usd_per_1k_texts, usd_per_mtok
@@ -22,7 +23,7 @@ POINT = ["run_id", "arm", "point"]
 #: Fewest samples for which a percentile is given.
 FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
 #: Of what the passes' spread is told.
-SPREAD = ("req_s", "seq_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
+SPREAD = ("req_s", "seq_s", "img_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
 
 #: Of the summary's columns those that are facts of an arm, whatever its requests were.
 FACTS = (
@@ -39,6 +40,7 @@ SUMMARY_COLUMNS: tuple[str, ...] = (
     *("tpot_min_s", "tpot_p5_s", "tpot_p50_s", "tpot_p90_s", "tpot_p95_s", "tpot_p99_s", "tpot_max_s"),
     *("itl_min_s", "itl_p5_s", "itl_p50_s", "itl_p90_s", "itl_p95_s", "itl_p99_s", "itl_max_s", "n_gaps"),
     *("queue_p50_s", "preprocess_p50_s", "model_p50_s", "postprocess_p50_s"),
+    *image_measures.COLUMNS,
     *("req_s", "seq_s", "output_tok_s", "total_tok_s", "img_s", "tok_s_per_gpu", "img_s_per_gpu"),
     *("slo_share", "goodput_req_s", "saturated", *(f"{name}_spread" for name in SPREAD)),
     *("cached_share", *FACTS),
@@ -63,10 +65,17 @@ def percentile(values: pd.Series, q: int) -> float:
     return float(np.percentile(known, q)) if len(known) >= FEWEST[q] else NAN
 
 
+def task_kind(task: str) -> Literal["text", "encoder", "image"]:
+    """What a task's answers are: text (of a task that is not known, too), what encoders say of a text, or pictures."""
+    known = TASKS.get(task)
+    if known is not None and known.image:
+        return "image"
+    return "text" if known is None or known.streams else "encoder"
+
+
 def encodes(task: str) -> bool:
     """Whether a task reads texts and writes none: its sequences and tokens are the input's."""
-    known = TASKS.get(task)
-    return known is not None and not known.streams and not known.image
+    return task_kind(task) == "encoder"
 
 
 def measured(requests: pd.DataFrame) -> pd.DataFrame:
@@ -116,11 +125,13 @@ def _summary_row(group: pd.DataFrame, env: Mapping[str, Any]) -> dict[str, Any]:
         "e2e_std_s": ok["e2e_s"].std(),
         "cached_share": _share(ok["cached_tokens"], ok["prompt_tokens"]),
         "saturated": _saturated(first, env),
-        **{name: facts.get(name, NAN) for name in FACTS},
+        **{name: NAN if facts.get(name) is None else facts[name] for name in FACTS},
         "created": env.get("created"),
     }
     for metric in ("e2e", "ttft", "tpot"):
         row |= {f"{metric}_min_s": ok[f"{metric}_s"].min(), f"{metric}_max_s": ok[f"{metric}_s"].max()}
+    if task_kind(str(first["task"])) == "image":
+        row |= image_measures.facts(ok, first, facts)
     between = gaps(ok)
     row |= {"itl_min_s": between.min(), "itl_max_s": between.max(), "n_gaps": len(between)}
     row |= _over_passes(no_warmup)
@@ -157,7 +168,7 @@ def _rates(rows: pd.DataFrame) -> dict[str, float]:
     }
     for part in ("queue", "preprocess", "model", "postprocess"):
         found[f"{part}_p50_s"] = percentile(ok[f"{part}_s"], 50)
-    for metric, values in (("itl", gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot"))):
+    for metric, values in (("itl", gaps(ok)), *((name, ok[f"{name}_s"]) for name in ("e2e", "ttft", "tpot", "image"))):
         found |= {f"{metric}_p{q}_s": percentile(values, q) for q in FEWEST}
     return found
 
@@ -248,6 +259,10 @@ def reference_arm(summary: pd.DataFrame, run_id: Any = None) -> str:
     return "baseline" if len(arms) < 2 or (summary["arm"] == "baseline").any() else str(arms[0])
 
 
+#: What else has to be equal for two runs to be of the same work: of texts, of pictures.
+_SAME = (("prompt_tokens",), ("steps", "width_px", "height_px", "guidance"))
+
+
 def _reference(
     summary: pd.DataFrame, row: pd.Series, baseline: str, env: Mapping[str, Mapping[str, Any]]
 ) -> pd.Series | None:
@@ -258,7 +273,7 @@ def _reference(
     same_run = candidates[candidates["run_id"] == row["run_id"]]
     if same_run.empty:
         same = candidates["model"] == row["model"]
-        for name in ("task", "new_tokens", "prompt_tokens"):
+        for name in ("task", "new_tokens", *_SAME[task_kind(str(row["task"])) == "image"]):
             same &= candidates[name].isna() if pd.isna(row[name]) else candidates[name] == row[name]
         machine = _machine(env, row["run_id"])
         same &= candidates["run_id"].map(lambda run_id: _machine(env, run_id)) == machine
@@ -275,6 +290,23 @@ def _speedup(requests: pd.DataFrame, reference: pd.Series, row: pd.Series) -> tu
     return speedup(rows(reference), rows(row), concurrency=concurrency, rate=rate)
 
 
+#: By kind of task: the columns of throughput and cost.
+RATE_AND_COST = {
+    "text": ("output_tok_s", "usd_per_mtok"),
+    "encoder": ("output_tok_s", "usd_per_mtok"),
+    "image": ("img_s", "usd_per_1k_images"),
+}
+
+
+def named_baseline(summary: pd.DataFrame, baseline: str | None) -> str:
+    """The arm of that name, or that others are compared with. Raises InvalidValue where no arm has that name."""
+    arms = list(dict.fromkeys(summary["arm"]))
+    found = baseline or reference_arm(summary)
+    if found not in arms:
+        raise InvalidValue(f"baseline: there is no arm {found!r}.", hint=did_you_mean(found, arms))
+    return found
+
+
 def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Each other arm against `baseline`: `speedup` (end to end) and ratios of TTFT, TPOT, throughput and cost.
 
@@ -283,28 +315,28 @@ def comparison(requests: pd.DataFrame, summary: pd.DataFrame, baseline: str | No
     Raises:
         InvalidValue: no arm has that name.
     """
-    arms = list(dict.fromkeys(summary["arm"]))
-    baseline = baseline or reference_arm(summary)
-    if baseline not in arms:
-        raise InvalidValue(f"baseline: there is no arm {baseline!r}.", hint=did_you_mean(baseline, arms))
+    baseline = named_baseline(summary, baseline)
     rows = []
     for _, row in summary.iterrows():
         reference = _reference(summary, row, baseline, summary.attrs.get("env", {}))
         if reference is None:
             continue
         ratio, low, high = _speedup(requests, reference, row)
+        rate, cost = RATE_AND_COST[task_kind(str(row["task"]))]
+        same = ("run_id", "model", "task", "arm", "concurrency", "rate_rps", "batch_size", "n", "n_failed")
         rows.append(
             {
-                **{name: row[name] for name in ("run_id", "model", "arm", "concurrency", "rate_rps", "n", "n_failed")},
+                **{name: row[name] for name in same},
                 "baseline": baseline,
                 "speedup": ratio,
                 "speedup_lo": low,
                 "speedup_hi": high,
                 "ttft_ratio": _ratio(reference["ttft_p50_s"], row["ttft_p50_s"]),
                 "tpot_ratio": _ratio(reference["tpot_p50_s"], row["tpot_p50_s"]),
-                "throughput_ratio": _ratio(row["output_tok_s"], reference["output_tok_s"]),
-                "cost_ratio": _ratio(reference["usd_per_mtok"], row["usd_per_mtok"]),
+                "throughput_ratio": _ratio(row[rate], reference[rate]),
+                "cost_ratio": _ratio(reference[cost], row[cost]),
                 **{name: row[name] for name in ("outputs_equal", "equal_share", "n_compared")},
+                **{name: row[name] for name in ("psnr_db", "max_abs_diff")},
                 "verdict": verdict(ratio, low, high),
             }
         )

@@ -54,7 +54,8 @@ STORY_PROMPTS = [f"Once upon a time, there was a {hero}" for hero in _HEROES]
 class Job:
     """One request to send. `offset_s` is its planned arrival after the block's start (open loop), else 0.
 
-    `prompt` is a text; of encoder tasks a list of inputs. `new_tokens` is how long its answer has to be.
+    `prompt` is a text; of encoder tasks a list of inputs. `new_tokens` is how long its answer has to be, `images` how
+    many pictures it asks for, of seeds `seed`, `seed` + 1, ...
     """
 
     prompt: Any
@@ -63,6 +64,7 @@ class Job:
     warmup: bool = False
     offset_s: float = 0.0
     new_tokens: int = 0
+    images: int = 1
 
 
 class Endless(Sequence[Job]):
@@ -93,7 +95,8 @@ class Endless(Sequence[Job]):
 class Point:
     """One load of a workload: closed loop with `concurrency` requests in flight, or Poisson arrivals at `rate`.
 
-    Arms alternate block by block. `passes` has the pass that each block belongs to.
+    Arms alternate block by block. `passes` has the pass that each block belongs to, `images` how many pictures each
+    request asks for.
     """
 
     index: int
@@ -102,6 +105,7 @@ class Point:
     warmup: tuple[Job, ...]
     blocks: tuple[Sequence[Job], ...]
     passes: tuple[int, ...] = ()
+    images: int = 1
 
     @property
     def load(self) -> float:
@@ -160,11 +164,14 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
 def _check_loads(config: BenchConfig) -> None:
     """Refuse loads, lengths of time and sweeps that are empty or exclude each other."""
     given = config.model_fields_set
-    for name, loads in (("concurrency", config.concurrency), ("rate", config.rate)):
+    images = config.num_images_per_prompt
+    for name, loads in (("concurrency", config.concurrency), ("rate", config.rate), ("num_images_per_prompt", images)):
         if loads is not None and not loads:
             raise InvalidValue(f"{name}: the list is empty.", hint="Give one load or more: 1,4,16.")
         if loads and len(set(loads)) < len(loads):
             raise InvalidValue(f"{name}: a load is there twice.", hint="repeat=2 measures all loads twice.")
+    if config.sweep and len(images) > 1:
+        raise InvalidValue("num_images_per_prompt: a sweep takes one number.", hint="Measure each in a run of its own.")
     if config.rate is not None and "concurrency" in given:
         raise InvalidValue("rate and concurrency exclude each other.", hint="rate is an open loop; leave one out.")
     if config.duration_s is not None and "requests" in given:
@@ -195,7 +202,11 @@ def points(config: BenchConfig, offsets: Offsets | None = None, make: Maker | No
     """
     loads: list[tuple[str, float]] = [("rate", rate) for rate in config.rate or ()]
     loads = loads or [("concurrency", concurrency) for concurrency in config.concurrency]
-    return [point_at(config, index, kind, load, offsets, make) for index, (kind, load) in enumerate(loads)]
+    every = [(kind, load, images) for images in config.num_images_per_prompt for kind, load in loads]
+    return [
+        point_at(config, index, kind, load, offsets, make, images=images)
+        for index, (kind, load, images) in enumerate(every)
+    ]
 
 
 def point_at(
@@ -205,8 +216,10 @@ def point_at(
     load: float,
     offsets: Offsets | None = None,
     make: Maker | None = None,
+    *,
+    images: int | None = None,
 ) -> Point:
-    """One load ("concurrency" or "rate") with its requests.
+    """One load ("concurrency" or "rate") with its requests, each for so many pictures (None: as configured).
 
     Synthetic prompts differ from each other and from point to point, so that no prefix cache can help. Prompts that
     the user gives are used in order, and again when there are more requests. Lengths that are drawn, and the pattern of
@@ -214,6 +227,7 @@ def point_at(
     """
     concurrency, rate = (int(load), None) if kind == "concurrency" else (None, load)
     source = _Source(config, index, rate, offsets, make)
+    source.images = images or config.num_images_per_prompt[0]
     n_warmup = max(config.warmup, concurrency or 1) if config.warmup else 0
     warmup = tuple(source.job(warm=True) for _ in range(n_warmup))
     source.warmed_up()
@@ -223,7 +237,7 @@ def point_at(
         made = _blocks(config, source, concurrency or 1)
         blocks += made
         passes += [number] * len(made)
-    return Point(index, concurrency, rate, warmup, tuple(blocks), tuple(passes))
+    return Point(index, concurrency, rate, warmup, tuple(blocks), tuple(passes), source.images)
 
 
 def _blocks(config: BenchConfig, source: _Source, in_flight: int) -> list[Sequence[Job]]:
@@ -257,6 +271,7 @@ class _Source:
         self._texts = random.Random(f"{config.seed}/{index}")
         self._lengths = random.Random(f"{config.seed}/lengths")
         self._arrivals = random.Random(f"{config.seed}/arrivals")
+        self.images = 1  # of each request
         self._number = 0  # of all jobs
         self._place = 0  # in the pass, or in the warm-up
         self._at = 0.0
@@ -277,10 +292,10 @@ class _Source:
         prompt_id = f"p{self._place % len(given)}" if given else f"s{self.index}-{self._number}"
         if self.rate and not warm:
             self._at += self._arrivals.expovariate(1.0) / self.rate
-        seed = (self.config.seed + self._number) % (1 << 62)
+        seed = (self.config.seed + self._number * self.images) % (1 << 62)  # no seed twice
         self._number += 1
         self._place += 1
-        return Job(prompt, prompt_id, seed, warm, self._at, new_tokens)
+        return Job(prompt, prompt_id, seed, warm, self._at, new_tokens, self.images)
 
     def _prompt(self) -> Any:
         if self._make is None:
@@ -313,6 +328,14 @@ def synthetic_prompt(tokens: int, rng: random.Random, offsets: Offsets | None) -
         if len(offsets(text)) == tokens:  # a cut word can become other tokens; draw again
             break
     return text
+
+
+def check_texts(config: BenchConfig, task: str) -> None:
+    """Refuse prompts that are no inputs of the task. Raises InvalidValue."""
+    pairs = task == "question-answering"
+    if any(isinstance(prompt, Mapping) != pairs for prompt in config.prompts or ()):
+        kind = 'dictionaries of "question" and "context"' if pairs else "texts"
+        raise InvalidValue(f"prompts: {task} takes {kind}.")
 
 
 def generation_params(config: BenchConfig, job: Job) -> dict[str, Any]:

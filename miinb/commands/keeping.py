@@ -33,7 +33,7 @@ CHARTS = (
 )
 #: What charts measure, and what they are grouped by; each of them says which it takes (held by the same test).
 METRICS = (
-    *("e2e_s", "ttft_s", "tpot_s", "itl_s"),
+    *("e2e_s", "ttft_s", "tpot_s", "itl_s", "image_s"),
     *("output_tok_s", "total_tok_s", "req_s", "goodput_req_s", "seq_s", "img_s"),
     *("usd_per_mtok", "usd_per_1k_texts", "usd_per_1k_images"),
 )

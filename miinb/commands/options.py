@@ -195,6 +195,13 @@ _BENCH_HELP = {
     "prompt_tokens": "length of the synthetic prompts: 256, or a range: 64-512",
     "new_tokens": "tokens of every answer (equal work for all): 128, or a range: 32-256",
     "batch_size": "encoder tasks: inputs of one request",
+    "num_images_per_prompt": "pictures: of one request, computed together; several are a point each: 1,8",
+    "num_inference_steps": "pictures: steps of the denoising",
+    "guidance_scale": "pictures: how closely they follow the prompt",
+    "width": "pictures: pixels, a multiple of 8 (default: what the model was trained for)",
+    "height": "pictures: the same",
+    "negative_prompt": "pictures: what to keep away from",
+    "scheduler": "pictures: a scheduler's class of diffusers (default: the model's own)",
     "requests": "requests at each load",
     "duration_s": "instead of --requests: seconds at each load",
     "repeat": "passes over each load; medians and their spread are shown",
@@ -232,6 +239,9 @@ def _read_of(annotation: Any) -> tuple[Callable[[str], Any] | None, tuple[str, .
         return _read_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         return _read_of(next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is list:
+        inner, _ = _read_of(get_args(annotation)[0])
+        return integers if inner is int else floats if inner is float else annotation, ()
     if get_origin(annotation) is Literal:
         return str, tuple(get_args(annotation))
     return (None if annotation is bool else annotation), ()

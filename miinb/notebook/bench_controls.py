@@ -6,7 +6,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from miinb.bench.summary import encodes
+from miinb.bench.summary import task_kind
 from miinb.commands.measuring import prompts_in
 from miinb.commands.options import BENCH, floats, integers
 from miinb.config import BenchConfig
@@ -34,6 +34,7 @@ class WorkloadControls:
         )
         self.new_tokens = control(W.Text, "new_tokens", _HELP["new_tokens"], value="64", **lengths)
         self.batch_size = control(whole, "batch_size", _HELP["batch_size"], value=1, min=1, max=1024)
+        self._make_pictures()
         self.requests = control(
             W.Text, "requests", "Requests at each load; empty: enough for it", placeholder="enough for the load"
         )
@@ -60,7 +61,7 @@ class WorkloadControls:
             rows=2,
         )
         columns = (
-            (self.prompt_tokens, self.new_tokens, self.batch_size, self.requests),
+            (self.prompt_tokens, self.new_tokens, self.batch_size, *self._pictures, self.requests),
             (self.load, self.loads, self.sweep, self.warmup),
             (self.seed, self.slo, self.price),
         )
@@ -68,13 +69,36 @@ class WorkloadControls:
         grid = W.Box([W.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
         self._fields = [*(widget for column in columns for widget in column), self.prompts]
         self.box = named(W.VBox([grid, self.prompts]), "workload")
-        self._task = ""
+        self._kind = "text"
+
+    def _make_pictures(self) -> None:
+        """The fields of text-to-image."""
+
+        def text(name: str, value: str, placeholder: str) -> W.Text:
+            made: W.Text = control(W.Text, name, _HELP[name], value=value, placeholder=placeholder)
+            return made
+
+        self.num_images_per_prompt = text("num_images_per_prompt", "1", "1,8")
+        self.num_inference_steps = text("num_inference_steps", "50", "50")
+        self.guidance_scale = text("guidance_scale", "7.5", "7.5")
+        self.width, self.height = (text(name, "", "the model's") for name in ("width", "height"))
+        self._pictures = (
+            self.num_images_per_prompt,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.width,
+            self.height,
+        )
 
     def set_task(self, task: str) -> None:
         """Show the fields that this task has."""
-        self._task = task
-        for widget, there in ((self.new_tokens, not encodes(task)), (self.batch_size, encodes(task))):
+        kind = self._kind = task_kind(task)
+        shown = {self.prompt_tokens: kind != "image", self.new_tokens: kind == "text"}
+        shown |= {self.batch_size: kind == "encoder", **dict.fromkeys(self._pictures, kind == "image")}
+        for widget, there in shown.items():
             widget.layout.display = "" if there else "none"
+        made = "built-in ones" if kind == "image" else "made of prompt_tokens"
+        self.prompts.placeholder = f"one a line; empty: {made}"
 
     def values(self) -> dict[str, Any]:
         """Fields for `Session.bench`.
@@ -85,10 +109,13 @@ class WorkloadControls:
         fields: dict[str, Any] = {"warmup": self.warmup.value, "seed": self.seed.value}
         if self.prompts.value.strip():
             fields["prompts"] = prompts_in(self.prompts.value)
-        elif self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):  # else it is made to fit a short model
-            fields["prompt_tokens"] = self.prompt_tokens.value.strip()
-        own = self.batch_size if encodes(self._task) else self.new_tokens
-        fields[own.description] = own.value
+        elif self._kind != "image" and self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):
+            fields["prompt_tokens"] = self.prompt_tokens.value.strip()  # else it is made to fit a short model
+        if self._kind == "image":
+            fields |= self._picture_values()
+        else:
+            own = self.batch_size if self._kind == "encoder" else self.new_tokens
+            fields[own.description] = own.value
         if self.sweep.value:
             fields["sweep"] = self.load.value
         else:
@@ -101,6 +128,16 @@ class WorkloadControls:
         if self.price.value.strip():
             fields["price"] = _read("price", self.price.value, float, "2.5")
         return fields
+
+    def _picture_values(self) -> dict[str, Any]:
+        """Those of text-to-image; an empty size is the model's."""
+        readers = {self.num_images_per_prompt: (integers, "1,8"), self.num_inference_steps: (int, "50")}
+        readers |= {self.guidance_scale: (float, "7.5"), self.width: (int, "512"), self.height: (int, "512")}
+        return {
+            widget.description: _read(widget.description, widget.value, *how)
+            for widget, how in readers.items()
+            if widget.value.strip() or widget not in (self.width, self.height)
+        }
 
     def set_busy(self, busy: bool) -> None:
         """Turn the fields on and off."""

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
+from miinb.bench.arms import BENCHED
 from miinb.errors import MiinbError
 from miinb.notebook import cards
 from miinb.notebook.bench_controls import WorkloadControls
 from miinb.notebook.cards import QUIET, escaped
-from miinb.notebook.controls import GENERATING, DeploymentChoice, button, named, save_link
+from miinb.notebook.controls import DeploymentChoice, button, named, save_link
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
-from miinb.predictions import PREDICTIONS
 from miinb.wording import printable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _HZ = 4.0
 
 
 def runs_card(runs: Runs) -> cards.Card:
-    """The table of a run and its frontier, static."""
+    """The table of a run and its chart, static."""
     from miinb.bench.display import runs_html, runs_text
 
     html, words = chart_html(runs)
@@ -38,11 +38,14 @@ def runs_card(runs: Runs) -> cards.Card:
 
 
 def chart_html(runs: Runs) -> tuple[str, str]:
-    """The frontier as an image that needs no kernel, and the same in words; the reason where it cannot be drawn."""
+    """A chart as an image that needs no kernel, and the same in words; the reason where it cannot be drawn.
+
+    It is the frontier; of text-to-image the images a second, with the pictures.
+    """
     from miinb.bench import charts
 
     try:
-        chart = charts.draw("frontier", runs)
+        chart = charts.draw("images" if charts.fitting(runs) == "images" else "frontier", runs)
     except MiinbError as error:
         return f'<div style="{QUIET}">{escaped(error.line())}</div>', ""
     words = charts.alt_text(chart)
@@ -88,7 +91,7 @@ class BenchPanel(WorkPanel):
             "deployment",
             "The deployment that is measured",
             own_task=session.task,
-            tasks=(*GENERATING, *PREDICTIONS),
+            tasks=BENCHED,
             on_change=self._chosen,
         )
         self._choices = (self._choice,)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import io
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from miinb.config import DeploymentConfig, parse_generation
 from miinb.errors import MiinbError, Unavailable
+from miinb.image_messages import Picture
+from miinb.image_params import parse_images
+from miinb.image_results import ImageResult, ImageTiming, pictures_result
 from miinb.messages import Chunk, Plan, Status, Timing, Usage
 from miinb.predictions import Label, Predictions, PredictTiming
 
@@ -117,3 +125,50 @@ class Predicting(StandIn):
         labels = [[Label("no" if self.differs and self.differs in text else "yes", 0.9)] for text in inputs]
         timing = PredictTiming(0.001, 0.002, 0.003, 0.004, self.token_s)
         return Predictions(labels, task=self.task, inputs=inputs, timing=timing)
+
+
+class Painting(StandIn):
+    """Waves of a prompt and a seed, those of odd seeds lighter by `off`; a request takes `token_s` seconds a step.
+
+    Its server computes up to `most` pictures at once, in the time of one.
+    """
+
+    task = "text-to-image"
+    model = "someone/small-diffusion"
+
+    def __init__(self, engine: str = "optimized", *, off: int = 0, most: int = 4, side: int = 32, **more: Any) -> None:
+        super().__init__(engine, **more)
+        self.off, self.most, self.side = off, most, side
+
+    async def agenerate(self, prompt: str, *, timeout_s: float, **parameters: Any) -> ImageResult:
+        params = parse_images(parameters)
+        with self.lock:
+            self.calls.append(parameters)
+            self.prompts.append(prompt)
+            number = len(self.calls)
+        if self.fail_every and number % self.fail_every == 0:
+            raise self.error or MiinbError("It broke.")
+        steps_s = self.token_s * params.num_inference_steps
+        begin = time.perf_counter()
+        await asyncio.sleep(steps_s)
+        assert params.seed is not None
+        pictures = [
+            self._picture(prompt, params.seed + place, place, params.width, params.height)
+            for place in range(params.num_images_per_prompt)
+        ]
+        e2e_s = time.perf_counter() - begin
+        timing = ImageTiming(0.0001, 0.0, e2e_s=e2e_s, text_encode_s=0.0002, steps_s=steps_s, vae_s=0.0003)
+        return pictures_result(prompt, pictures, timing, usage=Usage(prompt_tokens=len(prompt.split())))
+
+    def _picture(self, prompt: str, seed: int, place: int, width: int | None, height: int | None) -> Picture:
+        size = (width or self.side, height or self.side)
+        shift = seed + sum(map(ord, prompt))
+        x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+        waves = [127 + 90 * np.sin(x / (5 + shift % 5) + y / (4 + k) + shift) for k in range(3)]
+        values = np.stack(waves, axis=-1) + self.off * (seed % 2)
+        buffer = io.BytesIO()
+        Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+        return Picture(place, buffer.getvalue(), seed, *size)
+
+    def plan(self) -> Plan:
+        return Plan(self.engine, "cpu", "fp32", max_batch=self.most, weights_bytes=5 << 20)

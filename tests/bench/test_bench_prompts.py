@@ -135,7 +135,7 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_sent(monkey
     session = Short()
     with pytest.raises(InvalidValue, match=r"prompts of 60 tokens and 50 new ones do not fit .* \(100 tokens\)"):
         bench(session, prompt_tokens="10-60", new_tokens="1-50", progress=quiet)
-    monkeypatch.setattr("miinb.bench.runner.tokenizer_offsets", lambda folder: lambda text: [(0, 1)] * len(text))
+    monkeypatch.setattr("miinb.bench.generating.tokenizer_offsets", lambda folder: lambda text: [(0, 1)] * len(text))
     with pytest.raises(InvalidValue, match=r"prompts\[1\]: 96 tokens and 5 new ones") as failure:
         bench(session, ["a" * 95, "b" * 96], new_tokens=5, progress=quiet)
     assert "a prompt may have 95" in failure.value.hint
@@ -153,7 +153,7 @@ class ShortPredicting(Predicting):
 def test_encoders_have_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     session = ShortPredicting()
     count = lambda folder: lambda text, second=None: [(0, 1)] * len(text)  # noqa: E731
-    monkeypatch.setattr("miinb.bench.runner.tokenizer_offsets", count)
+    monkeypatch.setattr("miinb.bench.predicting.tokenizer_offsets", count)
     with pytest.raises(InvalidValue, match=r"prompts\[1\]: 101 tokens do not fit .* \(100 tokens\)") as failure:
         bench(session, ["a" * 100, "b" * 101], warmup=0, progress=quiet)
     assert failure.value.hint == "At most 100 tokens."

@@ -131,7 +131,7 @@ def test_free_machines_cost_nothing() -> None:
 
 
 def test_every_metric_is_drawn_with_its_unit() -> None:
-    runs = make(TWO, itl_s=[0.01, 0.02], images=1.0)
+    runs = make(TWO, itl_s=[0.01, 0.02], images=1.0, image_s=0.5)
     for metric in measures.METRICS:
         for kind in ("latency", "ecdf", "frontier"):
             ax = charts.draw(kind, runs, metric=metric)

@@ -178,7 +178,7 @@ def test_wrong_fields_are_refused_before_anything_is_sent() -> None:
         bench(session, do_sample=True, check="exact")
     with pytest.raises(InvalidValue, match="column"):
         bench(session, pd.DataFrame({"a": ["x"], "b": ["y"]}))
-    session.task = "text-to-image"
+    session.task = "image-classification"
     with pytest.raises(InvalidValue, match="not benchmarked"):
         bench(session)
     assert not session.calls

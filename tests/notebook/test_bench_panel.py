@@ -14,7 +14,7 @@ import miinb
 from miinb.errors import MiinbError
 from miinb.notebook.bench_panel import ALONE, BenchPanel
 from miinb.notebook.panels import panel
-from tests.bench.stand_in import Predicting, StandIn
+from tests.bench.stand_in import Painting, Predicting, StandIn
 
 Make = Callable[..., BenchPanel]
 
@@ -215,6 +215,29 @@ def test_two_deployments_do_the_same_work(make: Make) -> None:
     assert "speed-up" in shown.output.value
 
 
+def test_pictures_have_fields_of_their_own_and_their_chart(make: Make) -> None:
+    baseline, session = Painting("baseline"), Painting()
+    shown = make(baseline, session, StandIn(name="stories"))
+    fields = shown.workload
+    assert fields.num_images_per_prompt.layout.display == ""
+    assert {fields.prompt_tokens.layout.display, fields.new_tokens.layout.display} == {"none"}
+    shown.beside.value = "optimized"
+    assert "stories" not in shown.beside.options
+    fields.num_images_per_prompt.value, fields.num_inference_steps.value = "1, 2", "3"
+    fields.width.value, fields.loads.value, fields.requests.value = "40", "1", "2"
+    measured(shown)
+    assert "Done" in shown.status.value
+    asked = {"num_inference_steps": 3, "guidance_scale": 7.5, "width": 40}
+    assert all(asked.items() <= call.items() and "height" not in call for call in session.calls)
+    assert "Images per second" in shown.output.value
+    assert "pictures of each arm" in shown.output.value
+    fields.num_inference_steps.value = "many"
+    shown.run.click()
+    assert "num_inference_steps: &#x27;many&#x27; cannot be read" in shown.status.value
+    shown.deployment.value = "stories"
+    assert fields.num_images_per_prompt.layout.display == "none"
+
+
 def test_errors_are_a_line_and_no_markup(make: Make) -> None:
     probe = "<img src=x onerror=alert(1)>"
     shown = make(StandIn(name=probe, fail_every=1, error=MiinbError(probe)))
@@ -241,7 +264,7 @@ def test_updates_are_few(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_controls_are_named(make: Make) -> None:
     shown = make(StandIn())
-    check_controls(shown, 16)
+    check_controls(shown, 21)
     assert "Nothing measured yet" in shown.snapshot().html
 
 

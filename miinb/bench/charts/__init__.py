@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from miinb.bench.charts.bars import cost, images, latency, memory, throughput, time_split
+from miinb.bench.charts.bars import cost, latency, memory, throughput, time_split
 from miinb.bench.charts.curves import ecdf, frontier
 from miinb.bench.charts.frames import summary_of
+from miinb.bench.charts.pictures import images
 from miinb.bench.charts.scaling import batch_scaling, parallel_scaling
 from miinb.bench.charts.steps import waterfall
 from miinb.bench.charts.style import alt_text, png, save, svg

@@ -1,7 +1,8 @@
-"""Charts of bars: latency, throughput, cost, time split, memory, images."""
+"""Charts of bars: latency, throughput, cost, time split, memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from matplotlib.patches import Patch
 
 from miinb.bench.charts import frames, names
 from miinb.bench.charts.grouped import BAR, Bars, leave_room, value_label
-from miinb.bench.charts.measures import COSTS, METRICS, RATES, chosen, per_gpu, rate_of
-from miinb.bench.charts.style import INK, OTHER, PARTS, finish, new_axes, time_unit, unit_word
+from miinb.bench.charts.measures import COSTS, METRICS, RATES, chosen, cost_of, per_gpu, rate_of
+from miinb.bench.charts.style import IMAGE_PARTS, INK, OTHER, PARTS, finish, new_axes, time_unit, unit_word
 from miinb.bench.records import NAN
 from miinb.bench.summary import measured
 from miinb.wording import number
@@ -20,6 +21,8 @@ LOG_FROM = 40.0  # spread of costs from which dots on a log axis tell more than 
 #: Spread of times and rates from which the smallest bar cannot be seen.
 HIDDEN_FROM = 200.0
 LOG_WORDS = " (log axis)"
+#: The parts of a request's time that are in the model.
+MODEL = ("model", "text_encode", "steps", "vae")
 #: Between the parts of a bar.
 BETWEEN = {"edgecolor": "white", "linewidth": 0.6}
 
@@ -32,7 +35,7 @@ def latency(
     Args:
         frame: runs, requests or a summary.
         ax: axes to draw on; None makes a figure.
-        metric: "e2e_s", "ttft_s", "tpot_s" or "itl_s".
+        metric: "e2e_s", "ttft_s", "tpot_s", "itl_s" or (of text-to-image) "image_s".
         by: what the bars are grouped by (`names.BY`: "dtype", "batch_size", "arm", ...); None: by what varies.
         log: dots on a logarithmic axis; None where bars would be too small to see.
 
@@ -77,7 +80,7 @@ def _spread_words(spread: pd.DataFrame, metric: str) -> str:
 def throughput(
     frame: Any, *, ax: Any = None, metric: str | None = None, by: str | None = None, log: bool | None = None
 ) -> Any:
-    """Output tokens (of encoder tasks: texts) a second of each arm and load; per GPU where all arms have GPUs.
+    """Output tokens (of encoder tasks: texts; images) a second of each arm and load; per GPU where all arms have GPUs.
 
     Args:
         frame: runs, requests or a summary.
@@ -87,12 +90,16 @@ def throughput(
         log: dots on a logarithmic axis; None where bars would be too small to see.
     """
     rows = frames.summary_of(frame, "throughput")
-    return _rates(rows, rate_of(rows, metric), "throughput", ax, by, log)
-
-
-def images(frame: Any, *, ax: Any = None, by: str | None = None, log: bool | None = None) -> Any:
-    """Images a second of each arm; per GPU where all arms have GPUs. `by` and `log` as for `throughput`."""
-    return _rates(frames.summary_of(frame, "images"), "img_s", "images", ax, by, log)
+    rate = rate_of(rows, metric)
+    rows = frames.require(rows, [rate], "throughput", _NO_RATE.get(rate, "No answers came."), RATES[rate].axis.lower())
+    values, words = per_gpu(rows, rate)
+    bars = _bars(rows.assign(value=values), "value", "throughput", by, lower_is_better=False, gpus=True)
+    bars.on_log_axis(log, HIDDEN_FROM)
+    ax = bars.draw(ax, 1.0, RATES[rate].unit)
+    ax.set_xlabel(words + LOG_WORDS * bars.dots, fontsize=9, color=INK)
+    per = " per GPU" if words.endswith(" per GPU") else ""
+    what = RATES[rate].axis.removesuffix(" per second")
+    return bars.finish(ax, f"Throughput{per}", f"{what} over the time of all requests")
 
 
 _NO_RATE = {
@@ -102,24 +109,10 @@ _NO_RATE = {
 }
 
 
-def _rates(rows: pd.DataFrame, rate: str, chart: str, ax: Any, by: str | None, log: bool | None) -> Any:
-    """Bars of a rate."""
-    rows = frames.require(rows, [rate], chart, _NO_RATE.get(rate, "No answers came."), RATES[rate].axis.lower())
-    values, words = per_gpu(rows, rate)
-    bars = _bars(rows.assign(value=values), "value", chart, by, lower_is_better=False, gpus=True)
-    bars.on_log_axis(log, HIDDEN_FROM)
-    ax = bars.draw(ax, 1.0, RATES[rate].unit)
-    ax.set_xlabel(words + LOG_WORDS * bars.dots, fontsize=9, color=INK)
-    per = " per GPU" if words.endswith(" per GPU") else ""
-    title = f"Throughput{per}" if chart == "throughput" else words
-    what = RATES[rate].axis.removesuffix(" per second")
-    return bars.finish(ax, title, f"{what} over the time of all requests")
-
-
 def cost(
-    frame: Any, *, ax: Any = None, metric: str = "usd_per_mtok", by: str | None = None, log: bool | None = None
+    frame: Any, *, ax: Any = None, metric: str | None = None, by: str | None = None, log: bool | None = None
 ) -> Any:
-    """US dollars per million output tokens at the user's price.
+    """US dollars per million output tokens (of text-to-image per thousand images) at the user's price.
 
     Args:
         frame: runs, requests or a summary.
@@ -129,8 +122,10 @@ def cost(
         log: dots on a logarithmic axis; None where costs lie far apart.
     """
     hint = "Give your price per GPU-hour (or machine-hour): bench(..., price=2.5)."
-    unit = chosen(metric, COSTS, "cost").removeprefix("usd_per_")
-    rows = frames.require(frames.summary_of(frame, "cost"), [metric], "cost", hint, f"cost of {COSTS[metric]}")
+    rows = frames.summary_of(frame, "cost")
+    metric = cost_of(rows, metric)
+    unit = metric.removeprefix("usd_per_")
+    rows = frames.require(rows, [metric], "cost", hint, f"cost of {COSTS[metric]}")
     bars = _bars(rows, metric, "cost", by, lower_is_better=True, gpus=True, worse="dearer")
     bars.on_log_axis(log, LOG_FROM)
     ax = bars.draw(ax, 1.0, "$")
@@ -147,6 +142,8 @@ def cost(
 def time_split(frame: Any, *, ax: Any = None, by: str | None = None) -> Any:
     """Where the mean request's time goes in each arm: queue, tokenize, model, detokenize, transport and client.
 
+    Of text-to-image the model's part is the text encoder, the steps and the VAE decoder, and the last a picture's file.
+
     Args:
         frame: runs or requests.
         ax: axes to draw on; None makes a figure.
@@ -156,25 +153,26 @@ def time_split(frame: Any, *, ax: Any = None, by: str | None = None) -> Any:
     rows = frames.summary_of(requests, "time_split")
     names.check_by(rows, by, "time_split")
     rows = names.in_order(rows, by).reset_index(drop=True)
-    ok = measured(requests)
-    means = ok.groupby(["run_id", "arm", "point"])[[f"{part}_s" for part in (*PARTS, "e2e") if part != "rest"]].mean()
+    ok, parts = measured(requests), IMAGE_PARTS if names.picturing(rows) else PARTS
+    means = ok.groupby(["run_id", "arm", "point"])[[f"{part}_s" for part in (*parts, "e2e") if part != "rest"]].mean()
     means = means.loc[list(rows[["run_id", "arm", "point"]].itertuples(index=False, name=None))]
     means.columns = pd.Index([name.removesuffix("_s") for name in means.columns])
-    known = means[[part for part in PARTS if part != "rest"]].fillna(0.0)
+    known = means[[part for part in parts if part != "rest"]].fillna(0.0)
     means["rest"] = (means["e2e"] - known.sum(axis=1)).clip(lower=0.0)
     scale, unit = time_unit(float(means["e2e"].max()))
     means = means.reset_index(drop=True)
     bars = Bars(rows, means["e2e"], lower_is_better=True, by=by)
-    parts = [part for part in PARTS if part in means]
-    bars.ends = means[parts].sum(axis=1).clip(lower=means["e2e"])  # parts that overlap in time add up to more
-    shares = means["model"] / means["e2e"]
+    bars.ends = means[list(parts)].sum(axis=1).clip(lower=means["e2e"])  # parts that overlap in time add up to more
+    shares = means[[part for part in parts if part in MODEL]].sum(axis=1, min_count=1) / means["e2e"]
     bars.notes = {index: f"{share:.0%} in the model" for index, share in shares.dropna().items()}
     ax = bars.draw(ax, scale, unit)
     for bar in list(ax.patches):
         bar.remove()  # their parts take their place
-    _parts(ax, bars, means * scale, "answers" if names.encoding(rows) else PARTS["postprocess"][0])
+    if names.encoding(rows):
+        parts = parts | {"postprocess": ("answers", PARTS["postprocess"][1])}
+    _parts(ax, bars, means * scale, parts)
     ax.set_xlabel(f"Mean {unit_word(unit)} per request", fontsize=9, color=INK)
-    _legend(ax, len(PARTS))
+    _legend(ax, len(parts))
     what = "Mean; baselines are hatched"
     return finish(
         ax,
@@ -186,14 +184,13 @@ def time_split(frame: Any, *, ax: Any = None, by: str | None = None) -> Any:
     )
 
 
-def _parts(ax: Any, bars: Bars, means: pd.DataFrame, last: str) -> None:
-    """Each bar as its parts, one behind the other; `last` names what comes after the model."""
+def _parts(ax: Any, bars: Bars, means: pd.DataFrame, parts: Mapping[str, tuple[str, str]]) -> None:
+    """Each bar as its parts (their names and colors), one behind the other."""
     heights = [bars.at[index] for index in means.index]
     left = np.zeros(len(means))
-    for part, (text, color) in PARTS.items():
+    for part, (text, color) in parts.items():
         widths = means[part].fillna(0.0).to_numpy()
-        name = last if part == "postprocess" else text
-        drawn = ax.barh(heights, widths, left=left, height=BAR, color=color, label=name, **BETWEEN)
+        drawn = ax.barh(heights, widths, left=left, height=BAR, color=color, label=text, **BETWEEN)
         for bar, arm in zip(drawn, bars.rows["arm"], strict=True):
             if arm.startswith("baseline"):
                 bar.set(hatch="////")
@@ -201,7 +198,7 @@ def _parts(ax: Any, bars: Bars, means: pd.DataFrame, last: str) -> None:
 
 
 def memory(frame: Any, *, ax: Any = None) -> Any:
-    """Memory of each arm: weights, KV cache, and what else the ranks held."""
+    """Memory of each arm: weights, KV cache (of tasks that have one), and what else the ranks held."""
     columns = ["peak_mem_bytes", "weights_bytes", "kv_cache_bytes"]
     hint = "The deployments did not report their memory."
     rows = frames.require(frames.summary_of(frame, "memory"), columns, "memory", hint)
@@ -210,7 +207,7 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     rest = (rows["peak_mem_bytes"].astype(float) - parts.sum(axis=1)).clip(lower=0.0).fillna(0.0)
     total = parts.sum(axis=1) + rest
     scale, unit = (1e-9, "GB") if total.max() >= 1e9 else (1e-6, "MB")
-    rows[["concurrency", "rate_rps"]] = NAN  # the memory of all loads
+    rows[["concurrency", "rate_rps", "batch_size"]] = NAN  # the memory of all loads
     groups = names.categories(rows)
     shown = [
         ", ".join([arm, *filter(None, group.split("\n"))])
@@ -223,7 +220,8 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
         ("KV cache", parts["kv_cache_bytes"], "#E69F00"),
         ("activations, libraries and the rest", rest, OTHER),
     )
-    for text, values, color in series:
+    drawn = [one for one in series if one[0] != "KV cache" or one[1].any()]
+    for text, values, color in drawn:
         ax.barh(range(len(rows)), values * scale, left=left, height=0.66, color=color, label=text, **BETWEEN)
         left += values.to_numpy() * scale
     for y, value in enumerate(total):
@@ -233,7 +231,7 @@ def memory(frame: Any, *, ax: Any = None) -> Any:
     leave_room(ax)
     ax.set_xlabel(f"Memory of the ranks ({unit})", fontsize=9, color=INK)
     ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
-    _legend(ax, 3)
+    _legend(ax, len(drawn))
     return finish(
         ax,
         title="Memory",

@@ -201,6 +201,8 @@ def frontier(
     ax.set_ylabel(axis, fontsize=9, color=INK)
     legend(ax)
     loads = "requests per second" if rows["rate_rps"].notna().any() else "requests in flight"
+    if names.picturing(rows) and all(line["batch_size"].nunique() > 1 for _, _, line in lines):
+        loads = "batch"
     return finished(
         *(ax, rows, f"Throughput against {'latency' if metric == 'e2e_s' else METRICS[metric].lower()}"),
         f"Up and left is better; points are labeled with the {loads}{_saturation_words(rows)}",
@@ -216,10 +218,10 @@ def _frontier_line(
     full = (line["saturated"] == True).to_numpy() if "saturated" in line else np.zeros(len(line), bool)  # noqa: E712
     ax.plot(x[full], y[full], "o", markersize=13, markerfacecolor="none", markeredgecolor=style["color"])
     marks = []
+    batches = names.picturing(line) and line["batch_size"].nunique() > 1
     for at_x, at_y, (_, row) in zip(x, y, line.iterrows(), strict=True):
-        load = f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else ""
-        load = load or (f"{row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else "")
-        marks.append((load, at_x, at_y, style["color"]))
+        mark = f"{row['batch_size']:g}" if batches else names.load_mark(row)
+        marks.append((mark, at_x, at_y, style["color"]))
         where = names.load_label(row) + (" (saturated)" if row.get("saturated") is True else "")
         hidden_value(ax, f"{name}{where and ', '}{where}: {number(at_y)} {words.format(number(at_x))}")
     return marks

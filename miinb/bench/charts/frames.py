@@ -11,6 +11,7 @@ import pandas as pd
 from miinb.bench.charts import names
 from miinb.bench.charts.measures import METRICS
 from miinb.bench.environment import differences, hardware_words, version_words
+from miinb.bench.pixels import psnr_words
 from miinb.bench.records import REQUEST_COLUMNS, Runs, requests_frame
 from miinb.bench.summary import SUMMARY_COLUMNS, summarize
 from miinb.errors import InvalidValue
@@ -79,7 +80,8 @@ def _whole_summary(frame: pd.DataFrame) -> pd.DataFrame:
     """A frame of a summary with every column; those that are missing are as for one run."""
     usual: dict[str, Any] = {"run_id": "run", "model": "", "task": "", "dtype": "", "n": 1, "n_failed": 0}
     usual |= {name: math.nan for name in SUMMARY_COLUMNS if name not in usual}
-    summary = frame.assign(**{name: value for name, value in usual.items() if name not in frame.columns})
+    missing = {name: value for name, value in usual.items() if name not in frame.columns}
+    summary = pd.concat([frame, pd.DataFrame(missing, index=frame.index)], axis=1)
     summary.attrs = dict(frame.attrs)
     return summary
 
@@ -165,7 +167,9 @@ def subtitle(frame: pd.DataFrame) -> str:
         values = [value for value in frame[name].dropna().unique() if value]
         parts += [text(values[0])] if len(values) == 1 else []
     prompts, new = frame["prompt_tokens"].dropna(), frame["new_tokens"].dropna()
-    if names.encoding(frame):
+    if names.picturing(frame):
+        parts += _picture_words(frame)
+    elif names.encoding(frame):
         parts += [str(task) for task in frame["task"].unique()] if frame["task"].nunique() == 1 else []
         parts += [f"{prompts.iloc[0]:.0f} tokens a request"] if prompts.nunique() == 1 else []
     elif prompts.nunique() == 1 and new.nunique() == 1:
@@ -174,6 +178,18 @@ def subtitle(frame: pd.DataFrame) -> str:
         parts.append(f"{new.iloc[0]:.0f} new tokens")
     loads = {names.load_label(row) for _, row in frame.iterrows()} - {""}
     return " · ".join([*parts, *(loads if len(loads) == 1 else ())])
+
+
+def _picture_words(frame: pd.DataFrame) -> list[str]:
+    """What all pictures share: "512 x 512", "50 steps", "guidance 7.5"."""
+    found = []
+    sides = frame[["width_px", "height_px"]].dropna().drop_duplicates()
+    if len(sides) == 1:
+        found.append(f"{sides['width_px'].iloc[0]:.0f} x {sides['height_px'].iloc[0]:.0f}")
+    for name, words in (("steps", "{:g} steps"), ("guidance", "guidance {:g}")):
+        values = frame[name].dropna()
+        found += [words.format(values.iloc[0])] if values.nunique() == 1 else []
+    return found
 
 
 def caption(frame: pd.DataFrame, what: str) -> list[str]:
@@ -222,6 +238,9 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
         alike = f"{share:.0%} of the labels" if encoded else f"the first {share:.0%} of the tokens"
         what = "the same" if encoded else "the same text"
         words = f"on average {alike} are {reference}'s ({total} answers)"
+        if names.picturing(rows):
+            texts.setdefault(_likeness(rows, reference, total), []).append(names.shown(arm))
+            continue
         if share == 1:
             words = f"all {'labels' if encoded else 'tokens'} are {reference}'s ({total} answers)"
         if pd.notna(equal):
@@ -229,6 +248,19 @@ def outputs_words(frame: pd.DataFrame) -> list[str]:
             words += "" if equal == total else f"; on average {alike} are equal"
         texts.setdefault(words, []).append(names.shown(arm))
     return [f"{', '.join(arms)}: {words}." for words, arms in texts.items()]
+
+
+def _likeness(rows: pd.DataFrame, reference: str, total: int) -> str:
+    """How far an arm's pictures are from the reference's."""
+    worst = float(rows["psnr_db"].min())
+    if math.isnan(worst):
+        return f"pictures have other sizes than {reference}'s ({total} requests)"
+    if math.isinf(worst):
+        return f"all pictures are identical to {reference}'s ({total} requests)"
+    return (
+        f"pictures differ from {reference}'s of the same seeds by at most {rows['max_abs_diff'].max():g} of 255, PSNR "
+        f"{psnr_words(worst)} and more ({total} requests)"
+    )
 
 
 def _next_words(frame: pd.DataFrame) -> list[str]:
@@ -245,7 +277,8 @@ def footer(frame: pd.DataFrame) -> str:
     run_ids = [str(run_id) for run_id in dict.fromkeys(frame["run_id"].dropna())]
     hosts = [host for host in _hosts(frame).values() if host]
     words = list(dict.fromkeys(text for text in map(hardware_words, hosts) if text))
-    versions = version_words(hosts, ("miinb", "torch", "transformers"))
+    library = "diffusers" if names.picturing(frame) else "transformers"
+    versions = version_words(hosts, ("miinb", "torch", library))
     runs = f"run {run_ids[0]}" if len(run_ids) == 1 else f"{len(run_ids)} runs" if run_ids else ""
     return " · ".join([*words, *versions, *([runs] if runs else [])])
 

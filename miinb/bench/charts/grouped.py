@@ -68,12 +68,16 @@ class Bars:
             raise InvalidValue("log: a value is 0, which has no place on a logarithmic axis.")
         self.dots = (least > 0 and most / least > spread) if log is None else log
 
-    def draw(self, ax: Any, scale: float, unit: str) -> Any:
-        """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`."""
+    def draw(self, ax: Any, scale: float, unit: str, *, below_in: float = 0.0) -> Any:
+        """Bars (or dots), whiskers, value and ratio labels; values are shown times `scale` in `unit`.
+
+        `below_in` are inches of a new figure for what stands below the axes.
+        """
         groups = self.groups if self.headings is None else self.headings
         order = list(dict.fromkeys(groups))
         lines = max(names.wrapped(name).count("\n") for name in self.names.values()) + 1
-        ax = new_axes(ax, 1.95 + max(0.38, 0.17 * lines) * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3)
+        height = 1.95 + max(0.38, 0.17 * lines) * len(self.rows) + 0.28 * max(len(order) - 1, 0) + 0.3
+        ax = new_axes(ax, height + below_in)
         ticks, texts, y = [], [], 0.0
         for group in order:
             members = self.rows[groups == group]
@@ -143,14 +147,15 @@ class Bars:
         ratio = base / value if self.lower_is_better else value / base
         return f"{ratio_text(ratio)}: {self.worse}" if ratio < 0.995 else ratio_text(ratio)
 
-    def finish(self, ax: Any, title: str, what: str) -> Any:
-        """Title, caption and footer."""
+    def finish(self, ax: Any, title: str, what: str, *, below: float = 0.0) -> Any:
+        """Title, caption and footer; `below` as `style.finish` has it."""
         return finish(
             ax,
             title=title,
             subtitle=frames.subtitle(self.rows),
             caption=frames.caption(self.rows, what),
             footer=frames.footer(self.rows),
+            below=below,
         )
 
 

@@ -38,6 +38,8 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
     Where `x` or the load is the same twice on a line, runs have lines of their own.
     """
     arms = names.arms_in(rows)
+    picturing = names.picturing(rows)
+    loads = ["concurrency", "rate_rps", *(["batch_size"] if picturing else [])]
     rows = rows.assign(
         label=names.arm_labels(rows, by),
         run=names.run_names(rows),
@@ -47,11 +49,10 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
     if by and by not in (*keys, "concurrency", "rate_rps"):
         rows["by"] = names.by_labels(rows, by)
         keys.append("by")
-    if (
-        "run" not in keys
-        and by != "run"
-        and rows.duplicated([*keys, *([x] if x else ["concurrency", "rate_rps"])]).any()
-    ):
+    if picturing and _crossed(rows, x):
+        rows["load"] = [_other_load(row, x) for _, row in rows.iterrows()]
+        keys.append("load")
+    if "run" not in keys and by != "run" and rows.duplicated([*keys, *([x] if x else loads)]).any():
         keys.append("run")
     styles, seen = arm_lines(arms), dict[str, int]()
     groups = sorted(rows.groupby(keys, sort=False), key=lambda item: arms.index(str(item[0][0])))
@@ -62,7 +63,21 @@ def lines_of(rows: pd.DataFrame, x: str = "", by: str | None = None) -> Iterator
             style["linestyle"] = DASHES[seen.get(arm, 0) % len(DASHES)]
         seen[arm] = seen.get(arm, 0) + 1
         label = "/".join(dict.fromkeys(line["label"]))  # one line may have several dtypes
-        yield ", ".join([label, *more]), style, line.sort_values([x] if x else ["concurrency", "rate_rps"])
+        yield ", ".join([label, *more]), style, line.sort_values([x] if x else loads)
+
+
+def _crossed(rows: pd.DataFrame, x: str) -> bool:
+    """Whether pictures have several batches and several loads, of which an axis takes one."""
+    loads = rows[["concurrency", "rate_rps"]].drop_duplicates()
+    varied = len(loads) > 1 if x == "batch_size" else rows["batch_size"].nunique() > 1
+    return varied and (bool(x) or len(loads) > 1)
+
+
+def _other_load(row: pd.Series, x: str) -> str:
+    """What of a point of pictures is not on the axis `x`."""
+    if x == "batch_size":
+        return names.load_label({**row, "batch_size": None}) or "one at a time"
+    return names.load_label({**row, "concurrency": None, "rate_rps": None})
 
 
 def legend_name(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from miinb.bench.charts.names import encoding
+from miinb.bench.charts.names import encoding, picturing
 from miinb.bench.summary import gaps
 from miinb.errors import InvalidValue, did_you_mean
 
@@ -19,6 +19,7 @@ METRICS = {
     "ttft_s": "Time to first token",
     "tpot_s": "Time per output token",
     "itl_s": "Inter-token latency",
+    "image_s": "Time per image",
 }
 
 
@@ -60,14 +61,25 @@ def chosen(metric: str, known: Mapping[str, Any], what: str) -> str:
 
 
 def rate_of(rows: pd.DataFrame, metric: str | None) -> str:
-    """The column of a rate; without one the usual of the rows' task: texts of encoders, else output tokens.
+    """The column of a rate; without one the usual of the rows' task: texts of encoders, images, else output tokens.
 
     Raises:
         InvalidValue: there is no such rate.
     """
     if metric is None:
-        return "seq_s" if encoding(rows) else "output_tok_s"
+        return "seq_s" if encoding(rows) else "img_s" if picturing(rows) else "output_tok_s"
     return chosen(metric, RATES, "rate")
+
+
+def cost_of(rows: pd.DataFrame, metric: str | None) -> str:
+    """The column of a cost; without one that of the rows' task: of a thousand images, else of a million tokens.
+
+    Raises:
+        InvalidValue: there is no such cost.
+    """
+    if metric is None:
+        return "usd_per_1k_images" if picturing(rows) else "usd_per_mtok"
+    return chosen(metric, COSTS, "cost")
 
 
 def samples(rows: pd.DataFrame, metric: str) -> pd.Series:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from miinb.bench.charts.style import BASELINES
 from miinb.bench.display import run_labels
-from miinb.bench.summary import encodes
+from miinb.bench.summary import encodes, task_kind
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import one_line, shortened
 
@@ -166,15 +166,29 @@ def legend_text(name: str) -> str:
 
 
 def load_label(row: Mapping[str, Any] | pd.Series) -> str:
-    """A point's load in words: "concurrency 8", "2.5 requests/s"."""
+    """A point's load in words: "concurrency 8", "2.5 requests/s"; of pictures "batch 4", or both."""
+    load = f"concurrency {row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else ""
     if pd.notna(row["rate_rps"]):
-        return f"{row['rate_rps']:g} requests/s"
-    return f"concurrency {row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else ""
+        load = f"{row['rate_rps']:g} requests/s"
+    if task_kind(str(row.get("task"))) != "image" or pd.isna(row.get("batch_size")):
+        return load
+    return ", ".join([f"batch {row['batch_size']:g}", *([load] if load not in ("", "concurrency 1") else [])])
+
+
+def load_mark(row: pd.Series) -> str:
+    """A point's load as a mark beside it: "8", "2.5/s"."""
+    load = f"{row['concurrency']:.0f}" if pd.notna(row["concurrency"]) else ""
+    return f"{row['rate_rps']:g}/s" if pd.notna(row["rate_rps"]) else load
 
 
 def short_model(model: object) -> str:
     """A hub name without its owner."""
     return one_line(str(model).rsplit("/", 1)[-1])
+
+
+def picturing(frame: pd.DataFrame) -> bool:
+    """Whether these are runs of text-to-image alone."""
+    return bool(len(frame)) and all(task_kind(str(task)) == "image" for task in frame["task"].unique())
 
 
 def encoding(frame: pd.DataFrame) -> bool:

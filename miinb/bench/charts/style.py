@@ -41,6 +41,15 @@ PARTS = {
     "postprocess": ("detokenize", "#E69F00"),
     "rest": ("transport and client", OTHER),
 }
+#: The same of text-to-image.
+IMAGE_PARTS = {
+    "queue": PARTS["queue"],
+    "text_encode": ("text encoder", PARTS["preprocess"][1]),
+    "steps": ("steps", PARTS["model"][1]),
+    "vae": ("VAE decoder", "#009E73"),
+    "postprocess": ("picture file", PARTS["postprocess"][1]),
+    "rest": PARTS["rest"],
+}
 INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
 WIDTH_IN = 7.4
 WRAP = 122
@@ -90,9 +99,19 @@ def new_panels(heights_in: Sequence[float]) -> list[Any]:
 
 
 def finish(
-    ax: Any, *, title: str, subtitle: str, caption: Iterable[str], footer: str, legend_above: bool = False
+    ax: Any,
+    *,
+    title: str,
+    subtitle: str,
+    caption: Iterable[str],
+    footer: str,
+    legend_above: bool = False,
+    below: float = 0.0,
 ) -> Any:
-    """Title, subtitle, and below the axes the caption and the footer; they also make the alternative text."""
+    """Title, subtitle, and below the axes the caption and the footer; they also make the alternative text.
+
+    `below` are points that something else takes between the axes and the caption.
+    """
     title, subtitle, footer = one_line(title), one_line(subtitle), one_line(footer)
     lines = [one_line(text) for text in caption if text]
     own = isinstance(ax, ChartAxes)  # the figure is this chart's alone: the caption may use its whole width
@@ -111,7 +130,7 @@ def finish(
             fontsize=9,
             color=SOFT,
         )
-    write_below(ax, [*lines, footer], width)
+    write_below(ax, [*lines, footer], width, below)
     read_literally(ax)
     ax.set_gid("miinb-chart")
     ax._miinb_alt = [f"{title} ({subtitle})." if subtitle else f"{title}.", *lines]
@@ -141,8 +160,8 @@ def name_panel(ax: Any, name: str) -> None:
     ax._miinb_alt = [f"{name}."]
 
 
-def write_below(ax: Any, lines: Iterable[str], width: int = WRAP) -> None:
-    """Lines of small text below the axes, wrapped to `width` characters."""
+def write_below(ax: Any, lines: Iterable[str], width: int = WRAP, below: float = 0.0) -> None:
+    """Lines of small text below the axes, wrapped to `width` characters, `below` points further down."""
     wrapped = [part for line in lines if line for part in textwrap.wrap(line, width)]
     if not wrapped:
         return
@@ -150,7 +169,7 @@ def write_below(ax: Any, lines: Iterable[str], width: int = WRAP) -> None:
     ax.annotate(
         *("\n".join(wrapped), (0.012 if own else 0, 0)),
         xycoords=("figure fraction" if own else "axes fraction", ax.xaxis.label),
-        xytext=(0, -8),
+        xytext=(0, -8 - below),
         textcoords="offset points",
         va="top",
         fontsize=8,

@@ -1,0 +1,58 @@
+"""Text to image behind its server: both engines on one folder, their starts, and equal work for both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from miinb.bench.records import Runs
+from miinb.bench.runner import compare
+from miinb.bench.startup import described
+from miinb.session import Session
+
+ENGINES = ("baseline", "optimized")
+
+
+def measure(
+    folder: Path, *, device: str, dtype: str, batches: Sequence[int], requests: int, asked: Mapping[str, Any]
+) -> Runs:
+    """Start both engines one after the other and compare them: batches as points, one request in flight.
+
+    Args:
+        folder: a pipeline's.
+        device, dtype: of both deployments.
+        batches: pictures of a request.
+        requests: of each arm and batch, after one that warms up.
+        asked: further fields of `BenchConfig`, as num_inference_steps.
+    """
+    starts: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        sessions: dict[str, Session] = {}
+        for engine in ENGINES:
+            begin = time.perf_counter()
+            session = Session(
+                folder,
+                "text-to-image",
+                name=f"images-{engine}-{os.getpid()}",
+                engine=engine,
+                device=device,
+                dtype=dtype,
+                max_batch=max(batches),
+            )
+            sessions[engine] = stack.enter_context(session)
+            info = described(session)
+            starts[engine] = {
+                "ready_s": time.perf_counter() - begin,
+                "phases_s": dict(info.phases_s),
+                "load_peak_bytes": info.load_peak_bytes,
+            }
+        load = {"num_images_per_prompt": list(batches), "requests": requests, "warmup": 1, "run": "images-served"}
+        runs = compare(sessions, {**load, **asked})
+    for env in runs.env.values():
+        for engine, facts in starts.items():
+            env["arms"][engine] |= facts
+    return runs
