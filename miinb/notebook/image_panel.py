@@ -136,11 +136,8 @@ class ImagePanel(WorkPanel):
     def generate(self, _: Any = None) -> None:
         """Make pictures with prompt and parameters as they stand. Returns at once; a running request goes on."""
         with self._lock:
-            if self._busy:
-                return
             text = self.prompt.value
-            if not text.strip():
-                self._say("Write a prompt first.")
+            if not self._can_ask(text):
                 return
             try:
                 parameters = self.controls.values()

@@ -213,11 +213,8 @@ class PairPanel(WorkPanel):
     def compare(self, _: Any = None) -> None:
         """Ask both with the prompt and parameters as they stand. Returns at once; what runs goes on."""
         with self._lock:
-            if self._busy:
-                return
             text = self.prompt.value
-            if not text.strip():
-                self._say("Write a prompt first.")
+            if not self._can_ask(text):
                 return
             sides = (Side(self.first.value), Side(self.second.value))
             swapped = self.blind.value and random.random() < 0.5

@@ -101,11 +101,8 @@ class TextPanel(WorkPanel):
     def generate(self, _: Any = None) -> None:
         """Ask the model with the prompt and parameters as they stand. Returns at once; a running answer goes on."""
         with self._lock:
-            if self._busy:
-                return
             text = self.prompt.value
-            if not text.strip():
-                self._say("Write a prompt first.")
+            if not self._can_ask(text):
                 return
             if self.controls.chat.value:
                 self._sent, self.prompt.value = text, ""

@@ -170,6 +170,13 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         """A button that ends the running request."""
         return button(text, css, tooltip, self.stop, icon="stop", disabled=True)
 
+    def _can_ask(self, prompt: str) -> bool:
+        """Whether to ask with this prompt now: nothing runs, and there is one; says so where there is none."""
+        if not self._busy and not prompt.strip():
+            self._say("Write a prompt first.")
+            return False
+        return not self._busy
+
     # The worker
 
     @property
