@@ -23,24 +23,31 @@ class Sizes:
 
     Attributes:
         pixels: of a picture's side.
-        vae, unet: channels of each resolution. The VAE has four, so that a latent stands for 8 x 8 pixels.
+        vae, unet: channels of each resolution. A VAE of three makes a latent of 4 x 4 pixels, one of four of 8 x 8.
         text: width of the text's embeddings.
         pictures: drawn once, before the training.
         vae_batch, unet_batch: pictures of a step.
+        vae_share: of the time, for the VAE; the rest is the UNet's and the text encoder's.
     """
 
     pixels: int
-    vae: tuple[int, int, int, int]
+    vae: tuple[int, ...]
     unet: tuple[int, ...]
     text: int
     pictures: int
     vae_batch: int
     unet_batch: int
+    vae_share: float
+
+    @property
+    def latents(self) -> int:
+        """Of a picture's side."""
+        return int(self.pixels // 2 ** (len(self.vae) - 1))
 
 
 SIZES = {
-    "small": Sizes(64, (16, 32, 48, 48), (48, 80), 64, pictures=8192, vae_batch=16, unet_batch=32),
-    "large": Sizes(128, (24, 48, 64, 64), (64, 128), 96, pictures=32768, vae_batch=64, unet_batch=256),
+    "small": Sizes(64, (16, 32, 48), (32, 48, 80), 64, pictures=6144, vae_batch=12, unet_batch=16, vae_share=0.2),
+    "large": Sizes(128, (24, 48, 64, 64), (64, 128), 96, pictures=32768, vae_batch=64, unet_batch=256, vae_share=0.3),
 }
 
 
@@ -88,29 +95,30 @@ def make_text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae(sizes: Sizes) -> AutoencoderKL:
-    """Four resolutions, four latent channels."""
+    """Four latent channels. In its few and wide groups of channels a norm keeps what a picture's level is."""
     return AutoencoderKL(
         block_out_channels=sizes.vae,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * len(sizes.vae),
+        up_block_types=("UpDecoderBlock2D",) * len(sizes.vae),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=2,
         sample_size=sizes.pixels,
     )
 
 
 def make_unet(sizes: Sizes) -> UNet2DConditionModel:
-    """Attention to the text at every resolution."""
+    """Attention, and that to the text, at the two lowest resolutions."""
+    plain = len(sizes.unet) - 2
     return UNet2DConditionModel(
-        sample_size=sizes.pixels // 8,
+        sample_size=sizes.latents,
         block_out_channels=sizes.unet,
-        down_block_types=("CrossAttnDownBlock2D",) * len(sizes.unet),
-        up_block_types=("CrossAttnUpBlock2D",) * len(sizes.unet),
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * plain,
         layers_per_block=1,
         attention_head_dim=4,  # diffusers' name for the number of heads
         cross_attention_dim=sizes.text,
-        norm_num_groups=8,
+        norm_num_groups=4,
     )
 
 

@@ -40,10 +40,8 @@ from miinb.demo.judging import GUIDANCE, SEEDS, STEPS, Seen, is_right, judge
 from miinb.demo.shapes import Scene, draw, prompts, scenes
 from miinb.engine.diffusion import LATENT_RGB
 
-#: Share of the time for the VAE; the rest is the UNet's and the text encoder's.
-_VAE_SHARE = 0.25
 #: Weights in the VAE's loss: of the distance from a normal distribution, and of the previews' error.
-_KL, _PREVIEW = 1e-3, 0.1
+_KL, _PREVIEW = 3e-4, 0.1
 #: Share of captions that are left out, for the prediction without a prompt.
 _UNCONDITIONAL = 0.1
 _SAVE_EVERY_S = 60.0
@@ -242,13 +240,13 @@ def train(args: argparse.Namespace, sizes: Sizes) -> tuple[StableDiffusionPipeli
     seconds = 60 * args.minutes
     vae: Any = image_parts.make_vae(sizes).to(args.device)
     loss = partial(vae_loss, vae, pictures, sizes.vae_batch)
-    facts = {"vae": Stage("vae", vae, loss, _VAE_SHARE * seconds, args.vae_rate, args.work).train()}
+    facts = {"vae": Stage("vae", vae, loss, sizes.vae_share * seconds, args.vae_rate, args.work).train()}
     latents = encoded(vae, pictures)
     parts: Any = Denoiser(
         image_parts.make_unet(sizes), image_parts.make_text_encoder(sizes, tokenizer), latents, ids
     ).to(args.device)
     loss = partial(parts.loss, sizes.unet_batch)
-    facts["unet"] = Stage("unet", parts, loss, (1 - _VAE_SHARE) * seconds, args.rate, args.work).train()
+    facts["unet"] = Stage("unet", parts, loss, (1 - sizes.vae_share) * seconds, args.rate, args.work).train()
     return image_parts.assemble(vae, parts.text_encoder, tokenizer, parts.unet), facts
 
 
@@ -286,9 +284,8 @@ def finish(args: argparse.Namespace, sizes: Sizes, pipe: Any, facts: dict[str, A
         shutil.rmtree(args.out, ignore_errors=True)
         new.rename(args.out)
     for one in found:
-        print(
-            f"{one['prompt']:18} seed {one['seed']}  {one['color']:6} {one['shape']:8} {'right' if one['right'] else 'WRONG'}"
-        )
+        word = "right" if one["right"] else "WRONG"
+        print(f"{one['prompt']:18} seed {one['seed']}  {one['color']:6} {one['shape']:8} {word}")
     print(f"{known['right']} of {len(found)} right; {args.out}: {_bytes(args.out) / 1e6:.1f} MB")
 
 
@@ -327,6 +324,7 @@ def main() -> None:
     began = time.monotonic()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True  # shapes never change
     args.size = args.size or ("large" if args.device == "cuda" else "small")
     sizes = SIZES[args.size]
     with tempfile.TemporaryDirectory() as scratch:

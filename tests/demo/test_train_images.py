@@ -1,4 +1,4 @@
-"""The training script of the tiny image model, for seconds: a folder that diffusers and the engine read, and resumed."""
+"""The training of the tiny image model, for seconds: a folder that diffusers and the engine read; and resumed."""
 
 from __future__ import annotations
 
