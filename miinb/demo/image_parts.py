@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-#: Tokens that the text encoder takes: the longest caption has 20, and attention to fewer tokens is quicker than to 77.
+#: Tokens that the text encoder takes: the longest caption has 17, and attention to fewer tokens is quicker than to 77.
 TEXT_LENGTH = 32
 
 

@@ -42,6 +42,8 @@ from miinb.engine.diffusion import LATENT_RGB
 
 #: Weights in the VAE's loss: of the distance from a normal distribution, and of the previews' error.
 _KL, _PREVIEW = 3e-4, 0.1
+#: How much more a pixel counts in it that is all color and no gray: most of a picture is background.
+_COLORED = 3.0
 #: Share of captions that are left out, for the prediction without a prompt.
 _UNCONDITIONAL = 0.1
 _SAVE_EVERY_S = 60.0
@@ -125,15 +127,14 @@ def _mean(losses: Sequence[Tensor]) -> float:
     return float(torch.stack([loss.float().cpu() for loss in losses]).mean()) if losses else math.nan
 
 
-def drawn(chosen: Sequence[Scene], pixels: int, device: str) -> Tensor:
-    """The scenes' pictures, [N, 3, pixels, pixels] uint8, drawn by as many processes as there are cores."""
-    cores = len(os.sched_getaffinity(0))
-    if cores <= 2:
+def drawn(chosen: Sequence[Scene], pixels: int, workers: int) -> Tensor:
+    """The scenes' pictures, [N, 3, pixels, pixels] uint8, drawn by so many processes."""
+    if workers <= 2:  # to start them takes as long as to draw
         pictures = [draw(scene, pixels) for scene in chosen]
     else:
-        with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             pictures = list(pool.map(partial(draw, pixels=pixels), chosen, chunksize=256))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(device)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def as_input(pictures: Tensor) -> Tensor:
@@ -150,7 +151,9 @@ def vae_loss(vae: Any, pictures: Tensor, batch: int) -> Tensor:
     latents = posterior.mean.float()
     colors = torch.tensor(LATENT_RGB, device=latents.device)
     preview = torch.einsum("nchw,cr->nrhw", latents / latents.std().detach(), colors)
-    error = (made.float() - chosen).abs().mean() + F.mse_loss(made.float(), chosen)
+    away = made.float() - chosen
+    colored = 1 + _COLORED * (chosen.amax(1, keepdim=True) - chosen.amin(1, keepdim=True))
+    error = ((away.abs() + away.square()) * colored).mean()
     small = F.avg_pool2d(chosen, chosen.shape[-1] // latents.shape[-1])
     loss: Tensor = (
         error + _KL * posterior.kl().float().mean() / latents[0].numel() + _PREVIEW * F.mse_loss(preview, small)
@@ -232,7 +235,7 @@ def train(args: argparse.Namespace, sizes: Sizes) -> tuple[StableDiffusionPipeli
     """Draw, train the VAE, then UNet and text encoder; returns the pipeline and what was seen on the way."""
     began = time.monotonic()
     chosen = list(itertools.islice(scenes(args.seed), sizes.pictures))
-    pictures = drawn(chosen, sizes.pixels, args.device)
+    pictures = drawn(chosen, sizes.pixels, workers=len(os.sched_getaffinity(0))).to(args.device)
     print(f"{len(chosen)} pictures drawn in {time.monotonic() - began:.0f} s", flush=True)
     told = [scene.caption for scene in chosen] + [""]
     tokenizer = image_parts.make_tokenizer(told)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,18 @@ from PIL import Image
 
 import miinb
 from miinb import Session
-from miinb.demo import main, picture_tour, tiny_images
+from miinb import demo as demo_package
+from miinb.demo import IMAGES, main, picture_tour, tiny_images
 from miinb.demo.judging import GUIDANCE, SEEDS, STEPS, is_right, judge
 from miinb.demo.shapes import prompts
+from tests.tiny_pipeline import make_pipeline
+
+TRAINED = (IMAGES / "model_index.json").is_file()
+#: What can be judged only where the model is.
+trained = pytest.mark.skipif(not TRAINED, reason="the tiny image model is not trained")
 
 
+@trained
 def test_it_is_small_and_names_its_origin() -> None:
     folder = tiny_images()
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 15_000_000
@@ -31,29 +37,51 @@ def test_it_is_small_and_names_its_origin() -> None:
     assert facts["right"] >= 22
 
 
-@pytest.mark.usefixtures("_own_state")
-def test_it_serves_draws_and_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "miinb.demo", "--images"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+def tour(folder: Path, *options: str) -> tuple[str, list[Path]]:
+    """What the demonstration says, and the files that it leaves."""
+    command = [sys.executable, "-u", "-m", "miinb.demo", "--images", *options]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         out, err = demo.communicate(timeout=280)
     assert demo.returncode == 0, err
     assert not miinb.deployments()
-    files = sorted((tmp_path / picture_tour.FOLDER).iterdir())
+    files = sorted((folder / picture_tour.FOLDER).iterdir())
+    assert all(str(file) in out for file in files)
+    return out, files
+
+
+@pytest.mark.skipif(TRAINED, reason="the tour of the trained model does all of this")
+@pytest.mark.usefixtures("_own_state")
+def test_it_serves_draws_and_ends(tmp_path: Path) -> None:
+    make_pipeline(tmp_path)
+    out, files = tour(tmp_path, "--model", str(tmp_path / "model"), "--prompt", "a red fox")
+    assert "a red fox: " in out
+    assert "s a picture" in out
+    assert [file.name for file in files] == ["1.png", "2.png"]
+    with Image.open(files[1]) as picture:
+        made = json.loads(picture.info["miinb"])
+    assert (made["prompt"], made["seed"], made["num_inference_steps"]) == ("a red fox", 2, STEPS)
+
+
+@trained
+@pytest.mark.usefixtures("_own_state")
+def test_its_pictures_show_what_their_prompts_say(tmp_path: Path) -> None:
+    out, files = tour(tmp_path)
     assert len(files) == 2 * len(picture_tour.PROMPTS)
+    assert all(f"{prompt}: " in out for prompt in picture_tour.PROMPTS)
     right = 0
     for file in files:
-        assert str(file) in out
         with Image.open(file) as picture:
-            made = json.loads(picture.info["miinb"])
-            assert made["num_inference_steps"] == STEPS
-            assert made["prompt"] in picture_tour.PROMPTS
-            right += is_right(made["prompt"], judge(picture))
+            right += is_right(json.loads(picture.info["miinb"])["prompt"], judge(picture))
     assert right >= len(files) - 1
-    for prompt in picture_tour.PROMPTS:
-        assert f"{prompt}: " in out
-    assert os.listdir(tmp_path) == [picture_tour.FOLDER]
 
 
+def test_a_model_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo_package, "IMAGES", Path("/no/such/folder"))
+    assert main(["--images"]) == 1
+    assert "train_images" in capsys.readouterr().err
+
+
+@trained
 @pytest.mark.slow
 def test_the_24_judgments_through_a_session() -> None:
     with Session(tiny_images(), device="cpu") as session:

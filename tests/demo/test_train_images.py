@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from miinb.demo import image_parts, train_images
-from miinb.demo.shapes import COLORS, KINDS
+from miinb.demo.shapes import COLORS, KINDS, scenes
 from miinb.engine.unet_weights import load_unet
 from miinb.engine.vae import load_vae
 from miinb.models import inspect
@@ -56,7 +57,8 @@ def test_the_engine_computes_it(trained: Path) -> None:
     model = trained / "model"
     pipe: Any = StableDiffusionPipeline.from_pretrained(model)
     torch.manual_seed(2)
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, image_parts.TEXT_LENGTH, 64)
+    size = pipe.unet.config.sample_size
+    latents, text = torch.randn(2, 4, size, size), torch.randn(2, image_parts.TEXT_LENGTH, 64)
     times = torch.tensor([999, 500])
     cpu = torch.device("cpu")
     unet = load_unet(model / "unet", dtype=torch.float32, device=cpu)
@@ -88,6 +90,11 @@ def test_the_tokenizer_has_the_grammars_words_and_reads_any_text(trained: Path) 
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
         assert loaded(text, padding="max_length").input_ids[0] == loaded.bos_token_id
         assert len(loaded(text, padding="max_length").input_ids) == image_parts.TEXT_LENGTH
+
+
+def test_processes_draw_what_one_draws() -> None:
+    chosen = list(itertools.islice(scenes(4), 6))
+    assert torch.equal(train_images.drawn(chosen, 32, workers=3), train_images.drawn(chosen, 32, workers=1))
 
 
 @pytest.mark.parametrize(("words", "says"), [(("--minutes", "0"), "--minutes"), (("--device", "cuda"), "no GPU")])
