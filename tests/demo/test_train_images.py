@@ -16,6 +16,7 @@ from PIL import Image
 
 from miinb.demo import image_parts, train_images
 from miinb.demo.shapes import COLORS, KINDS, scenes
+from miinb.engine.diffusion_spec import unet_spec, vae_spec
 from miinb.engine.unet_weights import load_unet
 from miinb.engine.vae import load_vae
 from miinb.models import inspect
@@ -67,6 +68,15 @@ def test_the_engine_computes_it(trained: Path) -> None:
         assert distance(found, pipe.unet(latents, 500, text).sample) < 1e-4
         decoder = load_vae(model / "vae", dtype=torch.float32, device=cpu)
         assert distance(decoder.decode(latents), pipe.vae.decode(latents).sample) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(image_parts.SIZES))
+def test_the_engine_knows_every_size(name: str) -> None:
+    sizes = image_parts.SIZES[name]
+    unet, vae = image_parts.make_unet(sizes), image_parts.make_vae(sizes)
+    assert unet_spec(unet.config).text_width == sizes.text
+    assert vae_spec(vae.config).scale * unet.config.sample_size == sizes.pixels
+    assert 2 * sum(values.numel() for part in (unet, vae) for values in part.parameters()) < 12_000_000  # in fp16
 
 
 def test_a_run_goes_on_from_its_checkpoints(
