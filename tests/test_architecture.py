@@ -171,6 +171,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
     "__main__": ("cli",),
     "demo": (*CORE, *KERNEL_SIDE, "cell", "bench"),
+    "demo.train_images": ("demo", "engine.diffusion"),
     "targets": ("config", "errors"),
 }
 
@@ -197,8 +198,10 @@ MAY_BE_HEAVY = (
     "bench.headline.continuous",
     "bench.scheduler_overhead",
     "bench.startup",
+    "demo.image_parts",
     "demo.train",
     "demo.train_encoders",
+    "demo.train_images",
 )
 #: Third parties that must not load with a part (inside functions they may).
 LAZY_EVERYWHERE = ("matplotlib", "pandas", "IPython", "ipywidgets")

@@ -31,6 +31,7 @@ def test_the_wheel_holds_what_the_package_reads(wheel: Path) -> None:
         "miinb/demo/tiny/model.safetensors",
         "miinb/demo/tiny/chat_template.jinja",
         "miinb/demo/notebooks/01_first_answer.ipynb",
+        *(str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "miinb" / "demo").rglob("*.safetensors")),
     ):
         assert needed in names, f"{needed} is not in the wheel"
     assert not [name for name in names if name.startswith("tests/")]

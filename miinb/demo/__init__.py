@@ -11,6 +11,7 @@ MODEL_VARIABLE = "MIINB_DEMO_MODEL"
 
 TINY = Path(__file__).with_name("tiny")
 ENCODERS = Path(__file__).with_name("encoders")
+IMAGES = Path(__file__).with_name("tiny_images")
 
 
 def tiny_model() -> Path:
@@ -33,6 +34,24 @@ def tiny_encoder(task: str) -> Path:
     if name not in known:
         raise InvalidValue(f"There is no tiny encoder for {task!r}.", hint=did_you_mean(task, known))
     return ENCODERS / f"tiny-bert-{name}"
+
+
+def tiny_images() -> Path:
+    """The folder of the tiny Stable Diffusion inside the package (own work, fp16).
+
+    It draws circles, squares and triangles in red, yellow, green and blue: "a large red circle on a gray background".
+
+    Raises:
+        ModelNotFound: it has not been trained.
+    """
+    from miinb.errors import ModelNotFound
+
+    if not (IMAGES / "model_index.json").is_file():
+        raise ModelNotFound(
+            "The tiny image model is not in this package.",
+            hint="Train it with `python -m miinb.demo.train_images`, or name a pipeline's folder with --model.",
+        )
+    return IMAGES
 
 
 def default_model(*, quiet: bool = False) -> str:

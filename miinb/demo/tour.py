@@ -1,4 +1,4 @@
-"""The demonstration: a model is fetched, served, asked, and measured against plain transformers."""
+"""The demonstration: a model is fetched, served, asked, and measured against plain transformers; or makes pictures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from miinb.config import parse_generation
 from miinb.demo import MODEL_VARIABLE, default_model, tiny_model
+from miinb.demo.picture_tour import check_folder, picture_tour, title
 from miinb.errors import InvalidValue, MiinbError
 
 if TYPE_CHECKING:
     from miinb.session import Session
 
-PROMPT = "Once upon a time,"
+PROMPT, NEW_TOKENS = "Once upon a time,", 64
 NOTEBOOK = "01_first_answer.ipynb"
 NOTEBOOKS = Path(__file__).with_name("notebooks")
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
@@ -30,11 +31,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="miinb demo", description=__doc__)
     made.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched once)")
     made.add_argument("--tiny", action="store_true", help="the tiny model inside the package: no download, seconds")
+    made.add_argument("--images", action="store_true", help="pictures of prompts, by a tiny model inside the package")
     made.add_argument("--notebook", action="store_true", help="open JupyterLab on the first notebook instead")
-    made.add_argument("--prompt", default=PROMPT)
-    made.add_argument("--max-new-tokens", "-n", type=int, default=64)
+    made.add_argument("--prompt", help=f"default: {PROMPT!r}; of pictures: one of each shape, and more")
+    made.add_argument("--max-new-tokens", "-n", type=int, help=f"of the answer (default: {NEW_TOKENS})")
     made.add_argument("--price", type=float, help="US dollars an hour of this machine (or GPU), for the cost")
-    made.add_argument("--out", type=Path, default=Path(), help="folder for the chart (default: this one)")
+    made.add_argument("--out", type=Path, default=Path(), help="folder for what is written (default: this one)")
     return made
 
 
@@ -44,9 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.model and args.tiny:
             raise InvalidValue("--tiny: not together with --model.")
-        if args.notebook:
+        if args.images:
+            _refuse_text_options(args)
+            picture_tour(args.model, args.prompt, args.out)
+        elif args.notebook:
             return open_notebook(args)
-        tour(args)
+        else:
+            tour(args)
     except KeyboardInterrupt:
         print("\nStopped. No process of the demonstration is left.", file=sys.stderr)
         return INTERRUPTED
@@ -60,19 +66,27 @@ def tour(args: argparse.Namespace) -> None:
     """Fetch, serve, ask, measure; ends every process that it started, also when it fails."""
     from miinb.session import Session
 
-    if not os.access(args.out, os.W_OK | os.X_OK):
-        raise InvalidValue(f"--out: {args.out} is not a folder that can be written to.")
-    parse_generation({"max_new_tokens": args.max_new_tokens})  # refused now rather than after the start
+    check_folder(args.out)
+    prompt = PROMPT if args.prompt is None else args.prompt
+    new_tokens = NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    parse_generation({"max_new_tokens": new_tokens})  # refused now rather than after the start
     model = args.model or (tiny_model() if args.tiny else default_model())
-    _title(1, f"Serving {model}")
+    title(1, f"Serving {model}")
     with Session(model, "text-generation", name=None) as optimized:
         print(f"{optimized.name}: ready, loaded in {optimized.load_s:.1f} s\n{optimized.plan()}")
-        _title(2, "An answer, as it comes")
-        answer(optimized, args.prompt, args.max_new_tokens)
-        _title(3, "The same model in plain transformers (the baseline), then both measured in turns")
+        title(2, "An answer, as it comes")
+        answer(optimized, prompt, new_tokens)
+        title(3, "The same model in plain transformers (the baseline), then both measured in turns")
         with Session(model, "text-generation", engine="baseline", dtype=_dtype(optimized)) as baseline:
             measure(optimized, baseline, args)
     print("\nEvery process of the demonstration has ended. Next: miinb demo --notebook")
+
+
+def _refuse_text_options(args: argparse.Namespace) -> None:
+    """Raise InvalidValue for an option that pictures do not have."""
+    for name in ("notebook", "max_new_tokens", "price"):
+        if getattr(args, name) not in (None, False):
+            raise InvalidValue(f"--{name.replace('_', '-')}: not together with --images.")
 
 
 def answer(session: Session, prompt: str, max_new_tokens: int) -> None:
@@ -139,7 +153,3 @@ def writable_notebook() -> Path:
 def _dtype(session: Session) -> str:
     """The dtype that really runs: the arms are compared in the same one."""
     return session.plan().dtype
-
-
-def _title(number: int, text: str) -> None:
-    print(f"\n{number}. {text}\n", flush=True)

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import miinb
 from miinb.demo import main, tour
-
-
-@pytest.fixture
-def _own_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A place for deployments that no other program of the user has any in."""
-    folder = tempfile.mkdtemp(prefix="mii", dir="/tmp")  # short: unix sockets live in it
-    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:

@@ -1,0 +1,78 @@
+"""The demonstration of pictures: a text-to-image model is served, and draws what prompts say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miinb.demo import tiny_images
+from miinb.demo.judging import GUIDANCE, STEPS
+from miinb.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from miinb.session import Session
+
+PROMPTS = (
+    "a red circle",
+    "a yellow triangle",
+    "a large blue square on a gray background",
+    "a green circle on a black background",
+)
+FOLDER = "miinb-demo-images"
+_SEED, _EACH = 1, 2
+
+
+def picture_tour(model: str | None, prompt: str | None, out: Path) -> None:
+    """Serve, draw, write the pictures; ends every process that it started, also when it fails.
+
+    Args:
+        model: folder or hub name of a pipeline; None: the tiny one inside the package.
+        prompt: None: four of the tiny model's kind.
+        out: folder in which `miinb-demo-images` is made.
+
+    Raises:
+        InvalidValue: the folder cannot be written to.
+        MiinbError: what a start or a request raises.
+    """
+    from miinb.session import Session
+
+    check_folder(out)
+    served = model or str(tiny_images())
+    title(1, f"Serving {served}")
+    with Session(served, "text-to-image") as session:
+        print(f"{session.name}: ready, loaded in {session.load_s:.1f} s\n{session.plan()}")
+        title(2, "Pictures of prompts")
+        asked = PROMPTS if prompt is None else (prompt,)
+        draw(session, asked, {} if model else {"guidance_scale": GUIDANCE}, out / FOLDER)
+    print("\nEvery process of the demonstration has ended. Next: miinb demo --notebook")
+
+
+def draw(session: Session, asked: Sequence[str], options: dict[str, Any], folder: Path) -> None:
+    """Two pictures of each prompt, written as they come; a line of what each took."""
+    for prompt in asked:
+        result: Any = session.generate(
+            prompt, num_inference_steps=STEPS, num_images_per_prompt=_EACH, seed=_SEED, **options
+        )
+        timing = result.timing
+        print(
+            f"{prompt}: {timing.s_per_image:.2f} s a picture "
+            f"(text {timing.text_encode_s:.2f} s, {STEPS} steps of both {timing.steps_s:.2f} s, "
+            f"pixels {timing.vae_s:.2f} s each)",
+            flush=True,
+        )
+        for file in result.save(folder):
+            print(f"  {file.resolve()}", flush=True)
+    print("Each file holds the prompt, seed and parameters that made it.")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InvalidValue where a folder is none, or cannot be written to."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidValue(f"--out: {folder} is not a folder that can be written to.")
+
+
+def title(number: int, text: str) -> None:
+    """The heading of a part of the demonstration."""
+    print(f"\n{number}. {text}\n", flush=True)
