@@ -54,6 +54,7 @@ def kernel() -> Iterator[Kernel]:
         seen = kernel.run("%mii start {folder} --name tiny --dtype fp32 --threads 1")
         card = next(content["data"] for kind, content in seen if kind == "execute_result")
         assert "Session tiny (ready)" in card["text/plain"]
+        kernel.run("import miinb; s = miinb.attach('tiny')")
         yield kernel
         assert "Stopped tiny." in kernel.text("%mii stop")
         assert "No deployment is running" in kernel.text("print(get_ipython().run_line_magic('mii', 'list'))")
@@ -118,7 +119,7 @@ def test_cells_under_other_magics(kernel: Kernel) -> None:
 
 
 def test_it_works_while_the_event_loop_runs(kernel: Kernel) -> None:
-    cell = "import miinb\ns = miinb.attach('tiny')\na = await s.agenerate('Hi', max_new_tokens=2)\n"
+    cell = "a = await s.agenerate('Hi', max_new_tokens=2)\n"
     assert kernel.text(cell + "b = s.generate('Hi', max_new_tokens=2)\nprint(a.text == b.text)") == "True\n"
 
 
