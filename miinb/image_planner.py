@@ -45,8 +45,21 @@ def engine(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:
     if pipeline_of(model).diffusion is not None:
         return choice.with_line("engine", "optimized", "fused UNet and VAE decoder; schedulers are diffusers'")
     why = model.unfused.message if model.unfused else f"There is no form of {model.architecture}."
+    if config.options.step_reuse > 1:
+        raise InvalidValue(
+            f"options.step_reuse: only the optimized engine has it, and plain diffusers run this: {why}",
+            hint="Leave it out.",
+        )
     reason = f"plain diffusers run it: {why}"
     return choice.with_line("engine", "baseline", reason, engine="baseline", warnings=(reason,))
+
+
+def step_reuse(choice: Plan, config: DeploymentConfig) -> Plan:
+    """The plan with a line on steps that are not whole."""
+    if (every := config.options.step_reuse) == 1:
+        return choice
+    why = "lossy: one prediction in so many is whole; the others reuse its inner layers' features, so pictures differ"
+    return choice.with_line("step_reuse", str(every), why)
 
 
 def number_format(choice: Plan, config: DeploymentConfig, model: ModelInfo, *, has_bf16: bool) -> Plan:

@@ -170,6 +170,24 @@ def test_options_that_would_do_nothing_are_refused(made: tuple[Path, Any], confi
         plan(made[0], gpus=(gpu(), gpu(index=1)), **config)
 
 
+def test_steps_are_reused_where_that_can_be(made: tuple[Path, Any], folder: Path) -> None:
+    asked: dict[str, Any] = {"device": "cpu", "options": {"step_reuse": 3}}
+    found = plan(made[0], **asked)
+    (line,) = (line for line in found.lines if line.what == "step_reuse")
+    assert line.choice == "3"
+    assert line.reason.startswith("lossy: ")
+    assert not found.warnings
+    assert not any(line.what == "step_reuse" for line in plan(made[0], device="cpu").lines)
+    with pytest.raises(InvalidValue, match=r"options\.step_reuse: only for engine='optimized'"):
+        plan(made[0], engine="baseline", **asked)
+    for wrong in (0, 11, 2.5):
+        with pytest.raises(InvalidValue, match="step_reuse"):
+            plan(made[0], options={"step_reuse": wrong})
+    edit(folder / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
+    with pytest.raises(InvalidValue, match=r"options\.step_reuse: only the optimized engine .*scale_shift"):
+        plan(folder, **asked)
+
+
 def test_what_has_no_form_runs_on_diffusers_and_says_why(folder: Path) -> None:
     edit(folder / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
     found = plan(folder, device="cpu")

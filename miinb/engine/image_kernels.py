@@ -33,7 +33,13 @@ def kernels_of_pipeline(config: DeploymentConfig, pipeline: Pipeline) -> list[Ke
     kernels: dict[tuple[str, str], Kernel] = {}
     for guided in (True, False):
         found = kernels_of_images(
-            spec.unet, spec.vae, dtype=DTYPES[config.dtype], sizes=sizes, tokens=pipeline.text_length, guided=guided
+            spec.unet,
+            spec.vae,
+            dtype=DTYPES[config.dtype],
+            sizes=sizes,
+            tokens=pipeline.text_length,
+            guided=guided,
+            reuse=config.options.step_reuse > 1,
         )
         kernels |= {(kernel.name, kernel.specialization): kernel for kernel in found}
     return list(kernels.values())
@@ -48,6 +54,7 @@ def kernels_of_images(
     steps: int = 50,
     tokens: int = 77,
     guided: bool = True,
+    reuse: bool = False,
 ) -> list[Kernel]:
     """The kernels of prompts, steps and pictures of these sizes; to be called within `recording.compiling_for`.
 
@@ -59,6 +66,7 @@ def kernels_of_images(
         steps: of a prompt.
         tokens: of a text.
         guided: whether there are two texts a picture.
+        reuse: whether there are shallow steps too.
     """
     unet = Unet(unet_spec, unet_weights(unet_spec, RandomTensors(dtype, META)))
     vae = VaeDecoder(vae_spec, vae_weights(vae_spec, RandomTensors(dtype, META)))
@@ -68,7 +76,12 @@ def kernels_of_images(
             texts = 2 * pictures if guided else pictures
             text = torch.empty((texts, tokens, unet_spec.text_width), dtype=dtype, device=META)
             conditions = unet.prepare(text, torch.empty(steps, device=META))
-            unet.step(torch.empty((pictures, unet_spec.inputs, height, width), device=META), index, conditions)
+            latents = torch.empty((pictures, unet_spec.inputs, height, width), device=META)
+            if reuse:
+                _, deep = unet.whole_step(latents, index, conditions)
+                unet.shallow_step(latents, index, conditions, deep)
+            else:
+                unet.step(latents, index, conditions)
             for together in {1, pictures}:
                 vae.decode(torch.empty((together, vae_spec.inputs, height, width), device=META))
     return kernels

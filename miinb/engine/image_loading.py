@@ -68,7 +68,7 @@ def load_painter(
     plan = verified(plan, lambda: image_parity.check(unet, vae), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     runner, plan = _capture(unet, pipeline, config, info, plan, report)
-    painter = UnetPainter(pipe, pipeline, runner, vae)
+    painter = UnetPainter(pipe, pipeline, runner, vae, step_reuse=config.options.step_reuse)
     info = dataclasses.replace(info, plan=plan, load_peak_bytes=peak)
     return ImageExecutor(painter, info, max_queue=config.options.max_queue)
 
@@ -113,7 +113,7 @@ def _capture(
     if not config.options.cuda_graphs:
         return unet, plan.with_line("graphs", "off", "asked for")
     report(Phase("capture"))
-    graphed = GraphedUnet(unet)
+    graphed = GraphedUnet(unet, reuse=config.options.step_reuse > 1)
     height, width = pipeline.height // pipeline.scale, pipeline.width // pipeline.scale
     for guided in (True, False):
         for batch in batches(info.max_batch):
