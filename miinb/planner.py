@@ -57,8 +57,8 @@ def _images(
 ) -> Plan:
     image_planner.refuse(config, image_planner.pipeline_of(model))
     choice = _device(image_planner.engine(choice, config, model), config, hardware, groups)
-    has_bf16 = all(gpu.capability >= (8, 0) for group in groups for gpu in group)
-    choice = image_planner.number_format(choice, config, model, has_bf16=has_bf16)
+    capability = min((gpu.capability for group in groups for gpu in group), default=None)
+    choice = image_planner.number_format(choice, config, model, capability)
     choice = image_planner.memory(choice, config, model, _place(config, hardware, groups))
     return image_planner.step_reuse(choice, config)
 

@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tasks": ("errors", "messages", "config"),
     "checkpoint": ("errors",),
     "location": ("errors",),
-    "pipelines": ("errors", "checkpoint", "tasks", "engine.diffusion_spec"),
+    "pipelines": ("errors", "checkpoint", "tasks", *POLICY_DATA),
     "models": ("errors", "config", "messages", "tasks", "checkpoint", "location", "pipelines", *POLICY_DATA),
     "families": ("models", *POLICY_DATA),
     "rpc": ("messages", "image_messages", "image_params", "errors", "config", "frozen"),

@@ -90,6 +90,7 @@ class UnetWeights:
             other; each bias holds that of the block's first convolution too.
         keys_values: [sum of 2 * channels, text_width], of all the transformers' layers.
         down, mid, up: the blocks.
+        rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
     """
 
     conv_in: Conv
@@ -102,6 +103,7 @@ class UnetWeights:
     up: list[Block]
     norm_out: Norm
     conv_out: Conv
+    rounding: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
