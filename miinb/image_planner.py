@@ -35,7 +35,8 @@ def refuse(config: DeploymentConfig, pipeline: Pipeline) -> None:
     for name, there in wrong.items():
         if there:
             hint = hints.get(name, f"Leave {name} out.")
-            raise InvalidValue(f"{name}: there is no such choice for text-to-image yet.", hint=hint)
+            what = config.dtype if name == "dtype" else "such choice"
+            raise InvalidValue(f"{name}: there is no {what} for text-to-image yet.", hint=hint)
 
 
 def engine(choice: Plan, config: DeploymentConfig, model: ModelInfo) -> Plan:

@@ -154,6 +154,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
     "bench.images": ("bench", "engine"),
+    "bench.image_arms": ("bench", "engine"),
     "bench.several_gpus": ("bench", "demo", "errors", "session"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
@@ -189,6 +190,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.pipelines",
     "bench.encoders.plain_side",
     "bench.images",
+    "bench.image_arms",
     "bench.image_folder",
     "bench.headline.arms",
     "bench.headline.floors",
