@@ -17,6 +17,7 @@ from miinb.engine.diffusion_spec import unet_spec
 from miinb.engine.image_parameters import quantized_matrices
 from miinb.engine.image_weights import RandomTensors
 from miinb.engine.quantize import Quantizer
+from miinb.engine.unet_graphs import GraphedUnet
 from miinb.engine.unet_weights import load_unet, unet_weights
 from miinb.engine.weights import tensors
 from miinb.errors import InvalidValue, UnsupportedModel
@@ -161,3 +162,20 @@ def test_its_kernels_are_known_ahead(folder: Path) -> None:
             names[dtype] = {kernel.name for kernel in kernels_of(config, models.inspect(folder))}
     assert names["int8"] - names["fp16"]
     assert names["int8"] >= {"_group_statistics", "_normalize", "_join", "_norm"}
+
+
+@pytest.mark.gpu
+def test_a_gpu_predicts_what_a_cpu_does(tmp_path: Path) -> None:
+    folder = saved(tiny_images.unet("sd1"), tmp_path)
+    exact = load_unet(folder, dtype=FP32, device=CPU, quantizer=Quantizer(words=True))
+    latents, text = inputs("sd1", 2, (16, 24), tokens=77)
+    times, index = torch.tensor([700, 20]), torch.tensor([1])
+    expected = exact.step(latents, index, exact.prepare(text, times))
+    for dtype, limit in ((FP32, 3e-3), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)):
+        unet = load_unet(folder, dtype=dtype, device=torch.device("cuda"), quantizer=Quantizer(words=True))
+        graphed = GraphedUnet(unet)
+        conditions = graphed.prepare(text.cuda(), times)
+        eager = graphed.step(latents.cuda(), index.cuda(), conditions).clone()
+        assert graphed.capture(2, 16, 24)
+        replayed = graphed.step(latents.cuda(), index.cuda(), conditions)
+        assert all(distance(out.cpu(), expected) < limit for out in (eager, replayed))

@@ -221,3 +221,22 @@ def test_what_falls_back_to_diffusers_is_refused(folder: Path, tmp_path: Path, m
     monkeypatch.setattr(image_loading, "verified", fail)
     with pytest.raises(InvalidValue, match=r"options\.step_reuse: only the optimized engine has it: The fused layers"):
         load(folder, tmp_path / "state", options={"threads": 1, "step_reuse": 2})
+
+
+@pytest.mark.gpu
+def test_a_gpus_graphs_compute_what_a_cpu_does(tmp_path: Path) -> None:
+    from miinb.engine.unet_weights import load_unet as load_on
+
+    exact = load_unet(saved(tiny_images.unet("sd1"), tmp_path))
+    latents, text = inputs("sd1", 2, (16, 24), tokens=77)
+    times = torch.tensor([900, 600, 300, 1])
+    for dtype, limit in ((torch.float32, 3e-3), (torch.float16, 1e-2)):
+        graphed = GraphedUnet(load_on(tmp_path, dtype=dtype, device=torch.device("cuda")), reuse=True)
+        assert graphed.capture(2, 16, 24)
+        reused = [StepReuse(exact, 3), StepReuse(graphed, 3)]
+        conditions = [exact.prepare(text, times), graphed.prepare(text.cuda(), times)]
+        for i in range(4):
+            index = torch.tensor([i])
+            expected = reused[0].step(latents + i / 10, index, conditions[0])
+            out = reused[1].step((latents + i / 10).cuda(), index.cuda(), conditions[1])
+            assert distance(out.cpu(), expected) < limit
