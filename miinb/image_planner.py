@@ -125,6 +125,8 @@ def memory(choice: Plan, config: DeploymentConfig, model: ModelInfo, place: Plac
     if most < asked:
         raise _does_not_fit(choice, config, weights, asked * one + decode, place, most)
     why = f"{model.parameters / 1e9:.3g} billion parameters in {choice.dtype}"
+    if choice.dtype in QUANTIZED:
+        why = f"{model.parameters / 1e9:.3g} billion parameters, those of the UNet's transformers in {choice.dtype}"
     choice = choice.with_line("weights", size_words(weights), why, weights_bytes=weights)
     why = f"a picture unless a request says; prompts are cut after {pipeline.text_length} tokens"
     choice = choice.with_line("size", f"{width} x {height}", why, max_length=pipeline.text_length)
