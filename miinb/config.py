@@ -56,6 +56,8 @@ class EngineOptions(Frozen):
             weights of each layer from the host's memory ("cpu") or a fast disk ("nvme") when it is their turn.
         offload_folder: "nvme": where.
         ds_config: DeepSpeed's own configuration of the offload (ZeRO stage 3), for what is not said here.
+        step_reuse: optimized, text-to-image: one step in so many is whole, the others reuse its inner layers' features:
+            lossy (DeepCache). 1: all are.
         quantize_head: of quantized weights: the embedding and the head are int8; else in the activations' dtype.
         calibration: dtype "int4": what its rounding is fitted to: "auto" is a sample of Python's documentation; else a
             text file's path, or a list of texts; "off" rounds to the nearest, which starts sooner and loses more.
@@ -77,6 +79,7 @@ class EngineOptions(Frozen):
     offload: Literal["off", "cpu", "nvme"] = "off"
     offload_folder: Annotated[str, Field(min_length=1)] | None = None
     ds_config: dict[str, Any] | None = None
+    step_reuse: Annotated[int, Field(ge=1, le=10)] = 1
     quantize_head: bool = True
     calibration: str | list[str] = "auto"
     parity: Literal["fallback", "raise", "off"] = "fallback"
@@ -165,6 +168,8 @@ class DeploymentConfig(Frozen):
             raise InvalidValueError("options.compile: only for engine='baseline' (the other does not compile)")
         if self.options.speculative != "off" and self.engine != "optimized":
             raise InvalidValueError("options.speculative: only for engine='optimized'")
+        if self.options.step_reuse > 1 and self.engine != "optimized":
+            raise InvalidValueError("options.step_reuse: only for engine='optimized'")
         if self.options.offload != "off":
             self._offloaded()
         if self.gpus is not None and self.device == "cpu":

@@ -10,6 +10,8 @@ from typing import Any
 
 from miinb.checkpoint import TensorEntry, main_dtype, read_safetensors
 from miinb.engine.diffusion_spec import DiffusionSpec, diffusion_spec
+from miinb.engine.image_parameters import quantized_matrices
+from miinb.engine.parameters import QUANTIZED, row_bytes
 from miinb.errors import BrokenCheckpoint, UnsupportedModel
 from miinb.tasks import TASKS
 
@@ -58,6 +60,25 @@ class Pipeline:
     checks_safety: bool
     diffusion: DiffusionSpec | None = field(default=None, repr=False)
     unfused: UnsupportedModel | None = None
+
+    def compute_dtype(self, dtype: str, *, on_gpu: bool) -> str:
+        """Of activations and of what is not quantized, by miinb's names: `dtype`, unless that is of weights alone."""
+        if dtype not in QUANTIZED:
+            return dtype
+        return "fp32" if not on_gpu else "fp16" if self.has_half else "bf16"
+
+    def quantized_bytes(self, parameters: int, dtype: str, number: float, *, on_gpu: bool) -> int:
+        """Bytes of its weights where those of the UNet's transformers are quantized.
+
+        Args:
+            parameters: of all its parts.
+            dtype: of the transformers' matrices.
+            number: bytes of one of the other weights.
+            on_gpu: the form of the quantized numbers.
+        """
+        matrices = quantized_matrices(self.diffusion.unet) if self.diffusion else []
+        rest = parameters - sum(rows * columns for rows, columns in matrices)
+        return int(rest * number) + sum(rows * row_bytes(columns, dtype, on_gpu=on_gpu) for rows, columns in matrices)
 
     def variant(self, dtype: str) -> str | None:
         """Which files diffusers is to read for a dtype: "fp16", or None for those without such a word."""

@@ -40,6 +40,8 @@ def plan(config: DeploymentConfig, model: ModelInfo, hardware: Hardware) -> Plan
     choice = Plan(config.engine, device, "", config.tensor_parallel, config.replicas)
     if TASKS[task].image:
         return _images(choice, config, model, hardware, groups)
+    if config.options.step_reuse > 1:
+        raise InvalidValue(f"options.step_reuse: {task} has no steps of denoising.", hint="Leave it out.")
     choice = _engine(choice, config, model, task)
     choice = _split(choice, config, model)
     choice = _device(choice, config, hardware, groups)
@@ -55,9 +57,10 @@ def _images(
 ) -> Plan:
     image_planner.refuse(config, image_planner.pipeline_of(model))
     choice = _device(image_planner.engine(choice, config, model), config, hardware, groups)
-    has_bf16 = all(gpu.capability >= (8, 0) for group in groups for gpu in group)
-    choice = image_planner.number_format(choice, config, model, has_bf16=has_bf16)
-    return image_planner.memory(choice, config, model, _place(config, hardware, groups))
+    capability = min((gpu.capability for group in groups for gpu in group), default=None)
+    choice = image_planner.number_format(choice, config, model, capability)
+    choice = image_planner.memory(choice, config, model, _place(config, hardware, groups))
+    return image_planner.step_reuse(choice, config)
 
 
 def resolve(config: DeploymentConfig, choice: Plan, hardware: Hardware) -> DeploymentConfig:

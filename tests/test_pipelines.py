@@ -15,7 +15,7 @@ import torch
 from miinb import models, planner
 from miinb.config import DeploymentConfig
 from miinb.engine.diffusion_spec import unet_spec, vae_spec
-from miinb.engine.image_parameters import count_unet, count_vae
+from miinb.engine.image_parameters import count_unet, count_vae, quantized_matrices
 from miinb.errors import BrokenCheckpoint, InvalidRequest, InvalidValue, OutOfMemory, UnsupportedModel
 from miinb.hardware import Gpu, Hardware
 from miinb.image_params import ImageParams, parse_images
@@ -158,7 +158,8 @@ def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
         {"tensor_parallel": 2},
         {"max_length": 100},
         {"kv_dtype": "fp8"},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
+        {"dtype": "fp8"},
         {"engine": "baseline", "options": {"compile": True}},
         {"options": {"offload": "cpu"}},
         {"options": {"speculative": "prompt_lookup"}},
@@ -168,6 +169,49 @@ def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
 def test_options_that_would_do_nothing_are_refused(made: tuple[Path, Any], config: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match="text-to-image"):
         plan(made[0], gpus=(gpu(), gpu(index=1)), **config)
+
+
+def test_int8_is_planned_where_that_can_be(made: tuple[Path, Any], folder: Path) -> None:
+    on_cpu = plan(made[0], device="cpu", dtype="int8")
+    (line,) = (line for line in on_cpu.lines if line.what == "dtype")
+    assert (on_cpu.dtype, on_cpu.max_batch, on_cpu.warnings) == ("int8", 2, ())
+    assert line.reason.startswith("asked for, lossy: ")
+    assert "are in fp32; on a CPU that saves memory, not time" in line.reason
+    on_gpu = plan(made[0], gpus=(gpu(),), dtype="int8")
+    assert "are in bf16" in next(line.reason for line in on_gpu.lines if line.what == "dtype")
+    info = models.inspect(made[0])
+    assert info.pipeline is not None
+    assert info.pipeline.diffusion is not None
+    matrices = quantized_matrices(info.pipeline.diffusion.unet)
+    count = sum(rows * columns for rows, columns in matrices)
+    scales = sum(rows * -(-columns // 64) for rows, columns in matrices)
+    assert on_cpu.weights_bytes == 4 * (info.parameters - count) + count + 4 * scales
+    assert on_gpu.weights_bytes == 2 * (info.parameters - count) + count + 2 * scales  # all rows are multiples of 16
+    with pytest.raises(InvalidValue, match="int8 needs an Ampere GPU"):
+        plan(made[0], gpus=(gpu((7, 5)),), dtype="int8")
+    with pytest.raises(InvalidValue, match="int8 needs the optimized engine, and plain diffusers serve this"):
+        plan(made[0], device="cpu", dtype="int8", engine="baseline")
+    edit(folder / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
+    with pytest.raises(InvalidValue, match="int8 needs the optimized engine"):
+        plan(folder, device="cpu", dtype="int8")
+
+
+def test_steps_are_reused_where_that_can_be(made: tuple[Path, Any], folder: Path) -> None:
+    asked: dict[str, Any] = {"device": "cpu", "options": {"step_reuse": 3}}
+    found = plan(made[0], **asked)
+    (line,) = (line for line in found.lines if line.what == "step_reuse")
+    assert line.choice == "3"
+    assert line.reason.startswith("lossy: ")
+    assert not found.warnings
+    assert not any(line.what == "step_reuse" for line in plan(made[0], device="cpu").lines)
+    with pytest.raises(InvalidValue, match=r"options\.step_reuse: only for engine='optimized'"):
+        plan(made[0], engine="baseline", **asked)
+    for wrong in (0, 11, 2.5):
+        with pytest.raises(InvalidValue, match="step_reuse"):
+            plan(made[0], options={"step_reuse": wrong})
+    edit(folder / "unet" / "config.json", resnet_time_scale_shift="scale_shift")
+    with pytest.raises(InvalidValue, match=r"options\.step_reuse: only the optimized engine .*scale_shift"):
+        plan(folder, **asked)
 
 
 def test_what_has_no_form_runs_on_diffusers_and_says_why(folder: Path) -> None:

@@ -212,6 +212,7 @@ def test_an_encoder_on_several_ranks(tmp_path: Path) -> None:
         ({"device": "cuda"}, InvalidValue, "no GPU can be seen"),
         ({"gpus": [0]}, InvalidValue, "no GPU can be seen"),
         ({"task": "fill-mask"}, UnsupportedModel, "does not serve"),
+        ({"options": {"step_reuse": 2}}, InvalidValue, "step_reuse: text-generation has no steps of denoising"),
         ({"max_length": 8193}, InvalidValue, "above the model's context of 8192"),
         ({"max_batch": 4096, "max_length": 8192}, OutOfMemory, "Use max_batch="),
         ({"options": {"kv_cache_bytes": 1 << 20}, "max_length": 4096}, OutOfMemory, "max_length=32"),

@@ -1,4 +1,4 @@
-"""Text to image behind its server: both engines on one folder, their starts, and equal work for both."""
+"""Text to image behind its server: engines on one folder, their starts, and equal work for all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from miinb.bench.runner import compare
 from miinb.bench.startup import described
 from miinb.session import Session
 
-ENGINES = ("baseline", "optimized")
-
 
 def measure(
-    folder: Path, *, device: str, dtype: str, batches: Sequence[int], requests: int, asked: Mapping[str, Any]
+    folder: Path,
+    arms: Mapping[str, Mapping[str, Any]],
+    *,
+    device: str,
+    batches: Sequence[int],
+    requests: int,
+    asked: Mapping[str, Any],
 ) -> Runs:
-    """Start both engines one after the other and compare them: batches as points, one request in flight.
+    """Start deployments one after the other and compare them: batches as points, one request in flight.
 
     Args:
         folder: a pipeline's.
-        device, dtype: of both deployments.
+        arms: what `Session` takes besides, of each deployment by its name.
+        device: of all.
         batches: pictures of a request.
         requests: of each arm and batch, after one that warms up.
         asked: further fields of `BenchConfig`, as num_inference_steps.
@@ -32,20 +37,19 @@ def measure(
     starts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         sessions: dict[str, Session] = {}
-        for engine in ENGINES:
+        for arm, fields in arms.items():
             begin = time.perf_counter()
             session = Session(
                 folder,
                 "text-to-image",
-                name=f"images-{engine}-{os.getpid()}",
-                engine=engine,
+                name=f"images-{arm.replace('=', '-')}-{os.getpid()}",
                 device=device,
-                dtype=dtype,
                 max_batch=max(batches),
+                **fields,
             )
-            sessions[engine] = stack.enter_context(session)
+            sessions[arm] = stack.enter_context(session)
             info = described(session)
-            starts[engine] = {
+            starts[arm] = {
                 "ready_s": time.perf_counter() - begin,
                 "phases_s": dict(info.phases_s),
                 "load_peak_bytes": info.load_peak_bytes,
@@ -53,6 +57,6 @@ def measure(
         load = {"num_images_per_prompt": list(batches), "requests": requests, "warmup": 1, "run": "images-served"}
         runs = compare(sessions, {**load, **asked})
     for env in runs.env.values():
-        for engine, facts in starts.items():
-            env["arms"][engine] |= facts
+        for arm, facts in starts.items():
+            env["arms"][arm] |= facts
     return runs

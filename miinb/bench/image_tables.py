@@ -33,23 +33,26 @@ def in_process(runs: Runs) -> str:
     work, first = env["workload"], summary.iloc[0]
     how = f"{work['size']} x {work['size']}, {work['steps']} steps, {first['dtype']}"
     foot = f"Medians of {first['n']}, {env['model']}, {how}; {hardware_words(env['host'])}."
+    for arm, facts in env["arms"].items():
+        if "compared_with" in facts:
+            foot += f"\nLatents and PSNR of {arm} are to those of {facts['compared_with']}."
     return "\n".join([head, *lines, foot])
 
 
 def served(runs: Runs) -> str:
     """The starts, a line an arm, and what the server adds where one request is in flight."""
     (env,) = runs.env.values()
-    lines = [f"{'start':10} {'ready s':>8} {COLUMNS}  most memory of the load"]
+    lines = [f"{'start':14} {'ready s':>8} {COLUMNS}  most memory of the load"]
     for arm, facts in env["arms"].items():
         peak = size_words(facts["load_peak_bytes"]) if facts["load_peak_bytes"] else "-"
-        lines.append(f"{arm:10} {facts['ready_s']:>8.1f} {phases_words(facts['phases_s'])}  {peak:>24}")
+        lines.append(f"{arm:14} {facts['ready_s']:>8.1f} {phases_words(facts['phases_s'])}  {peak:>24}")
     lines.append("")
-    lines.append(f"{'arm':10} {'batch':>5} {'s/image':>9} {'in the model':>13} {'overhead':>9}")
+    lines.append(f"{'arm':14} {'batch':>5} {'s/image':>9} {'in the model':>13} {'overhead':>9}")
     for _, row in runs.summary.iterrows():
         model, batch = float(row["model_p50_s"]), int(row["batch_size"])
         share = f"{row['overhead']:.2%}" if pd.notna(row["overhead"]) else "-"
         lines.append(
-            f"{row['arm']:10} {batch:5d} {number(row['image_p50_s']):>9} {number(model / batch):>13} {share:>9}"
+            f"{row['arm']:14} {batch:5d} {number(row['image_p50_s']):>9} {number(model / batch):>13} {share:>9}"
         )
     lines.append(f"Overhead: {DEFINITIONS['overhead']}.")
     return "\n".join(lines)

@@ -6,8 +6,9 @@ at a time. A text encoder has no part in it (it takes as long as one step or two
 as published; `--compiled` adds one with torch.compile and channels_last, which takes minutes. How far an arm's latents
 and pictures are from diffusers' is told. `--served` writes the weights to a folder, starts both engines on it, tells
 the phases of their starts, and compares them through the server, whose share of the time is told. `--quick` measures
-less often, `--profile` lists the kernels of a step, `--attention cudnn` has PyTorch prefer cuDNN's attention in
-process, `--tiny` shows on any machine that everything runs. `--out` keeps records and charts.
+less often. `--lossy step_reuse=3 int8` adds an arm for each; in process their pictures are compared with the optimized
+arm's, which is exact. `--profile` lists the kernels of a step, `--attention cudnn` has PyTorch prefer cuDNN's attention
+in process, `--tiny` shows on any machine that everything runs. `--out` keeps records and charts.
 """
 
 from __future__ import annotations
@@ -16,184 +17,35 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miinb.bench import image_folder, image_sessions, image_tables
 from miinb.bench.environment import environment
+from miinb.bench.image_arms import DTYPES, EXACT, LABELS, Arm, Lossy, Models, Optimized, Work, arms_of
 from miinb.bench.image_measures import note_differences
 from miinb.bench.pixels import Pixels
 from miinb.bench.records import Record, Runs, new_run_id, utc_now
 from miinb.bench.thumbnails import MOST, entry
-from miinb.engine.diffusion_spec import unet_spec, vae_spec
-from miinb.engine.image_blocks import can_pack, pack_convolutions
-from miinb.engine.image_weights import tensors_of
-from miinb.engine.unet import Unet
-from miinb.engine.unet_graphs import GraphedUnet
-from miinb.engine.unet_painter import decoded, denoised
-from miinb.engine.unet_weights import unet_weights
-from miinb.engine.vae import VaeDecoder, vae_weights
 
-TOKENS = image_folder.TOKENS
-#: What the arms are called in records and charts.
-LABELS = {"diffusers": "baseline", "diffusers compiled": "baseline-best"}
 _ATTENTION = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is asked for: pictures of `size` pixels a side."""
-
-    size: int = 512
-    steps: int = 50
-    guidance: float = 7.5
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class Models:
-    """diffusers' models, random, and where they are."""
-
-    name: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    dtype: str
-    device: torch.device
-
-    @classmethod
-    def random(cls, *, tiny: bool, dtype: str, device: torch.device) -> Models:
-        """Of the shape of Stable Diffusion 1.5, or tiny ones."""
-        torch.manual_seed(0)
-        with device:
-            unet = UNet2DConditionModel(**image_folder.unet_config(tiny=tiny))
-            vae = AutoencoderKL(**image_folder.vae_config(tiny=tiny))
-        name = "tiny model" if tiny else "stable-diffusion-1.5 shape"
-        return cls(name, unet.to(_DTYPES[dtype]).eval(), vae.to(_DTYPES[dtype]).eval(), dtype, device)
-
-    def release(self) -> None:
-        """Let the device's memory go: the models are not used any more."""
-        del self.unet, self.vae
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def noise(self, batch: int, work: Work) -> tuple[Tensor, Tensor]:
-        """[batch, 4, size / 8, size / 8] of noise and [2 * batch, 77, width] of text embeddings, the negative first."""
-        generator = torch.Generator().manual_seed(work.seed)
-        side, width = work.size // 8, self.unet.config.cross_attention_dim
-        latents = torch.randn((batch, 4, side, side), generator=generator)
-        text = torch.randn((2 * batch, TOKENS, width), generator=generator)
-        return latents.to(self.device, _DTYPES[self.dtype]), text.to(self.device, _DTYPES[self.dtype])
-
-
-class Arm:
-    """One side of the comparison."""
-
-    name = ""
-    engine = ""
-
-    def warm(self, batch: int, work: Work) -> None:
-        """What is done once for a size."""
-
-    def denoise(self, noise: Tensor, text: Tensor, work: Work) -> Tensor:
-        """Latents of noise."""
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents."""
-        raise NotImplementedError
-
-
-class Diffusers(Arm):
-    """diffusers' pipeline as published, or compiled."""
-
-    engine = "baseline"
-
-    def __init__(self, models: Models, *, compiled: bool) -> None:
-        self.name = "diffusers compiled" if compiled else "diffusers"
-        self._vae = models.vae
-        self._decode: Callable[..., Any] = models.vae.decode
-        unet = models.unet
-        if compiled:
-            unet = torch.compile(unet.to(memory_format=torch.channels_last), mode="reduce-overhead")
-            self._decode = torch.compile(models.vae.to(memory_format=torch.channels_last).decode)
-        parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        scheduler = PNDMScheduler(**image_folder.SCHEDULER)
-        self._pipeline = StableDiffusionPipeline(
-            vae=models.vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts
-        )
-        self._pipeline.set_progress_bar_config(disable=True)
-
-    def denoise(self, noise: Tensor, text: Tensor, work: Work) -> Tensor:
-        """See `Arm`."""
-        negative, positive = text.chunk(2)
-        latents: Tensor = self._pipeline(
-            prompt_embeds=positive,
-            negative_prompt_embeds=negative,
-            latents=noise,
-            num_inference_steps=work.steps,
-            guidance_scale=work.guidance,
-            output_type="latent",
-        ).images
-        return latents
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Arm`."""
-        with torch.inference_mode():
-            picture: Tensor = self._decode(latents / self._vae.config.scaling_factor, return_dict=False)[0]
-        return picture
-
-
-class Optimized(Arm):
-    """This engine, with diffusers' scheduler."""
-
-    name = engine = "optimized"
-
-    def __init__(self, models: Models) -> None:
-        dtype, device = _DTYPES[models.dtype], models.device
-        shape = unet_spec(models.unet.config)
-        unet = Unet(shape, unet_weights(shape, tensors_of(models.unet, dtype, device)))
-        decoder = vae_spec(models.vae.config)
-        self._vae = VaeDecoder(decoder, vae_weights(decoder, tensors_of(models.vae, dtype, device)))
-        if device.type == "cpu" and can_pack():
-            pack_convolutions([unet.weights, self._vae.weights])
-        self._scale = models.vae.config.scaling_factor
-        self._unet: Unet | GraphedUnet = GraphedUnet(unet) if device.type == "cuda" else unet
-
-    def warm(self, batch: int, work: Work) -> None:
-        """See `Arm`."""
-        if isinstance(self._unet, GraphedUnet):
-            self._unet.capture(batch, work.size // 8, work.size // 8, tokens=TOKENS, guided=True)
-
-    def denoise(self, noise: Tensor, text: Tensor, work: Work) -> Tensor:
-        """See `Arm`: the painter's own loop."""
-        scheduler = PNDMScheduler(**image_folder.SCHEDULER)
-        scheduler.set_timesteps(work.steps)
-        return denoised(self._unet, scheduler, noise * scheduler.init_noise_sigma, text, work.guidance)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Arm`."""
-        return decoded(self._vae, latents / self._scale)
-
-
-def arms_of(models: Models, *, compiled: bool) -> Iterator[Arm]:
-    """One after another: the compiled one changes the models' layout, so it comes last."""
-    yield Diffusers(models, compiled=False)
-    yield Optimized(models)
-    if compiled:
-        yield Diffusers(models, compiled=True)
-
-
-def measure(models: Models, work: Work, *, batches: Sequence[int], repeat: int, compiled: bool) -> Runs:
+def measure(
+    models: Models,
+    work: Work,
+    *,
+    batches: Sequence[int],
+    repeat: int,
+    compiled: bool,
+    lossy: Sequence[Lossy] = (),
+) -> Runs:
     """Every arm at every batch, `repeat` times after a warm-up."""
     run_id, began, rows = new_run_id(), time.perf_counter(), list[Record]()
     env: dict[str, Any] = {"run_id": run_id, "name": "images", "created": utc_now(), "host": environment()}
@@ -206,11 +58,14 @@ def measure(models: Models, work: Work, *, batches: Sequence[int], repeat: int, 
         "warnings": [],
         "pictures": [],
     }
-    truth: dict[int, tuple[Tensor, list[Pixels]]] = {}
-    for arm in arms_of(models, compiled=compiled):
+    truth: dict[tuple[bool, int], tuple[Tensor, list[Pixels]]] = {}
+    inexact = {one.name for one in lossy}
+    for arm in arms_of(models, lossy=lossy, compiled=compiled):
         label = LABELS.get(arm.name, arm.name)
         on_gpu = int(models.device.type == "cuda")
         facts = env["arms"].setdefault(label, {"engine": arm.engine, "model": models.name, "n_gpus": on_gpu})
+        if label in inexact:
+            facts["compared_with"] = EXACT
         for point, batch in enumerate(batches):
             noise, text = models.noise(batch, work)
             warming = time.perf_counter()
@@ -222,7 +77,9 @@ def measure(models: Models, work: Work, *, batches: Sequence[int], repeat: int, 
                 latents, picture = _timed(arm, noise, text, work, record)
                 rows.append(record)
             made = _pixels(picture)
-            expected, pictures = truth.setdefault(batch, (latents.float(), made))
+            if label == EXACT:
+                truth[True, batch] = latents.float(), made
+            expected, pictures = truth.setdefault((label in inexact, batch), (latents.float(), made))
             for record in rows[-repeat:] if pictures is not made else ():
                 record.equal = note_differences(record, pictures, made)
             facts[f"difference_{batch}"] = float((latents.float() - expected).norm() / expected.norm())
@@ -236,7 +93,7 @@ def measure(models: Models, work: Work, *, batches: Sequence[int], repeat: int, 
 
 def _record(run_id: str, seq: int, label: str, arm: Arm, models: Models, work: Work, batch: int) -> Record:
     record = Record(run_id, seq, label, task="text-to-image", model=models.name)
-    record.engine, record.dtype, record.concurrency = arm.engine, models.dtype, 1
+    record.engine, record.dtype, record.concurrency = arm.engine, arm.dtype, 1
     record.batch_size = record.images = batch
     record.steps, record.guidance, record.seed = work.steps, work.guidance, work.seed
     record.width_px = record.height_px = work.size
@@ -294,17 +151,20 @@ def _preferring(attention: str) -> AbstractContextManager[None]:
 
 
 def served(models: Models, work: Work, options: argparse.Namespace) -> Runs:
-    """Both engines behind their servers, on a folder with these weights; the models are let go."""
+    """All arms but compiled ones behind their servers, on a folder with these weights; the models are let go."""
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         name = Path(place) / models.name.replace(" ", "-")
         folder = image_folder.write(name, models.unet, models.vae, tiny=options.tiny)
         models.release()
         asked = {"num_inference_steps": work.steps, "guidance_scale": work.guidance, "seed": work.seed}
         asked |= {"height": work.size, "width": work.size}
+        usual = {"dtype": options.dtype}
+        arms: dict[str, Any] = {engine: {"engine": engine, **usual} for engine in ("baseline", EXACT)}
+        arms |= {one.name: {"engine": EXACT, **usual, **one.fields} for one in options.lossy}
         return image_sessions.measure(
             folder,
+            arms,
             device=options.device,
-            dtype=options.dtype,
             batches=options.batches,
             requests=options.requests,
             asked=asked,
@@ -316,7 +176,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.images", description=__doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpu else "cpu")
-    parser.add_argument("--dtype", choices=_DTYPES, default="fp16" if gpu else "fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16" if gpu else "fp32")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="pictures at a time (1 8)")
     parser.add_argument("--size", type=int, help="pixels of a side (512; of --tiny 64)")
     parser.add_argument("--steps", type=int, help="(50; of --tiny 4)")
@@ -324,6 +184,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, help="in process, of each arm and batch (4; of --quick 3)")
     parser.add_argument("--requests", type=int, help="served, of each arm and batch (10; of --quick 3)")
     parser.add_argument("--compiled", action="store_true", help="an arm with torch.compile as well: takes minutes")
+    parser.add_argument(
+        "--lossy", type=_lossy, nargs="+", default=[], metavar="HOW", help="arms: step_reuse=N (2 to 10), int8"
+    )
     parser.add_argument("--served", action="store_true", help="through the server as well: starts, and its share")
     parser.add_argument("--quick", action="store_true", help="measure less often: a few minutes on a fast GPU")
     parser.add_argument("--attention", choices=["auto", *_ATTENTION], default="auto", help="what PyTorch prefers")
@@ -343,9 +206,18 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--batches, --steps, --repeat and --requests count from 1")
     if options.guidance <= 1:
         parser.error(f"--guidance {options.guidance}: above 1, so that all arms compute two predictions a step")
-    if options.profile and options.served:
-        parser.error("--profile lists kernels instead of measuring: leave --served out")
+    if options.profile and (options.served or options.lossy):
+        parser.error("--profile lists kernels of the exact engine instead of measuring: leave --served and --lossy out")
+    if len({one.name for one in options.lossy}) < len(options.lossy):
+        parser.error("--lossy: each once")
     return options
+
+
+def _lossy(text: str) -> Lossy:
+    try:
+        return Lossy.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.profile:
             print(profile(models, work, batch=options.batches[0]))
             return
-        runs = measure(models, work, batches=options.batches, repeat=options.repeat, compiled=options.compiled)
+        asked = {"batches": options.batches, "repeat": options.repeat, "compiled": options.compiled}
+        runs = measure(models, work, **asked, lossy=options.lossy)
     for env in runs.env.values():
         env["workload"]["attention"] = options.attention
     print(image_tables.in_process(runs), flush=True)

@@ -151,6 +151,7 @@ _ENGINE_HELP = {
     "memory_limit_bytes": "most memory of its device that a rank takes, however much is free",
     "offload": "a model that fits no other way: its weights wait there (ZeRO-Inference, slow)",
     "offload_folder": "of --offload nvme: a folder on a fast disk",
+    "step_reuse": "text-to-image: one step in so many is whole, the others reuse its inner layers (lossy; 1: all are)",
     "quantize_head": "int8, int4, fp8: keep the embedding and the head in bf16 (fp32 on a CPU)",
     "calibration": "int4: what its rounding is fitted to: a text file, auto (Python's documentation) or off",
     "parity": "what a failed self-check at the start does",

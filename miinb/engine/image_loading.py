@@ -15,13 +15,13 @@ from miinb.engine.image_blocks import can_pack, pack_convolutions
 from miinb.engine.image_weights import RandomTensors
 from miinb.engine.pipeline_parts import check_parts, load_pipe, parts_of
 from miinb.engine.place import Place
-from miinb.engine.start_up import Aside, Report, compiled, verified
+from miinb.engine.start_up import Aside, Report, compiled, verified, with_rounding
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet, batches
 from miinb.engine.unet_painter import UnetPainter
 from miinb.engine.unet_weights import load_unet, unet_weights
 from miinb.engine.vae import VaeDecoder, load_vae, vae_weights
-from miinb.engine.weights import DTYPES, weights_bytes
+from miinb.engine.weights import DTYPES, quantizers, weights_bytes
 from miinb.errors import UnsupportedModel
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
@@ -58,6 +58,7 @@ def load_painter(
     parts = [list(part.parameters()) for part in parts_of(pipe).values()]
     size = weights_bytes([unet.weights, vae.weights, parts])
     plan = info.plan.with_line("load", size_words(size), f"in {time.monotonic() - started:.1f} s", weights_bytes=size)
+    plan = with_rounding(plan, place.dtype, unet.weights.rounding, unet.weights.dtype, place.device)
     plan = _described(plan, unet, vae, pipeline, place)
     ranks = aside.ranks.result()
     if aside.kernels is not None:
@@ -68,7 +69,7 @@ def load_painter(
     plan = verified(plan, lambda: image_parity.check(unet, vae), config, ranks)
     peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
     runner, plan = _capture(unet, pipeline, config, info, plan, report)
-    painter = UnetPainter(pipe, pipeline, runner, vae)
+    painter = UnetPainter(pipe, pipeline, runner, vae, step_reuse=config.options.step_reuse)
     info = dataclasses.replace(info, plan=plan, load_peak_bytes=peak)
     return ImageExecutor(painter, info, max_queue=config.options.max_queue)
 
@@ -76,12 +77,15 @@ def load_painter(
 def _models(
     model: ModelInfo, pipeline: Pipeline, spec: DiffusionSpec, place: Place, report: Report
 ) -> tuple[Unet, VaeDecoder]:
-    dtype, device = DTYPES[place.dtype], place.device
+    device = place.device
+    name = pipeline.compute_dtype(place.dtype, on_gpu=device.type == "cuda")
+    dtype, (quantizer, _) = DTYPES[name], quantizers(place.dtype, device)
     if model.format == "none":
         random = RandomTensors(dtype, device)
-        return Unet(spec.unet, unet_weights(spec.unet, random)), VaeDecoder(spec.vae, vae_weights(spec.vae, random))
-    half = pipeline.variant(place.dtype) == "fp16"
-    unet = load_unet(model.folder / "unet", dtype=dtype, device=device, half=half)
+        unet = Unet(spec.unet, unet_weights(spec.unet, random, quantizer))
+        return unet, VaeDecoder(spec.vae, vae_weights(spec.vae, random))
+    half = pipeline.variant(name) == "fp16"
+    unet = load_unet(model.folder / "unet", dtype=dtype, device=device, half=half, quantizer=quantizer)
     report(Phase("load", 1, 3))
     vae = load_vae(model.folder / "vae", dtype=dtype, device=device, half=half)
     report(Phase("load", 2, 3))
@@ -113,7 +117,7 @@ def _capture(
     if not config.options.cuda_graphs:
         return unet, plan.with_line("graphs", "off", "asked for")
     report(Phase("capture"))
-    graphed = GraphedUnet(unet)
+    graphed = GraphedUnet(unet, reuse=config.options.step_reuse > 1)
     height, width = pipeline.height // pipeline.scale, pipeline.width // pipeline.scale
     for guided in (True, False):
         for batch in batches(info.max_batch):

@@ -26,6 +26,23 @@ def count_unet(spec: UnetSpec) -> int:
     return ends + time + sum(_block(block, wide, spec.text_width) for block in spec.blocks)
 
 
+def quantized_matrices(spec: UnetSpec) -> list[tuple[int, int]]:
+    """Rows and columns of what `unet_weights.py` quantizes."""
+    found = list[tuple[int, int]]()
+    for block in spec.blocks:
+        width, count = block.channels, _transformers(block)
+        layer = [(3 * width, width), *((width, width),) * 3, (8 * width, width), (width, 4 * width)]
+        layer.append((2 * width, spec.text_width))  # keys and values of the text
+        found += count * [(width, width), (width, width), *block.layers * layer]
+    return found
+
+
+def _transformers(block: BlockSpec) -> int:
+    if not block.heads:
+        return 0
+    return 1 if block.module == "mid_block" else len(block.resnets)
+
+
 def count_vae(spec: VaeSpec) -> int:
     """Parameters of a VAE: its decoder, and the encoder that belongs to it (of one residual block less a level)."""
     wide, narrow, z = spec.mid.channels, spec.up[-1].channels, spec.inputs
@@ -48,11 +65,10 @@ def _block(block: BlockSpec, time: int, text: int, *, attends: bool = True) -> i
     count = sum(_resnet(*pair, time) for pair in block.resnets) + block.sampled * _conv(width, width)
     if not block.heads or not attends or not text:
         return count
-    transformers = 1 if block.module == "mid_block" else len(block.resnets)
     own, to_text = 3 * width * width + _linear(width, width), 2 * width * text + width * width + _linear(width, width)
     mlp = _linear(width, 8 * width) + _linear(4 * width, width)
     each = 2 * width + 2 * _linear(width, width) + block.layers * (6 * width + own + to_text + mlp)
-    return count + transformers * each
+    return count + _transformers(block) * each
 
 
 def _resnet(inputs: int, outputs: int, time: int) -> int:

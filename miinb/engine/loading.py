@@ -31,11 +31,10 @@ from miinb.engine.place import Place, device_name, find_place, free_bytes, refus
 from miinb.engine.policies import ENCODERS, POLICIES
 from miinb.engine.ranks import Ranks, join
 from miinb.engine.spec import DecoderSpec
-from miinb.engine.start_up import Aside, Report, compiled, verified
+from miinb.engine.start_up import Aside, Report, compiled, verified, with_rounding
 from miinb.engine.tokenizer_files import eos_token_ids, export_tokenizer, with_chat_template
 from miinb.engine.weights import DTYPES, load_weights, tensors, weights_bytes
 from miinb.errors import InvalidValue, OutOfMemory, UnsupportedModel
-from miinb.kernels.dequantize import scratch
 from miinb.messages import EngineInfo, Phase, Plan
 from miinb.models import ModelInfo
 from miinb.tasks import TASKS
@@ -281,15 +280,10 @@ def _encode_executor(
 
 def _load_lines(plan: Plan, weights: DecoderWeights | EncoderWeights, place: Place, seconds: float) -> Plan:
     """The plan with what was read, and what rounding has changed of it."""
-    if weights.rounding and place.device.type == "cuda":
-        scratch(place.device, weights.dtype)  # now, as what is then free is shared out
     size = weights_bytes(weights)
     rate = f", {size_words(size / seconds)}/s" if size >= 1e8 else ""
     plan = plan.with_line("load", size_words(size), f"in {seconds:.1f} s{rate}")
-    if weights.rounding:
-        what = "change of the weights by rounding (root mean square)"
-        plan = plan.with_line(place.dtype, f"{weights.rounding:.2%}", what)
-    return plan
+    return with_rounding(plan, place.dtype, weights.rounding, weights.dtype, place.device)
 
 
 def _capture(loaded: StepExecutor | Follower, config: DeploymentConfig, report: Report) -> StepExecutor | Follower:

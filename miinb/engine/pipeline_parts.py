@@ -38,6 +38,7 @@ def load_pipe(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, *, without
     diffusers.utils.logging.disable_progress_bar()
     # its parts are those of the classes for other kinds of work
     cls, options = diffusers.StableDiffusionPipeline, dict.fromkeys(without)
+    dtype = pipeline.compute_dtype(info.dtype, on_gpu=info.device == "cuda")
     if is_sdxl(pipeline.name):
         cls, options = diffusers.StableDiffusionXLPipeline, options | {"add_watermarker": False}
     elif not pipeline.checks_safety:
@@ -46,11 +47,11 @@ def load_pipe(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, *, without
         options["feature_extractor"] = None
     try:
         if model.format == "none":
-            options |= _random_parts(model, pipeline, info, without)
+            options |= _random_parts(model, pipeline, info.device, DTYPES[dtype], without)
         pipe = cls.from_pretrained(
             model.folder,
-            dtype=DTYPES[info.dtype],
-            variant=pipeline.variant(info.dtype),
+            dtype=DTYPES[dtype],
+            variant=pipeline.variant(dtype),
             use_safetensors=True,
             local_files_only=True,
             **options,
@@ -66,7 +67,9 @@ def load_pipe(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, *, without
     return pipe.to(info.device)
 
 
-def _random_parts(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, without: Sequence[str]) -> dict[str, Any]:
+def _random_parts(
+    model: ModelInfo, pipeline: Pipeline, device: str, dtype: torch.dtype, without: Sequence[str]
+) -> dict[str, Any]:
     """Parts with random weights, the same at every start, and a tokenizer of letters where the folder has none."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -82,9 +85,9 @@ def _random_parts(model: ModelInfo, pipeline: Pipeline, info: EngineInfo, withou
     }
     torch.manual_seed(0)
     parts = {}
-    with torch.device(info.device):
+    with torch.device(device):
         for name in makers.keys() & configs.keys() - set(without):
-            parts[name] = makers[name]().to(DTYPES[info.dtype]).eval()
+            parts[name] = makers[name]().to(dtype).eval()
     for name in ("tokenizer", "tokenizer_2") if is_sdxl(pipeline.name) else ("tokenizer",):
         if not (model.folder / name).is_dir():
             parts[name] = _letters(pipeline.text_length)

@@ -65,6 +65,10 @@ def refuse_fallback(config: DeploymentConfig, reason: str) -> None:
             raise InvalidValue(
                 f"{name}: {value} needs the optimized engine: {reason.rstrip('.')}.", hint=f"Use {name}='auto'."
             )
+    if config.options.step_reuse > 1:
+        raise InvalidValue(
+            f"options.step_reuse: only the optimized engine has it: {reason.rstrip('.')}.", hint="Leave it out."
+        )
 
 
 def set_threads(config: DeploymentConfig) -> None:

@@ -13,6 +13,7 @@ from miinb.engine.compile_job import CompileJob, log_late_compilation
 from miinb.engine.parity import ParityReport
 from miinb.engine.ranks import Ranks
 from miinb.errors import RankFailed, UnsupportedModel
+from miinb.kernels.dequantize import scratch
 from miinb.messages import Phase, Plan
 
 Report = Callable[[Phase], None]
@@ -32,6 +33,18 @@ def compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
     outcome = kernels.wait(report)
     log_late_compilation()
     return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
+
+
+def with_rounding(plan: Plan, dtype: str, rounding: float, activations: torch.dtype, device: torch.device) -> Plan:
+    """The plan with how far quantized weights are from the checkpoint's; as it is where none are quantized.
+
+    A GPU's memory for widening them is taken now, as what is then free is shared out.
+    """
+    if not rounding:
+        return plan
+    if device.type == "cuda":
+        scratch(device, activations)
+    return plan.with_line(dtype, f"{rounding:.2%}", "change of the weights by rounding (root mean square)")
 
 
 def verified(plan: Plan, check: Callable[[], ParityReport], config: DeploymentConfig, ranks: Ranks) -> Plan:

@@ -2,7 +2,8 @@
 
 Activations are [N, H, W, C] throughout. What is the same in every step of a prompt is computed once, by `prepare`: the
 keys and values of the text, and each residual block's shift for each timestep. A step has no host synchronization and
-no shape that depends on data, so that it can be captured in a CUDA graph.
+no shape that depends on data, so that it can be captured in a CUDA graph. A shallow step takes what inner layers
+gave in a step before (`step_reuse.py` says when).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from miinb.kernels.norm import layer_norm
 _TRANSFORMER_EPS = 1e-6
 _LAYER_EPS = 1e-5
 _LONGEST_PERIOD = 10000
+#: First layers of the first block and last layers of the last that a shallow step computes (DeepCache's branch 0): the
+#: latter join what the first convolution and the former gave. These blocks have as many at least.
+_FIRST, _LAST = 1, 2
 
 
 @dataclass(slots=True)
@@ -86,6 +90,7 @@ class UnetWeights:
             other; each bias holds that of the block's first convolution too.
         keys_values: [sum of 2 * channels, text_width], of all the transformers' layers.
         down, mid, up: the blocks.
+        rounding: root of the mean square by which quantized weights differ from the checkpoint's, relative to theirs.
     """
 
     conv_in: Conv
@@ -98,6 +103,7 @@ class UnetWeights:
     up: list[Block]
     norm_out: Norm
     conv_out: Conv
+    rounding: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,30 +170,78 @@ class Unet:
         Returns:
             [N, outputs, height, width] in the weights' dtype.
         """
+        stream, skips, shift = self._inner(latents, step_index, conditions)
+        return self._outer(stream, skips, shift, conditions)
+
+    @torch.inference_mode()
+    def whole_step(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """See `step`: the prediction, and the deep features that `shallow_step` takes: [N, height, width, C]."""
+        stream, skips, shift = self._inner(latents, step_index, conditions)
+        deep = stream.value()
+        return self._outer(Sum(deep), skips, shift, conditions), deep
+
+    @torch.inference_mode()
+    def shallow_step(self, latents: Tensor, step_index: Tensor, conditions: Conditions, deep: Tensor) -> Tensor:
+        """See `step`: by the outermost layers alone, on the deep features of a step before; not the same prediction."""
+        shift = conditions.shifts.index_select(0, step_index)
+        skips = [self._first(latents)]
+        self._down(0, _FIRST, skips, shift, conditions)
+        return self._outer(Sum(deep), skips, shift, conditions)
+
+    @property
+    def deep_channels(self) -> int:
+        """Of the deep features."""
+        return self.spec.up[-1].resnets[-_LAST][0] - self.spec.channels  # the skip that is joined has those
+
+    def _inner(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> tuple[Sum, list[Sum], Tensor]:
+        """All up to the deep features: these, the skips that are left, and the step's shifts."""
         spec, w = self.spec, self.weights
         shift = conditions.shifts.index_select(0, step_index)
-        x = latents.to(w.dtype).permute(0, 2, 3, 1).contiguous()
-        stream = Sum(convolve(x, w.conv_in.weight), w.conv_in.bias[None])
-        skips = [stream]
-        for block, weights in zip(spec.down, w.down, strict=True):
-            for i in range(len(block.resnets)):
-                stream = self.layer(block, weights, i, stream, shift, conditions.text)
-                skips.append(stream)
+        skips = [self._first(latents)]
+        for place, weights in enumerate(w.down):
+            self._down(place, len(weights.resnets), skips, shift, conditions)
             if weights.halve is not None:
-                halved = convolve(stream.value(), weights.halve.weight, stride=2)
-                stream = Sum(halved, weights.halve.bias[None])
-                skips.append(stream)
-        stream = self.layer(spec.mid, w.mid, 0, stream, shift, conditions.text)
+                halved = convolve(skips[-1].value(), weights.halve.weight, stride=2)
+                skips.append(Sum(halved, weights.halve.bias[None]))
+        stream = self.layer(spec.mid, w.mid, 0, skips[-1], shift, conditions.text)
         stream = self._resnet(w.mid.resnets[1], stream, shift)
-        for block, weights in zip(spec.up, w.up, strict=True):
-            for i in range(len(block.resnets)):
-                stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
-                stream = self.layer(block, weights, i, stream, shift, conditions.text)
+        for place, weights in enumerate(w.up[:-1]):
+            stream = self._up(place, range(len(weights.resnets)), stream, skips, shift, conditions)
             if weights.double is not None:
                 _, height, width, _ = skips[-1].value().shape  # odd sizes were rounded up on the way down
                 stream = upsample(stream, weights.double, (height, width))
-        last = stream.norm(w.norm_out, spec.groups, spec.eps, silu=True, keep=False)
-        return convolve(last, w.conv_out.weight, w.conv_out.bias).permute(0, 3, 1, 2).contiguous()
+        first = range(len(w.up[-1].resnets) - _LAST)
+        return self._up(len(w.up) - 1, first, stream, skips, shift, conditions), skips, shift
+
+    def _outer(self, stream: Sum, skips: list[Sum], shift: Tensor, conditions: Conditions) -> Tensor:
+        """The prediction of the deep features and what skipped these."""
+        spec, w = self.spec, self.weights
+        count = len(w.up[-1].resnets)
+        last = range(count - _LAST, count)
+        stream = self._up(len(w.up) - 1, last, stream, skips, shift, conditions)
+        y = stream.norm(w.norm_out, spec.groups, spec.eps, silu=True, keep=False)
+        return convolve(y, w.conv_out.weight, w.conv_out.bias).permute(0, 3, 1, 2).contiguous()
+
+    def _first(self, latents: Tensor) -> Sum:
+        w = self.weights
+        x = latents.to(w.dtype).permute(0, 2, 3, 1).contiguous()
+        return Sum(convolve(x, w.conv_in.weight), w.conv_in.bias[None])
+
+    def _down(self, place: int, count: int, skips: list[Sum], shift: Tensor, conditions: Conditions) -> None:
+        """Add what the first layers of a block on the way down give to the skips."""
+        block, weights = self.spec.down[place], self.weights.down[place]
+        for i in range(count):
+            skips.append(self.layer(block, weights, i, skips[-1], shift, conditions.text))
+
+    def _up(
+        self, place: int, layers: range, stream: Sum, skips: list[Sum], shift: Tensor, conditions: Conditions
+    ) -> Sum:
+        """The stream behind some layers of a block on the way up, each of which takes the last skip."""
+        block, weights = self.spec.up[place], self.weights.up[place]
+        for i in layers:
+            stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
+            stream = self.layer(block, weights, i, stream, shift, conditions.text)
+        return stream
 
     def _resnet(self, w: Resnet, stream: Sum, shift: Tensor) -> Sum:
         own = shift[:, w.first_shift : w.first_shift + len(w.conv1)]

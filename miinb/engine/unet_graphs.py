@@ -2,6 +2,7 @@
 
 A graph reads latents, the text's keys and values, and the step's shifts from memory of its own. What a prompt has is
 copied there when its first step comes, the shifts of a step before each: so prompts of any number of steps share it.
+Where steps are reused a shallow step is a second graph; the deep features lie in memory that no other graph writes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ def batches(most: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Captured:
+class _Graph:
     replay: Replay
+    prediction: Tensor  # [N, outputs, height, width]
+
+
+@dataclass(slots=True)
+class _Captured:
     latents: Tensor  # [N, inputs, height, width]
     conditions: Conditions  # of one step
-    prediction: Tensor  # [N, outputs, height, width]
+    step: _Graph  # where steps are reused it writes `deep` too
+    shallow: _Graph | None = None
+    deep: Tensor | None = None  # [N, height, width, C]
     prompt: Conditions | None = None  # whose text is in `conditions`
 
 
@@ -41,11 +49,13 @@ class GraphedUnet:
     Args:
         unet: the model.
         recorder: None: `Recorder`.
+        reuse: whether there will be shallow steps, which are graphs too.
     """
 
-    def __init__(self, unet: Unet, recorder: Recorder | None = None) -> None:
+    def __init__(self, unet: Unet, recorder: Recorder | None = None, *, reuse: bool = False) -> None:
         self.spec = unet.spec
         self._unet = unet
+        self._reuse = reuse
         self._recorder = recorder or Recorder(most_bytes=MOST_BYTES)
         self._captured: dict[tuple[int, ...], _Captured] = {}
 
@@ -86,25 +96,69 @@ class GraphedUnet:
             latents = zeros((images, spec.inputs, height, width))
             text = zeros((texts, tokens, w.keys_values.weight.shape[0]))
             conditions = Conditions(text, zeros((1, w.shifts.weight.shape[0])))
-            index = torch.zeros(1, dtype=torch.int64, device=w.device)
             with fastest_convolutions():
-                replay, (prediction,) = self._recorder.record(lambda: (self._unet.step(latents, index, conditions),))
+                self._captured[key] = self._record(latents, conditions)
             self._recorder.settle()
-            self._captured[key] = _Captured(replay, latents, conditions, prediction)
         return key in self._captured
+
+    def _record(self, latents: Tensor, conditions: Conditions) -> _Captured:
+        unet, index = self._unet, torch.zeros(1, dtype=torch.int64, device=latents.device)
+        if not self._reuse:
+            replay, (prediction,) = self._recorder.record(lambda: (unet.step(latents, index, conditions),))
+            return _Captured(latents, conditions, _Graph(replay, prediction))
+        height, width = latents.shape[2:]
+        deep = latents.new_zeros((len(conditions.text), height, width, unet.deep_channels))
+
+        def whole() -> tuple[Tensor, Tensor]:
+            prediction, found = unet.whole_step(latents, index, conditions)
+            return prediction, deep.copy_(found)
+
+        replay, (prediction, _) = self._recorder.record(whole)
+        step = _Graph(replay, prediction)
+        replay, (prediction,) = self._recorder.record(lambda: (unet.shallow_step(latents, index, conditions, deep),))
+        return _Captured(latents, conditions, step, _Graph(replay, prediction), deep)
 
     @torch.inference_mode()
     def step(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> Tensor:
         """See `Unet.step`; the result of a graph is valid until the next step."""
+        captured = self._filled(latents, step_index, conditions)
+        if captured is None:
+            return self._unet.step(latents, step_index, conditions)
+        captured.step.replay()
+        return captured.step.prediction
+
+    @torch.inference_mode()
+    def whole_step(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """See `Unet.whole_step`; of a graph the prediction is valid until the next step, the rest until the next whole
+        one.
+        """
+        captured = self._filled(latents, step_index, conditions)
+        if captured is None or captured.deep is None:
+            return self._unet.whole_step(latents, step_index, conditions)
+        captured.step.replay()
+        return captured.step.prediction, captured.deep
+
+    @torch.inference_mode()
+    def shallow_step(self, latents: Tensor, step_index: Tensor, conditions: Conditions, deep: Tensor) -> Tensor:
+        """See `Unet.shallow_step`; the result of a graph is valid until the next step."""
+        captured = self._filled(latents, step_index, conditions)
+        if captured is None or captured.shallow is None or captured.deep is None:
+            return self._unet.shallow_step(latents, step_index, conditions, deep)
+        if captured.deep is not deep:
+            captured.deep.copy_(deep)
+        captured.shallow.replay()
+        return captured.shallow.prediction
+
+    def _filled(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> _Captured | None:
+        """What was captured for these sizes, with these inputs in its memory."""
         images, _, height, width = latents.shape
         texts, tokens, _ = conditions.text.shape
         captured = self._captured.get((images, texts, height, width, tokens))
         if captured is None:
-            return self._unet.step(latents, step_index, conditions)
+            return None
         if captured.prompt is not conditions:
             captured.conditions.text.copy_(conditions.text)
             captured.prompt = conditions
         captured.latents.copy_(latents)
         torch.index_select(conditions.shifts, 0, step_index, out=captured.conditions.shifts)
-        captured.replay()
-        return captured.prediction
+        return captured

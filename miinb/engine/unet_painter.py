@@ -18,6 +18,7 @@ from miinb.engine.diffusion import Start, Work
 from miinb.engine.image_blocks import fastest_convolutions
 from miinb.engine.image_starts import Beginning, begin
 from miinb.engine.pipeline_parts import PipelineParts, generators
+from miinb.engine.step_reuse import Predictor, StepReuse
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet
 from miinb.engine.vae import VaeDecoder
@@ -35,14 +36,18 @@ class UnetPainter(PipelineParts):
         pipeline: what its folder says.
         unet: in eager steps or graphs.
         vae: the decoder.
+        step_reuse: one prediction in so many is whole.
     """
 
-    def __init__(self, pipe: Any, pipeline: Pipeline, unet: Unet | GraphedUnet, vae: VaeDecoder) -> None:
+    def __init__(
+        self, pipe: Any, pipeline: Pipeline, unet: Unet | GraphedUnet, vae: VaeDecoder, *, step_reuse: int = 1
+    ) -> None:
         super().__init__(pipe, pipeline)
         self._channels = unet.spec.inputs
         self._vae_scale = float(pipeline.configs["vae"].get("scaling_factor", 0.18215))
         self._unet = unet
         self._vae = vae
+        self._step_reuse = step_reuse
 
     @torch.inference_mode()
     def denoise(
@@ -74,7 +79,8 @@ class UnetPainter(PipelineParts):
             between(max(1, (index + 1 - first) * work.done // count), latents)
             return latents
 
-        return denoised(self._unet, scheduler, latents, text, work.guidance, options, after, first)
+        unet = StepReuse(self._unet, self._step_reuse) if self._step_reuse > 1 else self._unet
+        return denoised(unet, scheduler, latents, text, work.guidance, options, after, first)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[bytes, bool]:
@@ -95,7 +101,7 @@ def decoded(vae: VaeDecoder, latents: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def denoised(
-    unet: Unet | GraphedUnet,
+    unet: Predictor,
     scheduler: Any,
     latents: Tensor,
     text: Tensor,

@@ -1,4 +1,8 @@
-"""A UNet's weights: queries, keys and values of one input in one matrix, and what is computed once a prompt in one."""
+"""A UNet's weights: queries, keys and values of one input in one matrix, and what is computed once a prompt in one.
+
+Quantized are the transformers' matrices, which are most of them; convolutions, norms and what the time goes through are
+not.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,25 @@ from torch import Tensor
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec, unet_spec
 from miinb.engine.image_blocks import Resnet, Upsampler
 from miinb.engine.image_weights import ImageBuilder, Tensors, open_tensors, read_config
+from miinb.engine.quantize import Quantizer
 from miinb.engine.unet import Block, Transformer, TransformerLayer, Unet, UnetWeights
 from miinb.kernels.linear import PackedLinear
 
+#: Those of a `TransformerLayer`.
+_MATRICES = ("qkv", "out", "query", "text_out", "up", "down")
 
-def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device, half: bool = False) -> Unet:
+
+def load_unet(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, half: bool = False, quantizer: Quantizer | None = None
+) -> Unet:
     """The UNet of a folder with config.json and safetensors.
+
+    Args:
+        folder: of the UNet.
+        dtype: of activations, and of all weights that are not quantized.
+        device: where they go.
+        half: see `weight_files`.
+        quantizer: of the transformers' matrices; None: they are in `dtype`.
 
     Raises:
         UnsupportedModel: there is something in it that this engine does not have.
@@ -23,20 +40,21 @@ def load_unet(folder: Path, *, dtype: torch.dtype, device: torch.device, half: b
     """
     spec = unet_spec(read_config(folder))
     with open_tensors(folder, dtype, device, half=half) as tensors:
-        weights = unet_weights(spec, tensors)
+        weights = unet_weights(spec, tensors, quantizer)
         tensors.finish()
     return Unet(spec, weights)
 
 
-def unet_weights(spec: UnetSpec, tensors: Tensors) -> UnetWeights:
-    """All weights of such a UNet."""
-    return _Builder(spec, tensors).weights()
+def unet_weights(spec: UnetSpec, tensors: Tensors, quantizer: Quantizer | None = None) -> UnetWeights:
+    """All weights of such a UNet; see `load_unet`."""
+    return _Builder(spec, tensors, quantizer).weights()
 
 
 class _Builder(ImageBuilder):
-    def __init__(self, spec: UnetSpec, tensors: Tensors) -> None:
+    def __init__(self, spec: UnetSpec, tensors: Tensors, quantizer: Quantizer | None) -> None:
         super().__init__(tensors)
         self._spec = spec
+        self._quantizer = quantizer
         self._time_width = 4 * spec.channels
         self._shifts: list[PackedLinear] = []
         self._text: list[Tensor] = []
@@ -53,13 +71,23 @@ class _Builder(ImageBuilder):
             time1=self.linear("time_embedding.linear_1", wide, width),
             time2=self.linear("time_embedding.linear_2", wide, wide),
             shifts=PackedLinear(torch.cat([packed.weight for packed in self._shifts]), torch.cat(biases)),
-            keys_values=PackedLinear(torch.cat(self._text)),
+            keys_values=self._quantized(PackedLinear(torch.cat(self._text))),
             down=down,
             mid=mid,
             up=up,
             norm_out=self.norm("conv_norm_out", width),
             conv_out=self.conv("conv_out", spec.outputs, width),
+            rounding=self._quantizer.rounding if self._quantizer else 0.0,
         )
+
+    def _quantized(self, packed: PackedLinear) -> PackedLinear:
+        """A matrix as the quantizer makes it, if there is one; with its bias as it was."""
+        if self._quantizer is None:
+            return packed
+        rows, columns = packed.weight.shape
+        numbers, scale = self._quantizer.empty(rows, columns, packed.weight.device)
+        self._quantizer.quantize(packed.weight, numbers, scale)
+        return PackedLinear(numbers, packed.bias, scale)
 
     def _block(self, block: BlockSpec, sampler: str = "") -> Block:
         resnets = [self._resnet(f"{block.module}.resnets.{i}", *pair) for i, pair in enumerate(block.resnets)]
@@ -98,6 +126,10 @@ class _Builder(ImageBuilder):
         if last.bias is not None and w.leave.bias is not None:
             w.leave.bias += (w.leave.weight.float() @ last.bias.float()).to(w.leave.bias.dtype)
             last.bias = None
+        w.enter, w.leave = self._quantized(w.enter), self._quantized(w.leave)
+        for layer in w.layers:
+            for name in _MATRICES:
+                setattr(layer, name, self._quantized(getattr(layer, name)))
         return w
 
     def _layer(self, module: str, width: int) -> TransformerLayer:

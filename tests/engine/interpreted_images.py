@@ -1,6 +1,7 @@
 """A step of a tiny UNet and a decoding of a tiny VAE by the kernels themselves, under Triton's interpreter.
 
-Run as a program by `test_unet_graphs.py`: prints how far they are from diffusers' own, as JSON.
+Run as a program by `test_unet_graphs.py`: prints as JSON how far they are from diffusers' own, and how far a step of
+int8 weights is from its plain operators.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 
 import tests.kernels.interpreter  # noqa: F401
+from miinb.engine.quantize import Quantizer
 from miinb.engine.unet_graphs import GraphedUnet
 from miinb.engine.unet_weights import load_unet
 from miinb.engine.vae import load_vae
+from miinb.kernels.dispatch import plain_operators
 from tests.engine import tiny_images
 from tests.engine.recomputing import Recomputing
 
@@ -37,6 +40,12 @@ def main(folder: Path) -> None:
     graphed.capture(1, 3, 4, tokens=5, guided=True)
     out = graphed.step(latents, torch.tensor([1]), conditions)
     distances = [tiny_images.distance(out, expected), tiny_images.distance(decoder.decode(small), picture)]
+    rounded = load_unet(folder / "unet", dtype=torch.float32, device=cpu, quantizer=Quantizer(words=True))
+    with plain_operators():
+        conditions = rounded.prepare(text, torch.tensor([900, 7]))
+        expected = rounded.step(latents, torch.tensor([1]), conditions)
+    conditions = rounded.prepare(text, torch.tensor([900, 7]))
+    distances.append(tiny_images.distance(rounded.step(latents, torch.tensor([1]), conditions), expected))
     print(json.dumps(distances))
 
 

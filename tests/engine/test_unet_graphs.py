@@ -81,9 +81,10 @@ def test_the_kernels_themselves_compute_what_diffusers_does(tmp_path: Path) -> N
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    unet, vae = json.loads(done.stdout.splitlines()[-1])
+    unet, vae, rounded = json.loads(done.stdout.splitlines()[-1])
     assert 0 < unet < 1e-5
     assert 0 < vae < 1e-5
+    assert 0 < rounded < 1e-5
 
 
 def test_kernels_are_known_before_weights_are_read() -> None:
