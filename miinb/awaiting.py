@@ -27,9 +27,16 @@ async def run(work: Callable[[], _T]) -> _T:
     The loop looks about now and then: a kernel's Stop cancels the task by a signal, which does not wake the loop.
     """
     result = asyncio.get_running_loop().run_in_executor(_pool(), work)
+    result.add_done_callback(_seen)
     while not result.done():
         await asyncio.wait((result,), timeout=LOOK_S)
     return result.result()
+
+
+def _seen(result: asyncio.Future[_T]) -> None:
+    """Ask for the error of a call whose task was canceled meanwhile: asyncio would else print it."""
+    if not result.cancelled():
+        result.exception()
 
 
 @functools.cache

@@ -173,7 +173,7 @@ class Client:
     def generate_images(
         self,
         prompts: str | Sequence[str],
-        on_progress: OnProgress = lambda progress: None,
+        on_progress: OnProgress | None = None,
         /,
         *,
         timeout_s: float | None = None,
@@ -197,10 +197,10 @@ class Client:
         self, prompts: Any, on_progress: OnProgress | None = None, *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
         """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` runs in a thread."""
-        limit_s, calls = self._limit(timeout_s), self._image_calls(on_progress or (lambda progress: None))
+        limit_s, calls = self._limit(timeout_s), self._image_calls(on_progress)
         return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
 
-    def _image_calls(self, on_progress: OnProgress = lambda progress: None) -> ImageCalls:
+    def _image_calls(self, on_progress: OnProgress | None = None) -> ImageCalls:
         def call(data: bytes, left_s: float) -> Any:
             self._check_open()
             return self._generate_images(data, timeout=left_s, metadata=self._metadata)

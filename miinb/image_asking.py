@@ -113,6 +113,12 @@ def _picture(value: Any, what: str) -> tuple[Any, Source | None]:
     from PIL import Image
 
     if isinstance(value, Image.Image):
+        try:
+            value.load()  # of a file that Pillow has only looked at
+        except Exception as error:  # whatever a reader makes of a broken file, or of a closed one
+            raise InvalidRequest(
+                f"{what}: the PIL image cannot be read ({error!s:.100}).", hint="Open its file again."
+            ) from None
         return value, None
     if isinstance(value, (bytes, bytearray, memoryview)):
         source = Source("", bytes(value))

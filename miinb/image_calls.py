@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, MiinbError, Unavailable
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
 from miinb.image_params import steps_of
 from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
@@ -37,17 +37,22 @@ class ImageCalls:
         call: begins one: (bytes of the request, timeout in seconds) -> gRPC call.
         done: called at the end of each with its row of the requests table; returns the row that is kept.
         on_progress: called while they run, in the thread that called `run`.
+
+    Raises:
+        InvalidRequest: on_progress cannot be called.
     """
 
     def __init__(
         self,
         call: Callable[[bytes, float], Any],
         done: Callable[[dict[str, Any]], Mapping[str, Any]],
-        on_progress: OnProgress = lambda progress: None,
+        on_progress: OnProgress | None = None,
     ) -> None:
+        if not (on_progress is None or callable(on_progress)):
+            raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
         self._call = call
         self._done = done
-        self._on_progress = on_progress
+        self._on_progress = on_progress or (lambda progress: None)
         self._running: set[Any] = set()
         self._steps: list[int] = []  # of each request
         self._latest = self._shown = ImagesProgress(0, 0)

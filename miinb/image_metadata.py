@@ -261,9 +261,16 @@ def _checked(values: Mapping[str, Any]) -> MadeWith:
     if kept.get("negative_prompt") and kept.get("guidance_scale", 7.5) <= 1:
         del kept["negative_prompt"]
         notes.append("The negative prompt is left out: without guidance it does nothing.")
-    prompt = str(values["prompt"])
+    prompt = _text(values["prompt"])
+    if prompt != values["prompt"]:
+        notes.append("Of the prompt characters that are none (lone surrogates) are replaced.")
     if len(prompt) > MAX_PROMPT:
         prompt = prompt[:MAX_PROMPT]
         notes.append(f"Of the prompt only the first {MAX_PROMPT} characters are taken over.")
     model = values.get("model", "")
-    return MadeWith(prompt, kept, model if isinstance(model, str) else "", tuple(notes))
+    return MadeWith(prompt, kept, _text(model) if isinstance(model, str) else "", tuple(notes))
+
+
+def _text(told: str) -> str:
+    """What JSON calls a text, made one: a notebook cannot send lone surrogates to its page."""
+    return re.sub(r"[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", told)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,12 +57,11 @@ class ImageResult(Result):
         Raises:
             InvalidRequest: it cannot be written there.
         """
-        place = Path(folder).expanduser()
+        place = writable(folder)
         try:
-            place.mkdir(parents=True, exist_ok=True)
             return [_write(place, str(seed), data) for seed, data in zip(self.seeds, self.files, strict=True)]
         except OSError as error:
-            raise InvalidRequest(f"The pictures cannot be written to {place}: {error.strerror or error}.") from None
+            raise _unwritten(place, error) from None
 
     def __str__(self) -> str:
         from miinb.notebook.image_cards import images_text
@@ -93,18 +94,45 @@ class ImageReply:
     seeds: list[int]
 
 
+def writable(folder: str | Path) -> Path:
+    """A folder for pictures, which is made.
+
+    Raises:
+        InvalidRequest: nothing can be written there.
+    """
+    place = Path(folder).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileExistsError:
+        raise InvalidRequest(f"The pictures cannot be written to {place}: it is no folder.") from None
+    except OSError as error:
+        raise _unwritten(place, error) from None
+    return place
+
+
+def _unwritten(place: Path, error: OSError) -> InvalidRequest:
+    return InvalidRequest(f"The pictures cannot be written to {place}: {error.strerror or error}.")
+
+
 def _write(folder: Path, name: str, data: bytes) -> Path:
     ending = "webp" if data[:4] == b"RIFF" else "png"
     number = 1
     while True:
         file = folder / (f"{name}.{ending}" if number == 1 else f"{name}-{number}.{ending}")
         try:
-            with file.open("xb") as stream:
-                stream.write(data)
+            stream = file.open("xb")
         except FileExistsError:
             number += 1
-        else:
-            return file
+            continue
+        try:
+            with stream:
+                stream.write(data)
+        except BaseException:
+            file.unlink(missing_ok=True)  # a full disk: half a picture is none
+            raise
+        return file
 
 
 def pictures_result(prompt: str, pictures: Sequence[Picture], timing: ImageTiming, **values: Any) -> ImageResult:

@@ -198,6 +198,6 @@ def check_bytes(image: Source, mask: Source | None) -> None:
     count = len(image.data) + (len(mask.data) if mask else 0)
     if count > MAX_SOURCE_BYTES:
         raise InvalidRequest(
-            f"image: {count / 1e6:.0f} MB of files; at most {MAX_SOURCE_BYTES / 1e6:.0f} MB are taken.",
+            f"image: the files have more than {MAX_SOURCE_BYTES >> 20} MiB together.",
             hint="Give it as a PIL image: that is sent in the size that is needed.",
         )

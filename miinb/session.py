@@ -216,7 +216,7 @@ class Session:
         """
         if self._makes_images():
             with cell.steps("generate") as bar:
-                return self._client.generate_images(prompts, parameters.pop("on_progress", bar), **parameters)
+                return self._client.generate_images(prompts, parameters.pop("on_progress", None) or bar, **parameters)
         return self._client.generate(prompts, **parameters)
 
     def chat(self, messages: Messages, **parameters: Any) -> Result:

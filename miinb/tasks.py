@@ -51,6 +51,11 @@ class Task:
     image: bool = False
     options: Mapping[str, TaskOption] = field(default_factory=dict)
 
+    @property
+    def asked_by(self) -> str:
+        """The method of a session that asks for it."""
+        return "generate" if self.streams or self.image else "predict"
+
 
 #: diffusers' classes that make pictures. A model of any of them is asked in one way: a picture to begin from may come
 #: with the prompt, or must.

@@ -279,11 +279,23 @@ def test_too_many_bytes_are_refused_on_both_sides(tmp_path: Path, monkeypatch: p
     assert asked(data)
     assert asked(tmp_path / "large.png")
     for given_ in ({"image": data, "mask": mask}, {"image": data + b"\0"}):
-        with pytest.raises(InvalidRequest, match="MB") as refused:
+        with pytest.raises(InvalidRequest, match="MiB") as refused:
             asked(**given_)
         assert "PIL" in refused.value.hint
-    with pytest.raises(InvalidRequest, match="MB"):
+    with pytest.raises(InvalidRequest, match="MiB"):
         image_sources.pixels(Source("", data), Source("", mask), ImageParams())
+
+
+def test_an_image_that_cannot_be_read_is_no_matter_of_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes(file_of(noise(64, 64))[:2000])
+    noise(16, 16).save(tmp_path / "whole.png")
+    closed = Image.open(tmp_path / "whole.png")
+    closed.close()
+    for image in (Image.open(tmp_path / "half.png"), closed):
+        with pytest.raises(InvalidRequest, match="image: the PIL image cannot be read"):
+            asked(image)
+        with pytest.raises(InvalidRequest, match="mask_image: the PIL image cannot be read"):
+            asked(noise(16, 16), image)
 
 
 def test_text_in_a_file_stays_out_of_what_is_sent(tmp_path: Path) -> None:

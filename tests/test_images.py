@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import json
 import os
 import signal
@@ -172,6 +174,30 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
         session.bench(height=30)
     with pytest.raises(InvalidRequest):
         session.create_session("a")
+    for ask in (session.chat, session.predict, lambda prompt: session.stream(prompt).result):
+        with pytest.raises(InvalidRequest, match="serves text-to-image") as refused:
+            ask("a cat")
+        assert refused.value.hint == "Use generate()."
+    with pytest.raises(InvalidRequest, match="on_progress: int is no function"):
+        session.generate("a", on_progress=3)
+    assert session.generate("a", on_progress=None, num_inference_steps=1).images
+
+
+def test_a_canceled_task_leaves_no_error_behind(served: tuple[Session, Any]) -> None:
+    left: list[Any] = []
+
+    async def canceled() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+        task = asyncio.ensure_future(served[0].agenerate(["a", "b"], num_inference_steps=500))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.5)
+        gc.collect()
+
+    asyncio.run(canceled())
+    assert not left
 
 
 def test_it_is_measured_under_a_workload(served: tuple[Session, Any], tmp_path: Path) -> None:
@@ -269,8 +295,43 @@ def test_gen_writes_files(
     with pytest.raises(InvalidRequest, match="max_new_tokens"):
         command(session, "a cat", "-n", "4")
     (tmp_path / "file").write_text("")
+    asked = len(session.records)
     with pytest.raises(InvalidRequest, match="cannot be written"):
         command(session, *words, "--out", str(tmp_path / "file"))
+    assert len(session.records) == asked  # refused before anything was computed
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_half_a_file_does_not_stay(
+    served: tuple[Session, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result: Any = served[0].generate("a cat", num_inference_steps=1, seed=3)
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r") -> Any:
+        file = opened(path, mode)
+        file.write(b"half")
+        return Full(file)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(InvalidRequest, match="No space left"):
+        result.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_is_killed_fails_its_pictures_and_comes_back(served: tuple[Session, Any]) -> None:

@@ -38,8 +38,8 @@ def _text(context: Context, values: Values, body: str | None, command: str) -> s
 def _generating(context: Context, values: Values) -> Session:
     """The deployment that is asked. Raises InvalidRequest, before anything is shown, where it generates no text."""
     session = context.session(values["deployment"])
-    if not find_task(session.task).streams:
-        raise InvalidRequest(f"{session.name} serves {session.task}.", hint="Use predict.")
+    if not (task := find_task(session.task)).streams:
+        raise InvalidRequest(f"{session.name} serves {task.name}.", hint=f"Use {'gen' if task.image else 'predict'}.")
     return session
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
 from miinb.errors import InvalidRequest
+from miinb.image_results import writable
 from miinb.tasks import find_task
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     """Pictures of each prompt, shown and written where `--out` says; a terminal, which shows none, always writes.
 
     Raises:
-        InvalidRequest: an option is one of texts.
+        InvalidRequest: an option is one of texts, or nothing can be written to the folder.
     """
     options = given(values, (*GENERATION, *IMAGES, TIMEOUT))
     for name in _OF_TEXTS:
@@ -37,12 +38,15 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     for name in ("image", "mask_image"):
         if name in options:
             options[name] = _one_or_all(options[name])
-    folder = options.pop("out", None)
+    folder = options.pop("out", None) or (None if context.in_notebook else ".")
+    if folder:
+        writable(folder)  # before minutes of work
     result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
-    files = result.save(folder or ".") if folder or not context.in_notebook else []
-    if not (values.get("quiet") or values["format"] == "json"):
+    shown = not (values.get("quiet") or values["format"] == "json")
+    if shown:
         context.screen.show(result)
-        for file in files:
+    for file in result.save(folder) if folder else ():
+        if shown:
             context.screen.show(str(file))
     pictured: Result = result
     return pictured

@@ -38,7 +38,7 @@ from miinb.demo import IMAGES, image_parts
 from miinb.demo.image_parts import SIZES, Sizes
 from miinb.demo.judging import GUIDANCE, SEEDS, STEPS, Seen, is_right, judge
 from miinb.demo.shapes import Scene, draw, prompts, scenes
-from miinb.engine.diffusion import LATENT_RGB
+from miinb.engine.previews import STABLE_DIFFUSION
 
 #: Weights in the VAE's loss: of the distance from a normal distribution, and of the previews' error.
 _KL, _PREVIEW = 3e-4, 0.1
@@ -149,7 +149,7 @@ def vae_loss(vae: Any, pictures: Tensor, batch: int) -> Tensor:
         posterior = vae.encode(chosen).latent_dist
         made = vae.decode(posterior.sample()).sample
     latents = posterior.mean.float()
-    colors = torch.tensor(LATENT_RGB, device=latents.device)
+    colors = torch.tensor(STABLE_DIFFUSION.weights, device=latents.device)
     preview = torch.einsum("nchw,cr->nrhw", latents / latents.std().detach(), colors)
     away = made.float() - chosen
     colored = 1 + _COLORED * (chosen.amax(1, keepdim=True) - chosen.amin(1, keepdim=True))

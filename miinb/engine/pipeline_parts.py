@@ -83,10 +83,12 @@ def _random_parts(
             CLIPTextConfig.from_dict(dict(configs["text_encoder_2"]))
         ),
     }
-    torch.manual_seed(0)
     parts = {}
     with torch.device(device):
-        for name in makers.keys() & configs.keys() - set(without):
+        for name in makers:
+            if name not in configs or name in without:
+                continue
+            torch.manual_seed(0)  # of each part, so that its weights do not depend on which others are made
             parts[name] = makers[name]().to(dtype).eval()
     for name in ("tokenizer", "tokenizer_2") if is_sdxl(pipeline.name) else ("tokenizer",):
         if not (model.folder / name).is_dir():

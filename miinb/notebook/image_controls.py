@@ -148,12 +148,16 @@ class ImageControls:
         return {"preview_steps": every} if every else {}
 
     def load(self, values: Mapping[str, Any]) -> None:
-        """Set the controls to the parameters of an earlier picture or of a file; what is not there is the default."""
+        """Set the controls to the parameters of an earlier picture or of a file; what is not there is the default.
+
+        What `misfits` names is left out.
+        """
         defaults = ImageParams()
         self.negative.value = values.get("negative_prompt", "")
         for name in ("num_inference_steps", "guidance_scale", "num_images_per_prompt", "image_format"):
             getattr(self, name).value = values.get(name, getattr(defaults, name))
-        self.seed.value = min(values.get("seed", self.seed.value), _MAX_SEED)
+        if values.get("seed", 0) <= _MAX_SEED:
+            self.seed.value = values.get("seed", self.seed.value)
         scheduler = values.get("scheduler", OWN_SCHEDULER)
         if scheduler not in self.scheduler.options:
             self.scheduler.options = (*self.scheduler.options, scheduler)
@@ -164,6 +168,16 @@ class ImageControls:
         else:
             self.size.value = f"{width} x {height}" if (width, height) in SIZES else _ANOTHER
             self.width.value, self.height.value = width, height
+
+    @staticmethod
+    def misfits(values: Mapping[str, Any]) -> list[str]:
+        """What of such parameters the controls cannot hold, a sentence each."""
+        told = []
+        if (seed := values.get("seed", 0)) > _MAX_SEED:
+            told.append(f"Not taken over: the seed {seed}, too large for a panel; session.generate takes it.")
+        if (values.get("width") is None) != (values.get("height") is None):
+            told.append("Not taken over: the size, of which only one side is told.")
+        return told
 
     def close(self) -> None:
         """Detach the observers."""

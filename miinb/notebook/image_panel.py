@@ -208,8 +208,9 @@ class ImagePanel(WorkPanel):
         with self._lock:
             self._load(made.prompt, made.parameters)
             model = [f"made by {made.model}"] if made.model else []
-            seed = ["its seed is locked"] if "seed" in made.parameters else []
-            self._say(" · ".join(["Prompt and parameters are the file's", *model, *seed, *made.notes]))
+            seed = ["its seed is locked"] if self.controls.lock.value else []
+            notes = [*made.notes, *self.controls.misfits(made.parameters)]
+            self._say(" · ".join(["Prompt and parameters are the file's", *model, *seed, *notes]))
 
     def _uploaded(self, change: Any) -> None:
         if not change["new"]:
@@ -225,7 +226,7 @@ class ImagePanel(WorkPanel):
     def _load(self, prompt: str, parameters: Mapping[str, Any]) -> None:
         self.prompt.value = prompt
         self.controls.load(parameters)
-        self.controls.lock.value = "seed" in parameters
+        self.controls.lock.value = self.controls.seed.value == parameters.get("seed")
 
     def _ask(self, prompt: str, parameters: dict[str, Any], of: GalleryPicture | None = None) -> None:
         deployment, previews = self.deployment.value, self.controls.previews

@@ -29,6 +29,7 @@ from miinb.messages import (
 from miinb.server.balancer import Balancer, Replica, RowEvent
 from miinb.server.prompts import Message, Prompt, check_token_ids, tokenize
 from miinb.server.text import Detokenizer, StopFinder, TextCodec
+from miinb.tasks import find_task
 
 #: Paced streams wake on a common grid: many in one turn of the event loop cost less than each in its own.
 TICK_S = 0.01
@@ -130,7 +131,8 @@ class Generation:
         replica = await balancer.pick(params.num_return_sequences)
         text = replica.text
         if not isinstance(text, TextCodec):
-            raise InvalidRequest(f"This deployment serves {replica.info.task}.", hint="Use predict().")
+            task = find_task(replica.info.task)
+            raise InvalidRequest(f"This deployment serves {task.name}.", hint=f"Use {task.asked_by}().")
         check_token_ids(params, replica.info.vocab_size)
         begin = time.perf_counter()
         prompt = await tokenize(request, text, replica.info.max_length, history)

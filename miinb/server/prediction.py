@@ -52,7 +52,7 @@ async def predict(
     checked_inputs(inputs, task)
     text = replica.text
     if not isinstance(text, EncoderText):
-        raise InvalidRequest(f"This deployment does not serve {task.name}.")
+        raise InvalidRequest(f"This deployment serves {task.name}.", hint=f"Use {task.asked_by}().")
     asked = Asked(inputs, checked_options(options, task), text, replica.info)
     kind = ENCODER_TASKS[task.name]
     encodings = await text.encode(texts_of(asked), offsets=kind.offsets, alone=alone)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+import types
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import diffusion, image_parity, unet_painter
 from miinb.engine.diffusion import ImageExecutor, Kind, Start, Work
 from miinb.engine.loading import load_executor
+from miinb.engine.pipeline_parts import _random_parts
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet, batches
 from miinb.engine.unet_painter import UnetPainter, denoised
@@ -395,3 +397,15 @@ def test_the_host_keeps_near_its_device(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(5):
         pace.step()
     assert waited == [1, 2, 3]
+
+
+def test_random_parts_are_the_same_whichever_are_made(folder: Path) -> None:
+    info = models.inspect(folder, load_format="dummy")
+    assert info.pipeline is not None
+    facts = types.SimpleNamespace(device="cpu", dtype="fp32")
+    names = ("unet", "vae", "text_encoder")
+    together = _random_parts(info, info.pipeline, facts, ())  # type: ignore[arg-type]
+    for name in names:
+        without = [other for other in names if other != name]
+        alone = _random_parts(info, info.pipeline, facts, without)  # type: ignore[arg-type]
+        assert all(map(torch.equal, together[name].parameters(), alone[name].parameters()))

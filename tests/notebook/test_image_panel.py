@@ -14,6 +14,7 @@ import pytest
 from image_standin import ImageStandIn, jpeg, landscape
 from panel_checks import KINDS, check_controls, html_of, nothing_left, until, walk
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from standin import StandIn
 
 import miinb
@@ -267,6 +268,22 @@ def test_a_file_with_an_unknown_scheduler_is_loaded(make: Make) -> None:
     controls = shown.controls
     assert (controls.scheduler.value, controls.size.value) == ("NewScheduler", "another")
     assert (controls.width.value, controls.height.value, controls.guidance_scale.value) == (40, 64, 0)
+    assert not controls.lock.value  # a page's numbers do not hold this seed
+    assert f"the seed {(1 << 63) - 1}, too large" in shown.status.value
+    assert "locked" not in shown.status.value
+
+
+def test_half_a_size_is_told(make: Make) -> None:
+    _, shown = make()
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_itxt("miinb", json.dumps({"prompt": "p\ud800", "model": "\udfff", "width": 64, "seed": 3}))
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    shown.load_file(buffer.getvalue())
+    assert shown.controls.size.value == "(the model's)"
+    assert "only one side" in shown.status.value
+    assert (shown.prompt.value, shown.controls.lock.value) == ("p\ufffd", True)
+    assert "lone surrogates" in shown.status.value
+    assert shown.status.value.encode()  # a page can be sent it
 
 
 def test_pins_are_static_and_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
