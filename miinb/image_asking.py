@@ -137,6 +137,8 @@ def _file(text: str | bytes, what: str) -> Source:
     path = Path(os.fsdecode(text))
     try:
         path = path.expanduser()
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with path.open("rb") as stream:
             data = stream.read(MAX_SOURCE_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:

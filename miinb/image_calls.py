@@ -121,8 +121,8 @@ class ImageCalls:
             raise error from None
         finally:
             e2e_s = time.perf_counter() - begin
-            row = {"batch_size": batch_size, "t_submit": submitted, "e2e_s": e2e_s}
-            kept = self._done(row | _row(request, pictures, finish, error))
+            row = {"batch_size": batch_size, "t_submit": submitted}
+            kept = self._done(row | _row(request, pictures, finish, error, e2e_s))
         times, usage = _timing(finish, e2e_s, len(pictures)), Usage(prompt_tokens=finish.prompt_tokens)
         return pictures_result(
             request.prompt, pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
@@ -200,7 +200,11 @@ def _warnings(end: ImagesEnd) -> Iterable[str]:
 
 
 def _row(
-    request: ImagesRequest, pictures: Sequence[Picture], end: ImagesEnd | None, error: MiinbError | None
+    request: ImagesRequest,
+    pictures: Sequence[Picture],
+    end: ImagesEnd | None,
+    error: MiinbError | None,
+    e2e_s: float,
 ) -> dict[str, Any]:
     """The row of the requests table; a field that does not apply is left out."""
     params = request.params
@@ -208,6 +212,7 @@ def _row(
     failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
     row: dict[str, Any] = {
         "status": "ok" if end else failed,
+        "e2e_s": e2e_s,
         "steps": steps_of(params),
         "guidance": params.guidance_scale,
         "seed": pictures[0].seed if pictures else params.seed,
@@ -219,11 +224,16 @@ def _row(
     times = end.times
     return row | {
         "images": len(pictures),
+        "image_s": e2e_s / len(pictures),
         "width_px": pictures[0].width,
         "height_px": pictures[0].height,
         "prompt_tokens": end.prompt_tokens,
         "queue_s": times.queue_s,
         "preprocess_s": times.text_encode_s,
+        "text_encode_s": times.text_encode_s,
+        "steps_s": times.steps_s,
+        "step_s": times.steps_s / steps_of(params),
+        "vae_s": times.vae_s,
         "model_s": times.text_encode_s + times.steps_s + times.vae_s,
         "postprocess_s": times.picture_s,
         "finish_reason": "stop",

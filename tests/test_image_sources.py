@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import struct
 import zlib
@@ -284,6 +285,17 @@ def test_too_many_bytes_are_refused_on_both_sides(tmp_path: Path, monkeypatch: p
         assert "PIL" in refused.value.hint
     with pytest.raises(InvalidRequest, match="MiB"):
         image_sources.pixels(Source("", data), Source("", mask), ImageParams())
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (tmp_path / "pipe", "it is no file"),
+        (tmp_path, "it is no file"),
+        (tmp_path / "x", "No such file"),
+    ):
+        with pytest.raises(InvalidRequest, match=why):
+            asked(path)
 
 
 def test_an_image_that_cannot_be_read_is_no_matter_of_its_mode(tmp_path: Path) -> None:

@@ -125,6 +125,9 @@ def test_pictures_from_pictures_are_those_of_diffusers(served: tuple[Session, An
     for prompt, negative, image in zip(prompts, negatives, result.images, strict=True):
         expected = from_photo(pipe, prompt, 3, negative_prompt=negative, **options)
         assert difference(image, expected) <= 1
+    row = session.records.iloc[-1]
+    assert row["image_s"] == row["e2e_s"] > row["steps_s"] == 2 * row["step_s"] > 0
+    assert row["vae_s"] > 0
     awaited: Any = asyncio.run(
         session.agenerate("a cat", image=PHOTO, mask_image=MASK, seed=4, num_inference_steps=3)  # type: ignore[arg-type]
     )
