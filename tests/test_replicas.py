@@ -54,6 +54,16 @@ def test_replicas_are_renewed_while_the_others_serve() -> None:
         assert len(session.generate("the cat", max_new_tokens=3, ignore_eos=True).token_ids[0]) == 3
 
 
+def test_a_deployment_is_ready_when_every_replica_takes_requests() -> None:
+    """Of two requests at once each has a replica of its own, also right after the start."""
+    options = {"threads": 1}
+    with miinb.Session(tiny_model(), replicas=2, device="cpu", options=options, max_batch=1, max_length=512) as session:
+        streams = [session.stream(f"number {i}", max_new_tokens=450, ignore_eos=True) for i in range(2)]
+        for stream in streams:
+            next(stream)
+        assert until(session, lambda now: now.in_flight == 2).queued == 0
+
+
 def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_comes_back() -> None:
     """The streams of the other go on; what was in flight on the dead one fails as `Unavailable`."""
     with miinb.Session(tiny_model(), replicas=2, device="cpu", options={"threads": 1}, max_length=512) as session:

@@ -100,6 +100,7 @@ class Frontend:
         return EncoderText.load(folder) if task.name in ENCODER_TASKS else None
 
     def _health_changed(self) -> None:
+        self._report()  # a deployment is ready when all its replicas are
         task = asyncio.ensure_future(self._set_health())
         self._health_tasks.add(task)
         task.add_done_callback(self._health_tasks.discard)

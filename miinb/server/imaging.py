@@ -71,6 +71,7 @@ class Imaging:
             loop = asyncio.get_running_loop()
             size, source = await loop.run_in_executor(_READER, pixels, request.image, request.mask, params)
             params = params.model_copy(update={"width": size[0], "height": size[1]})
+            replica = await balancer.pick(count)  # it may have gone or filled meanwhile
         self = cls(dataclasses.replace(request, params=params), replica)
         asked = request.params.seed
         first = secrets.randbits(SEED_BITS) if asked is None else asked

@@ -175,10 +175,17 @@ class Supervisor:
                 tell({"phase": report["phase"]})
         if child.failure is not None and not self.served:
             self._fail(child.cause(starting=True))
-        elif self.state == "starting" and all(other.ready is not None for other in self.children):
+        elif self.state == "starting" and self._all_ready:
             self._ready()
         if child.silent:
             self.children.unhear(child)
+
+    @property
+    def _all_ready(self) -> bool:
+        """Every process says so, and the frontend gives requests to every replica that is not given up."""
+        serving = self.config.replicas - len(self.restarts.given_up)
+        ready = all(child.ready is not None for child in self.children)
+        return ready and self.activity.get("replicas", 0) >= serving
 
     def _ready(self) -> None:
         self.state, self.served = "ready", True
@@ -263,7 +270,7 @@ class Supervisor:
         log(f"Replica {dead.replica} is given up, the others go on: {cause['message']} {cause['hint']}")
         self.restarts.given_up.add(dead.replica)
         self.children.end(self.children.of_replica(dead.replica), self.grace_s)
-        if all(child.ready is not None for child in self.children):
+        if self._all_ready:
             self._ready()
 
     def _renew(self, replica: int | None) -> None:

@@ -157,6 +157,20 @@ def test_parallel_scaling_over_runs() -> None:
     one, two = make({"optimized": 2.0}), make({"optimized": 1.2}, tp=2, run_id="r2")
     ax = charts.parallel_scaling(one + two)
     assert list(ax.lines[0].get_xdata()) == [1, 2]
+    assert "tokens/s, 1.7x of 2x" in charts.alt_text(ax)
+
+
+def test_arms_that_differ_in_their_devices_are_points_of_one_line() -> None:
+    plain, one, two = make({"Hugging Face": 4.0}), make({"1 rank": 2.0}), make({"2 ranks": 1.2}, tp=2)
+    for runs, engine in ((plain, "baseline"), (one, "optimized"), (two, "optimized")):
+        runs.requests["engine"] = engine
+    rows = [row for runs in (plain, one, two) for row in runs.requests.to_dict("records")]
+    ax = charts.parallel_scaling(Runs(rows, one.env), by="tp")
+    assert sorted(len(line.get_xdata()) for line in ax.lines) == [1, 1, 2, 2]  # each with its ideal one
+    for row in rows:
+        row["dtype"] = "int8" if row["arm"] == "2 ranks" else "bf16"
+    ax = charts.parallel_scaling(Runs(rows, one.env), by="tp")
+    assert {len(line.get_xdata()) for line in ax.lines} == {1}
 
 
 def test_ecdf_ends_at_one_and_marks_what_has_enough_samples() -> None:

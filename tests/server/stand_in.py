@@ -41,7 +41,8 @@ def main() -> None:
     in_flight = 0
 
     def report() -> None:
-        tell(activity={"in_flight": in_flight, "queued": 0, "requests": in_flight})
+        replicas = line["config"].get("replicas", 1)
+        tell(activity={"in_flight": in_flight, "queued": 0, "requests": in_flight, "replicas": replicas})
 
     def busier(*_: object) -> None:
         nonlocal in_flight
@@ -60,6 +61,8 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, busier)
     signal.signal(signal.SIGUSR2, silent)
     tell(ready={} if rank else {"address": "unix:" + line["folder"] + "/rpc.sock"})
+    if not rank:
+        report()
     while True:
         time.sleep(1)
         if not rank:

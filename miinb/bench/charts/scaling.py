@@ -68,6 +68,8 @@ def parallel_scaling(
 ) -> Any:
     """Throughput over the number of devices (tensor_parallel x replicas), with the ideal line.
 
+    Arms of one engine that differ in nothing but their devices are one line.
+
     Args:
         frame: runs, requests or a summary.
         ax: axes to draw on; None makes a figure.
@@ -88,7 +90,16 @@ def parallel_scaling(
             f"charts.parallel_scaling: all runs have the same {same}.",
             hint="Add the runs of sessions with other numbers: runs_1 + runs_2.",
         )
-    return _scaling(rows, by, DEVICES[by], rate_of(rows, metric), "Scaling with devices", ax, log)
+    return _scaling(_joined(rows, by), by, DEVICES[by], rate_of(rows, metric), "Scaling with devices", ax, log)
+
+
+def _joined(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Rows whose arms are engines, where each arm is one point of a line of its engine."""
+    if (rows.groupby("arm")[by].nunique() > 1).any() or (rows.groupby("engine")["dtype"].nunique() > 1).any():
+        return rows
+    joined = rows.assign(arm=rows["engine"])
+    same = ["model", "arm", "concurrency", "rate_rps", by]
+    return rows if joined.duplicated(same).any() else joined
 
 
 def _check(by: str | None, known: dict[str, str]) -> None:
@@ -111,7 +122,8 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
         scaled = f" ({gain:.1f}x of {ideal:.3g}x)" if len(line) > 1 else ""
         ends.append((x[-1], y[-1], f"{number(y[-1])}{scaled}", style["color"]))
         to = f" to {number(y[-1])}" if len(line) > 1 else ""
-        hidden_value(ax, f"{name}: {number(y[0])}{to} {RATES[rate].unit}{scaled and ','}{scaled.strip('()')}")
+        told = f", {scaled.strip(' ()')}" if scaled else ""
+        hidden_value(ax, f"{name}: {number(y[0])}{to} {RATES[rate].unit}{told}")
     ticks = sorted(set(rows[by]))
     if log:
         ax.set_xscale("log", base=2)
