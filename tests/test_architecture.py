@@ -172,7 +172,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
     "__main__": ("cli",),
     "demo": (*CORE, *KERNEL_SIDE, "cell", "bench"),
-    "demo.train_images": ("demo", "engine.diffusion"),
+    "demo.train_images": ("demo", "engine.previews"),
     "targets": ("config", "errors"),
 }
 

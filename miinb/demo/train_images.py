@@ -327,7 +327,7 @@ def main() -> None:
     began = time.monotonic()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cudnn.benchmark = args.device == "cuda"  # shapes never change
     args.size = args.size or ("large" if args.device == "cuda" else "small")
     sizes = SIZES[args.size]
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import time
-import types
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -402,10 +401,10 @@ def test_the_host_keeps_near_its_device(monkeypatch: pytest.MonkeyPatch) -> None
 def test_random_parts_are_the_same_whichever_are_made(folder: Path) -> None:
     info = models.inspect(folder, load_format="dummy")
     assert info.pipeline is not None
-    facts = types.SimpleNamespace(device="cpu", dtype="fp32")
+    asked = (info, info.pipeline, "cpu", torch.float32)
     names = ("unet", "vae", "text_encoder")
-    together = _random_parts(info, info.pipeline, facts, ())  # type: ignore[arg-type]
+    together = _random_parts(*asked, ())
     for name in names:
         without = [other for other in names if other != name]
-        alone = _random_parts(info, info.pipeline, facts, without)  # type: ignore[arg-type]
+        alone = _random_parts(*asked, without)
         assert all(map(torch.equal, together[name].parameters(), alone[name].parameters()))

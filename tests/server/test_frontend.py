@@ -492,7 +492,7 @@ def test_predictions_go_to_the_replica_with_fewer_tokens_and_end_with_it(fresh: 
             with pytest.raises(errors.DeadlineExceeded):
                 client.predict("fox", timeout_s=5.0)  # time enough to reach the rank on a busy machine
             ranks[1].send_signal(signal.SIGCONT)
-            wait_for(lambda: len(frontend.told("cancel")) == 1, "the cancel")
+            wait_for(lambda: frontend.told("cancel"), "the cancel")
             assert client.predict("fox")
             assert frontend.running() == 0
     finally:
