@@ -154,6 +154,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.scheduler_overhead": ("engine", "config", "messages"),
     "bench.collective_ranks": ("engine", "kernels"),
     "bench.images": ("bench", "engine"),
+    "bench.image_folder": ("bench", "engine.clip_tokenizer"),
     "bench.image_arms": ("bench", "engine"),
     "bench.several_gpus": ("bench", "demo", "errors", "session"),
     "bench.headline": (
@@ -172,6 +173,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cli": (*CORE, *KERNEL_SIDE, "bench", "commands", "demo", "notebook"),
     "__main__": ("cli",),
     "demo": (*CORE, *KERNEL_SIDE, "cell", "bench"),
+    "demo.image_parts": ("demo", "engine.clip_tokenizer"),
     "demo.train_images": ("demo", "engine.previews"),
     "targets": ("config", "errors"),
 }

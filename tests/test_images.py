@@ -27,8 +27,6 @@ from miinb.image_results import ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
 
-torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Session, Any]]:

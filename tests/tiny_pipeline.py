@@ -12,11 +12,8 @@ SIZE, TEXT_LENGTH = 32, 16
 
 def tokenizer() -> Any:
     """CLIP's byte-level BPE, of few words."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
+    from miinb.engine.clip_tokenizer import clip_tokenizer
 
-    letters = sorted(ByteLevel.alphabet())
-    vocab = [*letters, *(letter + "</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -25,10 +22,7 @@ def tokenizer() -> Any:
             parts[-2:] = ["".join(pair)]
             if pair not in merges:
                 merges.append(pair)
-                vocab.append("".join(pair))
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    table = {token: number for number, token in enumerate(dict.fromkeys(vocab))}
-    return CLIPTokenizer(vocab=table, merges=merges, model_max_length=TEXT_LENGTH)
+    return clip_tokenizer(merges, length=TEXT_LENGTH)
 
 
 def make_pipeline(

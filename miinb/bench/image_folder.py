@@ -18,6 +18,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from miinb.engine.clip_tokenizer import clip_tokenizer
+
 TOKENS = 77
 _UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 _VAE: dict[str, Any] = {
@@ -42,7 +44,6 @@ _TEXT: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hid
 _TEXT |= {"num_attention_heads": 12, "vocab_size": 49408}
 _TINY_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 _TINY_TEXT |= {"num_attention_heads": 2, "vocab_size": 1000}
-_MARKS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def write(folder: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, *, tiny: bool = False) -> Path:
@@ -107,12 +108,8 @@ def vae_config(*, tiny: bool) -> dict[str, Any]:
 def tokenizer(vocab_size: int) -> CLIPTokenizer:
     """CLIP's byte-level BPE of exactly that size (from 514 on): its pieces are made up, so that every id is text."""
     letters = sorted(ByteLevel.alphabet())
-    vocab = [*letters, *(f"{letter}</w>" for letter in letters)]
-    merges = list(itertools.islice(_merges(letters), vocab_size - len(vocab) - len(_MARKS)))
-    vocab += ["".join(pair) for pair in merges] + [*_MARKS]
-    return CLIPTokenizer(
-        vocab={piece: number for number, piece in enumerate(vocab)}, merges=merges, model_max_length=TOKENS
-    )
+    merges = itertools.islice(_merges(letters), vocab_size - 2 * len(letters) - 2)
+    return clip_tokenizer(list(merges), length=TOKENS)
 
 
 def _merges(letters: list[str]) -> Iterator[tuple[str, str]]:

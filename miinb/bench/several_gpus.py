@@ -110,14 +110,14 @@ def split(place: Place, name: str, sizes: Sizes) -> Runs:
             warmup=2,
         )
         (line,) = [line for line in arms["2 ranks"].plan().lines if line.what == "all-reduce"]
-    for env in runs.env.values():
-        env["preset"], env["all_reduce"] = name, line.choice
-        try:
-            env["device_map_token_s"] = device_map.measure(
-                model, place.dtype, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens
-            )
-        except RuntimeError as error:
-            env["device_map_error"] = str(error)
+    (env,) = runs.env.values()
+    env |= {"preset": name, "all_reduce": line.choice}
+    try:
+        env["device_map_token_s"] = device_map.measure(
+            model, place.dtype, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens
+        )
+    except RuntimeError as error:
+        env["device_map_error"] = str(error)
     return runs
 
 
@@ -148,8 +148,8 @@ def replicas(place: Place, name: str, sizes: Sizes) -> Runs:
             concurrency=[flight],
             requests=flight * sizes.passes,
         )
-    for env in runs.env.values():
-        env["preset"] = name
+    (env,) = runs.env.values()
+    env["preset"] = name
     return runs
 
 
@@ -189,9 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             work.append(("greedy tokens", partial(equal, place)))
         if "split" in options.rows:
             for name in options.models:
-                work.append((f"tensor parallel, {name}", partial(_told, split, place, name, sizes, options.out)))
+                work.append(
+                    (f"tensor parallel, {name}", partial(_told, split, split_words, place, name, sizes, options.out))
+                )
         if "replicas" in options.rows:
-            work.append((f"replicas, {first}", partial(_told, replicas, place, first, sizes, options.out)))
+            work.append(
+                (f"replicas, {first}", partial(_told, replicas, replicas_words, place, first, sizes, options.out))
+            )
         if "death" in options.rows:
             work.append((f"kill -9, {first}", partial(death, place, first)))
         for title, row in work:
@@ -209,13 +213,18 @@ def _say(title: str, row: Callable[[], Iterable[str]]) -> None:
 
 
 def _told(
-    measure: Callable[[Place, str, Sizes], Runs], place: Place, name: str, sizes: Sizes, out: Path | None
+    measure: Callable[[Place, str, Sizes], Runs],
+    words: Callable[[Runs], Iterable[str]],
+    place: Place,
+    name: str,
+    sizes: Sizes,
+    out: Path | None,
 ) -> Iterable[str]:
     """A row's words; its run is stored where it is to be."""
     runs = measure(place, name, sizes)
     if out is not None:
         runs.save(out)
-    return split_words(runs) if measure is split else replicas_words(runs)
+    return words(runs)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from miinb.engine.clip_tokenizer import clip_tokenizer
+
 #: Tokens that the text encoder takes: the longest caption has 17, and attention to fewer tokens is quicker than to 77.
 TEXT_LENGTH = 32
 
@@ -62,11 +64,8 @@ def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
         vocab_size=4096, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in _merges(learner)]
-    vocab = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    table = {token: number for number, token in enumerate(dict.fromkeys(vocab))}
-    return CLIPTokenizer(vocab=table, merges=merges, model_max_length=TEXT_LENGTH)
+    merges = [(first, second) for first, second in _merges(learner)]
+    return clip_tokenizer(merges, length=TEXT_LENGTH)
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:

@@ -74,6 +74,8 @@ def _random_parts(
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    from miinb.engine.clip_tokenizer import clip_tokenizer
+
     configs = pipeline.configs
     makers = {
         "unet": lambda: diffusers.UNet2DConditionModel.from_config(configs["unet"]),
@@ -92,20 +94,8 @@ def _random_parts(
             parts[name] = makers[name]().to(dtype).eval()
     for name in ("tokenizer", "tokenizer_2") if is_sdxl(pipeline.name) else ("tokenizer",):
         if not (model.folder / name).is_dir():
-            parts[name] = _letters(pipeline.text_length)
+            parts[name] = clip_tokenizer(length=pipeline.text_length)
     return parts
-
-
-def _letters(length: int) -> Any:
-    """CLIP's kind of tokenizer, without merges: a token for each letter of a text."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=length
-    )
 
 
 def check_parts(pipe: Any, model: ModelInfo) -> None:

@@ -15,7 +15,7 @@ from miinb.errors import MiinbError
 from miinb.notebook import cards
 from miinb.notebook.bench_controls import WorkloadControls
 from miinb.notebook.cards import QUIET, escaped
-from miinb.notebook.controls import DeploymentChoice, button, named, save_link
+from miinb.notebook.controls import button, named, save_link
 from miinb.notebook.streaming import Throttle
 from miinb.notebook.work_panel import ROW, WorkPanel
 from miinb.wording import printable
@@ -85,17 +85,9 @@ class BenchPanel(WorkPanel):
         self._set_busy(False)
 
     def _make_controls(self, session: Session) -> None:
-        self._choice = DeploymentChoice(
-            session.name,
-            "Deployment",
-            "deployment",
-            "The deployment that is measured",
-            own_task=session.task,
-            tasks=BENCHED,
-            on_change=self._chosen,
+        self._choose(
+            session, "The deployment that is measured", tasks=BENCHED, own_task=session.task, on_change=self._chosen
         )
-        self._choices = (self._choice,)
-        self.deployment = self._choice.control
         self.beside = named(
             W.Dropdown(
                 description="Beside",

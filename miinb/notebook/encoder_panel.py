@@ -12,7 +12,7 @@ import ipywidgets as W
 from miinb.commands.screen import as_json
 from miinb.errors import InvalidValue
 from miinb.notebook import cards
-from miinb.notebook.controls import DeploymentChoice, button, close_tree, save_link
+from miinb.notebook.controls import button, close_tree, save_link
 from miinb.notebook.encoder_controls import Given, TaskInputs, TaskOptions
 from miinb.notebook.history import History
 from miinb.notebook.prediction_cards import predictions_card, timing_line
@@ -131,17 +131,13 @@ class EncoderPanel(WorkPanel):
         self._chosen()
 
     def _make_controls(self, session: Session) -> None:
-        self._choice = DeploymentChoice(
-            session.name,
-            "Deployment",
-            "deployment",
+        self._choose(
+            session,
             "The deployment that answers",
-            own_task=session.task,
             tasks=tuple(PREDICTIONS),
+            own_task=session.task,
             on_change=self._chosen,
         )
-        self._choices = (self._choice,)
-        self.deployment = self._choice.control
         self.inputs = TaskInputs()
         self.run = button("Predict", "predict", "Ask the model", self.predict, button_style="primary", icon="play")
         self.halt = self._halt("Give the request up")

@@ -13,7 +13,7 @@ from miinb.image_difference import difference
 from miinb.image_metadata import converted, read_parameters
 from miinb.image_params import MAX_IMAGES
 from miinb.notebook import cards
-from miinb.notebook.controls import PICTURING, DeploymentChoice, Fold, button, named, prompt_area, save_link
+from miinb.notebook.controls import PICTURING, Fold, button, named, prompt_area, save_link
 from miinb.notebook.gallery import Gallery, GalleryPicture, pictures_of
 from miinb.notebook.gallery_pair import GalleryPair
 from miinb.notebook.image_cards import images_line
@@ -67,16 +67,7 @@ class ImagePanel(WorkPanel):
         self._set_busy(False)
 
     def _make_controls(self, session: Session) -> None:
-        self._choice = DeploymentChoice(
-            session.name,
-            "Deployment",
-            "deployment",
-            "The deployment that makes the pictures",
-            own_task=session.task,
-            tasks=PICTURING,
-        )
-        self._choices = (self._choice,)
-        self.deployment = self._choice.control
+        self._choose(session, "The deployment that makes the pictures", tasks=PICTURING, own_task=session.task)
         self.prompt = prompt_area("What the picture shows", example="a lighthouse at dusk, oil painting", rows=3)
         self.controls = ImageControls()
         self.run = button("Generate", "generate", "Make pictures", self.generate, button_style="primary", icon="play")

@@ -10,7 +10,6 @@ import ipywidgets as W
 from miinb.notebook import cards
 from miinb.notebook.controls import (
     GENERATING,
-    DeploymentChoice,
     GenerationControls,
     button,
     named,
@@ -62,17 +61,13 @@ class TextPanel(WorkPanel):
         self._set_busy(False)
 
     def _make_controls(self, session: Session) -> None:
-        self._choice = DeploymentChoice(
-            session.name,
-            "Deployment",
-            "deployment",
+        self._choose(
+            session,
             "The deployment that answers",
-            own_task="text-generation",
             tasks=GENERATING,
+            own_task="text-generation",
             on_change=self._another,
         )
-        self._choices = (self._choice,)
-        self.deployment = self._choice.control
         self.prompt = prompt_area("The text that the model continues")
         self.run = button("Generate", "generate", "Ask the model", self.generate, button_style="primary", icon="play")
         self.halt = self._halt("End the answer; the text so far stays")

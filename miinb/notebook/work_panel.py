@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -169,6 +169,22 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     def _halt(self, tooltip: str, *, text: str = "Stop", css: str = "stop") -> Any:
         """A button that ends the running request."""
         return button(text, css, tooltip, self.stop, icon="stop", disabled=True)
+
+    def _choose(
+        self,
+        session: Session,
+        tooltip: str,
+        *,
+        tasks: Sequence[str],
+        own_task: str,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make `deployment`, the control of the one deployment that the panel asks; see `DeploymentChoice`."""
+        self._choice = DeploymentChoice(
+            *(session.name, "Deployment", "deployment", tooltip), own_task=own_task, tasks=tasks, on_change=on_change
+        )
+        self._choices = (self._choice,)
+        self.deployment = self._choice.control
 
     def _can_ask(self, prompt: str) -> bool:
         """Whether to ask with this prompt now: nothing runs, and there is one; says so where there is none."""

@@ -84,7 +84,7 @@ class Frontend:
         self._drain_s = drain_s
         self._status = status
         self._name = name
-        self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._health_changed)
+        self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._replicas_changed)
         self._service = Inference(self._balancer, name, self._changed)
         self._report_due: asyncio.TimerHandle | None = None  # what has changed is told then
         self._health = HealthServicer()
@@ -99,7 +99,7 @@ class Frontend:
             return TextCodec.load(folder)
         return EncoderText.load(folder) if task.name in ENCODER_TASKS else None
 
-    def _health_changed(self) -> None:
+    def _replicas_changed(self) -> None:
         self._report()  # a deployment is ready when all its replicas are
         task = asyncio.ensure_future(self._set_health())
         self._health_tasks.add(task)

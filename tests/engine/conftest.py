@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from tests.tiny_pipeline import make_pipeline
+
 BASE = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -201,3 +203,11 @@ def real_text(folder: Path) -> list[int]:
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "exceptions", "import"))
     return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:4096]
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion of random weights, made once; tests that change it change a copy."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(folder)
+    return folder / "model"

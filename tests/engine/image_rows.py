@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from miinb import models
 from miinb.config import DeploymentConfig
-from miinb.engine.diffusion import ImageExecutor
+from miinb.engine.diffusion import ImageExecutor, Start, Work
+from miinb.engine.loading import load_executor
 from miinb.engine.pipeline_painter import load_images
+from miinb.image_difference import psnr_db
 from miinb.image_messages import PaintedEvent, PaintRequest, PaintSource
 from miinb.image_params import ImageParams
-from miinb.messages import EngineInfo, Plan
+from miinb.messages import EngineInfo, Phase, Plan
+from tests.tiny_pipeline import SIZE
 
 
 def load(folder: Path, max_batch: int = 4) -> ImageExecutor:
@@ -47,3 +51,35 @@ def painted(events: list[Any]) -> dict[int, PaintedEvent]:
 
 def pixels(event: PaintedEvent) -> np.ndarray:
     return np.frombuffer(event.pixels, np.uint8).reshape(event.height, event.width, 3).astype(int)
+
+
+def start(folder: Path, state: Path, **fields: Any) -> tuple[ImageExecutor, list[Phase]]:
+    """What a rank loads with this configuration, and the phases that it told."""
+    phases: list[Phase] = []
+    config = DeploymentConfig.parse({"model": str(folder), "device": "cpu", "options": {"threads": 1}} | fields)
+    state.mkdir(exist_ok=True)
+    loaded = load_executor(config, replica=0, rank=0, gpus=None, folder=state, report=phases.append)
+    assert isinstance(loaded, ImageExecutor)
+    return loaded, phases
+
+
+def work(**changes: Any) -> Work:
+    usual: dict[str, Any] = {"width": SIZE, "height": SIZE, "steps": 4, "guidance": 7.5, "scheduler": "PNDMScheduler"}
+    return Work(**usual | changes)
+
+
+def latents_of(executor: ImageExecutor, work: Work, starts: Sequence[Start | int], *texts: str) -> torch.Tensor:
+    painter, seeds = executor.painter, [one if isinstance(one, Start) else Start(one) for one in starts]
+    prompts = list(texts) or ["a red cat"] * len(seeds)
+    conditions = painter.embed(prompts, ["blue"] * len(prompts), work.guidance)
+    return painter.denoise(conditions, work, seeds, lambda step, latents: None)
+
+
+def picture(executor: ImageExecutor, prompt: str = "a red cat", row_id: int = 0, **params: Any) -> np.ndarray:
+    """The pixels of one picture."""
+    (event,) = painted(run(executor, request(row_id, prompt, **{"seed": 10, **params}))).values()
+    return pixels(event)
+
+
+def psnr(image: np.ndarray, expected: np.ndarray) -> float:
+    return psnr_db(float(((image - expected) ** 2).mean()))

@@ -25,27 +25,21 @@ from miinb.hardware import Hardware
 from miinb.kernels.formats import dequantize
 from miinb.kernels.linear import PackedLinear
 from tests.engine import tiny_images
+from tests.engine.image_rows import latents_of, picture, psnr, start, work
 from tests.engine.test_unet import inputs
-from tests.engine.test_unet_painter import latents_of, load, picture, psnr, work
 from tests.engine.tiny_images import distance, saved
-from tests.tiny_pipeline import make_pipeline
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline(folder)
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def arms(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ImageExecutor, ImageExecutor]]:
+def arms(
+    pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ImageExecutor, ImageExecutor]]:
     """With int8 weights, and exact."""
     state = tmp_path_factory.mktemp("state")
-    both = [load(folder, state, dtype=dtype, max_batch=4)[0] for dtype in ("int8", "fp32")]
+    both = [start(pipeline_folder, state, dtype=dtype, max_batch=4)[0] for dtype in ("int8", "fp32")]
     yield both[0], both[1]
     for one in both:
         one.close()
@@ -108,12 +102,12 @@ def test_the_plan_says_what_was_lost(arms: tuple[ImageExecutor, ImageExecutor]) 
     assert "int8" not in {line.what for line in arms[1].info.plan.lines}
 
 
-def test_weights_are_as_large_as_planned(folder: Path, arms: tuple[ImageExecutor, ImageExecutor]) -> None:
+def test_weights_are_as_large_as_planned(pipeline_folder: Path, arms: tuple[ImageExecutor, ImageExecutor]) -> None:
     """But for what is computed ahead of them: sums of doubled convolutions, and the encoder's layer before latents."""
-    info, machine = models.inspect(folder), Hardware("CPU", 4, 8 << 30, 8 << 30, gpus=())
+    info, machine = models.inspect(pipeline_folder), Hardware("CPU", 4, 8 << 30, 8 << 30, gpus=())
     sizes = []
     for arm, dtype in zip(arms, ("int8", "fp32"), strict=True):
-        config = DeploymentConfig.parse({"model": str(folder), "device": "cpu", "dtype": dtype})
+        config = DeploymentConfig.parse({"model": str(pipeline_folder), "device": "cpu", "dtype": dtype})
         sizes.append((planner.plan(config, info, machine).weights_bytes, arm.info.plan.weights_bytes))
     planned, there = (one[1] - one[0] for one in zip(*sizes, strict=True))
     assert planned == pytest.approx(there, rel=0.01)
@@ -133,13 +127,17 @@ def test_a_batch_gives_what_each_gives_alone(arms: tuple[ImageExecutor, ImageExe
         assert distance(together[place : place + 1], latents_of(arms[0], work(), [3 + place], prompt)) < 1e-4
 
 
-def test_random_weights_and_reused_steps_go_with_it(folder: Path, tmp_path: Path) -> None:
-    executor, _ = load(folder, tmp_path, dtype="int8", load_format="dummy", options={"threads": 1, "step_reuse": 2})
+def test_random_weights_and_reused_steps_go_with_it(pipeline_folder: Path, tmp_path: Path) -> None:
+    executor, _ = start(
+        pipeline_folder, tmp_path, dtype="int8", load_format="dummy", options={"threads": 1, "step_reuse": 2}
+    )
     assert picture(executor).std() > 0
     assert any(line.what == "int8" for line in executor.info.plan.lines)
 
 
-def test_what_falls_back_to_diffusers_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_falls_back_to_diffusers_is_refused(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from miinb.engine import image_loading
 
     def fail(*args: Any) -> None:
@@ -147,19 +145,19 @@ def test_what_falls_back_to_diffusers_is_refused(folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(image_loading, "verified", fail)
     with pytest.raises(InvalidValue, match="dtype: int8 needs the optimized engine: The fused layers differ"):
-        load(folder, tmp_path / "state", dtype="int8")
+        start(pipeline_folder, tmp_path / "state", dtype="int8")
 
 
-def test_its_kernels_are_known_ahead(folder: Path) -> None:
+def test_its_kernels_are_known_ahead(pipeline_folder: Path) -> None:
     pytest.importorskip("triton")
     from miinb.engine.compile import kernels_of
     from miinb.engine.recording import compiling_for
 
     names = {}
     for dtype in ("fp16", "int8"):
-        config = DeploymentConfig.parse({"model": str(folder), "dtype": dtype, "max_batch": 2})
+        config = DeploymentConfig.parse({"model": str(pipeline_folder), "dtype": dtype, "max_batch": 2})
         with compiling_for((9, 0)):
-            names[dtype] = {kernel.name for kernel in kernels_of(config, models.inspect(folder))}
+            names[dtype] = {kernel.name for kernel in kernels_of(config, models.inspect(pipeline_folder))}
     assert names["int8"] - names["fp16"]
     assert names["int8"] >= {"_group_statistics", "_normalize", "_join", "_norm"}
 

@@ -16,12 +16,12 @@ from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet
 from miinb.errors import InvalidValue
 from tests.engine import tiny_images
+from tests.engine.image_rows import latents_of, picture, psnr, start, work
 from tests.engine.recomputing import Recomputing
 from tests.engine.test_unet import inputs
 from tests.engine.test_unet import load as load_unet
-from tests.engine.test_unet_painter import latents_of, load, picture, psnr, work
 from tests.engine.tiny_images import distance, saved
-from tests.tiny_pipeline import SIZE, make_pipeline
+from tests.tiny_pipeline import SIZE
 
 #: Decibels that pictures of this model keep of 20 steps of PNDM: measured were 51 with every second step whole, 45 with
 #: every third.
@@ -29,17 +29,10 @@ PSNR = 40
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline(folder)
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def executor(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageExecutor]:
+def executor(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageExecutor]:
     """One that reuses two of three steps."""
     options = {"threads": 1, "step_reuse": 3}
-    loaded, _ = load(folder, tmp_path_factory.mktemp("state"), max_batch=4, options=options)
+    loaded, _ = start(pipeline_folder, tmp_path_factory.mktemp("state"), max_batch=4, options=options)
     yield loaded
     loaded.close()
 
@@ -131,8 +124,8 @@ def test_the_first_step_that_a_picture_is_made_from_is_whole(
 
 
 @pytest.mark.usefixtures("exact")
-def test_without_reuse_nothing_changes(executor: ImageExecutor, folder: Path, tmp_path: Path) -> None:
-    plain, _ = load(folder, tmp_path / "state")
+def test_without_reuse_nothing_changes(executor: ImageExecutor, pipeline_folder: Path, tmp_path: Path) -> None:
+    plain, _ = start(pipeline_folder, tmp_path / "state")
     assert torch.equal(latents_of(executor, work(), [1]), latents_of(plain, work(), [1]))
 
 
@@ -211,7 +204,9 @@ def test_kernels_of_shallow_steps_are_known_ahead() -> None:
     assert launched
 
 
-def test_what_falls_back_to_diffusers_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_falls_back_to_diffusers_is_refused(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from miinb.engine import image_loading
     from miinb.errors import UnsupportedModel
 
@@ -220,7 +215,7 @@ def test_what_falls_back_to_diffusers_is_refused(folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(image_loading, "verified", fail)
     with pytest.raises(InvalidValue, match=r"options\.step_reuse: only the optimized engine has it: The fused layers"):
-        load(folder, tmp_path / "state", options={"threads": 1, "step_reuse": 2})
+        start(pipeline_folder, tmp_path / "state", options={"threads": 1, "step_reuse": 2})
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,19 +16,18 @@ import pytest
 import torch
 
 from miinb import models
-from miinb.config import DeploymentConfig
 from miinb.engine import diffusion, image_parity, unet_painter
-from miinb.engine.diffusion import ImageExecutor, Kind, Start, Work
-from miinb.engine.loading import load_executor
+from miinb.engine.diffusion import ImageExecutor, Kind, Start
 from miinb.engine.pipeline_parts import _random_parts
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet, batches
 from miinb.engine.unet_painter import UnetPainter, denoised
 from miinb.errors import BrokenCheckpoint, InvalidRequest, RankFailed
-from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
+from miinb.image_messages import PaintProgress, PaintRequest
 from miinb.image_params import ImageParams, parse_images
-from miinb.messages import FinishedEvent, Phase
+from miinb.messages import FinishedEvent
 from tests.engine import tiny_images
+from tests.engine.image_rows import latents_of, picture, psnr, start, work
 from tests.engine.recomputing import Recomputing
 from tests.engine.tiny_images import distance
 from tests.tiny_pipeline import SIZE, make_pipeline
@@ -43,61 +41,20 @@ SCHEDULERS = (
 )
 
 
-def load(folder: Path, state: Path, **fields: Any) -> tuple[ImageExecutor, list[Phase]]:
-    phases: list[Phase] = []
-    config = DeploymentConfig.parse({"model": str(folder), "device": "cpu", "options": {"threads": 1}} | fields)
-    state.mkdir(exist_ok=True)
-    loaded = load_executor(config, replica=0, rank=0, gpus=None, folder=state, report=phases.append)
-    assert isinstance(loaded, ImageExecutor)
-    return loaded, phases
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_pipeline(folder)
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def arms(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ImageExecutor, ImageExecutor]]:
+def arms(
+    pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ImageExecutor, ImageExecutor]]:
     """The optimized engine and the baseline, of one folder."""
     state = tmp_path_factory.mktemp("state")
-    both = [load(folder, state, engine=engine, max_batch=4)[0] for engine in ("optimized", "baseline")]
+    both = [start(pipeline_folder, state, engine=engine, max_batch=4)[0] for engine in ("optimized", "baseline")]
     yield both[0], both[1]
     for one in both:
         one.close()
 
 
-def latents_of(executor: ImageExecutor, work: Work, starts: list[Start | int], *texts: str) -> torch.Tensor:
-    painter, seeds = executor.painter, [one if isinstance(one, Start) else Start(one) for one in starts]
-    prompts = list(texts) or ["a red cat"] * len(seeds)
-    conditions = painter.embed(prompts, ["blue"] * len(prompts), work.guidance)
-    return painter.denoise(conditions, work, seeds, lambda step, latents: None)
-
-
-def work(**changes: Any) -> Work:
-    usual: dict[str, Any] = {"width": SIZE, "height": SIZE, "steps": 4, "guidance": 7.5, "scheduler": "PNDMScheduler"}
-    return Work(**usual | changes)
-
-
-def picture(executor: ImageExecutor, prompt: str = "a red cat", row_id: int = 0, **params: Any) -> np.ndarray:
-    values = {"num_inference_steps": 4, "seed": 10, **params}
-    executor.paint(PaintRequest(row_id, prompt, ImageParams(**values), time.monotonic()))
-    events: list[Any] = []
-    while executor.busy:
-        executor.step(events.append, lambda: None)
-    (event,) = (event for event in events if isinstance(event, PaintedEvent))
-    return np.frombuffer(event.pixels, np.uint8).reshape(event.height, event.width, 3).astype(int)
-
-
-def psnr(image: np.ndarray, expected: np.ndarray) -> float:
-    error = float(((image - expected) ** 2).mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def test_the_plan_and_the_phases_tell_what_runs(folder: Path, tmp_path: Path) -> None:
-    executor, phases = load(folder, tmp_path / "state")
+def test_the_plan_and_the_phases_tell_what_runs(pipeline_folder: Path, tmp_path: Path) -> None:
+    executor, phases = start(pipeline_folder, tmp_path / "state")
     assert isinstance(executor.painter, UnetPainter)
     assert executor.info.engine == executor.info.plan.engine == "optimized"
     lines = {line.what: line for line in executor.info.plan.lines}
@@ -174,7 +131,7 @@ def test_the_shapes_of_stable_diffusion_1_and_2(name: str, tmp_path: Path) -> No
     index = json.loads((model / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (model / "model_index.json").write_text(json.dumps(index))
-    arms = [load(model, tmp_path / "state", engine=engine)[0] for engine in ("optimized", "baseline")]
+    arms = [start(model, tmp_path / "state", engine=engine)[0] for engine in ("optimized", "baseline")]
     assert [arm.info.engine for arm in arms] == ["optimized", "baseline"]
     for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
         asked = work(width=72, height=40, steps=5, scheduler=scheduler)
@@ -262,16 +219,18 @@ def test_a_check_of_another_request_leaves_running_steps_alone(arms: tuple[Image
     assert torch.equal(again, expected)
 
 
-def test_bf16_is_near(folder: Path, arms: tuple[ImageExecutor, ImageExecutor], tmp_path: Path) -> None:
+def test_bf16_is_near(pipeline_folder: Path, arms: tuple[ImageExecutor, ImageExecutor], tmp_path: Path) -> None:
     """40 dB from fp32 at least, and not farther than diffusers in bf16 by more than 3."""
     exact = picture(arms[1])
-    half = [load(folder, tmp_path / "s", engine=engine, dtype="bf16")[0] for engine in ("optimized", "baseline")]
+    half = [
+        start(pipeline_folder, tmp_path / "s", engine=engine, dtype="bf16")[0] for engine in ("optimized", "baseline")
+    ]
     ours, theirs = (psnr(picture(arm), exact) for arm in half)
     assert ours > max(40, theirs - 3)
     assert half[0].info.dtype == "bf16"
 
 
-def test_graphs_paint_the_same(folder: Path, arms: tuple[ImageExecutor, ImageExecutor]) -> None:
+def test_graphs_paint_the_same(pipeline_folder: Path, arms: tuple[ImageExecutor, ImageExecutor]) -> None:
     """Each size is captured when it first comes; a graph's result is not kept by a scheduler that keeps predictions."""
     painter: Any = arms[0].painter
     unet, recorder = painter._unet, Recomputing()
@@ -313,7 +272,7 @@ def test_a_loop_may_begin_later(arms: tuple[ImageExecutor, ImageExecutor]) -> No
 
 
 def test_parity_finds_a_wrong_operator(
-    folder: Path, arms: tuple[ImageExecutor, ImageExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline_folder: Path, arms: tuple[ImageExecutor, ImageExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from miinb.engine import image_blocks
     from miinb.kernels import dispatch, reference
@@ -330,22 +289,22 @@ def test_parity_finds_a_wrong_operator(
     report = image_parity.check(painter._unet, painter._vae)
     assert not report.passed
     assert report.error > 1e-3
-    fallen, _ = load(folder, tmp_path / "a")
+    fallen, _ = start(pipeline_folder, tmp_path / "a")
     assert fallen.info.engine == "baseline"
     assert "differ from their reference" in fallen.info.plan.warnings[-1]
     with pytest.raises(RankFailed):
-        load(folder, tmp_path / "b", options={"parity": "raise", "threads": 1})
-    off, _ = load(folder, tmp_path / "c", options={"parity": "off", "threads": 1})
+        start(pipeline_folder, tmp_path / "b", options={"parity": "raise", "threads": 1})
+    off, _ = start(pipeline_folder, tmp_path / "c", options={"parity": "off", "threads": 1})
     assert off.info.engine == "optimized"
 
 
-def test_what_the_engine_does_not_know_diffusers_serve(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "model")
+def test_what_the_engine_does_not_know_diffusers_serve(pipeline_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "model")
     config = tmp_path / "model" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"resnet_out_scale_factor": 2.0}))
     info = models.inspect(tmp_path / "model")
     assert not info.optimized
-    executor, _ = load(tmp_path / "model", tmp_path / "state")
+    executor, _ = start(tmp_path / "model", tmp_path / "state")
     assert executor.info.engine == "baseline"
     assert "resnet_out_scale_factor" in executor.info.plan.warnings[-1]
     assert picture(executor).std() > 1
@@ -357,13 +316,13 @@ def test_weights_that_are_no_numbers_end_the_start(tmp_path: Path) -> None:
         pipe.text_encoder.get_input_embeddings().weight[0, 0] = float("inf")
     pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
     with pytest.raises(BrokenCheckpoint, match="text_encoder/"):
-        load(tmp_path / "model", tmp_path / "state")
+        start(tmp_path / "model", tmp_path / "state")
 
 
 @pytest.mark.parametrize("engine", ["optimized", "baseline"])
-def test_random_weights_need_no_files(folder: Path, tmp_path: Path, engine: str) -> None:
-    counted = models.inspect(folder).parameters
-    shutil.copytree(folder, tmp_path / "model")
+def test_random_weights_need_no_files(pipeline_folder: Path, tmp_path: Path, engine: str) -> None:
+    counted = models.inspect(pipeline_folder).parameters
+    shutil.copytree(pipeline_folder, tmp_path / "model")
     for file in (tmp_path / "model").rglob("*.safetensors"):
         file.unlink()
     shutil.rmtree(tmp_path / "model" / "tokenizer")
@@ -372,7 +331,7 @@ def test_random_weights_need_no_files(folder: Path, tmp_path: Path, engine: str)
     info = models.inspect(tmp_path / "model", load_format="dummy")
     assert (info.parameters, info.format, info.optimized) == (counted, "none", True)
     images = [
-        picture(load(tmp_path / "model", tmp_path / f"s{n}", engine=engine, load_format="dummy")[0]) for n in range(2)
+        picture(start(tmp_path / "model", tmp_path / f"s{n}", engine=engine, load_format="dummy")[0]) for n in range(2)
     ]
     assert images[0].std() > 1
     assert psnr(*images) > 50  # the same at every start
@@ -398,8 +357,8 @@ def test_the_host_keeps_near_its_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert waited == [1, 2, 3]
 
 
-def test_random_parts_are_the_same_whichever_are_made(folder: Path) -> None:
-    info = models.inspect(folder, load_format="dummy")
+def test_random_parts_are_the_same_whichever_are_made(pipeline_folder: Path) -> None:
+    info = models.inspect(pipeline_folder, load_format="dummy")
     assert info.pipeline is not None
     asked = (info, info.pipeline, "cpu", torch.float32)
     names = ("unet", "vae", "text_encoder")
