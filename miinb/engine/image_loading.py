@@ -59,7 +59,9 @@ def load_painter(
     size = weights_bytes([unet.weights, vae.weights, parts])
     plan = info.plan.with_line("load", size_words(size), f"in {time.monotonic() - started:.1f} s", weights_bytes=size)
     plan = with_rounding(plan, place.dtype, unet.weights.rounding, unet.weights.dtype, place.device)
-    plan = _described(plan, unet, vae, pipeline, place)
+    plan = _described(plan, pipeline)
+    if place.device.type != "cuda":
+        plan = plan.with_line("kernels", "PyTorch's", f"{_laid_out(unet, vae)}, {torch.get_num_threads()} threads")
     ranks = aside.ranks.result()
     if aside.kernels is not None:
         plan = plan.with_line("kernels", *compiled(aside.kernels, report))
@@ -92,20 +94,21 @@ def _models(
     return unet, vae
 
 
-def _described(plan: Plan, unet: Unet, vae: VaeDecoder, pipeline: Pipeline, place: Place) -> Plan:
-    """The plan with lines on what computes; a CPU's convolutions are laid out for it."""
+def _described(plan: Plan, pipeline: Pipeline) -> Plan:
+    """The plan with lines on what computes."""
     why = "guidance shares what comes before the text; its keys and values and all time embeddings once a prompt"
     plan = plan.with_line("unet", "fused", why)
     plan = plan.with_line("vae", "fused", "the decoder; one picture at a time")
     checker = "kept" if pipeline.checks_safety else "none"
-    plan = plan.with_line("diffusers", "text encoder, schedulers", f"as published; safety checker: {checker}")
-    if place.device.type != "cuda":
-        how = "there is no oneDNN to lay convolutions out for"
-        if can_pack():
-            pack_convolutions([unet.weights, vae.weights])
-            how = "convolutions in oneDNN's layout"
-        plan = plan.with_line("kernels", "PyTorch's", f"{how}, {torch.get_num_threads()} threads")
-    return plan
+    return plan.with_line("diffusers", "text encoder, schedulers", f"as published; safety checker: {checker}")
+
+
+def _laid_out(unet: Unet, vae: VaeDecoder) -> str:
+    """Lay convolutions out for a CPU; how, in words."""
+    if not can_pack():
+        return "there is no oneDNN to lay convolutions out for"
+    pack_convolutions([unet.weights, vae.weights])
+    return "convolutions in oneDNN's layout"
 
 
 def _capture(
