@@ -36,7 +36,8 @@ class _Graph:
 @dataclass(slots=True)
 class _Captured:
     latents: Tensor  # [N, inputs, height, width]
-    conditions: Conditions  # of one step
+    index: Tensor  # [1] int64: 0, of the one step that `conditions` has
+    conditions: Conditions
     step: _Graph  # where steps are reused it writes `deep` too
     shallow: _Graph | None = None
     deep: Tensor | None = None  # [N, height, width, C]
@@ -105,7 +106,7 @@ class GraphedUnet:
         unet, index = self._unet, torch.zeros(1, dtype=torch.int64, device=latents.device)
         if not self._reuse:
             replay, (prediction,) = self._recorder.record(lambda: (unet.step(latents, index, conditions),))
-            return _Captured(latents, conditions, _Graph(replay, prediction))
+            return _Captured(latents, index, conditions, _Graph(replay, prediction))
         height, width = latents.shape[2:]
         deep = latents.new_zeros((len(conditions.text), height, width, unet.deep_channels))
 
@@ -116,7 +117,7 @@ class GraphedUnet:
         replay, (prediction, _) = self._recorder.record(whole)
         step = _Graph(replay, prediction)
         replay, (prediction,) = self._recorder.record(lambda: (unet.shallow_step(latents, index, conditions, deep),))
-        return _Captured(latents, conditions, step, _Graph(replay, prediction), deep)
+        return _Captured(latents, index, conditions, step, _Graph(replay, prediction), deep)
 
     @torch.inference_mode()
     def step(self, latents: Tensor, step_index: Tensor, conditions: Conditions) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,26 @@ def test_graphs_read_what_is_given_them(unet: Unet) -> None:
             graphed.step(latents, where, conditions), unet.step(latents, where, conditions), rtol=0, atol=0
         )
     assert recorder.replays == 6
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_what_a_graph_reads_lives_as_long_as_it(unet: Unet, reuse: bool) -> None:
+    """A graph has addresses alone: what lies there must not go to others."""
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    class Forgetting(Recomputing):
+        def record(self, step: Any) -> Any:
+            cells = [cell.cell_contents for cell in step.__closure__]
+            cells += [getattr(one, name) for one in cells for name in getattr(one, "__dataclass_fields__", ())]
+            read.extend(weakref.ref(one) for one in cells if isinstance(one, torch.Tensor))
+            return (lambda: None), step()
+
+    recorder: Any = Forgetting()
+    graphed = GraphedUnet(unet, recorder, reuse=reuse)
+    assert graphed.capture(1, 4, 4, tokens=7)
+    gc.collect()
+    assert len(read) >= 4  # latents, an index, and what is of the text and of the step
+    assert all(one() is not None for one in read)
 
 
 def test_convolutions_are_tried_before_a_capture_and_cudnn_stays_on(unet: Unet) -> None:
