@@ -13,6 +13,7 @@ import ipywidgets as W
 import miinb
 from miinb.commands.options import escapes
 from miinb.errors import MiinbError
+from miinb.notebook.ordering import in_order
 from miinb.tasks import TASKS
 
 #: Tasks whose answers are text.
@@ -24,8 +25,9 @@ _STYLE = {"description_width": "10em"}
 
 
 def named(widget: Any, css: str) -> Any:
-    """Give a widget the class that tests and style sheets find it by."""
+    """Give a widget the class that tests and style sheets find it by, and its place in the order of what is done."""
     widget.add_class(f"miinb-{css}")
+    in_order(widget)
     return widget
 
 

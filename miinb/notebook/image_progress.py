@@ -29,25 +29,30 @@ class ImageProgress:
         self.bar = named(W.IntProgress(description="Steps", tooltip="Steps of the denoising"), "progress")
         self.preview = named(W.HTML(), "preview")
         self.box = W.VBox([self.bar, self.preview], layout={"display": "none"})
+        self._changes = 0  # begins and ends so far
 
     def begin(self, total: int) -> None:
         """A request of so many steps begins. The lock is held."""
+        self._changes += 1
         self.bar.max, self.bar.value = total, 0
         self.box.layout.display = None
 
     def end(self) -> None:
         """There is nothing to wait for any more. The lock is held."""
+        self._changes += 1
         self.preview.value = ""
         self.box.layout.display = "none"
 
     def taking(self, lock: threading.RLock, tell: Callable[[int, int], None]) -> Callable[[ImagesProgress], None]:
-        """A function that shows the progress of one request as it comes; it takes the lock.
+        """A function that shows the progress of the request that has begun as it comes; it takes the lock.
+
+        What still comes of a request that was given up is not shown.
 
         Args:
             lock: of the panel.
             tell: called with steps and all steps, with the lock held.
         """
-        throttle, last, latest = Throttle(_HZ), 0, b""
+        throttle, last, latest, own = Throttle(_HZ), 0, b"", self._changes
 
         def told(progress: ImagesProgress) -> None:
             nonlocal last, latest
@@ -57,6 +62,8 @@ class ImageProgress:
                 return
             last = progress.step
             with lock:
+                if self._changes != own:
+                    return
                 self.bar.max, self.bar.value = progress.total, progress.step
                 if latest:
                     words = f"Preview at step {progress.step} of {progress.total}"

@@ -66,7 +66,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
 
     def __init__(self, session: Session) -> None:
         super().__init__()
-        self.add_class("miinb-panel")
+        named(self, "panel")
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {session.name: session}
         self._worker: threading.Thread | None = None

@@ -32,6 +32,7 @@ CELLS = [
     "print('views', card._view_count, 'looks', card._looker is not None)",
     "drawn = %mii start drawn/model --name drawn --threads 1",
     "%mii panel image -d drawn",
+    "import time; time.sleep(5)",
 ]
 
 
@@ -157,10 +158,12 @@ def painted(notebook: Notebook) -> Notebook:
     until(lambda: notebook.find("preview").locator("img").count() == 1, "no preview")
     notebook.find("stop").click()
     until(says(notebook, "given up"), "Stop did not end it", 10)
+    notebook.start(9)  # what is heard in the cell's thread comes late now: no field may be
     notebook.find("num-inference-steps").locator("input").fill("3")
     notebook.find("num-images-per-prompt").locator("input").fill("3")
     notebook.find("generate").click()
     until(says(notebook, "3 images"), "no pictures")
+    notebook.ready()
     return notebook
 
 

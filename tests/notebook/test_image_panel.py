@@ -19,6 +19,7 @@ from standin import StandIn
 
 import miinb
 from miinb.errors import InvalidRequest, InvalidValue, QueueFull
+from miinb.image_messages import ImagesProgress
 from miinb.image_metadata import encoded
 from miinb.notebook import gallery, work_panel
 from miinb.notebook.image_panel import ImagePanel
@@ -177,6 +178,37 @@ def test_progress_and_previews_are_shown_while_it_works(make: Make) -> None:
     assert "data:image/jpeg" in previews[0]
     assert shown._progress.preview.value == ""
     assert shown._progress.box.layout.display == "none"
+
+
+def test_late_progress_of_a_request_that_was_given_up_is_not_shown_as_that_of_the_next(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, shown = make(gate=threading.Event())
+    told: list[Callable[[ImagesProgress], object]] = []
+    ask = session.agenerate
+
+    def agenerate(prompt: str, **options: Any) -> Any:
+        told.append(options["on_progress"])
+        return ask(prompt, **options)
+
+    monkeypatch.setattr(session, "agenerate", agenerate)
+    shown.prompt.value = "a cat"
+    shown.run.click()
+    until(lambda: told)
+    shown.halt.click()
+    assert shown.wait(20)
+    shown.run.click()
+    until(lambda: len(told) == 2)
+    told[0](ImagesProgress(4, 4, jpeg()))
+    assert "Step" not in shown.status.value
+    assert (shown._progress.bar.value, shown._progress.preview.value) == (0, "")
+    told[1](ImagesProgress(2, 4, jpeg()))
+    assert "Step 2 of 4" in shown.status.value
+    assert "<img" in shown._progress.preview.value
+    assert session.gate is not None
+    session.gate.set()
+    assert shown.wait(20)
+    assert "1 image" in shown.status.value
 
 
 def test_stop_keeps_nothing_and_frees_the_panel(make: Make) -> None:

@@ -41,6 +41,21 @@ class Kernel:
         assert seen[-1][1]["status"] == "ok", seen
         return "".join(content["text"] for kind, content in seen if kind == "stream")
 
+    def subshell(self) -> str:
+        """A new one, as JupyterLab makes one for the messages of widgets; the test is skipped where there are none."""
+        features = self.client.kernel_info(reply=True, timeout=30)["content"].get("supported_features", [])
+        if "kernel subshells" not in features:
+            pytest.skip("this ipykernel has no subshells")
+        request = self.client.session.msg("create_subshell_request")
+        self.client.control_channel.send(request)
+        return str(self.client.get_control_msg(timeout=30)["content"]["subshell_id"])
+
+    def tell(self, comm_id: str, subshell: str, **data: Any) -> None:
+        """Send a widget a message, as a front end does."""
+        message = self.client.session.msg("comm_msg", {"comm_id": comm_id, "data": data})
+        message["header"]["subshell_id"] = subshell
+        self.client.shell_channel.send(message)
+
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Kernel]:
@@ -211,3 +226,26 @@ def test_a_closed_panel_leaves_what_it_showed_or_what_was_pinned(kernel: Kernel)
         assert own["data"].keys() == {"text/html", "text/plain"}
         assert own["data"]["text/plain"].startswith(left)
         assert bool(own["data"]["text/html"]) == bool(left)
+
+
+def test_a_click_does_not_overtake_what_was_written_before_it_while_a_cell_runs(kernel: Kernel) -> None:
+    subshell, click = kernel.subshell(), {"method": "custom", "content": {"event": "click"}}
+    kernel.run("import time; p = s.panel(); field, seen = p.controls.max_new_tokens, []")
+    heard = "def heard(_):\n    seen.append(field.value)\n    p.run.tooltip = f'{len(seen)}'"  # clicks change it
+    kernel.run(f"{heard}\np.run.on_click(heard)")
+    clicked, field = kernel.text("print(p.run.comm.comm_id, field.comm.comm_id)").split()
+    wait = "end = time.monotonic() + 20\nwhile len(seen) < 2 and time.monotonic() < end: time.sleep(0.01)\nprint(seen)"
+    kernel.tell(clicked, subshell, **click)
+    while kernel.text("print(seen)") != "[128]\n":  # heard before the cell below runs, in whatever thread
+        time.sleep(0.05)
+    said = kernel.client.execute(wait)  # the main thread is busy with it
+    kernel.tell(field, subshell, method="update", state={"value": 5}, buffer_paths=[])
+    kernel.tell(clicked, subshell, **click)
+    texts = []
+    while texts[-1:] != ["idle"]:
+        message = kernel.client.get_iopub_msg(timeout=60)
+        if message["parent_header"].get("msg_id") == said:
+            content = message["content"]
+            texts.append(content.get("text") or content.get("execution_state", ""))
+    assert "[128, 5]" in "".join(texts), texts
+    kernel.run("p.close()")
