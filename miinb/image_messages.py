@@ -134,6 +134,7 @@ class PaintRequest:
     t_submit: float  # time.monotonic() when the frontend accepted the request
     deadline: float | None = None  # time.monotonic() after which it must not start
     source: PaintSource | None = None  # the rows of a request share it
+    more: bool = False  # of its request are on their way: no batch begins before the last has come
 
 
 @dataclass(frozen=True, slots=True)

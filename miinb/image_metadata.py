@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from miinb.errors import InvalidRequest
 from miinb.image_params import MAX_PROMPT, ImageParams
+from miinb.png_files import png_file
 
-#: Bytes of a file that is read; and zlib's level for PNG: higher ones take several times as long for a few percent.
+#: Bytes of a file that is read.
 MAX_FILE = 64 << 20
-PNG_LEVEL, WEBP_QUALITY = 3, 90
+WEBP_QUALITY = 90
 #: EXIF's tags: where A1111 and its readers have a WebP's parameters, and where ours lie.
 _EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
 #: The parameters of `ImageParams` that a file may hold; width and height stand beside them.
@@ -101,19 +104,16 @@ def encoded(image: Any, values: Mapping[str, Any], image_format: str) -> bytes:
         values: what made it, by the parameters' names.
         image_format: "png" or "webp".
     """
-    from PIL import Image, PngImagePlugin
+    from PIL import Image
 
-    text, buffer = parameters_text(values), io.BytesIO()
-    if image_format == "webp":
-        exif = Image.Exif()
-        exif[_DESCRIPTION] = json.dumps(values)  # ASCII
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
-        image.save(buffer, "WEBP", quality=WEBP_QUALITY, exif=exif)
-    else:
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", text)
-        info.add_itxt("miinb", json.dumps(values, ensure_ascii=False))
-        image.save(buffer, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+    text = parameters_text(values)
+    if image_format == "png":
+        texts = {"parameters": text, "miinb": json.dumps(values, ensure_ascii=False)}
+        return png_file(np.asarray(image), texts)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[_DESCRIPTION] = json.dumps(values)  # ASCII
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY, exif=exif)
     return buffer.getvalue()
 
 

@@ -139,9 +139,7 @@ def pictures_result(prompt: str, pictures: Sequence[Picture], timing: ImageTimin
     """The result of one prompt; `values` are further fields."""
     from PIL import Image
 
-    images = [Image.open(io.BytesIO(picture.data)) for picture in pictures]
-    for image in images:
-        image.load()
+    images = [Image.open(io.BytesIO(picture.data)) for picture in pictures]  # Pillow decodes them at their first use
     return ImageResult(
         texts=(),
         finish_reasons=tuple("stop" for _ in pictures),

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = (
     *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
-    *("wording", "writing", "image_metadata", "image_difference", "image_sources"),
+    *("wording", "writing", "image_metadata", "png_files", "image_difference", "image_sources"),
 )
 KERNEL_SIDE = (
     "client",
@@ -65,7 +65,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "image_params": ("errors", "frozen", "config"),
     "messages": ("config", "errors"),
     "image_messages": ("image_params",),
-    "image_metadata": ("errors", "image_params"),
+    "image_metadata": ("errors", "image_params", "png_files"),
+    "png_files": (),
     "image_difference": ("errors", "wording"),
     "image_sources": ("errors", "image_params", "image_messages"),
     "tasks": ("errors", "messages", "config"),

@@ -158,6 +158,7 @@ class ImageExecutor:
         self._rows: dict[int, Row] = {}
         self._ends: list[FinishedEvent | FailedEvent] = []
         self._batches = 0
+        self._coming = False  # more pictures of the last one's request
         self._told_at = -math.inf
 
     def submit(self, request: SequenceRequest) -> None:
@@ -170,7 +171,7 @@ class ImageExecutor:
 
     def paint(self, request: PaintRequest) -> None:
         """Queue a picture. Raises InvalidRequest, QueueFull."""
-        params, painter = request.params, self.painter
+        params, painter, self._coming = request.params, self.painter, request.more
         scheduler = params.scheduler or painter.scheduler
         if scheduler not in painter.schedulers:
             hint = did_you_mean(scheduler, painter.schedulers) or f"There are: {', '.join(painter.schedulers)}."
@@ -193,7 +194,7 @@ class ImageExecutor:
 
     def cancel(self, row_id: int, reason: FinishReason) -> None:
         """See `Executor`; a running picture is computed on while others of its batch are wanted."""
-        row = self._rows.get(row_id)
+        row, self._coming = self._rows.get(row_id), False
         if row is None:
             return
         if not row.t_start:
@@ -217,6 +218,8 @@ class ImageExecutor:
 
     def step(self, emit: Emit, poll: Poll) -> None:
         """Compute one batch: the picture that has waited longest, and those like it."""
+        while self._coming:
+            poll()
         self._expire()
         self._running = batch = self._next_batch()
 

@@ -34,6 +34,7 @@ from miinb.tasks import find_task
 PACE_S = 0.2
 #: Reads files to begin from: one at a time, as a large one takes a few hundred MB meanwhile.
 _READER = ThreadPoolExecutor(1, "miinb-sources")
+_File = tuple[PaintedEvent, bytes, float]
 
 
 class Imaging:
@@ -49,7 +50,8 @@ class Imaging:
         self._replica = replica
         self._places: dict[int, int] = {}  # of rows that run: which picture each is
         self._steps: dict[int, int] = {}
-        self._events: asyncio.Queue[RowEvent] = asyncio.Queue()
+        self._events: asyncio.Queue[RowEvent | asyncio.Task[_File]] = asyncio.Queue()
+        self._files: set[asyncio.Task[_File]] = set()
         self._painted: list[PaintedEvent] = []
         self._told = 0  # steps, and when the next may be told
         self._not_before = 0.0
@@ -79,7 +81,7 @@ class Imaging:
             for place in range(count):
                 row_id = balancer.next_row_id()
                 own = params.model_copy(update={"seed": (first + place) % (MAX_SEED + 1)})
-                row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source)
+                row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source, more=place + 1 < count)
                 replica.submit(row, self._events.put_nowait)
                 self._places[row_id], self._steps[row_id] = place, 0
         except BaseException:
@@ -101,18 +103,28 @@ class Imaging:
                     preview = await asyncio.to_thread(preview_file, event) if self._shows(event) else b""
                     yield dataclasses.replace(progress, preview=preview)
             elif isinstance(event, PaintedEvent):
-                place = self._places.pop(event.row_id)
-                begin = time.perf_counter()  # uvloop's clock has milliseconds
-                data = await asyncio.to_thread(picture_file, event, self._request, self._replica.info.model)
-                picture_s = max(picture_s, time.perf_counter() - begin)
                 self._painted.append(event)
-                yield Picture(place, data, event.seed, event.width, event.height, event.flagged)
+                file = asyncio.create_task(asyncio.to_thread(self._file, event))  # while the next one is decoded
+                self._files.add(file)
+                file.add_done_callback(self._events.put_nowait)
+            elif isinstance(event, asyncio.Task):
+                self._files.discard(event)
+                painted, data, seconds = event.result()
+                picture_s = max(picture_s, seconds)
+                place = self._places.pop(painted.row_id)
+                yield Picture(place, data, painted.seed, painted.width, painted.height, painted.flagged)
             elif isinstance(event, FailedEvent):
                 self._places.pop(event.row_id)
                 raise from_name(event.error, event.message, hint=event.hint)
             else:
                 raise RequestError("The replica did not answer as it should.")
         yield self._end(picture_s)
+
+    def _file(self, event: PaintedEvent) -> _File:
+        """A picture's file, and the seconds that it took."""
+        begin = time.perf_counter()
+        data = picture_file(event, self._request, self._replica.info.model)
+        return event, data, time.perf_counter() - begin
 
     def _progress(self, event: PaintProgress, now: float) -> ImagesProgress | None:
         """How far the request is: its pictures' steps on average, as they may be in several batches; or nothing new."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,39 @@ def test_a_batch_gives_what_each_picture_gives_alone(tiny: tuple[Path, Any], exe
 def test_only_what_is_alike_shares_a_batch_and_at_most_max_batch(
     executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor.info = dataclasses.replace(executor.info, max_batch=2)
+    executor.info = replace(executor.info, max_batch=2)
     asked = [request(0), request(1, num_inference_steps=2), request(2), request(3, width=24), request(4)]
     sizes = {row: event.facts["batch"] for row, event in painted(run(executor, *asked)).items()}
     assert sizes == {0: 2, 1: 1, 2: 2, 3: 1, 4: 1}
     monkeypatch.setattr(diffusion, "MAX_BATCH_BYTES", 3 * SIZE * SIZE)
     assert [event.facts["batch"] for event in painted(run(executor, request(0), request(1))).values()] == [1, 1]
+
+
+def test_a_batch_waits_for_the_pictures_of_a_request_that_are_on_their_way(
+    tiny: tuple[Path, Any], executor: ImageExecutor
+) -> None:
+    coming = [replace(request(1), more=True), request(2)]
+    executor.paint(replace(request(0), more=True))
+    events: list[Any] = []
+    executor.step(events.append, lambda: executor.paint(coming.pop(0)) if coming else None)
+    assert [event.facts["batch"] for event in painted(events).values()] == [3, 3, 3]
+
+
+def test_no_batch_waits_for_a_request_that_was_given_up(executor: ImageExecutor) -> None:
+    executor.paint(replace(request(0), more=True))
+    events: list[Any] = []
+    executor.step(events.append, lambda: executor.cancel(0, "cancelled"))
+    assert [event.finish_reason for event in events] == ["cancelled"]
+    assert not executor.busy
+
+
+def test_no_batch_waits_for_one_that_was_refused(executor: ImageExecutor) -> None:
+    executor.paint(replace(request(0), more=True))
+    with pytest.raises(InvalidRequest, match="scheduler"):
+        executor.paint(request(1, scheduler="NoScheduler"))
+    events: list[Any] = []
+    executor.step(events.append, lambda: None)
+    assert list(painted(events)) == [0]
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
@@ -196,7 +223,7 @@ def test_what_cannot_be_served_is_refused_before_it_waits(executor: ImageExecuto
 
 
 def test_one_whose_time_has_passed_does_not_start(executor: ImageExecutor) -> None:
-    late = dataclasses.replace(request(0), deadline=time.monotonic() - 1)
+    late = replace(request(0), deadline=time.monotonic() - 1)
     events = run(executor, late, request(1))
     assert [event.error for event in events if isinstance(event, FailedEvent)] == ["DeadlineExceeded"]
     assert set(painted(events)) == {1}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import itertools
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from PIL import Image
 
 from miinb import errors
 from miinb.client import Client
-from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, Source
+from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, PaintRequest, Source
 from miinb.image_metadata import parameters_text
 from miinb.image_params import ImageParams
+from miinb.server.imaging import Imaging
 from miinb.server.picture_files import facts, picture_file
 from tests.frontend_process import FrontendProcess, make, wait_for
 
@@ -284,3 +287,21 @@ def test_too_many_are_refused(tmp_path: Path) -> None:
             assert len(result.images) == 3
     finally:
         process.close()
+
+
+def test_all_rows_of_a_request_but_the_last_say_that_more_come() -> None:
+    """So that a rank that looks all the time does not begin with the first alone."""
+    rows: list[PaintRequest] = []
+    info = SimpleNamespace(task="text-to-image", model="m")
+    replica: Any = SimpleNamespace(info=info, submit=lambda row, sink: rows.append(row))
+    numbers = itertools.count()
+
+    async def pick(count: int) -> Any:
+        return replica
+
+    balancer: Any = SimpleNamespace(pick=pick, next_row_id=lambda: next(numbers))
+    for count in (3, 1):
+        rows.clear()
+        asked = ImagesRequest("a cat", ImageParams(num_images_per_prompt=count))
+        asyncio.run(Imaging.start(asked, balancer, t_submit=0.0, deadline=1.0))
+        assert [row.more for row in rows] == [True] * (count - 1) + [False]

@@ -1,0 +1,49 @@
+"""PNG files of RGB pictures, written in milliseconds.
+
+Pillow tries every filter on every row and deflates with zlib: 40 ms for 512 x 512 pixels, where a fast GPU makes the
+whole picture in 300. Here a row is always its difference from the one above, and ISA-L deflates: 4 ms, and the file is
+no larger. Both let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+from isal import isal_zlib
+from numpy.typing import NDArray
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+#: The difference from the row above, which is 0 above the first.
+_UP = 2
+_LEVEL = 1
+
+
+def png_file(pixels: NDArray[np.uint8], texts: Mapping[str, str]) -> bytes:
+    """A PNG file (ISO/IEC 15948).
+
+    Args:
+        pixels: [height, width, 3].
+        texts: what its text chunks say, by their keywords.
+    """
+    height, width, _ = pixels.shape
+    rows = pixels.reshape(height, 3 * width)
+    filtered = np.empty((height, 1 + 3 * width), np.uint8)
+    filtered[:, 0] = _UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of each of three colors, not interlaced
+    chunks = [_chunk(b"IHDR", header)]
+    chunks += [_chunk(b"iTXt", _text(keyword, text)) for keyword, text in texts.items()]
+    chunks += [_chunk(b"IDAT", isal_zlib.compress(filtered, _LEVEL)), _chunk(b"IEND", b"")]
+    return _SIGNATURE + b"".join(chunks)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(kind + data))
+
+
+def _text(keyword: str, text: str) -> bytes:
+    """Not compressed, in no language."""
+    return keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
