@@ -208,11 +208,24 @@ def upsample(stream: Sum, w: Upsampler, size: tuple[int, int]) -> Sum:
         return Sum(convolve(larger.contiguous(), w.conv.weight), w.conv.bias[None])
     outputs = len(w.conv.bias)
     parts = convolve(x, w.phases).view(images, height + 1, width + 1, 2, 2, outputs)
-    y = x.new_empty((images, height, 2, width, 2, outputs))
-    for down in range(2):
-        for right in range(2):
-            y[:, :, down, :, right] = parts[:, down : down + height, right : right + width, down, right]
+    y = _meshed(parts, images, height, width)
     return Sum(y.view(images, *size, outputs), w.conv.bias[None])
+
+
+def _meshed(parts: Tensor, images: int, height: int, width: int) -> Tensor:
+    """[N, height, 2, width, 2, C] of parts [N, height + 1, width + 1, 2, 2, C].
+
+    Output (2 h + i, 2 w + j) is part (i, j) of place (h + i, w + j).
+    """
+    whole, row, column, down, right, _ = parts.stride()
+    shape, strides = (images, height, 2, width, 2), (whole, row, row + down, column, column + right)
+    wide = 8 // parts.element_size()  # numbers that are copied as one
+    if parts.shape[-1] % wide:
+        return parts.as_strided((*shape, parts.shape[-1]), (*strides, 1)).contiguous()
+    units = parts.view(torch.complex64).as_strided(
+        (*shape, parts.shape[-1] // wide), (*(step // wide for step in strides), 1)
+    )
+    return units.contiguous().view(parts.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

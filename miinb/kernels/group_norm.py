@@ -15,6 +15,7 @@ from miinb.kernels.dispatch import arrival_counters, jit, launch_options, power_
 _TILE = 4096  # numbers of a tile
 _COLUMNS = 256  # most columns of a tile of the statistics
 _PROGRAMS = 512  # that keep a GPU busy
+_WHOLE = 1 << 14  # numbers of a group that one program holds
 _PARTS = (1, 32, 256)  # room for those of an image's statistics: few kinds of kernels serve all sizes
 
 
@@ -51,6 +52,8 @@ def group_norm(
         return reference.group_norm(x, weight, bias, **options, shift=shift, residual=residual, keep=keep)
     keep = keep and (shift is not None or residual is not None)
     total = torch.empty_like(x) if keep else x
+    if (tile := _whole_tile(x, groups)) is not None:
+        return _at_once(x, shift, residual, total, weight, bias, tile, options), total
     means = _statistics(x, shift, residual, total if keep else None, groups, eps)
     if keep:
         shift = residual = None
@@ -77,6 +80,50 @@ def group_norm(
         **launch_options(x),
     )
     return y, total
+
+
+def _whole_tile(x: Tensor, groups: int) -> dict[str, int] | None:
+    """Where a whole group fits one program: its rows and columns."""
+    _, height, width, channels = x.shape
+    tile = {"ROWS": power_of_2(height * width), "COLUMNS": power_of_2(channels // groups)}
+    return tile if tile["ROWS"] * tile["COLUMNS"] <= _WHOLE else None
+
+
+def _at_once(
+    x: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tile: dict[str, int],
+    options: dict[str, Any],
+) -> Tensor:
+    """The norm's output, each group by one program."""
+    (images, height, width, channels), groups = x.shape, options["groups"]
+    y = torch.empty_like(x)
+    _whole_groups[(images, groups)](
+        x,
+        shift,
+        residual,
+        total,
+        weight,
+        bias,
+        y,
+        height * width,
+        channels,
+        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
+        options["eps"],
+        SIZE=channels // groups,
+        SILU=options["silu"],
+        HAS_SHIFT=shift is not None,
+        HAS_RESIDUAL=residual is not None,
+        KEEP=total is not x,
+        **tile,
+        num_warps=min(max(tile["ROWS"] * tile["COLUMNS"] // 1024, 4), 16),
+        **launch_options(x),
+    )
+    return y
 
 
 def _statistics(
@@ -267,6 +314,37 @@ def _normalize(
     shift_at = image * shift_stride + channel
     value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
     value = (value - mean[None, :]) * scale[None, :] + offset[None, :]
+    if SILU:
+        value *= tl.sigmoid(value)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@jit(plain=("rows",))
+def _whole_groups(
+    x, shift, residual, total, weight, bias, y, rows, channels, shift_stride, eps, SIZE: tl.constexpr,
+    SILU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a group of an image: it holds all its numbers."""
+    image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, channel = column < SIZE, group * SIZE + column
+    mask = (row < rows)[:, None] & inside[None, :]
+    at = image * rows * channels + row[:, None] * channels + channel[None, :]
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    shift_at = image * shift_stride + channel
+    value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
+    if KEEP:
+        kept = value.to(total.dtype.element_ty)  # rounded first: the norm is of what others will read
+        tl.store(total + at, kept, mask=mask)
+        value = kept.to(tl.float32)
+    count = (rows * SIZE).to(tl.float32)
+    mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 0), 0) / count
+    value = tl.where(mask, value - mean, 0.0)
+    value *= tl.rsqrt(tl.sum(tl.sum(value * value, 0), 0) / count + eps)
+    value = value * scale[None, :] + offset[None, :]
     if SILU:
         value *= tl.sigmoid(value)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)

@@ -10,6 +10,9 @@ from torch import Tensor
 from miinb.kernels import reference
 from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
+#: From so many rows on a program has several, of so many numbers together: twice as fast at 65,536 rows of 320 on an H200.
+_MANY, _TILE = 4096, 2048
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm (Zhang and Sennrich, 2019) of `x + residual`.
@@ -57,41 +60,49 @@ def _launch(
     hidden = x.shape[-1]
     y = torch.empty_like(x)
     total = torch.empty_like(x) if keep and residual is not None else x
-    block = power_of_2(hidden)
-    _norm[(x.numel() // hidden,)](
+    rows, block = x.numel() // hidden, power_of_2(hidden)
+    together = _together(rows, block)
+    _norm[(-(-rows // together),)](
         x,
         residual,
         weight,
         bias,
         y,
         total,
+        rows,
         hidden,
         eps,
         CENTERED=centered,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
         KEEP=keep,
+        ROWS=together,
         BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=min(max(together * block // 512, 1), 16),
         **launch_options(x),
     )
     return y, total
 
 
+def _together(rows: int, block: int) -> int:
+    """Rows of a program: several where there are many short ones."""
+    return 1 if rows < _MANY else max(_TILE // block, 1)
+
+
 # Kernels' long parameter lists stay in rows.
 # fmt: off
-@jit
+@jit(plain=("rows",))
 def _norm(
-    x, residual, weight, bias, y, total, hidden, eps, CENTERED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, bias, y, total, rows, hidden, eps, CENTERED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a row."""
-    column = tl.arange(0, BLOCK)
-    inside = column < hidden
-    at = tl.program_id(0).to(tl.int64) * hidden + column
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    """One program some rows."""
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    inside = (column < hidden) & (row < rows)[:, None]
+    at = row[:, None] * hidden + column
+    scale = tl.load(weight + column, mask=column < hidden, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(bias + column, mask=column < hidden, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     value = tl.load(x + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
@@ -112,10 +123,13 @@ def _norm(
 
 @jit
 def normalize(wide, inside, hidden, eps, dtype: tl.constexpr, CENTERED: tl.constexpr):
-    """One row in fp32, divided by its root mean square, or (CENTERED) by its deviation after its mean was taken off."""
+    """Rows in fp32, divided by their root mean square, or (CENTERED) by their deviation after their mean was taken off.
+
+    The last dimension is a row.
+    """
     if CENTERED:
-        wide = tl.where(inside, wide - tl.sum(wide, 0) / hidden, 0.0)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
+        wide = tl.where(inside, wide - tl.sum(wide, -1, keep_dims=True) / hidden, 0.0)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, -1, keep_dims=True) / hidden + eps)
     if not CENTERED:
         wide = wide.to(dtype).to(tl.float32)  # rounded before the weight is applied, as the models were trained
     return wide

@@ -128,9 +128,10 @@ def test_five_steps_with_guidance_end_at_the_same_latents(kind: str, tmp_path: P
     assert distance(noise, expected) > 1e-2
 
 
-def test_doubling_is_a_convolution_of_neighbors() -> None:
+@pytest.mark.parametrize("outputs", [5, 8])
+def test_doubling_is_a_convolution_of_neighbors(outputs: int) -> None:
     torch.manual_seed(0)
-    conv = Conv(torch.randn(5, 3, 3, 3), torch.randn(5))
+    conv = Conv(torch.randn(outputs, 3, 3, 3), torch.randn(outputs))
     for height, width in ((1, 1), (2, 3), (6, 4)):
         x = torch.randn(2, height, width, 3)
         neighbors = x.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(0, 3, 1, 2)

@@ -27,8 +27,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["each group whole", "in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels, on small pictures."""
+    if request.param == "in parts":
+        monkeypatch.setattr(module, "_WHOLE", 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("images", "height", "width", "channels", "groups"), SHAPES)
+@pytest.mark.usefixtures("parts")
 def test_group_norm(dtype: torch.dtype, images: int, height: int, width: int, channels: int, groups: int) -> None:
     """Plain, with a shift of the batch or of each image, with a residual; the sum kept or not."""
     shape = (images, height, width, channels)
@@ -54,6 +62,7 @@ def test_group_norm(dtype: torch.dtype, images: int, height: int, width: int, ch
 def test_parts_of_an_image_are_added_up(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the counters are as before: so the next call is right too."""
     monkeypatch.setattr(module, "_TILE", 64)
+    monkeypatch.setattr(module, "_WHOLE", 0)
     monkeypatch.setattr(module, "_PARTS", (1, power_of_2(parts)))
     x, weight, bias = rand(2, 11, 9, 24), rand(24), rand(24)
     assert -(-99 // statistics_tile(2, 99, 24, 3)["SPAN"]) == parts
@@ -62,13 +71,16 @@ def test_parts_of_an_image_are_added_up(parts: int, monkeypatch: pytest.MonkeyPa
         same(y, reference.group_norm(wide(x), wide(weight), wide(bias), groups=3, eps=1e-5)[0])
 
 
-def test_a_mean_that_is_large_takes_no_digits_from_the_deviation() -> None:
+@pytest.mark.usefixtures("parts")
+def test_a_mean_that_is_large_takes_no_digits_from_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TILE", 64)
     x = rand(1, 20, 20, 32) + 1000
     weight, bias = torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)
     y, _ = group_norm(x, weight, bias, groups=4, eps=1e-5)
     same(y, reference.group_norm(wide(x), wide(weight), wide(bias), groups=4, eps=1e-5)[0], 1e-4)
 
 
+@pytest.mark.usefixtures("parts")
 def test_a_shift_may_be_a_part_of_a_row() -> None:
     x, weight, bias, shifts = rand(2, 3, 4, 16), rand(16), rand(16), rand(2, 50)
     y, total = group_norm(x, weight, bias, groups=2, eps=1e-5, shift=shifts[:, 9:25], keep=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tests.kernels.interpreter  # noqa: F401
-from miinb.kernels import attention, reference
+from miinb.kernels import attention, norm, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
-from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.dispatch import INTERPRETED, power_of_2
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, post_norm, rms_norm
@@ -41,9 +41,15 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 576), (3, 48), (2, 1024)])
+@pytest.mark.parametrize(("rows", "hidden", "together"), [(1, 576, 1), (3, 48, 1), (2, 1024, 1), (7, 40, 4)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_norms(dtype: torch.dtype, rows: int, hidden: int, residual: bool) -> None:
+def test_norms(
+    dtype: torch.dtype, rows: int, hidden: int, together: int, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few rows, and of many, of which a program has several."""
+    if together > 1:
+        monkeypatch.setattr(norm, "_MANY", rows)
+        monkeypatch.setattr(norm, "_TILE", together * power_of_2(hidden))
     x, weight, bias = rand(rows, hidden, dtype=dtype), rand(hidden, dtype=dtype), rand(hidden, dtype=dtype)
     more = rand(rows, hidden, dtype=dtype) if residual else None
     total = x if more is None else x + more
