@@ -1,4 +1,4 @@
-"""One rank of `miinb.bench.collectives`: `python -m miinb.bench.collective_ranks RANK RANKS FOLDER`.
+"""One rank of `miinb.bench.collectives`: `python -m miinb.bench.collective_ranks RANK RANKS FOLDER [PUSHED]`.
 
 Every rank knows what all ranks have (it draws the same random numbers), and so what the sums must be. Rank 0 writes
 FOLDER/result.json.
@@ -160,7 +160,8 @@ def main() -> None:
     if group is None:
         raise RuntimeError("one rank has nothing to sum")
     largest = max(ROWS) * max(HIDDEN) * DTYPE.itemsize
-    result: dict[str, Any] = {"ranks": ranks, "checked": CHECKED}
+    symmetric.MOST_PUSHED = int(sys.argv[4]) if len(sys.argv) > 4 else symmetric.MOST_PUSHED
+    result: dict[str, Any] = {"ranks": ranks, "checked": CHECKED, "pushed": symmetric.MOST_PUSHED}
     result["reason"] = symmetric.connect(group, device, max(largest, symmetric.most_bytes(ranks)))
     if not result["reason"]:
         result |= run(group, device)

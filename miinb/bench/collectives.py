@@ -28,8 +28,13 @@ _RANK = "miinb.bench.collective_ranks"
 _LOG_CHARS = 2000
 
 
-def measure(ranks: int, *, limit_s: float = LIMIT_S) -> dict[str, Any]:
+def measure(ranks: int, *, pushed: int | None = None, limit_s: float = LIMIT_S) -> dict[str, Any]:
     """Run the ranks to their end.
+
+    Args:
+        ranks: how many, each with a GPU.
+        pushed: bytes of the largest message that is pushed; None: as the engine has it.
+        limit_s: seconds after which they are ended.
 
     Returns:
         What rank 0 wrote (`collective_ranks.run`), with the machine as `environment`.
@@ -39,7 +44,7 @@ def measure(ranks: int, *, limit_s: float = LIMIT_S) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="miinb-collectives-") as place:
         folder = Path(place)
-        processes = [_start(rank, ranks, folder) for rank in range(ranks)]
+        processes = [_start(rank, ranks, folder, pushed) for rank in range(ranks)]
         try:
             _wait(processes, folder, time.monotonic() + limit_s)
         finally:
@@ -50,10 +55,11 @@ def measure(ranks: int, *, limit_s: float = LIMIT_S) -> dict[str, Any]:
     return {"environment": environment(), **result}
 
 
-def _start(rank: int, ranks: int, folder: Path) -> subprocess.Popen[bytes]:
+def _start(rank: int, ranks: int, folder: Path, pushed: int | None) -> subprocess.Popen[bytes]:
+    asked = [] if pushed is None else [str(pushed)]
     with (folder / f"rank-{rank}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", _RANK, str(rank), str(ranks), str(folder)],
+            [sys.executable, "-m", _RANK, str(rank), str(ranks), str(folder), *asked],
             env={**os.environ, "MASTER_PORT": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -104,13 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, or 1 where a sum was wrong or the kernel cannot be used here."""
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.collectives", description=__doc__)
     parser.add_argument("--ranks", type=int, help="default: one a GPU")
+    parser.add_argument("--pushed", type=int, metavar="BYTES", help="largest message written to the others' memory")
     parser.add_argument("--out", type=Path, default=Path("collectives.json"), help="file of the results")
     options = parser.parse_args(arguments)
     gpus = len(hardware.detect().gpus)
     ranks = options.ranks or gpus
     if not 2 <= ranks <= gpus:
         parser.error(f"sums need two ranks or more, a GPU each: {gpus} can be seen")
-    result = measure(ranks)
+    result = measure(ranks, pushed=options.pushed)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if result["reason"]:
         print(f"The kernel is not used here: {result['reason']}.")

@@ -130,7 +130,8 @@ class NoPeers(Group):
         super().__init__(0, ranks, "nccl")
         if options.all_reduce == "auto":
             addresses, epochs = _meta(ranks), _meta(PROGRAMS)
-            self.boards = Boards(addresses, epochs, self.rank, symmetric.most_bytes(ranks), PROGRAMS)
+            most = symmetric.most_bytes(ranks)
+            self.boards = Boards(addresses, epochs, self.rank, most, symmetric.MOST_PUSHED, PROGRAMS)
 
     def gather(self, x: Tensor) -> Tensor:
         """This rank's columns for all."""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: PyTorch touches no multicast where this is "1". NVLink multicast that goes wrong takes a host's GPUs out of service.
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+#: Bytes of the largest message that is pushed. None is: it has not been measured on linked GPUs yet (`bench.collectives
+#: --pushed` does).
+MOST_PUSHED = 0
 #: Difference to NCCL's sums that rounding explains, relative to the largest number: NCCL rounds after each addition.
 _TOLERANCE = 2e-2
 
@@ -81,7 +84,8 @@ def connect(group: Group, device: torch.device, limit: int | None = None) -> str
 def _boards(group: Group, device: torch.device, limit: int) -> Boards:
     import torch.distributed._symmetric_memory as symmetric
 
-    memory = symmetric.empty(boards_bytes(group.size, limit), dtype=torch.uint8, device=device)
+    short = min(limit, MOST_PUSHED)
+    memory = symmetric.empty(boards_bytes(group.size, limit, short), dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)  # before the others can find it
     world: Any = torch.distributed.group.WORLD
@@ -91,7 +95,7 @@ def _boards(group: Group, device: torch.device, limit: int) -> Boards:
     addresses = torch.tensor([start + offset for start in handle.buffer_ptrs], dtype=torch.int64, device=device)
     epochs = torch.zeros(PROGRAMS, dtype=torch.int64, device=device)
     programs = min(PROGRAMS, torch.cuda.get_device_properties(device).multi_processor_count)
-    return Boards(addresses, epochs, group.rank, limit, programs, keep=(memory, handle))
+    return Boards(addresses, epochs, group.rank, limit, short, programs, keep=(memory, handle))
 
 
 def _largest_error(group: Group, boards: Boards, device: torch.device) -> float:

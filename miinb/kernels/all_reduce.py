@@ -2,7 +2,7 @@
 
 Each rank writes its part to a board of its own, tells the others, waits for theirs, and reads them all: in the order of
 the ranks and in fp32, so that every rank has the same bits. It pays for messages of a few hundred KB at most: each rank
-reads every part whole.
+reads every part whole. Short ones are written to the others' memory instead (`pushed_sum.py`).
 
 A board is used again two messages later. That is safe without a second wait: a rank writes message n + 2 after its
 kernel of n + 1 ended, so every other rank has begun n + 1, and so has ended n, the last to read what is overwritten.
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, wait_for_inputs
+from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, wait_for_inputs
 from miinb.kernels.norm import normalize
+from miinb.kernels.pushed_sum import pushed_sum
 
 #: Most programs of a launch, and so flags that each rank has for each other.
 PROGRAMS = 128
@@ -39,11 +40,13 @@ class Boards:
     Attributes:
         addresses: [ranks] int64, where each rank's memory of `boards_bytes` lies for this rank's GPU: first flags,
             int64 [ranks, PROGRAMS] (who says it, for which program), the number of the newest message that is there;
-            then the boards of even and of odd messages. Flags are zero at first.
+            then the boards of even and of odd messages; then the packets of short ones, of each rank for even ones and
+            of each for odd ones, twice as many bytes as a message's. All is zero at first.
         epochs: [PROGRAMS] int64, the number of the newest message; in memory of the GPU, so that a CUDA graph that is
             replayed goes on counting. Zeros at first.
         rank: this one.
         limit: bytes of the largest message, a multiple of 16.
+        short: bytes of the largest message that is pushed, a multiple of 16.
         programs: most of a launch: at most `PROGRAMS`, and at most the GPU's multiprocessors.
         keep: what holds the memory.
     """
@@ -52,6 +55,7 @@ class Boards:
     epochs: Tensor
     rank: int
     limit: int
+    short: int
     programs: int
     keep: tuple[Any, ...] = ()
 
@@ -60,8 +64,12 @@ class Boards:
         return x.numel() * x.element_size() <= self.limit
 
 
-def boards_bytes(ranks: int, limit: int) -> int:
+def boards_bytes(ranks: int, limit: int, short: int) -> int:
     """Bytes of each rank's memory; see `Boards`."""
+    return _packets_begin(ranks, limit) + 4 * ranks * short
+
+
+def _packets_begin(ranks: int, limit: int) -> int:
     return 8 * ranks * PROGRAMS + 2 * limit
 
 
@@ -115,33 +123,26 @@ def _launch(
     total = torch.empty_like(x) if keep else x
     y = torch.empty_like(x) if weight is not None else total
     block, ranks = power_of_2(hidden), len(boards.addresses)
-    _reduce[(min(rows, boards.programs),)](
-        x,
-        residual,
-        weight,
-        bias,
-        y,
-        total,
-        boards.addresses,
-        boards.epochs,
-        boards.rank,
-        rows,
-        hidden,
-        boards.limit,
-        eps,
-        RANKS=ranks,
-        PEERS=power_of_2(ranks),
-        PROGRAMS=PROGRAMS,
-        MOST_LOOKS=MOST_LOOKS,
-        NORM=weight is not None,
-        CENTERED=centered,
-        HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None,
-        KEEP=keep,
-        BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+    tensors = (x, residual, weight, bias, y, total, boards.addresses, boards.epochs)
+    kinds: dict[str, Any] = {
+        "RANKS": ranks,
+        "PROGRAMS": PROGRAMS,
+        "MOST_LOOKS": MOST_LOOKS,
+        "NORM": weight is not None,
+        "CENTERED": centered,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_BIAS": bias is not None,
+        "KEEP": keep,
         **launch_options(x),
-    )
+    }
+    grid, warps = (min(rows, boards.programs),), min(max(block // 256, 1), 16)
+    if x.element_size() == 2 and hidden % 8 == 0 and x.numel() * 2 <= boards.short:
+        start, kinds["INTERPRETED"] = _packets_begin(ranks, boards.limit), INTERPRETED
+        numbers = (boards.rank, rows, hidden, start, boards.short)
+        pushed_sum[grid](*tensors, *numbers, eps, BLOCK=block // 2, num_warps=warps, **kinds)
+    else:
+        sizes = (boards.rank, rows, hidden, boards.limit)
+        _reduce[grid](*tensors, *sizes, eps, PEERS=power_of_2(ranks), BLOCK=block, num_warps=warps, **kinds)
     return y, total
 
 

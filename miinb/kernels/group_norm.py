@@ -54,32 +54,7 @@ def group_norm(
     total = torch.empty_like(x) if keep else x
     if (tile := _whole_tile(x, groups)) is not None:
         return _at_once(x, shift, residual, total, weight, bias, tile, options), total
-    means = _statistics(x, shift, residual, total if keep else None, groups, eps)
-    if keep:
-        shift = residual = None
-    y = torch.empty_like(x)
-    (images, height, width, channels), block = x.shape, min(power_of_2(x.shape[3]), 64)
-    _normalize[(images, -(-height * width // (_TILE // block)), -(-channels // block))](
-        total,
-        shift,
-        residual,
-        means,
-        weight,
-        bias,
-        y,
-        height * width,
-        channels,
-        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
-        GROUPS=groups,
-        SIZE=channels // groups,
-        SILU=silu,
-        HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None,
-        ROWS=_TILE // block,
-        COLUMNS=block,
-        **launch_options(x),
-    )
-    return y, total
+    return _in_parts(x, shift, residual, total, weight, bias, options), total
 
 
 def _whole_tile(x: Tensor, groups: int) -> dict[str, int] | None:
@@ -126,8 +101,47 @@ def _at_once(
     return y
 
 
+def _in_parts(
+    x: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """The norm's output: statistics by many programs, then the norm by others."""
+    groups, eps = options["groups"], options["eps"]
+    means = _statistics(x, shift, residual, total, groups, eps)
+    if total is not x:
+        shift = residual = None
+    y = torch.empty_like(x)
+    (images, height, width, channels), block = x.shape, min(power_of_2(x.shape[3]), 64)
+    _normalize[(images, -(-height * width // (_TILE // block)), -(-channels // block))](
+        total,
+        shift,
+        residual,
+        means,
+        weight,
+        bias,
+        y,
+        height * width,
+        channels,
+        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
+        GROUPS=groups,
+        SIZE=channels // groups,
+        SILU=options["silu"],
+        HAS_SHIFT=shift is not None,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=_TILE // block,
+        COLUMNS=block,
+        **launch_options(x),
+    )
+    return y
+
+
 def _statistics(
-    x: Tensor, shift: Tensor | None, residual: Tensor | None, total: Tensor | None, groups: int, eps: float
+    x: Tensor, shift: Tensor | None, residual: Tensor | None, total: Tensor, groups: int, eps: float
 ) -> Tensor:
     """[N, groups, 2] fp32: each group's mean and the reciprocal of its deviation."""
     images, height, width, channels = x.shape
@@ -141,7 +155,7 @@ def _statistics(
         x,
         shift,
         residual,
-        x if total is None else total,
+        total,
         partial,
         means,
         arrival_counters(x.device),
@@ -156,7 +170,7 @@ def _statistics(
         WIDTH=power_of_2(size),
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
-        KEEP=total is not None,
+        KEEP=total is not x,
         PARTS=next(most for most in _PARTS if parts <= most),
         **tile,
         **launch_options(x),

@@ -18,9 +18,10 @@ from torch import Tensor
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels.all_reduce import PROGRAMS, Boards, all_reduce, boards_bytes, reduce_norm
 
-LIMIT = 1 << 15
+LIMIT, SHORT = 1 << 15, 1 << 9
 EPS = 1e-5
-#: (rows, hidden, dtype, norm, residual, bias): more rows than programs, odd widths, launches of every size in turn.
+#: (rows, hidden, dtype, norm, residual, bias): more rows than programs, odd widths, launches of every size in turn; of
+#: two bytes short ones, which are pushed, and others.
 MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
     (1, 48, torch.float32, "rms", True, False),
     (3, 48, torch.float32, "layer", True, True),
@@ -31,6 +32,11 @@ MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
     (7, 100, torch.bfloat16, "none", False, False),
     (1, 48, torch.float16, "rms", False, False),
     (5, 40, torch.float16, "post", True, True),
+    (9, 40, torch.float16, "post", True, True),
+    (1, 200, torch.float16, "rms", True, False),
+    (6, 24, torch.bfloat16, "none", False, False),
+    (2, 104, torch.float16, "layer", True, True),
+    (9, 48, torch.float16, "rms", True, False),
 ]
 PASSES = 6
 
@@ -57,18 +63,18 @@ def inputs(number: int, rank: int) -> dict[str, Any]:
 def write_boards(ranks: int, folder: Path) -> None:
     """The files, all zeros, before any rank starts."""
     for rank in range(ranks):
-        (folder / f"board-{rank}").write_bytes(bytes(boards_bytes(ranks, LIMIT)))
+        (folder / f"board-{rank}").write_bytes(bytes(boards_bytes(ranks, LIMIT, SHORT)))
 
 
 def boards_of(rank: int, ranks: int, folder: Path) -> Boards:
     """This rank's view of the files."""
-    size = boards_bytes(ranks, LIMIT)
+    size = boards_bytes(ranks, LIMIT, SHORT)
     memory = [
         torch.from_file(str(folder / f"board-{i}"), shared=True, size=size, dtype=torch.uint8) for i in range(ranks)
     ]
     addresses = torch.tensor([part.data_ptr() for part in memory])
     # Few programs: a launch then has fewer than rows.
-    return Boards(addresses, torch.zeros(PROGRAMS, dtype=torch.int64), rank, LIMIT, 4, keep=tuple(memory))
+    return Boards(addresses, torch.zeros(PROGRAMS, dtype=torch.int64), rank, LIMIT, SHORT, 4, keep=tuple(memory))
 
 
 def main() -> None:

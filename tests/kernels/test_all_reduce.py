@@ -80,8 +80,8 @@ def test_every_rank_has_the_same_sums(tmp_path: Path, ranks: int) -> None:
 
 
 def test_a_message_fits_up_to_the_limit() -> None:
-    boards = Boards(torch.zeros(2, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int64), 0, 1 << 15, 4)
+    boards = Boards(torch.zeros(2, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int64), 0, 1 << 15, 1 << 9, 4)
     assert boards.fits(torch.empty(4, 4096, dtype=torch.bfloat16))
     assert not boards.fits(torch.empty(5, 4096, dtype=torch.bfloat16))
     assert not boards.fits(torch.empty(3, 4096))
-    assert boards_bytes(2, 1 << 15) % 16 == 0
+    assert boards_bytes(2, 1 << 15, 1 << 9) % 16 == 0

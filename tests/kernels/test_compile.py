@@ -119,7 +119,12 @@ def attention_call(heads: int, kv_heads: int, size: int, max_query: int, **optio
 
 def boards(ranks: int, rank: int = 0) -> all_reduce.Boards:
     return all_reduce.Boards(
-        ids(ranks, dtype=torch.int64), ids(all_reduce.PROGRAMS, dtype=torch.int64), rank, 1 << 20, all_reduce.PROGRAMS
+        ids(ranks, dtype=torch.int64),
+        ids(all_reduce.PROGRAMS, dtype=torch.int64),
+        rank,
+        1 << 20,
+        1 << 16,
+        all_reduce.PROGRAMS,
     )
 
 
@@ -146,8 +151,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "reduce norm": reduce_norm_call(2, 1, 4096, centered=False),
     "reduce norm of 8": reduce_norm_call(8, 64, 768, centered=True),
     "reduce post norm": reduce_norm_call(2, 64, 1024, centered=True, keep=False),
-    "reduce norm of 3": reduce_norm_call(3, 4, 8192, centered=False),
+    "reduce norm of 3": reduce_norm_call(3, 5, 8192, centered=False),
+    "reduce norm of many": reduce_norm_call(2, 64, 4096, centered=False),
     "reduce": lambda: all_reduce.all_reduce(t(16, 4096), boards(2)),
+    "reduce pushed": lambda: all_reduce.all_reduce(t(8, 4096), boards(2)),
     "gemv": lambda: linear.linear(t(1, 4096), packed(4096, 4096, False), residual=t(1, 4096)),
     "gemv bias": lambda: linear.linear(t(1, 768), packed(3072, 768, True), activation="gelu_tanh"),
     "gemv gated": lambda: linear.gated_linear(t(1, 4096), packed(2 * 14336, 4096, False), "silu"),
@@ -255,7 +262,7 @@ def test_weights_are_read_16_bytes_at_a_time() -> None:
 
 
 def test_ranks_tell_each_other_across_the_system_and_only_then_read_16_bytes_at_a_time() -> None:
-    for name, ranks in (("reduce norm", 2), ("reduce norm of 3", 3), ("reduce norm of 8", 8)):
+    for name, ranks in (("reduce norm of many", 2), ("reduce norm of 3", 3), ("reduce norm of 8", 8)):
         (kernel,) = compiled(CALLS[name], (9, 0))
         ptx = kernel.asm["ptx"]
         told = ptx.index("atom.global.sys.release.exch.b64")
@@ -267,10 +274,22 @@ def test_ranks_tell_each_other_across_the_system_and_only_then_read_16_bytes_at_
         assert "multimem" not in ptx, name
 
 
+def test_short_messages_are_pushed_packet_by_packet_and_nothing_else_waits() -> None:
+    (kernel,) = compiled(CALLS["reduce norm"], (9, 0))
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("st.relaxed.sys.global.b64") == 2 * 4  # ranks, packets of a thread
+    assert "ld.volatile.global.v2.b64" in ptx
+    residual = ptx.rindex("ld.global.v4.b32")
+    assert ptx.rindex("st.relaxed.sys") < residual < ptx.index("ld.volatile.global.v2.b64")
+    assert "membar" not in ptx
+    assert "fence" not in ptx
+    assert "trap;" in ptx
+
+
 def test_one_kernel_serves_every_rank_and_number_of_rows() -> None:
     found = set()
     with compiling_for((9, 0)):
-        for rank, rows in ((0, 1), (1, 2), (1, 16), (3, 17)):
+        for rank, rows in ((0, 10), (1, 11), (1, 16), (3, 17)):
             with recording() as kernels:
                 all_reduce.all_reduce(t(rows, 4096), boards(4, rank))
             found |= {kernel.specialization for kernel in kernels}
