@@ -41,15 +41,16 @@ class Sizes:
     Attributes:
         prompt_tokens, new_tokens: of each request.
         requests: of each arm of "split", one after another.
-        rows: that a replica computes at once; "replicas" keeps twice as many requests in flight.
+        rows: that a replica computes at once; "replicas" keeps four times as many requests in flight, so that each of
+            two always has as many again that wait.
         passes: requests of "replicas" for each one in flight.
     """
 
     prompt_tokens: int = 128
     new_tokens: int = 128
-    requests: int = 6
+    requests: int = 4
     rows: int = 128
-    passes: int = 3
+    passes: int = 2
 
 
 TINY = Sizes(8, 8, 2, 2, 1)
@@ -107,7 +108,7 @@ def split(place: Place, name: str, sizes: Sizes) -> Runs:
             prompt_tokens=sizes.prompt_tokens,
             new_tokens=sizes.new_tokens,
             requests=sizes.requests,
-            warmup=2,
+            warmup=1,
         )
         (line,) = [line for line in arms["2 ranks"].plan().lines if line.what == "all-reduce"]
     (env,) = runs.env.values()
@@ -135,7 +136,7 @@ def split_words(runs: Runs) -> Iterator[str]:
 
 def replicas(place: Place, name: str, sizes: Sizes) -> Runs:
     """One replica and two under so many requests at once that both have all that they can compute."""
-    model, flight = place.model(name), 2 * sizes.rows
+    model, flight = place.model(name), 4 * sizes.rows
     length = sizes.prompt_tokens + sizes.new_tokens + 8
     fields: dict[str, Any] = {"max_batch": sizes.rows, "max_length": length}
     gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
