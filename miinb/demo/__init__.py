@@ -11,7 +11,7 @@ MODEL_VARIABLE = "MIINB_DEMO_MODEL"
 
 TINY = Path(__file__).with_name("tiny")
 ENCODERS = Path(__file__).with_name("encoders")
-IMAGES = Path(__file__).with_name("tiny_images")
+IMAGES = Path(__file__).with_name("tiny-stable-diffusion")
 
 
 def tiny_model() -> Path:

@@ -47,6 +47,8 @@ class Socket:
             raise ConnectionError
         return []
 
+    def send(self, *messages: Any) -> None: ...
+
     def flush(self) -> None: ...
 
 
