@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("miinb.worker")
 
-#: Before an idle rank begins with pictures it waits so long for one more, and so often: those of a request, or of a list
-#: of prompts, come one after the other, and what comes later waits for the whole batch.
+#: Before an idle rank begins with pictures it waits so long for one more, and so often: those of a request, or of a
+#: list of prompts, come one after the other, and what comes later waits for the whole batch.
 GATHER_S, GATHERED = 0.002, 64
 
 
