@@ -21,7 +21,7 @@ SMALL = {
     ),
     "04_what_made_it_fast.ipynb": "REQUESTS, NEW_TOKENS, WITHOUT = 4, 8, ['prefix', 'bf16']",
     "05_encoders.ipynb": "REQUESTS, CONCURRENCY, TINY, SHAPES = 4, [1, 2], True, ['bert-base']",
-    "06_images.ipynb": "STEPS, REQUESTS, BATCHES = 3, 2, [1, 2]",
+    "06_images.ipynb": "STEPS, REQUESTS, BATCHES = 4, 2, [1, 2]",
     "07_several_gpus.ipynb": "SHAPE, NEW_TOKENS, REQUESTS, STREAM_TOKENS = None, 8, 2, 400",
     "08_fewer_bytes.ipynb": "NEW_TOKENS, TIMED_TOKENS, REPEATS, TEXT_TOKENS, FIT = 4, 4, 2, 256, 1_000",
 }

@@ -39,7 +39,7 @@ def button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None], *
 
 
 def pin_button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None]) -> Any:
-    """A button that pins static output below the panel; hidden in Voila, whose pages show no output that comes later."""
+    """A button that pins static output below the panel; hidden in Voila, whose pages show no later output."""
     made = button(text, css, tooltip, on_click, icon="thumb-tack")
     if os.environ.get("SERVER_SOFTWARE", "").startswith("voila/"):
         made.layout.display = "none"

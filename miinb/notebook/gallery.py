@@ -251,7 +251,7 @@ class Gallery:
             f'<figcaption style="{cards.QUIET};text-align:center">{cards.escaped(one.label)}</figcaption></figure>'
             for one in shown
         )
-        where = f"{len(self.pictures)} pictures in the gallery"
+        where = f"{len(self.pictures)} pictures in the gallery (number · seed)"
         rest = f"{where}, {len(shown)} of them here" if len(shown) < len(self.pictures) else where
         html = f'<div style="{cards.QUIET}">{rest}</div><div style="{GRID}">{figures}</div>'
         return html, f"{rest}: {', '.join(one.name for one in shown)}"

@@ -308,7 +308,7 @@ def test_a_snapshot_has_the_gallery_and_a_pin_the_chosen_picture(make: Make) -> 
     generated(shown, count=13)
     left = shown.snapshot()._repr_mimebundle_()
     assert left["text/html"].count("<img ") == 1 + 12  # the chosen one, and its page
-    assert "14 pictures in the gallery, 12 of them here: 1 · seed" in left["text/plain"]
+    assert "14 pictures in the gallery (number · seed), 12 of them here: 1 · seed" in left["text/plain"]
     shown.pin()
     assert shown._pins[0][0].count("<img ") == 1
 
