@@ -56,7 +56,7 @@ def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> di
         "arm": one_line(str(row["arm"])),
         "dtype": one_line(str(row["dtype"] or "")),
         "load": f"{load} (saturated)" if row["saturated"] is True else load,
-        "batch" if kind == "image" else "texts": _whole(row["batch_size"]) if many_sizes else "",
+        **_size_cell(row, many_sizes),
         "speed-up": _speedup(row),
         "pictures" if kind == "image" else "same answers": _answers(row),
         "perplexity": _perplexity(row),
@@ -80,6 +80,12 @@ def _row(row: pd.Series, run: str, *, many_models: bool, many_sizes: bool) -> di
         "memory": _size(row["peak_mem_bytes"]),
         "loading s": number(row["load_s"], ""),
     }
+
+
+def _size_cell(row: pd.Series, many_sizes: bool) -> dict[str, str]:
+    """Pictures or texts of a request, where they vary."""
+    name = "batch" if task_kind(str(row["task"])) == "image" else "texts"
+    return {name: _whole(row["batch_size"]) if many_sizes else ""}
 
 
 def _load(row: pd.Series) -> str:
@@ -125,13 +131,13 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The percentiles of each arm and load as text, "12 / 15 / 19 / -" a measure."""
     shown = {metric: f"{name} ms" for metric, name in MEASURES.items()}
     many_models, many_runs = summary["model"].nunique() > 1, summary["run_id"].nunique() > 1
-    rows = []
+    many_sizes, rows = summary["batch_size"].nunique() > 1, []
     measured = summary[summary["n"] > 0]
     for (_, row), run in zip(measured.iterrows(), run_labels(measured), strict=True):
         cells = {metric: [_ms(row[f"{metric}_p{q}_s"]) or "-" for q in QUANTILES] for metric in MEASURES}
         known = {shown[metric]: " / ".join(texts) if texts[0] != "-" else "" for metric, texts in cells.items()}
         which = {"run": run if many_runs else "", "model": one_line(str(row["model"])) if many_models else ""}
-        which |= {"arm": one_line(str(row["arm"])), "load": _load(row)}
+        which |= {"arm": one_line(str(row["arm"])), "load": _load(row), **_size_cell(row, many_sizes)}
         rows.append({**which, **known})
     return _without_empty(pd.DataFrame(rows))
 

@@ -20,6 +20,8 @@ PROMPTS = (
     "a large blue square on a gray background",
     "a green circle on a black background",
 )
+#: What the tiny model has learned, for who asks it for something else.
+KNOWN = "It draws circles, squares and triangles in red, yellow, green and blue, and has learned little else."
 FOLDER = "miinb-demo-images"
 _SEED, _EACH = 1, 2
 
@@ -41,19 +43,22 @@ def picture_tour(model: str | None, prompt: str | None, out: Path) -> None:
     check_folder(out)
     served = model or str(tiny_images())
     title(1, f"Serving {served}")
+    if model is None:
+        print(KNOWN, flush=True)
     with Session(served, "text-to-image") as session:
         print(f"{session.name}: ready, loaded in {session.load_s:.1f} s\n{session.plan()}")
         title(2, "Pictures of prompts")
         asked = PROMPTS if prompt is None else (prompt,)
         draw(session, asked, {} if model else {"guidance_scale": GUIDANCE}, out / FOLDER)
-    print("\nEvery process of the demonstration has ended. Next: miinb demo --notebook")
+    print("\nEvery process of the demonstration has ended. Next: miinb demo --images --notebook")
 
 
 def draw(session: Session, asked: Sequence[str], options: dict[str, Any], folder: Path) -> None:
     """Two pictures of each prompt, written as they come; a line of what each took."""
-    for prompt in asked:
+    for place, prompt in enumerate(asked):
+        seed = _SEED + place * _EACH  # no seed twice: files are named by it
         result: Any = session.generate(
-            prompt, num_inference_steps=STEPS, num_images_per_prompt=_EACH, seed=_SEED, **options
+            prompt, num_inference_steps=STEPS, num_images_per_prompt=_EACH, seed=seed, **options
         )
         timing = result.timing
         print(
@@ -62,6 +67,8 @@ def draw(session: Session, asked: Sequence[str], options: dict[str, Any], folder
             f"pixels {timing.vae_s:.2f} s each)",
             flush=True,
         )
+        for warning in result.warnings:
+            print(f"  {warning}", flush=True)
         for file in result.save(folder):
             print(f"  {file.resolve()}", flush=True)
     print("Each file holds the prompt, seed and parameters that made it.")

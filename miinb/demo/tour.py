@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from miinb.session import Session
 
 PROMPT, NEW_TOKENS = "Once upon a time,", 64
-NOTEBOOK = "01_first_answer.ipynb"
+NOTEBOOK, IMAGE_NOTEBOOK = "01_first_answer.ipynb", "06_images.ipynb"
 NOTEBOOKS = Path(__file__).with_name("notebooks")
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
 
@@ -29,11 +29,12 @@ INTERRUPTED = 130  # a shell's exit status after Ctrl-C
 def parser() -> argparse.ArgumentParser:
     """The options of `miinb demo`."""
     made = argparse.ArgumentParser(prog="miinb demo", description=__doc__)
-    made.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched once)")
+    default = "SmolLM2-135M-Instruct, fetched once; of pictures a tiny Stable Diffusion inside the package"
+    made.add_argument("--model", help=f"folder or hub name (default: {default})")
     made.add_argument("--tiny", action="store_true", help="the tiny model inside the package: no download, seconds")
-    made.add_argument("--images", action="store_true", help="pictures of prompts, by a tiny model inside the package")
-    made.add_argument("--notebook", action="store_true", help="open JupyterLab on the first notebook instead")
-    made.add_argument("--prompt", help=f"default: {PROMPT!r}; of pictures: one of each shape, and more")
+    made.add_argument("--images", action="store_true", help="make pictures of prompts instead of text")
+    made.add_argument("--notebook", action="store_true", help="open JupyterLab on a notebook instead")
+    made.add_argument("--prompt", help=f"default: {PROMPT!r}; of pictures: four of colored shapes")
     made.add_argument("--max-new-tokens", "-n", type=int, help=f"of the answer (default: {NEW_TOKENS})")
     made.add_argument("--price", type=float, help="US dollars an hour of this machine (or GPU), for the cost")
     made.add_argument("--out", type=Path, default=Path(), help="folder for what is written (default: this one)")
@@ -48,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InvalidValue("--tiny: not together with --model.")
         if args.images:
             _refuse_text_options(args)
-            picture_tour(args.model, args.prompt, args.out)
-        elif args.notebook:
+        if args.notebook:
             return open_notebook(args)
+        if args.images:
+            picture_tour(args.model, args.prompt, args.out)
         else:
             tour(args)
     except KeyboardInterrupt:
@@ -84,9 +86,11 @@ def tour(args: argparse.Namespace) -> None:
 
 def _refuse_text_options(args: argparse.Namespace) -> None:
     """Raise InvalidValue for an option that pictures do not have."""
-    for name in ("notebook", "max_new_tokens", "price"):
-        if getattr(args, name) not in (None, False):
+    for name in ("max_new_tokens", "price"):
+        if getattr(args, name) is not None:
             raise InvalidValue(f"--{name.replace('_', '-')}: not together with --images.")
+    if args.notebook and args.model:
+        raise InvalidValue("--model: not together with --images --notebook.", hint="Set MODEL in its first cell.")
 
 
 def answer(session: Session, prompt: str, max_new_tokens: int) -> None:
@@ -122,12 +126,12 @@ def measure(optimized: Session, baseline: Session, args: argparse.Namespace) -> 
 
 
 def open_notebook(args: argparse.Namespace) -> int:
-    """JupyterLab on the first notebook, until the user ends it."""
+    """JupyterLab on the first notebook, or on that of pictures, until the user ends it."""
     if importlib.util.find_spec("jupyterlab") is None:
         raise InvalidValue("--notebook: JupyterLab is not installed.", hint="pip install 'miinb[demo]'")
     model = args.model or (str(tiny_model()) if args.tiny else None)
     environment = {**os.environ, MODEL_VARIABLE: str(model)} if model else None
-    command = [sys.executable, "-m", "jupyterlab", str(writable_notebook())]
+    command = [sys.executable, "-m", "jupyterlab", str(writable_notebook(IMAGE_NOTEBOOK if args.images else NOTEBOOK))]
     if os.geteuid() == 0:  # containers; JupyterLab refuses root otherwise
         command.append("--allow-root")
     lab = subprocess.Popen(command, env=environment)
@@ -138,16 +142,16 @@ def open_notebook(args: argparse.Namespace) -> int:
             continue
 
 
-def writable_notebook() -> Path:
-    """The first notebook: the checkout's own, or a copy in ./miinb-notebooks when miinb is installed from a wheel."""
+def writable_notebook(name: str = NOTEBOOK) -> Path:
+    """A notebook: the checkout's own, or a copy in ./miinb-notebooks when miinb is installed from a wheel."""
     if NOTEBOOKS.is_symlink() and os.access(NOTEBOOKS, os.W_OK):
-        return (NOTEBOOKS / NOTEBOOK).resolve()
+        return (NOTEBOOKS / name).resolve()
     target = Path("miinb-notebooks")
     target.mkdir(exist_ok=True)
     for source in NOTEBOOKS.glob("*.ipynb"):
         if not (target / source.name).exists():  # a copy that the user may have changed stays
             shutil.copyfile(source, target / source.name)
-    return (target / NOTEBOOK).resolve()
+    return (target / name).resolve()
 
 
 def _dtype(session: Session) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -36,6 +37,14 @@ def button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None], *
     made = named(W.Button(description=text, tooltip=tooltip, **traits), css)
     made.layout.width = "auto"
     made.on_click(on_click)
+    return made
+
+
+def pin_button(text: str, css: str, tooltip: str, on_click: Callable[[Any], None]) -> Any:
+    """A button that pins static output below the panel; hidden in Voila, whose pages show no later output."""
+    made = button(text, css, tooltip, on_click, icon="thumb-tack")
+    if os.environ.get("SERVER_SOFTWARE", "").startswith("voila/"):
+        made.layout.display = "none"
     return made
 
 

@@ -12,7 +12,7 @@ import ipywidgets as W
 
 from miinb.notebook import cards
 from miinb.notebook.controls import button, named
-from miinb.notebook.image_cards import figure
+from miinb.notebook.image_cards import GRID, figure
 from miinb.notebook.inline import caption, fitted, img
 from miinb.notebook.work_panel import ROW
 from miinb.wording import printable
@@ -72,6 +72,11 @@ class GalleryPicture:
     def name(self) -> str:
         """Its number and seed."""
         return f"{self.number} · seed {self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The same as short as a thumbnail is wide."""
+        return f"{self.number} · {self.seed}"
 
     @property
     def words(self) -> str:
@@ -145,7 +150,7 @@ class _Cell:
         if picture is not self.picture:
             self.picture = picture
             self._thumb.value = "" if picture is None else _thumb_html(picture)
-            self.choose.description = _NONE if picture is None else f"{picture.number} · {picture.seed}"
+            self.choose.description = _NONE if picture is None else picture.label
             self.choose.tooltip = _NONE if picture is None else f"Picture {picture.number}: {picture.words}"
             self.box.layout.display = "none" if picture is None else None
         self.choose.icon = "check" if chosen else ""
@@ -227,7 +232,7 @@ class Gallery:
         """Show the page as it is."""
         pages = max(1, -(-len(self.pictures) // PAGE))
         self._page = min(max(self._page, 0), pages - 1)
-        shown = self.pictures[self._page * PAGE : (self._page + 1) * PAGE]
+        shown = self._shown()
         for place, cell in enumerate(self._cells):
             picture = shown[place] if place < len(shown) else None
             cell.show(picture, picture is not None and picture is self.chosen)
@@ -236,10 +241,28 @@ class Gallery:
         self._pager.layout.display = None if pages > 1 else "none"
         self.box.layout.display = None if self.pictures else "none"
 
+    def page_card(self) -> cards.Card | None:
+        """The thumbnails of the page that is shown, static; None where there is one picture or none."""
+        if len(self.pictures) < 2:
+            return None
+        shown = self._shown()
+        figures = "".join(
+            f'<figure style="margin:0;width:{_CELL}px">{_thumb_html(one)}'
+            f'<figcaption style="{cards.QUIET};text-align:center">{cards.escaped(one.label)}</figcaption></figure>'
+            for one in shown
+        )
+        where = f"{len(self.pictures)} pictures in the gallery (number · seed)"
+        rest = f"{where}, {len(shown)} of them here" if len(shown) < len(self.pictures) else where
+        html = f'<div style="{cards.QUIET}">{rest}</div><div style="{GRID}">{figures}</div>'
+        return html, f"{rest}: {', '.join(one.name for one in shown)}"
+
     def named(self, numbers: Iterable[int]) -> list[GalleryPicture]:
         """The pictures of these numbers that are still there."""
         known = {picture.number: picture for picture in self.pictures}
         return [known[number] for number in numbers if number in known]
+
+    def _shown(self) -> list[GalleryPicture]:
+        return self.pictures[self._page * PAGE : (self._page + 1) * PAGE]
 
     def _make_room(self) -> None:
         """Keep the files of the newest pictures alone, where all together are too large; the last one always."""

@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as W
 
 from miinb.notebook.cards import Card
-from miinb.notebook.controls import button, named
+from miinb.notebook.controls import named, pin_button
 from miinb.notebook.gallery import Gallery, GalleryPicture
 from miinb.notebook.viewer import PairViewer
 from miinb.notebook.work_panel import ROW
@@ -39,7 +39,7 @@ class GalleryPair:
         )
         self.viewer = PairViewer(lock)
         tooltip = "Keep both pictures and what differs in the notebook, below the panel"
-        self.pinning = button("Pin comparison", "pin-two", tooltip, pin, icon="thumb-tack")
+        self.pinning = pin_button("Pin comparison", "pin-two", tooltip, pin)
         self.box = W.VBox([W.Box([self.first, self.second, self.pinning], layout=ROW), self.viewer.box])
         self._observe()
 

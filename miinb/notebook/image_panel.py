@@ -280,6 +280,10 @@ class ImagePanel(WorkPanel):
     def _card(self) -> cards.Card | None:
         return self.chosen.card() if self.chosen is not None else None
 
+    def _left_card(self) -> cards.Card | None:
+        chosen, page = self._card(), self.gallery.page_card()
+        return (chosen[0] + page[0], f"{chosen[1]}\n{page[1]}") if chosen and page else chosen
+
     def _empty_card(self) -> cards.Card:
         return cards.card("Image panel", facts=[("deployment", self.deployment.value)], foot="No picture yet.")
 

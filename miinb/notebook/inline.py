@@ -12,8 +12,8 @@ from miinb.wording import one_line, printable, shortened
 #: Tried one after the other until a picture is small enough: the share of its side, and WebP's quality.
 _TRIES = ((1.0, 88), (1.0, 75), (0.8, 75), (0.65, 70), (0.5, 65), (0.35, 60), (0.25, 50))
 _CAPTION_LENGTH = 120
-#: Smaller pictures are shown this wide, each pixel as a square.
-_LEAST_SHOWN = 192
+#: Smaller pictures are shown this wide; up to so many pixels of their own each of these is a square.
+_LEAST_SHOWN, _SQUARES = 192, 64
 
 
 def fitted(image: Any, side: int, most_bytes: int) -> bytes:
@@ -50,12 +50,16 @@ def img(data: bytes, kind: str, words: str, width: int, css: str = "") -> str:
 
 
 def shown(image: Any, words: str, side: int, most_bytes: int, css: str = "") -> str:
-    """HTML of a picture of PIL's as `fitted` makes it; a tiny one is enlarged to squares."""
+    """HTML of a picture of PIL's as `fitted` makes it; a small one is enlarged, a tiny one to squares."""
     data = fitted(image, side, most_bytes)
     width = shown_width(image, side)
     html = img(data, "webp", words, width, css)
-    enlarged = max(image.size) < _LEAST_SHOWN
-    return html.replace('style="', 'style="image-rendering:pixelated;', 1) if enlarged else html
+    return html.replace('style="', 'style="image-rendering:pixelated;', 1) if in_squares(image) else html
+
+
+def in_squares(image: Any) -> bool:
+    """Whether a picture is so small that its pixels are shown as squares; of larger ones these would be uneven."""
+    return bool(max(image.size) <= _SQUARES)
 
 
 def shown_width(image: Any, side: int) -> int:

@@ -16,7 +16,7 @@ from miinb.notebook import cards
 from miinb.notebook.cards import QUIET, Card, escaped
 from miinb.notebook.controls import control, named
 from miinb.notebook.image_cards import GRID, figure
-from miinb.notebook.inline import img, shown_width
+from miinb.notebook.inline import img, in_squares, shown_width
 from miinb.notebook.work_panel import ROW
 from miinb.wording import printable
 
@@ -167,8 +167,8 @@ class PairViewer:
         if self._small is None:
             width = shown_width(self._pair[0], _SIDE)
             size = (width, max(1, round(width * self._pair[0].height / self._pair[0].width)))
-            tiny = size[0] > self._pair[0].width
-            first, second = (image.convert("RGB").resize(size, 0 if tiny else None) for image in self._pair)
+            how = 0 if in_squares(self._pair[0]) else None
+            first, second = (image.convert("RGB").resize(size, how) for image in self._pair)
             self._small = (first, second)
         return self._small
 

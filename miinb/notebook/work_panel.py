@@ -21,7 +21,7 @@ import miinb
 from miinb import cell
 from miinb.errors import Cancelled, MiinbError
 from miinb.notebook import cards
-from miinb.notebook.controls import DeploymentChoice, button, close_tree, named
+from miinb.notebook.controls import DeploymentChoice, button, close_tree, named, pin_button
 from miinb.wording import printable
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         self.output = named(W.HTML(layout={"width": "auto"}), "output")
         self.status = named(W.HTML(), "status")
         self.files = named(W.HTML(), "files")
-        self.pinning = button(
-            "Pin", "pin", "Keep this answer in the notebook, below the panel", self.pin, icon="thumb-tack"
-        )
+        self.pinning = pin_button("Pin", "pin", "Keep this answer in the notebook, below the panel", self.pin)
         self._say("Ready.")
 
     # What a kind of panel says of itself
@@ -106,6 +104,10 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
 
     def _closing(self) -> None:
         """Detach observers, and close widgets that are not among the children."""
+
+    def _left_card(self) -> cards.Card | None:
+        """What `snapshot` gives, and what a closed panel leaves."""
+        return self._card()
 
     # What the buttons of all panels do; each may be called from any thread, and from code
 
@@ -145,7 +147,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     def snapshot(self) -> Snapshot:
         """What is shown as a static object; display it in any cell."""
         with self._lock:
-            return Snapshot(*(self._card() or self._empty_card()))
+            return Snapshot(*(self._left_card() or self._empty_card()))
 
     def close(self) -> None:
         """End what runs and free every widget of the panel; what it showed stays as static output.
@@ -284,7 +286,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     def _leave_static(self) -> None:
         if self._own_display is not None:
             with self._lock:
-                card = None if self._pins else self._card()
+                card = None if self._pins else self._left_card()
             self._own_display.update(cards.bundle(card or ("", "")), raw=True)
 
     def _ipython_display_(self) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from miinb import commands, load_runs
 from miinb.bench import charts, published, report, thumbnails
+from miinb.bench.display import spread_table
 from miinb.bench.image_measures import note_differences
 from miinb.bench.picture_prompts import MOST, picture_prompts
 from miinb.bench.pixels import difference, pixels_of, psnr_words
@@ -227,6 +228,7 @@ def test_the_table_has_what_images_have(runs: Runs) -> None:
     shown = repr(runs)
     head = shown.splitlines()[1].split()
     assert {"batch", "s/image", "ms/step", "overhead", "images/s", "pictures"} <= set(head)
+    assert list(spread_table(runs.summary)["batch"]) == ["1", "1", "2", "2"]
     assert not {"TTFT", "texts", "tokens/s"} & set(head)
     assert "2 images a request" in runs.cost().answer or "1 images a request" in runs.cost().answer
 

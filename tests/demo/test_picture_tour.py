@@ -7,25 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 import miinb
-from miinb import Session
-from miinb import demo as demo_package
-from miinb.demo import IMAGES, main, picture_tour, tiny_images
+from miinb.demo import main, picture_tour, tiny_images
 from miinb.demo.judging import GUIDANCE, SEEDS, STEPS, is_right, judge
 from miinb.demo.shapes import prompts
 from tests.tiny_pipeline import make_pipeline
 
-TRAINED = (IMAGES / "model_index.json").is_file()
-#: What can be judged only where the model is.
-trained = pytest.mark.skipif(not TRAINED, reason="the tiny image model is not trained")
 
-
-@trained
 def test_it_is_small_and_names_its_origin() -> None:
     folder = tiny_images()
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 15_000_000
@@ -49,9 +41,8 @@ def tour(folder: Path, *options: str) -> tuple[str, list[Path]]:
     return out, files
 
 
-@pytest.mark.skipif(TRAINED, reason="the tour of the trained model does all of this")
 @pytest.mark.usefixtures("_own_state")
-def test_it_serves_draws_and_ends(tmp_path: Path) -> None:
+def test_it_serves_a_model_of_yours(tmp_path: Path) -> None:
     make_pipeline(tmp_path)
     out, files = tour(tmp_path, "--model", str(tmp_path / "model"), "--prompt", "a red fox")
     assert "a red fox: " in out
@@ -60,36 +51,21 @@ def test_it_serves_draws_and_ends(tmp_path: Path) -> None:
     with Image.open(files[1]) as picture:
         made = json.loads(picture.info["miinb"])
     assert (made["prompt"], made["seed"], made["num_inference_steps"]) == ("a red fox", 2, STEPS)
+    assert picture_tour.KNOWN not in out
 
 
-@trained
 @pytest.mark.usefixtures("_own_state")
 def test_its_pictures_show_what_their_prompts_say(tmp_path: Path) -> None:
     out, files = tour(tmp_path)
     assert len(files) == 2 * len(picture_tour.PROMPTS)
     assert all(f"{prompt}: " in out for prompt in picture_tour.PROMPTS)
+    assert [file.name for file in files] == [f"{seed}.png" for seed in range(1, 9)]
     right = 0
     for file in files:
         with Image.open(file) as picture:
             right += is_right(json.loads(picture.info["miinb"])["prompt"], judge(picture))
     assert right >= len(files) - 1
-
-
-def test_a_model_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo_package, "IMAGES", Path("/no/such/folder"))
-    assert main(["--images"]) == 1
-    assert "train_images" in capsys.readouterr().err
-
-
-@trained
-@pytest.mark.slow
-def test_the_24_judgments_through_a_session() -> None:
-    with Session(tiny_images(), device="cpu") as session:
-        asked: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-        made: Any = session.generate(prompts(), seed=SEEDS[0], num_images_per_prompt=len(SEEDS), **asked)
-    right = [is_right(prompt, judge(image)) for prompt, image in zip(made.prompts, made.images, strict=True)]
-    assert len(right) == 24
-    assert sum(right) >= 22
+    assert picture_tour.KNOWN in out
 
 
 @pytest.mark.parametrize(
@@ -97,7 +73,7 @@ def test_the_24_judgments_through_a_session() -> None:
     [
         (["--images", "-n", "8"], "--max-new-tokens"),
         (["--images", "--price", "1"], "--price"),
-        (["--images", "--notebook"], "--notebook"),
+        (["--images", "--notebook", "--model", "x"], "--model"),
         (["--images", "--tiny", "--model", "x"], "not together"),
         (["--images", "--out", "no/such/folder"], "no/such/folder"),
         (["--images", "--model", "./no-such-model"], "no-such-model"),

@@ -87,3 +87,7 @@ def test_the_notebook_is_copied_out_of_an_installed_package(tmp_path: Path, monk
 
 def test_the_checkout_opens_its_own_notebook() -> None:
     assert tour.writable_notebook() == Path(__file__).parents[2] / "notebooks" / tour.NOTEBOOK
+
+
+def test_pictures_have_a_notebook_of_their_own() -> None:
+    assert tour.writable_notebook(tour.IMAGE_NOTEBOOK).is_file()

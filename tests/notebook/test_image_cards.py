@@ -42,7 +42,8 @@ def test_a_picture_keeps_its_shape_and_stays_within_its_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "width"), [((512, 768), 512, 341), ((64, 64), 512, 192), ((300, 200), 512, 300)]
+    ("size", "side", "width"),
+    [((512, 768), 512, 341), ((64, 64), 512, 192), ((128, 96), 512, 192), ((300, 200), 512, 300)],
 )
 def test_pictures_are_shown_as_wide_as_they_are_and_tiny_ones_enlarged(
     size: tuple[int, int], side: int, width: int
@@ -51,6 +52,6 @@ def test_pictures_are_shown_as_wide_as_they_are_and_tiny_ones_enlarged(
     assert shown_width(image, side) == width
     html = shown(image, "x", side, 100_000)
     assert f"width:{width}px" in html
-    assert ("pixelated" in html) == (max(size) < 192)
+    assert ("pixelated" in html) == (max(size) <= 64)
     (data,) = re.findall(r"base64,([^\"]*)", html)
     assert Image.open(io.BytesIO(b64decode(data))).format == "WEBP"

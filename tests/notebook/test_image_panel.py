@@ -333,6 +333,25 @@ def test_pins_are_static_and_bounded(make: Make, monkeypatch: pytest.MonkeyPatch
     assert len(shown._pins) == 1
 
 
+def test_a_snapshot_has_the_gallery_and_a_pin_the_chosen_picture(make: Make) -> None:
+    _, shown = make()
+    generated(shown)
+    assert shown.snapshot()._repr_mimebundle_()["text/html"].count("<img ") == 1
+    generated(shown, count=13)
+    left = shown.snapshot()._repr_mimebundle_()
+    assert left["text/html"].count("<img ") == 1 + 12  # the chosen one, and its page
+    assert "14 pictures in the gallery (number · seed), 12 of them here: 1 · seed" in left["text/plain"]
+    shown.pin()
+    assert shown._pins[0][0].count("<img ") == 1
+
+
+def test_voila_shows_no_later_output_so_nothing_is_pinned(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make()[1].pinning.layout.display is None
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
+    _, shown = make()
+    assert shown.pinning.layout.display == shown._two.pinning.layout.display == "none"
+
+
 def test_deleting_goes_to_the_picture_beside(make: Make) -> None:
     _, shown = make()
     generated(shown, count=3)
