@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from miinb.bench import charts
+from miinb.bench.charts.style import near_ticks, new_axes
 from miinb.bench.records import Runs
 from miinb.errors import InvalidValue
 
@@ -151,6 +152,22 @@ def test_scaling_has_its_ideal_line_and_frontier_its_loads() -> None:
         charts.batch_scaling(make(TWO))
     with pytest.raises(InvalidValue, match="same tensor_parallel"):
         charts.parallel_scaling(runs)
+
+
+def test_a_logarithmic_axis_always_has_several_numbers() -> None:
+    """13,205 and 22,607 lie beside one power of two."""
+    ax = new_axes(None, 3)
+    ax.plot([1, 2], [13205, 22607])
+    ax.set_yscale("log", base=2)
+    near_ticks(ax.yaxis)
+    low, high = ax.get_ylim()
+    assert len([tick for tick in ax.get_yticks() if low <= tick <= high]) >= 4
+    wide = new_axes(None, 3)
+    wide.set_ylim(1, 1024)
+    wide.set_yscale("log", base=2)
+    before = list(wide.get_yticks())
+    near_ticks(wide.yaxis)
+    assert list(wide.get_yticks()) == before
 
 
 def test_parallel_scaling_over_runs() -> None:

@@ -19,7 +19,7 @@ from miinb.bench.charts.lines import (
     points_size,
 )
 from miinb.bench.charts.measures import RATES, rate_of
-from miinb.bench.charts.style import INK, new_axes, plain_numbers
+from miinb.bench.charts.style import INK, near_ticks, new_axes, plain_numbers
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import number
 
@@ -134,6 +134,8 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
         ax.set_ylim(0)
     ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
     ax.minorticks_off()
+    if log:
+        near_ticks(ax.yaxis)
     plain_numbers(ax.yaxis)
     ax.grid(True, color="#eeeeee", linewidth=0.7)
     axis = " (log axis)" * log

@@ -285,6 +285,15 @@ def plain_log_ticks(ax: Any, low: float, high: float) -> None:
     ax.minorticks_off()
 
 
+def near_ticks(axis: Any) -> None:
+    """Round numbers on a logarithmic axis that has fewer than three powers of two to tell."""
+    low, high = axis.get_view_interval()
+    if high / low < 8:
+        from matplotlib.ticker import FixedLocator, MaxNLocator
+
+        axis.set_major_locator(FixedLocator(MaxNLocator(5).tick_values(low, high)))
+
+
 def plain_numbers(axis: Any) -> None:
     """Tick labels with thousands separators and no needless zeros."""
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
