@@ -32,7 +32,8 @@ def compiled(kernels: CompileJob, report: Report) -> tuple[str, str]:
     report(Phase("compile"))
     outcome = kernels.wait(report)
     log_late_compilation()
-    return f"{outcome.done} of {outcome.total}", f"compiled beside the loading, {outcome.waited_s:.1f} s longer than it"
+    when = f"beside the loading, {outcome.waited_s:.1f} s longer than it"
+    return f"{outcome.done} of {outcome.total}", f"compiled {'by an earlier start' if outcome.before else when}"
 
 
 def with_rounding(plan: Plan, dtype: str, rounding: float, activations: torch.dtype, device: torch.device) -> Plan:

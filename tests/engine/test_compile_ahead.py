@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ pytest.importorskip("triton")
 from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
+from miinb.engine import compile_job
 from miinb.engine import weights as weights_module
 from miinb.engine.compile import NoPeers, kernels_of
 from miinb.engine.compile_job import CompileJob, log_late_compilation
@@ -168,12 +171,17 @@ def test_every_family_is_known(tiny: Callable[[str], tuple[Any, Path]]) -> None:
         assert {"_decode", "_prefill", "_norm", "_argmax", "_rope_append"} <= found, name
 
 
+def small_model(folder: Path) -> Path:
+    """Configurations of a small one."""
+    return presets.write("gpt2", folder, n_layer=1, n_embd=64, n_head=1, vocab_size=300)
+
+
 def test_a_job_fills_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("triton.knobs.compilation.listener", None)  # is put back afterwards
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    folder = presets.write("gpt2", tmp_path / "gpt2", n_layer=1, n_embd=64, n_head=1, vocab_size=300)
+    folder = small_model(tmp_path / "gpt2")
     small = {"max_batch": 1, "max_length": 64, "options": {"max_step_tokens": 16}}
     outcome, phases = job(of_folder(folder, **small)[0])
     assert outcome.done == outcome.total > 5
@@ -205,6 +213,52 @@ def job(config: DeploymentConfig) -> tuple[Any, list[Any]]:
     }
     phases: list[Any] = []
     return CompileJob.of_order(order).wait(phases.append), phases
+
+
+def test_what_was_compiled_is_not_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile_job, "gpu_capability", lambda device: H100)
+    folder = small_model(tmp_path / "gpt2")
+    fields: dict[str, Any] = {"model": str(folder), "load_format": "dummy", "max_batch": 1, "max_length": 64}
+    fields["options"] = {"max_step_tokens": 16}
+
+    def start(**more: Any) -> Any:
+        job = CompileJob.start(DeploymentConfig.parse(fields | more))
+        assert job is not None
+        try:
+            return job.outcome if job.outcome.before else job.wait(lambda phase: None)
+        finally:
+            job.close()
+
+    first = start(name="one")
+    assert 0 < first.done == first.total
+    assert not first.before
+    again = start(name="another", replicas=2)
+    assert (again.done, again.total, again.waited_s, again.before) == (first.total, first.total, 0.0, True)
+    marks = list((tmp_path / "cache" / "compiled").iterdir())
+    assert len(marks) == 1
+    assert compile_job._mark(DeploymentConfig.parse(fields | {"dtype": "fp16"}), H100) not in marks
+    assert compile_job._mark(DeploymentConfig.parse(fields), (8, 0)) not in marks
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert compile_job._mark(DeploymentConfig.parse(fields), H100) not in marks
+
+
+def test_a_mark_is_the_same_in_every_process(tmp_path: Path) -> None:
+    small_model(tmp_path / "model")
+    code = "import sys; from miinb.config import DeploymentConfig as C; from miinb.engine import compile_job as j; "
+    code += "print(j._mark(C.parse({'model': sys.argv[1], 'load_format': 'dummy'}), (9, 0)))"
+    marks = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model")],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(marks) == 1
+    assert "compiled" in marks.pop()
 
 
 def test_a_job_that_fails_is_told_and_left(
