@@ -11,19 +11,20 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
-from miinb.engine.previews import LatentColors, preview_of
+from miinb.engine.painting import Painter, Work, start_of, work_of
+from miinb.engine.previews import preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
-from miinb.image_params import ImageParams, steps_done
+from miinb.image_params import ImageParams
 from miinb.messages import EncodeRequest, EngineInfo, FailedEvent, FinishedEvent, FinishReason, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -34,93 +35,6 @@ PROGRESS_S = 0.2
 MAX_BATCH_BYTES = 32 << 20
 #: Of pictures to begin from that wait: some 240 of 512 x 512.
 MAX_WAITING_BYTES = 256 << 20
-
-
-#: What a picture is made of: a text, a picture and a text, or the white places of a mask over a picture and a text.
-Kind = Literal["text", "image", "inpaint"]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What the pictures of a batch have in common."""
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    scheduler: str  # a class of diffusers
-    strength: float = 1.0
-    kind: Kind = "text"
-
-    @property
-    def done(self) -> int:
-        """Steps that are done."""
-        return steps_done(self.steps, self.strength)
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where one picture begins: noise of its seed, and what that is laid on.
-
-    Attributes:
-        image: of kinds "image" and "inpaint": RGB, three bytes a pixel, of the work's size.
-        mask: of kind "inpaint": one byte a pixel, 128 and more where it is painted anew.
-    """
-
-    seed: int
-    image: bytes = b""
-    mask: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a text encoder reads of a text: its tokens, and the end that does not fit ("": all fits)."""
-
-    tokens: int
-    cut: str
-
-
-class Painter(Protocol):
-    """Computes pictures.
-
-    Attributes:
-        scheduler: the class of the model's own scheduler.
-        schedulers: classes that may stand in for it, its own too.
-        width, height: of a picture unless a request says, in pixels.
-        kinds: of work that it can do.
-        colors: what a preview makes of its latents.
-    """
-
-    kinds: Sequence[Kind]
-    colors: LatentColors
-    scheduler: str
-    schedulers: Sequence[str]
-    width: int
-    height: int
-
-    def check(self, work: Work) -> None:
-        """Refuse what its scheduler cannot do. Raises InvalidRequest."""
-
-    def read(self, text: str) -> Reading:
-        """What the text encoder reads of a text."""
-
-    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> Any:
-        """The conditions of a batch, for `denoise`."""
-
-    def denoise(
-        self, conditions: Any, work: Work, starts: Sequence[Start], between: Callable[[int, Tensor], None]
-    ) -> Tensor:
-        """Latents [N, C, h, w] of the starts; `between` gets each step's number, from 1, and its latents."""
-
-    def decode(self, latents: Tensor) -> tuple[bytes, bool]:
-        """Pixels of one picture's latents [1, C, h, w]: RGB, row after row; and whether it was found unfit.
-
-        Raises:
-            NonFinite: they are NaN or infinite.
-        """
-
-    def close(self) -> None:
-        """Let go of the device's memory."""
 
 
 @dataclass(eq=False, slots=True)
@@ -244,20 +158,22 @@ class ImageExecutor:
         self._running = []
         self._flush(emit)
 
-    def _paint(self, batch: Sequence[Row], emit: Emit, between: Poll) -> None:
+    def _paint(self, batch: list[Row], emit: Emit, between: Poll) -> None:
         work, painter = batch[0].work, self.painter
-        prompts = [row.request.prompt for row in batch]
-        negatives = [row.request.params.negative_prompt or "" for row in batch]
         begin = time.monotonic()
-        conditions = painter.embed(prompts, negatives, work.guidance)
-        self._wait()
+        conditions = self._embedded(batch)
+        between()
+        while self._coming:
+            between()
+        if late := self._next_batch(batch):  # a list of prompts comes one by one; to read texts takes next to no time
+            batch += late
+            conditions = self._embedded(batch)
         embedded = time.monotonic()
 
         def after_step(step: int, latents: Tensor) -> None:
             self._tell(batch, step, latents, emit)
             between()
 
-        between()
         latents = painter.denoise(conditions, work, [start_of(row.request) for row in batch], after_step)
         self._wait()
         times = {"text_encode_s": embedded - begin, "steps_s": time.monotonic() - embedded}
@@ -267,6 +183,14 @@ class ImageExecutor:
                 self._finish(row, latents[place : place + 1], len(batch), emit)
             if place + 1 < len(batch):
                 between()
+
+    def _embedded(self, batch: Sequence[Row]) -> Any:
+        """The conditions of a batch, computed."""
+        prompts = [row.request.prompt for row in batch]
+        negatives = [row.request.params.negative_prompt or "" for row in batch]
+        conditions = self.painter.embed(prompts, negatives, batch[0].work.guidance)
+        self._wait()
+        return conditions
 
     def _wait(self) -> None:
         """Until the device has computed: times would else be those of launches."""
@@ -326,13 +250,14 @@ class ImageExecutor:
             self._waiting.remove(row)
             self._fail(row, DeadlineExceeded("The request's time limit passed while it waited."))
 
-    def _next_batch(self) -> list[Row]:
+    def _next_batch(self, begun: Sequence[Row] = ()) -> list[Row]:
+        """What is computed next: the picture that has waited longest, and those like it; or what joins a batch."""
         if not self._waiting:
             return []
-        first = self._waiting[0]
+        first = begun[0] if begun else self._waiting[0]
         most = min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * first.work.width * first.work.height)))
-        alike = [row for row in self._waiting if row.work == first.work and not row.alone][:most]
-        batch = [first] if first.alone else alike
+        alike = [row for row in self._waiting if row.work == first.work and not row.alone and not first.alone]
+        batch = alike[: most - len(begun)] if begun or alike else [first]
         now = time.monotonic()
         for row in batch:
             self._waiting.remove(row)
@@ -346,36 +271,6 @@ class ImageExecutor:
     def _end(self, row: Row) -> None:
         row.ended = True
         del self._rows[row.request.row_id]
-
-
-def work_of(request: PaintRequest, painter: Painter, scheduler: str) -> Work:
-    """The work of a picture. Raises InvalidRequest where its painter has no such kind."""
-    params, source = request.params, request.source
-    kind: Kind = "text" if source is None else "inpaint" if source.mask else "image"
-    if kind not in painter.kinds:
-        raise InvalidRequest(f"This model does not {_DOES[kind]}.", hint=_ASKS[painter.kinds[0]])
-    size = (params.width or painter.width, params.height or painter.height)
-    strength = 1.0 if params.strength is None else params.strength
-    return Work(*size, params.num_inference_steps, params.guidance_scale, scheduler, strength, kind)
-
-
-_DOES: Mapping[Kind, str] = {
-    "text": "make pictures of a text alone",
-    "image": "change whole pictures",
-    "inpaint": "paint parts of a picture anew",
-}
-#: What to give for each kind.
-_ASKS: Mapping[Kind, str] = {
-    "text": "Leave image= and mask_image= out.",
-    "image": "Give image=, and no mask.",
-    "inpaint": "Give image= and mask_image=: it paints anew what is white there.",
-}
-
-
-def start_of(request: PaintRequest) -> Start:
-    """Where a picture begins."""
-    seed, source = request.params.seed or 0, request.source
-    return Start(seed) if source is None else Start(seed, source.image, source.mask)
 
 
 def told(error: Exception) -> MiinbError:

@@ -114,7 +114,10 @@ def _laid_out(unet: Unet, vae: VaeDecoder) -> str:
 def _capture(
     unet: Unet, pipeline: Pipeline, config: DeploymentConfig, info: EngineInfo, plan: Plan, report: Report
 ) -> tuple[Unet | GraphedUnet, Plan]:
-    """The UNet as CUDA graphs of the usual size, and the plan's line on them."""
+    """The UNet as CUDA graphs of the usual size, with guidance, and the plan's line on them.
+
+    Each takes a second, most of it cuDNN's search for the fastest convolutions: what few ask for comes at first use.
+    """
     if info.device != "cuda":
         return unet, plan
     if not config.options.cuda_graphs:
@@ -122,7 +125,6 @@ def _capture(
     report(Phase("capture"))
     graphed = GraphedUnet(unet, reuse=config.options.step_reuse > 1)
     height, width = pipeline.height // pipeline.scale, pipeline.width // pipeline.scale
-    for guided in (True, False):
-        for batch in batches(info.max_batch):
-            graphed.capture(batch, height, width, tokens=pipeline.text_length, guided=guided)
+    for batch in batches(info.max_batch):
+        graphed.capture(batch, height, width, tokens=pipeline.text_length, guided=True)
     return graphed, plan.with_line("graphs", "on", f"{graphed}; others at first use", graphs_bytes=graphed.bytes)

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional
 
-from miinb.engine.diffusion import Start, Work
+from miinb.engine.painting import Start, Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from miinb.config import DeploymentConfig
 from miinb.engine import sdxl
-from miinb.engine.diffusion import ImageExecutor, Kind, Start, Work
+from miinb.engine.diffusion import ImageExecutor
+from miinb.engine.painting import Kind, Start, Work
 from miinb.engine.pipeline_parts import PipelineParts, check_parts, generators, load_pipe, parts_of
 from miinb.errors import UnsupportedModel
 from miinb.messages import EngineInfo, Phase

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine import sdxl
-from miinb.engine.diffusion import Kind, Reading, Start, Work
+from miinb.engine.painting import Kind, Reading, Start, Work
 from miinb.engine.previews import SDXL, STABLE_DIFFUSION
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miinb.engine.diffusion import Start, Work
 from miinb.engine.image_blocks import fastest_convolutions
 from miinb.engine.image_starts import Beginning, begin
+from miinb.engine.painting import Start, Work
 from miinb.engine.pipeline_parts import PipelineParts, generators
 from miinb.engine.step_reuse import Predictor, StepReuse
 from miinb.engine.unet import Unet

@@ -44,10 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("miinb.worker")
 
-#: Before an idle rank begins with pictures it waits so long for one more, and so often: those of a request, or of a
-#: list of prompts, come one after the other, and what comes later waits for the whole batch.
-GATHER_S, GATHERED = 0.002, 64
-
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -147,7 +143,6 @@ class Server:
         self._told = executor.info
         self._started = time.monotonic()
         self._spin_s = spin_s(executor.info.device)
-        self._gathers = TASKS[executor.info.task].image
 
     def run(self) -> None:
         """Until the frontend is gone (ConnectionError) or SIGTERM comes (SystemExit)."""
@@ -156,20 +151,12 @@ class Server:
                 self._handle(self.socket.receive(0.0))
             else:  # an idle rank sleeps in here
                 self._handle(self.socket.receive(None, spin_s=self._spin_s))
-                self._gather()
             if self.executor.busy:
                 self.executor.step(self.socket.send, self._poll)
                 if self.executor.info is not self._told:  # a fallback while serving: the plan says so
                     self._told = self.executor.info
                     self.socket.send(self._told)
                 self.socket.flush()
-
-    def _gather(self) -> None:
-        """Take what comes right behind the first picture into its batch."""
-        for _ in range(GATHERED if self._gathers and self.executor.busy else 0):
-            if not (messages := self.socket.receive(GATHER_S)):
-                break
-            self._handle(messages)
 
     def _poll(self) -> None:
         """Called within long steps: cancels come in, tokens go out."""

@@ -12,8 +12,9 @@ import torch
 
 from miinb import models
 from miinb.config import DeploymentConfig
-from miinb.engine.diffusion import ImageExecutor, Start, Work
+from miinb.engine.diffusion import ImageExecutor
 from miinb.engine.loading import load_executor
+from miinb.engine.painting import Start, Work
 from miinb.engine.pipeline_painter import load_images
 from miinb.image_difference import psnr_db
 from miinb.image_messages import PaintedEvent, PaintRequest, PaintSource

@@ -102,6 +102,19 @@ def test_a_batch_waits_for_the_pictures_of_a_request_that_are_on_their_way(
     assert [event.facts["batch"] for event in painted(events).values()] == [3, 3, 3]
 
 
+def test_what_comes_while_texts_are_read_joins_the_batch(tiny: tuple[Path, Any], executor: ImageExecutor) -> None:
+    """A list of prompts comes one by one; what has other work, or finds no room, is computed after it."""
+    executor.info = replace(executor.info, max_batch=3)
+    coming = [request(1, "a blue fox"), request(2, width=24), replace(request(3), more=True), request(4)]
+    executor.paint(request(0))
+    events: list[Any] = []
+    while executor.busy:
+        executor.step(events.append, lambda: executor.paint(coming.pop(0)) if coming else None)
+    found = painted(events)
+    assert {row: event.facts["batch"] for row, event in found.items()} == {0: 2, 1: 2, 2: 1, 3: 2, 4: 2}
+    assert np.abs(pixels(found[1]) - direct(tiny[1], request(1, "a blue fox"))).max() <= 1
+
+
 def test_no_batch_waits_for_a_request_that_was_given_up(executor: ImageExecutor) -> None:
     executor.paint(replace(request(0), more=True))
     events: list[Any] = []

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from miinb.engine import diffusion
-from miinb.engine.diffusion import ImageExecutor, Start, Work, warm_up_request
+from miinb.engine.diffusion import ImageExecutor, warm_up_request
 from miinb.engine.image_starts import begin
+from miinb.engine.painting import Start, Work
 from miinb.errors import InvalidRequest, QueueFull
 from miinb.image_messages import PaintProgress, PaintRequest, PaintSource
 from tests.engine.image_rows import load, painted, pixels, request, run

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from miinb.engine.diffusion import ImageExecutor, Start
+from miinb.engine.diffusion import ImageExecutor
+from miinb.engine.painting import Start
 from miinb.engine.step_reuse import StepReuse
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet

@@ -17,7 +17,8 @@ import torch
 
 from miinb import models
 from miinb.engine import diffusion, image_parity, unet_painter
-from miinb.engine.diffusion import ImageExecutor, Kind, Start
+from miinb.engine.diffusion import ImageExecutor
+from miinb.engine.painting import Kind, Start
 from miinb.engine.pipeline_parts import _random_parts
 from miinb.engine.unet import Unet
 from miinb.engine.unet_graphs import GraphedUnet, batches
