@@ -106,7 +106,7 @@ def _size(count: float) -> str:
 MEASURES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "total"}
 SPREAD_TITLE = "Percentiles: p50 / p90 / p95 / p99"
 QUANTILES = (50, 90, 95, 99)
-FEW = "p90 needs 10 samples, p95 20 and p99 100: a dash stands where they are too few; ITL has a sample for each gap."
+FEW = "p90 needs 10 samples, p95 20 and p99 100: a dash stands where they are too few"
 
 
 def percentiles(summary: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +123,7 @@ def percentiles(summary: pd.DataFrame) -> pd.DataFrame:
         if pd.notna(row[f"{metric}_p50_s"])
     ]
     frame = pd.DataFrame(rows)
-    frame.attrs = {**summary.attrs, "few": FEW}
+    frame.attrs = {**summary.attrs, "few": few_words(row["measure"] for row in rows)}
     return frame
 
 
@@ -208,7 +208,7 @@ def runs_text(runs: Runs) -> str:
     table = narrow(runs.summary)
     body = table.to_string(index=False) if len(table) else "no requests"
     spread = spread_table(runs.summary)
-    more = [SPREAD_TITLE, spread.to_string(index=False), FEW] if len(spread) else []
+    more = [SPREAD_TITLE, spread.to_string(index=False), few_words(spread.columns)] if len(spread) else []
     return "\n".join([f"{_count(runs)} (medians over successful requests)", body, *more, *notes(runs)])
 
 
@@ -223,7 +223,17 @@ def runs_html(runs: Runs) -> str:
 def spread_html(summary: pd.DataFrame) -> str:
     """The table of percentiles and what its dashes mean; "" where nothing was measured."""
     frame = spread_table(summary)
-    return f'{table_html(frame)}<div class="miinb-note">{html.escape(FEW)}</div>' if len(frame) else ""
+    return (
+        f'{table_html(frame)}<div class="miinb-note">{html.escape(few_words(frame.columns))}</div>'
+        if len(frame)
+        else ""
+    )
+
+
+def few_words(measures: Iterable[str]) -> str:
+    """What the dashes of a table of percentiles of these measures mean."""
+    gaps = any(name.lower().startswith("itl") for name in measures)
+    return f"{FEW}{'; ITL has a sample for each gap' * gaps}."
 
 
 def table_html(frame: pd.DataFrame) -> str:
