@@ -16,6 +16,8 @@ from miinb.bench_fields import slo_words
 from miinb.wording import number, one_line, size_words
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from miinb.bench.records import Runs
 
 STYLE = (

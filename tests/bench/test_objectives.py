@@ -132,6 +132,7 @@ def test_percentiles_of_few_samples_are_left_empty(n: int, known: int) -> None:
     mine = table[(table["arm"] == "a") & (table["measure"] == "e2e_s")]
     assert int(mine[["p50", "p90", "p95", "p99"]].notna().sum().sum()) == known
     assert "p99 100" in table.attrs["few"]
+    assert ("ITL" in table.attrs["few"]) is ("itl_s" in set(table["measure"]))
 
 
 def test_percentiles_are_numpy_s_and_gaps_are_those_of_all_requests() -> None:
