@@ -13,7 +13,8 @@ import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -79,10 +80,26 @@ class Place:
         return Session(model, "text-generation", **values | fields)
 
 
+def started(stack: ExitStack, starts: Mapping[str, Callable[[], Session]]) -> dict[str, Session]:
+    """Sessions that start at the same time, as most of a start is waiting; the stack ends them.
+
+    Raises:
+        MiinbError: one did not start.
+    """
+    with ThreadPoolExecutor(len(starts)) as pool:
+        futures = {name: pool.submit(start) for name, start in starts.items()}
+    for future in futures.values():
+        if future.exception() is None:
+            stack.enter_context(future.result())
+    return {name: future.result() for name, future in futures.items()}
+
+
 def equal(place: Place) -> list[str]:
     """Whether two ranks give the greedy tokens of one, with trained weights, in fp32."""
     fields: dict[str, Any] = {"dtype": "fp32", "load_format": "auto", "max_length": 512}
-    with place.session(tiny_model(), **fields) as one, place.session(tiny_model(), tensor_parallel=2, **fields) as two:
+    start = partial(place.session, tiny_model(), **fields)
+    with ExitStack() as stack:
+        one, two = started(stack, {"1 rank": start, "2 ranks": partial(start, tensor_parallel=2)}).values()
         asked = {"max_new_tokens": 64, "ignore_eos": True}
         alike = [
             one.generate(prompt, **asked).token_ids == two.generate(prompt, **asked).token_ids
@@ -96,12 +113,16 @@ def split(place: Place, name: str, sizes: Sizes) -> Runs:
     model = place.model(name)
     length = sizes.prompt_tokens + sizes.new_tokens + 8
     fields: dict[str, Any] = {"max_batch": 1, "max_length": length}
+    start = partial(place.session, model, **fields)
     with ExitStack() as stack:
-        arms = {
-            "1 rank": stack.enter_context(place.session(model, **fields)),
-            "2 ranks": stack.enter_context(place.session(model, tensor_parallel=2, **fields)),
-            "Hugging Face": stack.enter_context(place.session(model, engine="baseline", **fields)),
-        }
+        arms = started(
+            stack,
+            {
+                "1 rank": start,
+                "2 ranks": partial(start, tensor_parallel=2),
+                "Hugging Face": partial(start, engine="baseline"),
+            },
+        )
         runs = compare(
             arms,
             check="none",
@@ -140,9 +161,10 @@ def replicas(place: Place, name: str, sizes: Sizes) -> Runs:
     length = sizes.prompt_tokens + sizes.new_tokens + 8
     fields: dict[str, Any] = {"max_batch": sizes.rows, "max_length": length}
     gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
-    with place.session(model, **fields) as one, place.session(model, replicas=2, **fields, **gpus) as two:
+    start = partial(place.session, model, **fields)
+    with ExitStack() as stack:
         runs = compare(
-            {"1 replica": one, "2 replicas": two},
+            started(stack, {"1 replica": start, "2 replicas": partial(start, replicas=2, **gpus)}),
             check="none",
             prompt_tokens=sizes.prompt_tokens,
             new_tokens=sizes.new_tokens,

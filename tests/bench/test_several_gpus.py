@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ class Told:
 
 
 ARMS = {"arm": ["1 rank", "2 ranks", "Hugging Face"], "tpot_p50_s": [0.004, 0.002, 0.010]}
+
+
+def test_where_one_does_not_start_the_others_end() -> None:
+    ended = []
+
+    class Open:
+        def __enter__(self) -> Open:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            ended.append(self)
+
+    def fail() -> Any:
+        raise OutOfMemory("Too large.", hint="Take int8.")
+
+    starts: Any = {"one": Open, "two": fail, "three": Open}
+    with pytest.raises(OutOfMemory, match="Too large"), ExitStack() as stack:
+        several_gpus.started(stack, starts)
+    assert len(ended) == 2
+    with ExitStack() as stack:
+        assert list(several_gpus.started(stack, {"one": starts["one"]})) == ["one"]
+        assert len(ended) == 2
 
 
 def test_ranks_are_compared_with_the_faster_way_of_hugging_face() -> None:
