@@ -42,6 +42,8 @@ from miinb.messages import Phase, Plan, Status, from_dict
 _SLACK_S = 15.0
 #: A supervisor that is asked to stop and does not answer for so long is told by signal; then it has as long once more.
 _HANG_S = 3.0
+#: A supervisor that runs and says nothing for so long while it renews replicas hangs.
+_SILENT_S = 60.0
 _ROLL_POLL_S = 0.1
 #: Programs that tests put in the place of the frontend and the worker.
 _modules: dict[str, str] = {}
@@ -268,12 +270,17 @@ class Deployment:
                 "rolling: one replica serves this.", hint="restart() without it; nothing serves meanwhile."
             )
         registry.ask(self.entry, "roll", drain_s=drain_s)
+        heard = time.monotonic()
         while True:
             status = self.status(timeout_s=_HANG_S)
+            if status.state == "lost" and self.entry.alive and time.monotonic() - heard < _SILENT_S:
+                time.sleep(_ROLL_POLL_S)  # on a busy machine an answer may be late
+                continue
             if status.state in ("failed", "lost", "stopped", "draining"):
                 self._look_for_failure()
                 raise self.failure or StartError(f"{self.entry.name} ended while its replicas were renewed.")
-            news = registry.ask(self.entry, "rolling")
+            heard = time.monotonic()
+            news = registry.ask(self.entry, "rolling", timeout_s=_SILENT_S)
             if news["failure"]:
                 raise _error(news["failure"])
             if status.state == "ready" and not news["active"]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import miinb
+from miinb import registry
 from miinb.demo import tiny_model
 from miinb.errors import BrokenCheckpoint, InvalidValue, Unavailable
 from miinb.messages import Status
@@ -52,6 +54,23 @@ def test_replicas_are_renewed_while_the_others_serve() -> None:
         assert not before & {rank.pid for rank in after.ranks}
         assert after.address == frontend
         assert len(session.generate("the cat", max_new_tokens=3, ignore_eos=True).token_ids[0]) == 3
+
+
+def test_a_late_answer_is_not_taken_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, late = registry.ask, []
+
+    def slow(entry: registry.Entry, command: str, **fields: Any) -> dict[str, Any]:
+        if command == "status" and len(late) < 3:
+            late.append(command)
+            raise Unavailable("It does not answer (timed out).")
+        return ask(entry, command, **fields)
+
+    with miinb.Session(tiny_model(), replicas=2, device="cpu", options={"threads": 1}, max_length=64) as session:
+        before = {rank.pid for rank in session.status().ranks}
+        monkeypatch.setattr(registry, "ask", slow)
+        session.restart(rolling=True)
+        assert len(late) == 3
+        assert not before & {rank.pid for rank in session.status().ranks}
 
 
 def test_a_deployment_is_ready_when_every_replica_takes_requests() -> None:
