@@ -225,8 +225,10 @@ def test_the_image_panel_is_labelled(painted: Notebook) -> None:
 
 
 def test_pinned_pictures_are_there_when_the_kernel_is_gone_and_the_notebook_opened_again(painted: Notebook) -> None:
+    before = painted.outputs(8)  # a pair was pinned there already, of which the status may still speak
     painted.find("pin").click()
-    until(says(painted, "pinned below the panel"), "nothing was pinned")
+    until(lambda: painted.outputs(8) != before, "nothing was pinned")
+    until(says(painted, "pinned below the panel"), "the pin is not told")
     pinned = painted.outputs(8)[-1]
     painted.save()
     painted.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
