@@ -225,11 +225,9 @@ def runs_html(runs: Runs) -> str:
 def spread_html(summary: pd.DataFrame) -> str:
     """The table of percentiles and what its dashes mean; "" where nothing was measured."""
     frame = spread_table(summary)
-    return (
-        f'{table_html(frame)}<div class="miinb-note">{html.escape(few_words(frame.columns))}</div>'
-        if len(frame)
-        else ""
-    )
+    if not len(frame):
+        return ""
+    return f'{table_html(frame)}<div class="miinb-note">{html.escape(few_words(frame.columns))}</div>'
 
 
 def few_words(measures: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 Each rank writes its part to a board of its own, tells the others, waits for theirs, and reads them all: in the order of
 the ranks and in fp32, so that every rank has the same bits. It pays for messages of a few hundred KB at most: each rank
-reads every part whole. Short ones are written to the others' memory instead (`pushed_sum.py`).
+reads every part whole. Short ones can be written to the others' memory instead (`pushed_sum.py`).
 
 A board is used again two messages later. That is safe without a second wait: a rank writes message n + 2 after its
 kernel of n + 1 ended, so every other rank has begun n + 1, and so has ended n, the last to read what is overwritten.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, wait_for_inputs
+from miinb.kernels.dispatch import INTERPRETED, fail_after, jit, launch_options, power_of_2, tl, wait_for_inputs
 from miinb.kernels.norm import normalize
 from miinb.kernels.pushed_sum import pushed_sum
 
@@ -220,6 +220,5 @@ def _meet(theirs, mine, there, epoch, PEERS: tl.constexpr, MOST_LOOKS: tl.conste
         flags = tl.atomic_add(mine, number, mask=there, sem="acquire", scope="sys")
         seen = tl.min(tl.where(there, flags, epoch), 0)
         looks += 1
-        if looks == MOST_LOOKS:
-            tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        fail_after(looks, MOST_LOOKS)
     tl.debug_barrier()  # all have waited before one of them reads

@@ -52,9 +52,7 @@ def group_norm(
         return reference.group_norm(x, weight, bias, **options, shift=shift, residual=residual, keep=keep)
     keep = keep and (shift is not None or residual is not None)
     total = torch.empty_like(x) if keep else x
-    if (tile := _whole_tile(x, groups)) is not None:
-        return _at_once(x, shift, residual, total, weight, bias, tile, options), total
-    return _in_parts(x, shift, residual, total, weight, bias, options), total
+    return _normalized(x, shift, residual, total, weight, bias, options), total
 
 
 def _whole_tile(x: Tensor, groups: int) -> dict[str, int] | None:
@@ -64,80 +62,55 @@ def _whole_tile(x: Tensor, groups: int) -> dict[str, int] | None:
     return tile if tile["ROWS"] * tile["COLUMNS"] <= _WHOLE else None
 
 
-def _at_once(
+def _normalized(
     x: Tensor,
     shift: Tensor | None,
     residual: Tensor | None,
     total: Tensor,
     weight: Tensor,
     bias: Tensor,
-    tile: dict[str, int],
     options: dict[str, Any],
 ) -> Tensor:
-    """The norm's output, each group by one program."""
+    """The norm's output: of small groups each by one program, of others by many after those that took statistics."""
     (images, height, width, channels), groups = x.shape, options["groups"]
     y = torch.empty_like(x)
-    _whole_groups[(images, groups)](
-        x,
-        shift,
-        residual,
-        total,
-        weight,
-        bias,
-        y,
-        height * width,
-        channels,
-        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
-        options["eps"],
-        SIZE=channels // groups,
-        SILU=options["silu"],
-        HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None,
-        KEEP=total is not x,
-        **tile,
-        num_warps=min(max(tile["ROWS"] * tile["COLUMNS"] // 1024, 4), 16),
-        **launch_options(x),
-    )
-    return y
-
-
-def _in_parts(
-    x: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
-    """The norm's output: statistics by many programs, then the norm by others."""
-    groups, eps = options["groups"], options["eps"]
-    means = _statistics(x, shift, residual, total, groups, eps)
+    sizes = (height * width, channels)
+    kinds = {"SIZE": channels // groups, "SILU": options["silu"], **launch_options(x)}
+    if (tile := _whole_tile(x, groups)) is not None:
+        _whole_groups[(images, groups)](
+            *(x, shift, residual, total, weight, bias, y),
+            *sizes,
+            _stride(shift),
+            options["eps"],
+            HAS_SHIFT=shift is not None,
+            HAS_RESIDUAL=residual is not None,
+            KEEP=total is not x,
+            **tile,
+            num_warps=min(max(tile["ROWS"] * tile["COLUMNS"] // 1024, 4), 16),
+            **kinds,
+        )
+        return y
+    means = _statistics(x, shift, residual, total, groups, options["eps"])
     if total is not x:
         shift = residual = None
-    y = torch.empty_like(x)
-    (images, height, width, channels), block = x.shape, min(power_of_2(x.shape[3]), 64)
+    block = min(power_of_2(channels), 64)
     _normalize[(images, -(-height * width // (_TILE // block)), -(-channels // block))](
-        total,
-        shift,
-        residual,
-        means,
-        weight,
-        bias,
-        y,
-        height * width,
-        channels,
-        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
+        *(total, shift, residual, means, weight, bias, y),
+        *sizes,
+        _stride(shift),
         GROUPS=groups,
-        SIZE=channels // groups,
-        SILU=options["silu"],
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         ROWS=_TILE // block,
         COLUMNS=block,
-        **launch_options(x),
+        **kinds,
     )
     return y
+
+
+def _stride(shift: Tensor | None) -> int:
+    """From an image's shifts to the next one's; 0: all have the same."""
+    return shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0
 
 
 def _statistics(
@@ -161,7 +134,7 @@ def _statistics(
         arrival_counters(x.device),
         rows,
         channels,
-        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
+        _stride(shift),
         parts,
         span,
         eps,
@@ -217,7 +190,7 @@ def join(
         rows,
         channels,
         others,
-        shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
+        _stride(shift),
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_OTHER=other is not None,

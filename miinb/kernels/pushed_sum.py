@@ -9,7 +9,7 @@ this protocol LL). Packets lie in memory of their own, for even and odd messages
 
 from __future__ import annotations
 
-from miinb.kernels.dispatch import jit, tl, wait_for_inputs
+from miinb.kernels.dispatch import fail_after, jit, tl, wait_for_inputs
 
 
 # Kernels' long parameter lists stay in rows.
@@ -138,6 +138,5 @@ def _wait(places, inside, number, MOST_LOOKS: tl.constexpr):
     while tl.max(tl.where(inside & (packets >> 32 & 0xFFFFFFFF != number), 1, 0), 0) > 0:
         packets = tl.load(places, mask=inside, other=0, volatile=True)
         looks += 1
-        if looks == MOST_LOOKS:
-            tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        fail_after(looks, MOST_LOOKS)
     return packets.to(tl.int32)

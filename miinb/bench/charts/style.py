@@ -278,7 +278,7 @@ def plain_log_ticks(ax: Any, low: float, high: float) -> None:
     steps = (1, 2, 5) if high / low < 100 else (1,)
     ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
     if len(ticks) < 3:
-        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high] or [low, high]
+        ticks = _even_ticks(low, high)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ax.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
@@ -289,9 +289,12 @@ def near_ticks(axis: Any) -> None:
     """Round numbers on a logarithmic axis that has fewer than three powers of two to tell."""
     low, high = axis.get_view_interval()
     if high / low < 8:
-        from matplotlib.ticker import FixedLocator, MaxNLocator
+        axis.set_ticks(_even_ticks(low, high))
 
-        axis.set_major_locator(FixedLocator(MaxNLocator(5).tick_values(low, high)))
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Round numbers at equal steps."""
+    return [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high] or [low, high]
 
 
 def plain_numbers(axis: Any) -> None:
