@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.engine.decoder import Norm
-from miinb.kernels.dispatch import is_plain
+from miinb.kernels.dispatch import is_plain, use_triton
 from miinb.kernels.group_norm import group_norm, join
 from miinb.kernels.linear import PackedLinear, linear
+from miinb.kernels.wide_product import is_wide, wide_convolution
 
 #: Which of three neighbors in a row that was doubled are the first and which the second of two in the row before: of an
 #: output at an even place, and of one at an odd place.
@@ -136,6 +137,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int 
         bias: [out] or None.
         stride: of both directions.
     """
+    if bias is None and stride == 1 and weight.shape[-1] == 3 and use_triton(x) and is_wide(x, len(weight)):
+        return wide_convolution(x, weight)
     planes, pad = x.permute(0, 3, 1, 2), weight.shape[-1] // 2
     if not weight.is_mkldnn:
         y = F.conv2d(planes, weight, bias, stride, pad)

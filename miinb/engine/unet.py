@@ -18,8 +18,7 @@ from torch import Tensor
 from miinb.engine.decoder import Norm
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec
 from miinb.engine.image_blocks import Conv, Resnet, Sum, Upsampler, attention, convolve, resnet, upsample
-from miinb.kernels.linear import PackedLinear, gated_linear, linear
-from miinb.kernels.norm import layer_norm
+from miinb.kernels.linear import PackedLinear, gated_linear, linear, linear_norm
 
 #: Of the transformers, whatever config.json says of the others.
 _TRANSFORMER_EPS = 1e-6
@@ -264,23 +263,30 @@ class Unet:
     def _transformer(self, heads: int, w: Transformer, stream: Sum, text: Tensor) -> Sum:
         y = stream.norm(w.norm, self.spec.groups, _TRANSFORMER_EPS, silu=False)
         shape = y.shape
-        x = linear(y.flatten(0, 2), w.enter)
+        inner, way, x = y.flatten(0, 2), w.enter, None
         for layer in w.layers:
-            x = _transformer_layer(layer, heads, x, shape[1] * shape[2], text)
-        return Sum(linear(x, w.leave).view(len(text), *shape[1:]), residual=_repeated(stream.value(), len(text)))
+            y, x = _into(layer.norm1, inner, way, x)
+            inner, x = _transformer_layer(layer, heads, y, x, shape[1] * shape[2], text)
+            way = layer.down
+        x = linear(linear(inner, way, residual=x, overwrite=True), w.leave)
+        return Sum(x.view(len(text), *shape[1:]), residual=_repeated(stream.value(), len(text)))
 
 
-def _transformer_layer(w: TransformerLayer, heads: int, x: Tensor, pixels: int, text: Tensor) -> Tensor:
-    """The stream [T, C] behind a layer; before it there may be half as many images as texts."""
+def _transformer_layer(
+    w: TransformerLayer, heads: int, y: Tensor, x: Tensor, pixels: int, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a layer's last product is of, and what it is added to, of the stream x [T, C] and its norm `y`.
+
+    Before the layer there may be half as many images as texts.
+    """
     width, tokens = x.shape[1], len(text) * pixels
-    y, x = _norm(w.norm1, x)
     q, k, v = linear(y, w.qkv).view(-1, pixels, 3 * width).chunk(3, -1)
-    y, x = _norm(w.norm2, linear(attention(q, k, v, heads), w.out), x)
+    y, x = _into(w.norm2, attention(q, k, v, heads), w.out, x)
     q, x = _repeated(linear(y, w.query), tokens), _repeated(x, tokens)
     q = q.view(-1, pixels, width)
     k, v = text[..., w.first_text : w.first_text + 2 * width].chunk(2, -1)
-    y, x = _norm(w.norm3, linear(attention(q, k, v, heads), w.text_out), x)
-    return linear(gated_linear(y, w.up, "gelu"), w.down, residual=x)
+    y, x = _into(w.norm3, attention(q, k, v, heads), w.text_out, x)
+    return gated_linear(y, w.up, "gelu"), x
 
 
 def _repeated(x: Tensor, count: int) -> Tensor:
@@ -288,8 +294,9 @@ def _repeated(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else x.repeat(count // len(x), *(1,) * (x.dim() - 1))
 
 
-def _norm(norm: Norm, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return layer_norm(x, norm.weight, norm.bias, _LAYER_EPS, residual)
+def _into(norm: Norm, x: Tensor, way: PackedLinear, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What goes into the next layer: the norm of the stream behind a product, and the stream."""
+    return linear_norm(x, way, norm.weight, norm.bias, _LAYER_EPS, residual)
 
 
 def sinusoids(timesteps: Tensor, spec: UnetSpec) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from miinb.kernels import reference
-from miinb.kernels.dispatch import arrival_counters, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
-_TILE = 4096  # numbers of a tile
-_COLUMNS = 256  # most columns of a tile of the statistics
-_PROGRAMS = 512  # that keep a GPU busy
+_COLUMNS = 64  # most channels of a program
+_ROWS = 32  # of a step of it
+_PROGRAMS = 2048  # that keep a GPU busy, two warps each
 _WHOLE = 1 << 14  # numbers of a group that one program holds
-_PARTS = (1, 32, 256)  # room for those of an image's statistics: few kinds of kernels serve all sizes
+_PARTS = 32  # of an image's statistics that are added up together
 
 
 def group_norm(
@@ -93,19 +93,23 @@ def _normalized(
     means = _statistics(x, shift, residual, total, groups, options["eps"])
     if total is not x:
         shift = residual = None
-    block = min(power_of_2(channels), 64)
-    _normalize[(images, -(-height * width // (_TILE // block)), -(-channels // block))](
+    tile = _tile(channels)
+    _normalize[(-(-channels // tile["COLUMNS"]) * -(-height * width // tile["ROWS"]), images)](
         *(total, shift, residual, means, weight, bias, y),
         *sizes,
         _stride(shift),
         GROUPS=groups,
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
-        ROWS=_TILE // block,
-        COLUMNS=block,
+        **tile,
         **kinds,
     )
     return y
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """Of kernels that read everything once: an H200 reads the fastest by many programs of two warps."""
+    return {"ROWS": _ROWS, "COLUMNS": min(power_of_2(channels), _COLUMNS), "num_warps": 2}
 
 
 def _stride(shift: Tensor | None) -> int:
@@ -118,47 +122,35 @@ def _statistics(
 ) -> Tensor:
     """[N, groups, 2] fp32: each group's mean and the reciprocal of its deviation."""
     images, height, width, channels = x.shape
-    size, rows = channels // groups, height * width
-    tile = statistics_tile(images, rows, channels, groups)
-    span = tile.pop("SPAN")
+    size, rows, tile = channels // groups, height * width, _tile(channels)
+    blocks = -(-channels // tile["COLUMNS"])
+    span = _span(rows, images * blocks)
     parts = -(-rows // span)
-    partial = torch.empty((images, groups, 2, parts), dtype=torch.float32, device=x.device)
+    sums = torch.empty((images, parts, 3, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((images, groups, 2), dtype=torch.float32, device=x.device)
-    _group_statistics[(images * (groups // tile["TOGETHER"]), parts)](
-        x,
-        shift,
-        residual,
-        total,
-        partial,
-        means,
-        arrival_counters(x.device),
-        rows,
-        channels,
-        _stride(shift),
-        parts,
-        span,
-        eps,
-        GROUPS=groups,
-        SIZE=size,
-        WIDTH=power_of_2(size),
+    _channel_sums[(blocks * parts, images)](
+        *(x, shift, residual, total, sums, rows, channels, _stride(shift), parts, span),
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         KEEP=total is not x,
-        PARTS=next(most for most in _PARTS if parts <= most),
         **tile,
+        **launch_options(x),
+    )
+    _group_means[(groups, images)](
+        *(sums, means, rows, channels, parts, eps),
+        SIZE=size,
+        WIDTH=power_of_2(size),
+        PARTS=min(power_of_2(parts), _PARTS),
+        num_warps=1 if size <= 32 else 4,
         **launch_options(x),
     )
     return means
 
 
-def statistics_tile(images: int, rows: int, channels: int, groups: int) -> dict[str, int]:
-    """Groups of a program, rows of a step of it, and rows of all its steps."""
-    width, together = power_of_2(channels // groups), 1
-    while groups % (2 * together) == 0 and 2 * together * width <= _COLUMNS:
-        together *= 2
-    step = max(_TILE // (together * width), 1)
-    parts = min(-(-_PROGRAMS * together // (images * groups)), -(-rows // step), _PARTS[-1])
-    return {"TOGETHER": together, "ROWS": step, "SPAN": -(-rows // (parts * step)) * step}
+def _span(rows: int, units: int) -> int:
+    """Rows of one part, where each part has so many programs: whole steps."""
+    parts = min(-(-_PROGRAMS // units), -(-rows // _ROWS))
+    return -(-rows // (parts * _ROWS)) * _ROWS
 
 
 def join(
@@ -180,8 +172,8 @@ def join(
     images, height, width, channels = x.shape
     others, rows = 0 if other is None else other.shape[3], height * width
     y = torch.empty((images, height, width, channels + others), dtype=x.dtype, device=x.device)
-    block = min(power_of_2(channels + others), 64)
-    _join[(images, -(-rows // (_TILE // block)), -(-(channels + others) // block))](
+    tile = _tile(channels + others)
+    _join[(-(-(channels + others) // tile["COLUMNS"]) * -(-rows // tile["ROWS"]), images)](
         x,
         shift,
         residual,
@@ -194,8 +186,7 @@ def join(
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_OTHER=other is not None,
-        ROWS=_TILE // block,
-        COLUMNS=block,
+        **tile,
         **launch_options(x),
     )
     return y
@@ -214,69 +205,80 @@ def _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT: tl.conste
     return value
 
 
-@jit(plain=("rows", "parts", "span"))
-def _group_statistics(
-    x, shift, residual, total, partial, means, counters, rows, channels, shift_stride, parts, span, eps,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    KEEP: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program some groups of one image and a part of its rows; the last of the parts to finish adds them up.
+@jit
+def _place(channels, COLUMNS: tl.constexpr):
+    """Which part of the rows a program has, and its channels; programs of the same rows are neighbors."""
+    blocks = tl.cdiv(channels, COLUMNS)
+    unit = tl.program_id(0)
+    return unit // blocks, unit % blocks * COLUMNS + tl.arange(0, COLUMNS)
 
-    What is summed is the distance from the mean of the image's first row, and its square: so the variance is right
-    where the mean is large. A group has WIDTH columns of a tile, of which SIZE are its channels.
+
+@jit(plain=("rows", "parts", "span"))
+def _channel_sums(
+    x, shift, residual, total, sums, rows, channels, shift_stride, parts, span, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program some channels of a part of an image's rows.
+
+    What is summed is the distance from the channel's first number, and its square: so the variance is right where the
+    mean is large. Without a residual the last come first: they were written last, and are still in the cache.
     """
-    BLOCKS: tl.constexpr = GROUPS // TOGETHER
-    unit, part = tl.program_id(0), tl.program_id(1)
-    image, first_group = (unit // BLOCKS).to(tl.int64), unit % BLOCKS * TOGETHER
-    column = tl.arange(0, TOGETHER * WIDTH)
-    inside = column % WIDTH < SIZE
-    channel = (first_group + column // WIDTH) * SIZE + column % WIDTH
-    row = tl.arange(0, ROWS)
+    image = tl.program_id(1).to(tl.int64)
+    part, channel = _place(channels, COLUMNS)
+    if not HAS_RESIDUAL:
+        image, part = tl.num_programs(1) - 1 - image, parts - 1 - part
+    inside, row = channel < channels, tl.arange(0, ROWS)
     start, shift_at = image * rows * channels, image * shift_stride + channel
     wait_for_inputs(PDL)
-    first_row = start + channel[None, :]
-    head = _summed(x, shift, residual, first_row, shift_at, inside[None, :], inside, HAS_SHIFT, HAS_RESIDUAL)
-    head = tl.where(inside[None, :], head, 0.0)
-    pivot = tl.sum(tl.reshape(head, [TOGETHER, WIDTH]), 1) / SIZE
-    pivots = tl.reshape(tl.broadcast_to(pivot[:, None], [TOGETHER, WIDTH]), [1, TOGETHER * WIDTH])
-    sums = tl.zeros([ROWS, TOGETHER * WIDTH], tl.float32)
-    squares = tl.zeros([ROWS, TOGETHER * WIDTH], tl.float32)
+    first = start + channel[None, :]
+    pivot = _summed(x, shift, residual, first, shift_at, inside[None, :], inside, HAS_SHIFT, HAS_RESIDUAL)
+    distances = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(part * span, tl.minimum((part + 1) * span, rows), ROWS):
         at = start + (begin + row)[:, None] * channels + channel[None, :]
-        mask = (begin + row < rows)[:, None] & inside[None, :]
+        there = (begin + row < rows)[:, None]
+        mask = there & inside[None, :]
         value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
         if KEEP:
             kept = value.to(total.dtype.element_ty)  # rounded first: the norm is of what others will read
             tl.store(total + at, kept, mask=mask)
             value = kept.to(tl.float32)
-        value = tl.where(mask, value - pivots, 0.0)
-        sums += value
+        value = tl.where(there, value - pivot, 0.0)
+        distances += value
         squares += value * value
-    some = tl.sum(tl.reshape(tl.sum(sums, 0), [TOGETHER, WIDTH]), 1)
-    square = tl.sum(tl.reshape(tl.sum(squares, 0), [TOGETHER, WIDTH]), 1)
-    group = image * GROUPS + first_group + tl.arange(0, TOGETHER)
-    count = (rows * SIZE).to(tl.float32)
-    if PARTS == 1:
-        _finish(means, group, pivot, some / count, square / count, eps)
-    else:
-        tl.store(partial + 2 * group * parts + part, some)
-        tl.store(partial + (2 * group + 1) * parts + part, square)
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(counters + unit, 1, sem="acq_rel") == parts - 1:
-            tl.store(counters + unit, 0)
-            each = tl.arange(0, PARTS)[None, :]
-            place = partial + 2 * group[:, None] * parts + each
-            one = tl.load(place, mask=each < parts, other=0.0, cache_modifier=".cg")  # past the first-level cache
-            two = tl.load(place + parts, mask=each < parts, other=0.0, cache_modifier=".cg")
-            _finish(means, group, pivot, tl.sum(one, 1) / count, tl.sum(two, 1) / count, eps)
+    to = sums + (image * parts + part) * 3 * channels + channel
+    tl.store(to, tl.sum(distances, 0), mask=inside)
+    tl.store(to + channels, tl.sum(squares, 0), mask=inside)
+    tl.store(to + 2 * channels, tl.sum(pivot, 0), mask=inside)
 
 
-@jit
-def _finish(means, group, pivot, mean, square, eps):
-    """Means of distances and of their squares become what the norm needs."""
-    tl.store(means + 2 * group, pivot + mean)
-    tl.store(means + 2 * group + 1, tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps))
+@jit(plain=("rows", "parts"))
+def _group_means(
+    sums, means, rows, channels, parts, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a group of an image: its channels' sums become its mean and the reciprocal of its deviation."""
+    group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
+    inside = column < SIZE
+    start = sums + image * parts * 3 * channels + group * SIZE + column
+    distance = tl.zeros([WIDTH], tl.float32)
+    square = tl.zeros([WIDTH], tl.float32)
+    wait_for_inputs(PDL)
+    pivot = tl.load(start + 2 * channels, mask=inside, other=0.0)
+    for first in range(0, parts, PARTS):
+        mask = (first + part < parts)[:, None] & inside[None, :]
+        at = start[None, :] + (first + part)[:, None] * 3 * channels
+        distance += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        square += tl.sum(tl.load(at + channels, mask=mask, other=0.0), 0)
+    distance, square = distance / rows, square / rows
+    center = pivot + distance
+    mean = tl.sum(center, 0) / SIZE
+    apart = tl.where(inside, center - mean, 0.0)
+    variance = tl.sum(tl.maximum(square - distance * distance, 0.0) + apart * apart, 0) / SIZE
+    to = means + 2 * (image * tl.num_programs(0) + group)
+    tl.store(to, mean)
+    tl.store(to + 1, tl.rsqrt(variance + eps))
 
 
 @jit(plain=("rows",))
@@ -286,9 +288,9 @@ def _normalize(
     COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program some rows and channels of an image."""
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    image = tl.program_id(1).to(tl.int64)
+    part, channel = _place(channels, COLUMNS)
+    row = part * ROWS + tl.arange(0, ROWS)
     inside = channel < channels
     mask = (row < rows)[:, None] & inside[None, :]
     at = image * rows * channels + row[:, None] * channels + channel[None, :]
@@ -343,9 +345,9 @@ def _join(
     HAS_RESIDUAL: tl.constexpr, HAS_OTHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program some rows and channels of an image's output."""
-    image = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    image = tl.program_id(1).to(tl.int64)
+    part, channel = _place(channels + others, COLUMNS)
+    row = part * ROWS + tl.arange(0, ROWS)
     there, own = (row < rows)[:, None], channel < channels
     line = (image * rows + row)[:, None]
     wait_for_inputs(PDL)

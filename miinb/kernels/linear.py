@@ -20,9 +20,11 @@ from miinb.kernels.fp8_gemv import fp8_gemv
 from miinb.kernels.fp8_many import fp8_product_of_many
 from miinb.kernels.fp8_product import fp8_product, fp8_product_tile
 from miinb.kernels.large_product import is_large, large_product
+from miinb.kernels.norm import layer_norm
 from miinb.kernels.product import product, product_tile
 from miinb.kernels.quantized_gemv import quantized_gemv
 from miinb.kernels.quantized_product import quantized_product, quantized_product_tile
+from miinb.kernels.wide_product import is_wide, wide_linear, wide_linear_norm
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ def linear(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    overwrite: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """activation(x @ weight.T + bias) + residual.
@@ -61,6 +64,7 @@ def linear(
         packed: the layer's weights [N, K].
         activation: a key of `activation.KINDS` or None.
         residual: [T, N] or None.
+        overwrite: whether the result may take the residual's place, which spares cuBLAS a copy.
         out: [T, N], contiguous, where a GPU writes the product, without activation and residual; or None.
 
     Returns:
@@ -74,6 +78,8 @@ def linear(
         return _quantized(x, packed, packed.scale, activation, residual, out)
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
+    if activation is None and out is None and is_wide(x, packed.weight.shape[0]):
+        return wide_linear(x, packed.weight, packed.bias, residual)
     fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
     epilogue = activation is not None and fused is None
     if epilogue and out is None and is_large(x, packed.weight.shape[0]):
@@ -86,7 +92,7 @@ def linear(
     if out is not None:
         return _cublas(x, packed, out)
     if residual is not None and packed.bias is None and activation is None:
-        return torch.addmm(residual, x, packed.weight.t())
+        return torch.addmm(residual, x, packed.weight.t(), out=residual if overwrite else None)
     if fused is not None and packed.bias is not None:
         y = torch._addmm_activation(packed.bias, x, packed.weight.t(), use_gelu=fused)
     else:
@@ -117,6 +123,16 @@ def _cublas(x: Tensor, packed: PackedLinear, out: Tensor) -> Tensor:
     if packed.bias is None:
         return torch.mm(x, packed.weight.t(), out=out)
     return torch.addmm(packed.bias, x, packed.weight.t(), out=out)
+
+
+def linear_norm(
+    x: Tensor, packed: PackedLinear, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `layer_norm` of `linear(x, packed, residual=residual)`, with its weight and bias [N], and what it is of."""
+    plain = packed.scale is None and packed.weight.dtype == x.dtype
+    if use_triton(x) and plain and bias is not None and is_wide(x, packed.weight.shape[0]):
+        return wide_linear_norm(x, packed.weight, packed.bias, residual, weight, bias, eps)
+    return layer_norm(linear(x, packed), weight, bias, eps, residual)
 
 
 def gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import group_norm as module
 from miinb.kernels import reference
-from miinb.kernels.dispatch import INTERPRETED, power_of_2
-from miinb.kernels.group_norm import group_norm, join, statistics_tile
+from miinb.kernels.dispatch import INTERPRETED
+from miinb.kernels.group_norm import group_norm, join
 from tests.kernels.checking import DEVICE, DTYPES, GPU, rand, same, wide
 
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -60,20 +60,19 @@ def test_group_norm(dtype: torch.dtype, images: int, height: int, width: int, ch
 
 @pytest.mark.parametrize("parts", [2, 7])
 def test_parts_of_an_image_are_added_up(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the counters are as before: so the next call is right too."""
-    monkeypatch.setattr(module, "_TILE", 64)
+    """Some at a time."""
+    monkeypatch.setattr(module, "_ROWS", 16)
     monkeypatch.setattr(module, "_WHOLE", 0)
-    monkeypatch.setattr(module, "_PARTS", (1, power_of_2(parts)))
+    monkeypatch.setattr(module, "_PARTS", 4)
+    monkeypatch.setattr(module, "_PROGRAMS", 2 * parts)
     x, weight, bias = rand(2, 11, 9, 24), rand(24), rand(24)
-    assert -(-99 // statistics_tile(2, 99, 24, 3)["SPAN"]) == parts
-    for _ in range(2):
-        y, _ = group_norm(x, weight, bias, groups=3, eps=1e-5)
-        same(y, reference.group_norm(wide(x), wide(weight), wide(bias), groups=3, eps=1e-5)[0])
+    y, _ = group_norm(x, weight, bias, groups=3, eps=1e-5)
+    same(y, reference.group_norm(wide(x), wide(weight), wide(bias), groups=3, eps=1e-5)[0])
+    assert -(-99 // module._span(99, 2)) == parts
 
 
 @pytest.mark.usefixtures("parts")
 def test_a_mean_that_is_large_takes_no_digits_from_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TILE", 64)
     x = rand(1, 20, 20, 32) + 1000
     weight, bias = torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)
     y, _ = group_norm(x, weight, bias, groups=4, eps=1e-5)
@@ -106,10 +105,8 @@ def test_join(dtype: torch.dtype, channels: int, others: int) -> None:
 
 
 def test_programs_fill_a_gpu() -> None:
-    """Of the pictures of Stable Diffusion: many parts of large ones, one of the smallest."""
-    sizes = {64: 320, 8: 2560, 512: 128}
-    tiles = {size: statistics_tile(2, size * size, channels, 32) for size, channels in sizes.items()}
-    programs = {size: 2 * 32 // tile["TOGETHER"] * -(-size * size // tile["SPAN"]) for size, tile in tiles.items()}
-    assert programs[64] >= 256
-    assert programs[512] >= 256
-    assert all(tile["ROWS"] * tile["TOGETHER"] <= 4096 for tile in tiles.values())
+    """Of the largest pictures of Stable Diffusion's UNet and decoder."""
+    for size, channels in {64: 320, 512: 128}.items():
+        blocks = 2 * -(-channels // module._COLUMNS)
+        programs = blocks * -(-size * size // module._span(size * size, blocks))
+        assert 1024 <= programs <= 2 * module._PROGRAMS

@@ -1,0 +1,182 @@
+"""Products and convolutions with 320 outputs: a UNet's outermost layers, whose width no power of two divides well.
+
+A program computes all outputs of some rows, as 256 and 64 of them, so nothing is computed in vain, `x` is read once,
+and a layer norm of the rows can follow before anything is written. Hopper's copy engine (TMA) fetches the tiles: of a
+picture a rectangle of pixels, moved to each of the nine places of a convolution, with zeros outside.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miinb.kernels.dispatch import copies_tiles, jit, launch_options, tl, wait_for_inputs
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+_OUTPUTS, _MOST, _REST = 320, 256, 64
+_COLUMNS = 64  # of x in a step
+_FEWEST_ROWS = 2048
+#: Rows, warps and loads in flight of a program; the second where the first would leave multiprocessors idle.
+_LARGE, _SMALL = (128, 8, 3), (64, 4, 3)
+_PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
+
+
+def is_wide(x: Tensor, outputs: int) -> bool:
+    """Whether these kernels are the fastest for x [..., K] and so many outputs."""
+    columns = x.shape[-1]
+    fits = x.element_size() == 2 and outputs == _OUTPUTS and columns % _COLUMNS == 0 and copies_tiles(x)
+    return fits and x.numel() // columns >= _FEWEST_ROWS
+
+
+def wide_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution [N, H, W, 320] of 3 x 3, padded so that it keeps the size.
+
+    Args:
+        x: [N, H, W, K], contiguous, of 2-byte numbers; K a multiple of 64.
+        weight: [320, K, 3, 3], in memory [320, 3, 3, K] (channels_last).
+    """
+    return _launch(x, weight.permute(0, 2, 3, 1).flatten(1), 3, {})[0]
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias + residual: [T, 320].
+
+    Args:
+        x: [T, K], contiguous, of 2-byte numbers; K a multiple of 64.
+        weight: [320, K], contiguous.
+        bias: [320] or None.
+        residual: [T, 320], contiguous, or None.
+    """
+    return _launch(x[None, None], weight, 1, {"bias": bias, "residual": residual})[0].view(len(x), _OUTPUTS)
+
+
+def wide_linear_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The layer norm of `wide_linear`, times `scale` and plus `shift` [320], and what it is of: each [T, 320]."""
+    after = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    total, y = _launch(x[None, None], weight, 1, after, eps)
+    return y.view(len(x), _OUTPUTS), total.view(len(x), _OUTPUTS)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, side: int, after: dict[str, Tensor | None], eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sums [N, H, W, 320] and their norm if there is a scale, else the sums again."""
+    images, height, width, columns = x.shape
+    rows, warps, stages = _LARGE if images * height * width >= _LARGE[0] * _PROGRAMS else _SMALL
+    wide = _tile_width(height, width, rows)
+    total = torch.empty((images, height, width, _OUTPUTS), dtype=x.dtype, device=x.device)
+    norm = after.get("scale") is not None
+    y = torch.empty_like(total) if norm else total
+    of = TensorDescriptor.from_tensor
+    _wide_product[(-(-width // wide) * -(-height // (rows // wide)), images)](
+        of(x, [1, rows // wide, wide, _COLUMNS]),
+        of(weight, [_MOST, _COLUMNS]),
+        of(weight, [_REST, _COLUMNS]),
+        *(after.get(name) for name in ("bias", "residual", "scale", "shift")),
+        total,
+        y,
+        height,
+        width,
+        eps,
+        K=columns,
+        SIDE=side,
+        HIGH=rows // wide,
+        WIDE=wide,
+        STEP=_COLUMNS,
+        MOST=_MOST,
+        REST=_REST,
+        HAS_BIAS=after.get("bias") is not None,
+        HAS_RESIDUAL=after.get("residual") is not None,
+        NORM=norm,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(x),
+    )
+    return total, y
+
+
+def _tile_width(height: int, width: int, rows: int) -> int:
+    """The width of a rectangle of so many pixels with which a picture is covered by the fewest."""
+    widths: Any = [rows >> i for i in range(rows.bit_length())]
+    return int(min(widths, key=lambda wide: -(-width // wide) * -(-height // (rows // wide))))
+
+
+# Kernels' long parameter lists stay in rows.
+# fmt: off
+@jit(plain=("height",))
+def _wide_product(
+    x, most, rest, bias, residual, scale, shift, total, y, height, width, eps, K: tl.constexpr, SIDE: tl.constexpr,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a rectangle of pixels of an image, with all their outputs."""
+    ROWS: tl.constexpr = HIGH * WIDE
+    STEPS: tl.constexpr = K // STEP
+    across = tl.cdiv(width, WIDE)
+    top, left, image = tl.program_id(0) // across * HIGH, tl.program_id(0) % across * WIDE, tl.program_id(1)
+    acc1 = tl.zeros([ROWS, MOST], tl.float32)
+    acc2 = tl.zeros([ROWS, REST], tl.float32)
+    wait_for_inputs(PDL)
+    for step in range(SIDE * SIDE * STEPS):
+        place = step // STEPS
+        up, along = place // SIDE - SIDE // 2, place % SIDE - SIDE // 2
+        value = x.load([image, top + up, left + along, step % STEPS * STEP]).reshape(ROWS, STEP)
+        acc1 = tl.dot(value, most.load([0, step * STEP]).T, acc1)
+        acc2 = tl.dot(value, rest.load([MOST, step * STEP]).T, acc2)
+    row = tl.arange(0, ROWS)
+    i, j = top + row // WIDE, left + row % WIDE
+    mask = ((i < height) & (j < width))[:, None]
+    line = ((image.to(tl.int64) * height + i) * width + j)[:, None] * (MOST + REST)
+    HALF: tl.constexpr = MOST // 2
+    left1, right1 = tl.split(tl.permute(tl.reshape(acc1, [ROWS, 2, HALF]), [0, 2, 1]))
+    one, two, three = tl.arange(0, HALF), HALF + tl.arange(0, HALF), MOST + tl.arange(0, REST)
+    left1 = _kept(left1, bias, residual, total, one, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    right1 = _kept(right1, bias, residual, total, two, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    acc2 = _kept(acc2, bias, residual, total, three, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    if NORM:
+        mean = (tl.sum(left1, 1) + tl.sum(right1, 1) + tl.sum(acc2, 1))[:, None] / (MOST + REST)
+        left1, right1, acc2 = left1 - mean, right1 - mean, acc2 - mean
+        square = (tl.sum(left1 * left1, 1) + tl.sum(right1 * right1, 1) + tl.sum(acc2 * acc2, 1)) / (MOST + REST)
+        factor = tl.rsqrt(square + eps)[:, None]
+        tl.store(y + line + one[None, :], _scaled(left1 * factor, scale, shift, one, y), mask=mask)
+        tl.store(y + line + two[None, :], _scaled(right1 * factor, scale, shift, two, y), mask=mask)
+        tl.store(y + line + three[None, :], _scaled(acc2 * factor, scale, shift, three, y), mask=mask)
+
+
+@jit
+def _kept(acc, bias, residual, total, column, line, mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    acc = _added(acc, bias, residual, column, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    value = acc.to(total.dtype.element_ty)
+    tl.store(total + line + column[None, :], value, mask=mask)
+    return value.to(tl.float32)
+
+
+@jit
+def _added(acc, bias, residual, column, line, mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    if HAS_BIAS:
+        acc += tl.load(bias + column).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@jit
+def _scaled(value, scale, shift, column, y):
+    value = value * tl.load(scale + column).to(tl.float32)[None, :] + tl.load(shift + column).to(tl.float32)[None, :]
+    return value.to(y.dtype.element_ty)
