@@ -80,42 +80,42 @@ class Resnet:
 
 
 class Sum:
-    """`x + shift + residual`, [N, H, W, C], added when it is first read.
+    """`x + shift + residual`, and another's channels behind: [N, H, W, C + D]; computed when it is first read.
 
     Args:
         x: [N, H, W, C], contiguous.
         shift: [1 or N, C] or None.
         residual: as `x`, or None.
+        other: [N, H, W, D], contiguous, or None.
     """
 
-    __slots__ = ("_residual", "_shift", "_x")
+    __slots__ = ("_pending", "_x")
 
-    def __init__(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def __init__(
+        self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None
+    ) -> None:
         self._x = x
-        self._shift = shift
-        self._residual = residual
+        parts = {"shift": shift, "residual": residual, "other": other}
+        self._pending: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
 
     def value(self) -> Tensor:
-        """The sum."""
-        if self._shift is not None or self._residual is not None:
-            self._set(join(self._x, shift=self._shift, residual=self._residual))
+        """What it is."""
+        if self._pending:
+            self._x, self._pending = join(self._x, **self._pending), {}
         return self._x
 
     def norm(self, norm: Norm, groups: int, eps: float, *, silu: bool, keep: bool = True) -> Tensor:
-        """The sum's group norm, with SiLU if asked; it is not kept where nobody reads it again."""
-        pending = {"shift": self._shift, "residual": self._residual}
+        """Its group norm, with SiLU if asked; what it is is not kept where nobody reads it again."""
         bias = norm.bias if norm.bias is not None else torch.zeros_like(norm.weight)
-        y, total = group_norm(self._x, norm.weight, bias, groups=groups, eps=eps, silu=silu, keep=keep, **pending)
+        options: dict[str, Any] = {"groups": groups, "eps": eps, "silu": silu, "keep": keep}
+        y, total = group_norm(self._x, norm.weight, bias, **options, **self._pending)
         if keep:
-            self._set(total)
+            self._x, self._pending = total, {}
         return y
 
-    def joined(self, other: Tensor) -> Tensor:
-        """[N, H, W, C + D]: the sum with another's channels behind its own."""
-        return join(self._x, shift=self._shift, residual=self._residual, other=other)
-
-    def _set(self, x: Tensor) -> None:
-        self._x, self._shift, self._residual = x, None, None
+    def joined(self, other: Tensor) -> Sum:
+        """[N, H, W, C + D]: another's channels behind its own, of which there is no other yet."""
+        return Sum(self._x, **self._pending, other=other)
 
 
 @contextlib.contextmanager
@@ -222,10 +222,10 @@ def _meshed(parts: Tensor, images: int, height: int, width: int) -> Tensor:
     """
     whole, row, column, down, right, _ = parts.stride()
     shape, strides = (images, height, 2, width, 2), (whole, row, row + down, column, column + right)
-    wide = 8 // parts.element_size()  # numbers that are copied as one
+    wide = 16 // parts.element_size()  # numbers that are copied as one
     if parts.shape[-1] % wide:
         return parts.as_strided((*shape, parts.shape[-1]), (*strides, 1)).contiguous()
-    units = parts.view(torch.complex64).as_strided(
+    units = parts.view(torch.complex128).as_strided(
         (*shape, parts.shape[-1] // wide), (*(step // wide for step in strides), 1)
     )
     return units.contiguous().view(parts.dtype)

@@ -238,7 +238,7 @@ class Unet:
         """The stream behind some layers of a block on the way up, each of which takes the last skip."""
         block, weights = self.spec.up[place], self.weights.up[place]
         for i in layers:
-            stream = Sum(stream.joined(_repeated(skips.pop().value(), len(conditions.text))))
+            stream = stream.joined(_repeated(skips.pop().value(), len(conditions.text)))
             stream = self.layer(block, weights, i, stream, shift, conditions.text)
         return stream
 
@@ -291,7 +291,7 @@ def _transformer_layer(
 
 def _repeated(x: Tensor, count: int) -> Tensor:
     """`x`, again and again until its first dimension has so many."""
-    return x if len(x) == count else x.repeat(count // len(x), *(1,) * (x.dim() - 1))
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
 def _into(norm: Norm, x: Tensor, way: PackedLinear, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,80 +29,95 @@ def group_norm(
     silu: bool = False,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    other: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Group norm (Wu and He, 2018) of `x + shift + residual`, then SiLU if asked.
+    """Group norm (Wu and He, 2018) of `join(x, shift, residual, other)`, then SiLU if asked.
 
     Args:
         x: [N, H, W, C], contiguous.
-        weight: [C].
-        bias: [C].
+        weight: [C + D].
+        bias: [C + D].
         groups: into which the channels are divided.
         eps: added to the variance.
         silu: whether the output goes through x * sigmoid(x).
         shift: [1 or N, C], the channels side by side, or None: a convolution's bias, a step's time embedding.
         residual: as `x`, or None.
-        keep: whether the sum is wanted.
+        other: [N, H, W, D], contiguous, or None: D is 0.
+        keep: whether what is normalized is wanted.
 
     Returns:
-        The norm's output, and the sum if it is wanted, else `x`; both in x's dtype, statistics are fp32.
+        The norm's output [N, H, W, C + D], and what is normalized if it is wanted, else `x`; both in x's dtype,
+        statistics are fp32.
     """
     options: dict[str, Any] = {"groups": groups, "eps": eps, "silu": silu}
     if not use_triton(x):
-        return reference.group_norm(x, weight, bias, **options, shift=shift, residual=residual, keep=keep)
-    keep = keep and (shift is not None or residual is not None)
-    total = torch.empty_like(x) if keep else x
-    return _normalized(x, shift, residual, total, weight, bias, options), total
+        options |= {"shift": shift, "residual": residual, "other": other}
+        return reference.group_norm(x, weight, bias, **options, keep=keep)
+    parts = _Parts(x, shift, residual, other)
+    total = torch.empty(parts.shape, dtype=x.dtype, device=x.device) if keep and not parts.is_plain else x
+    return _normalized(parts, total, weight, bias, options), total
 
 
-def _whole_tile(x: Tensor, groups: int) -> dict[str, int] | None:
+class _Parts(NamedTuple):
+    """What is added and joined: the first arguments of every kernel."""
+
+    x: Tensor
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    other: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is `x` alone."""
+        return self.shift is None and self.residual is None and self.other is None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, H, W, C + D]."""
+        images, height, width, channels = self.x.shape
+        return images, height, width, channels + (0 if self.other is None else self.other.shape[3])
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Pixels; channels of `x` and of the other; from an image's shifts to the next one's (0: all have the same)."""
+        _, height, width, channels = self.x.shape
+        stride = self.shift.stride(0) if self.shift is not None and self.shift.shape[0] > 1 else 0
+        return height * width, channels, self.shape[3] - channels, stride
+
+    def kinds(self) -> dict[str, Any]:
+        """Which there are, and options of the launch."""
+        there = {"HAS_SHIFT": self.shift, "HAS_RESIDUAL": self.residual, "HAS_OTHER": self.other}
+        return {name: part is not None for name, part in there.items()} | launch_options(self.x)
+
+
+def _whole_tile(shape: tuple[int, int, int, int], groups: int) -> dict[str, int] | None:
     """Where a whole group fits one program: its rows and columns."""
-    _, height, width, channels = x.shape
+    _, height, width, channels = shape
     tile = {"ROWS": power_of_2(height * width), "COLUMNS": power_of_2(channels // groups)}
     return tile if tile["ROWS"] * tile["COLUMNS"] <= _WHOLE else None
 
 
-def _normalized(
-    x: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
+def _normalized(parts: _Parts, total: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> Tensor:
     """The norm's output: of small groups each by one program, of others by many after those that took statistics."""
-    (images, height, width, channels), groups = x.shape, options["groups"]
-    y = torch.empty_like(x)
-    sizes = (height * width, channels)
-    kinds = {"SIZE": channels // groups, "SILU": options["silu"], **launch_options(x)}
-    if (tile := _whole_tile(x, groups)) is not None:
+    (images, height, width, channels), groups = parts.shape, options["groups"]
+    y = torch.empty(parts.shape, dtype=weight.dtype, device=weight.device)
+    keep = total is not parts.x
+    kinds = {"SIZE": channels // groups, "SILU": options["silu"]}
+    if (tile := _whole_tile(parts.shape, groups)) is not None:
         _whole_groups[(images, groups)](
-            *(x, shift, residual, total, weight, bias, y),
-            *sizes,
-            _stride(shift),
-            options["eps"],
-            HAS_SHIFT=shift is not None,
-            HAS_RESIDUAL=residual is not None,
-            KEEP=total is not x,
+            *(*parts, total, weight, bias, y, *parts.sizes(), options["eps"]),
+            KEEP=keep,
             **tile,
             num_warps=min(max(tile["ROWS"] * tile["COLUMNS"] // 1024, 4), 16),
             **kinds,
+            **parts.kinds(),
         )
         return y
-    means = _statistics(x, shift, residual, total, groups, options["eps"])
-    if total is not x:
-        shift = residual = None
+    means = _statistics(parts, total, groups, options["eps"])
+    parts = _Parts(total) if keep else parts
     tile = _tile(channels)
     _normalize[(-(-channels // tile["COLUMNS"]) * -(-height * width // tile["ROWS"]), images)](
-        *(total, shift, residual, means, weight, bias, y),
-        *sizes,
-        _stride(shift),
-        GROUPS=groups,
-        HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None,
-        **tile,
-        **kinds,
+        *(*parts, means, weight, bias, y, *parts.sizes()), GROUPS=groups, **tile, **kinds, **parts.kinds()
     )
     return y
 
@@ -112,37 +127,25 @@ def _tile(channels: int) -> dict[str, int]:
     return {"ROWS": _ROWS, "COLUMNS": min(power_of_2(channels), _COLUMNS), "num_warps": 2}
 
 
-def _stride(shift: Tensor | None) -> int:
-    """From an image's shifts to the next one's; 0: all have the same."""
-    return shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0
-
-
-def _statistics(
-    x: Tensor, shift: Tensor | None, residual: Tensor | None, total: Tensor, groups: int, eps: float
-) -> Tensor:
+def _statistics(parts: _Parts, total: Tensor, groups: int, eps: float) -> Tensor:
     """[N, groups, 2] fp32: each group's mean and the reciprocal of its deviation."""
-    images, height, width, channels = x.shape
+    images, height, width, channels = parts.shape
     size, rows, tile = channels // groups, height * width, _tile(channels)
     blocks = -(-channels // tile["COLUMNS"])
     span = _span(rows, images * blocks)
-    parts = -(-rows // span)
-    sums = torch.empty((images, parts, 3, channels), dtype=torch.float32, device=x.device)
-    means = torch.empty((images, groups, 2), dtype=torch.float32, device=x.device)
-    _channel_sums[(blocks * parts, images)](
-        *(x, shift, residual, total, sums, rows, channels, _stride(shift), parts, span),
-        HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None,
-        KEEP=total is not x,
-        **tile,
-        **launch_options(x),
+    count = -(-rows // span)
+    sums = torch.empty((images, count, 3, channels), dtype=torch.float32, device=total.device)
+    means = torch.empty((images, groups, 2), dtype=torch.float32, device=total.device)
+    _channel_sums[(blocks * count, images)](
+        *(*parts, total, sums, *parts.sizes(), count, span), KEEP=total is not parts.x, **tile, **parts.kinds()
     )
     _group_means[(groups, images)](
-        *(sums, means, rows, channels, parts, eps),
+        *(sums, means, rows, channels, count, eps),
         SIZE=size,
         WIDTH=power_of_2(size),
-        PARTS=min(power_of_2(parts), _PARTS),
+        PARTS=min(power_of_2(count), _PARTS),
         num_warps=1 if size <= 32 else 4,
-        **launch_options(x),
+        **launch_options(total),
     )
     return means
 
@@ -169,25 +172,12 @@ def join(
     """
     if not use_triton(x):
         return reference.join(x, shift=shift, residual=residual, other=other)
-    images, height, width, channels = x.shape
-    others, rows = 0 if other is None else other.shape[3], height * width
-    y = torch.empty((images, height, width, channels + others), dtype=x.dtype, device=x.device)
-    tile = _tile(channels + others)
-    _join[(-(-(channels + others) // tile["COLUMNS"]) * -(-rows // tile["ROWS"]), images)](
-        x,
-        shift,
-        residual,
-        other,
-        y,
-        rows,
-        channels,
-        others,
-        _stride(shift),
-        HAS_SHIFT=shift is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_OTHER=other is not None,
-        **tile,
-        **launch_options(x),
+    parts = _Parts(x, shift, residual, other)
+    images, height, width, channels = parts.shape
+    y = torch.empty(parts.shape, dtype=x.dtype, device=x.device)
+    tile = _tile(channels)
+    _join[(-(-channels // tile["COLUMNS"]) * -(-height * width // tile["ROWS"]), images)](
+        *(*parts, y, *parts.sizes()), **tile, **parts.kinds()
     )
     return y
 
@@ -195,13 +185,22 @@ def join(
 # Kernels' long parameter lists stay in rows.
 # fmt: off
 @jit
-def _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Numbers of `x + shift + residual` in fp32."""
+def _summed(
+    x, shift, residual, other, line, channel, shift_at, channels, others, there, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OTHER: tl.constexpr,
+):
+    """Numbers of `x + shift + residual` and of what is joined, in fp32: of these channels of some lines (pixels)."""
+    own = channel < channels
+    at, mask = line * channels + channel[None, :], there & own[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHIFT:
-        value += tl.load(shift + shift_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(shift + shift_at, mask=own, other=0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
         value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OTHER:
+        second = (channel >= channels) & (channel < channels + others)
+        at = line * others + (channel - channels)[None, :]
+        value += tl.load(other + at, mask=there & second[None, :], other=0.0).to(tl.float32)
     return value
 
 
@@ -215,41 +214,45 @@ def _place(channels, COLUMNS: tl.constexpr):
 
 @jit(plain=("rows", "parts", "span"))
 def _channel_sums(
-    x, shift, residual, total, sums, rows, channels, shift_stride, parts, span, HAS_SHIFT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    x, shift, residual, other, total, sums, rows, channels, others, shift_stride, parts, span, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OTHER: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program some channels of a part of an image's rows.
 
     What is summed is the distance from the channel's first number, and its square: so the variance is right where the
     mean is large. Without a residual the last come first: they were written last, and are still in the cache.
     """
-    image = tl.program_id(1).to(tl.int64)
-    part, channel = _place(channels, COLUMNS)
+    image, width = tl.program_id(1).to(tl.int64), channels + others
+    part, channel = _place(width, COLUMNS)
     if not HAS_RESIDUAL:
         image, part = tl.num_programs(1) - 1 - image, parts - 1 - part
-    inside, row = channel < channels, tl.arange(0, ROWS)
-    start, shift_at = image * rows * channels, image * shift_stride + channel
+    inside, row, line = channel < width, tl.arange(0, ROWS), image * rows
+    shift_at = image * shift_stride + channel
     wait_for_inputs(PDL)
-    first = start + channel[None, :]
-    pivot = _summed(x, shift, residual, first, shift_at, inside[None, :], inside, HAS_SHIFT, HAS_RESIDUAL)
+    pivot = _summed(
+        x, shift, residual, other, line, channel, shift_at, channels, others, inside[None, :], HAS_SHIFT, HAS_RESIDUAL,
+        HAS_OTHER,
+    )
     distances = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(part * span, tl.minimum((part + 1) * span, rows), ROWS):
-        at = start + (begin + row)[:, None] * channels + channel[None, :]
-        there = (begin + row < rows)[:, None]
-        mask = there & inside[None, :]
-        value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
+        lines, there = (line + begin + row)[:, None], (begin + row < rows)[:, None]
+        value = _summed(
+            x, shift, residual, other, lines, channel, shift_at, channels, others, there, HAS_SHIFT, HAS_RESIDUAL,
+            HAS_OTHER,
+        )
         if KEEP:
             kept = value.to(total.dtype.element_ty)  # rounded first: the norm is of what others will read
-            tl.store(total + at, kept, mask=mask)
+            tl.store(total + lines * width + channel[None, :], kept, mask=there & inside[None, :])
             value = kept.to(tl.float32)
         value = tl.where(there, value - pivot, 0.0)
         distances += value
         squares += value * value
-    to = sums + (image * parts + part) * 3 * channels + channel
+    to = sums + (image * parts + part) * 3 * width + channel
     tl.store(to, tl.sum(distances, 0), mask=inside)
-    tl.store(to + channels, tl.sum(squares, 0), mask=inside)
-    tl.store(to + 2 * channels, tl.sum(pivot, 0), mask=inside)
+    tl.store(to + width, tl.sum(squares, 0), mask=inside)
+    tl.store(to + 2 * width, tl.sum(pivot, 0), mask=inside)
 
 
 @jit(plain=("rows", "parts"))
@@ -283,60 +286,62 @@ def _group_means(
 
 @jit(plain=("rows",))
 def _normalize(
-    x, shift, residual, means, weight, bias, y, rows, channels, shift_stride, GROUPS: tl.constexpr,
-    SIZE: tl.constexpr, SILU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    x, shift, residual, other, means, weight, bias, y, rows, channels, others, shift_stride, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, SILU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_OTHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program some rows and channels of an image."""
-    image = tl.program_id(1).to(tl.int64)
-    part, channel = _place(channels, COLUMNS)
-    row = part * ROWS + tl.arange(0, ROWS)
-    inside = channel < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = image * rows * channels + row[:, None] * channels + channel[None, :]
+    image, width = tl.program_id(1).to(tl.int64), channels + others
+    part, channel = _place(width, COLUMNS)
+    row, inside = part * ROWS + tl.arange(0, ROWS), channel < width
+    line, there = (image * rows + row)[:, None], (row < rows)[:, None]
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     group = means + 2 * (image * GROUPS + channel // SIZE)
     mean = tl.load(group, mask=inside, other=0.0)
     scale *= tl.load(group + 1, mask=inside, other=0.0)
-    shift_at = image * shift_stride + channel
-    value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
+    value = _summed(
+        x, shift, residual, other, line, channel, image * shift_stride + channel, channels, others, there, HAS_SHIFT,
+        HAS_RESIDUAL, HAS_OTHER,
+    )
     value = (value - mean[None, :]) * scale[None, :] + offset[None, :]
     if SILU:
         value *= tl.sigmoid(value)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + line * width + channel[None, :], value.to(y.dtype.element_ty), mask=there & inside[None, :])
 
 
 @jit(plain=("rows",))
 def _whole_groups(
-    x, shift, residual, total, weight, bias, y, rows, channels, shift_stride, eps, SIZE: tl.constexpr,
-    SILU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    x, shift, residual, other, total, weight, bias, y, rows, channels, others, shift_stride, eps, SIZE: tl.constexpr,
+    SILU: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OTHER: tl.constexpr,
+    KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a group of an image: it holds all its numbers."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside, channel = column < SIZE, group * SIZE + column
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = image * rows * channels + row[:, None] * channels + channel[None, :]
+    line, there = (image * rows + row)[:, None], (row < rows)[:, None] & inside[None, :]
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
-    shift_at = image * shift_stride + channel
-    value = _summed(x, shift, residual, at, shift_at, mask, inside, HAS_SHIFT, HAS_RESIDUAL)
+    value = _summed(
+        x, shift, residual, other, line, channel, image * shift_stride + channel, channels, others, there, HAS_SHIFT,
+        HAS_RESIDUAL, HAS_OTHER,
+    )
+    at = line * (channels + others) + channel[None, :]
     if KEEP:
         kept = value.to(total.dtype.element_ty)  # rounded first: the norm is of what others will read
-        tl.store(total + at, kept, mask=mask)
+        tl.store(total + at, kept, mask=there)
         value = kept.to(tl.float32)
     count = (rows * SIZE).to(tl.float32)
-    mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 0), 0) / count
-    value = tl.where(mask, value - mean, 0.0)
+    mean = tl.sum(tl.sum(tl.where(there, value, 0.0), 0), 0) / count
+    value = tl.where(there, value - mean, 0.0)
     value *= tl.rsqrt(tl.sum(tl.sum(value * value, 0), 0) / count + eps)
     value = value * scale[None, :] + offset[None, :]
     if SILU:
         value *= tl.sigmoid(value)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=there)
 
 
 @jit(plain=("rows",))
@@ -345,17 +350,14 @@ def _join(
     HAS_RESIDUAL: tl.constexpr, HAS_OTHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program some rows and channels of an image's output."""
-    image = tl.program_id(1).to(tl.int64)
-    part, channel = _place(channels + others, COLUMNS)
+    image, width = tl.program_id(1).to(tl.int64), channels + others
+    part, channel = _place(width, COLUMNS)
     row = part * ROWS + tl.arange(0, ROWS)
-    there, own = (row < rows)[:, None], channel < channels
-    line = (image * rows + row)[:, None]
+    line, there = (image * rows + row)[:, None], (row < rows)[:, None]
     wait_for_inputs(PDL)
-    at, shift_at = line * channels + channel[None, :], image * shift_stride + channel
-    value = _summed(x, shift, residual, at, shift_at, there & own[None, :], own, HAS_SHIFT, HAS_RESIDUAL)
-    if HAS_OTHER:
-        second = (channel >= channels) & (channel < channels + others)
-        at = line * others + (channel - channels)[None, :]
-        value += tl.load(other + at, mask=there & second[None, :], other=0.0).to(tl.float32)
-    to = line * (channels + others) + channel[None, :]
-    tl.store(y + to, value.to(y.dtype.element_ty), mask=there & (channel < channels + others)[None, :])
+    value = _summed(
+        x, shift, residual, other, line, channel, image * shift_stride + channel, channels, others, there, HAS_SHIFT,
+        HAS_RESIDUAL, HAS_OTHER,
+    )
+    at = line * width + channel[None, :]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=there & (channel < width)[None, :])

@@ -19,6 +19,7 @@ from miinb.kernels.formats import FP8, bits_of
 from miinb.kernels.fp8_gemv import fp8_gemv
 from miinb.kernels.fp8_many import fp8_product_of_many
 from miinb.kernels.fp8_product import fp8_product, fp8_product_tile
+from miinb.kernels.gated_product import gated_product, is_gated_many
 from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.norm import layer_norm
 from miinb.kernels.product import product, product_tile
@@ -78,8 +79,8 @@ def linear(
         return _quantized(x, packed, packed.scale, activation, residual, out)
     if x.shape[0] == 1:
         return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
-    if activation is None and out is None and is_wide(x, packed.weight.shape[0]):
-        return wide_linear(x, packed.weight, packed.bias, residual)
+    if activation is None and residual is None and out is None and is_wide(x, packed.weight.shape[0]):
+        return wide_linear(x, packed.weight, packed.bias)
     fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
     epilogue = activation is not None and fused is None
     if epilogue and out is None and is_large(x, packed.weight.shape[0]):
@@ -157,6 +158,8 @@ def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
         if x.shape[0] == 1:
             return _gemv_launch(x, packed, kind, None, gated_pair=True)
         # Of many rows a UNet's alone; decoders' were measured with cuBLAS.
+        if kind == "gelu" and is_gated_many(x, n):
+            return gated_product(x, weight, bias, kind)
         if tile := product_tile(x, n, gated=True, epilogue=kind == "gelu"):
             return product(x, weight, bias, tile, activation=kind, gated=True)
     elif weight.dtype == FP8:

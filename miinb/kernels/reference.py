@@ -372,10 +372,11 @@ def group_norm(
     silu: bool = False,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    other: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `group_norm.group_norm`."""
-    total = join(x, shift=shift, residual=residual)
+    total = join(x, shift=shift, residual=residual, other=other)
     planes = total.permute(0, 3, 1, 2)
     if x.shape[1] * x.shape[2] < _LARGE_PICTURE:
         planes = planes.contiguous()

@@ -23,17 +23,18 @@ except ImportError:
 
 _OUTPUTS, _MOST, _REST = 320, 256, 64
 _COLUMNS = 64  # of x in a step
-_FEWEST_ROWS = 2048
+_FEWEST_ROWS = 8192
+_LONGEST_SUM = 512  # of a product: longer ones are cuBLAS's
 #: Rows, warps and loads in flight of a program; the second where the first would leave multiprocessors idle.
 _LARGE, _SMALL = (128, 8, 3), (64, 4, 3)
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
 
 
 def is_wide(x: Tensor, outputs: int) -> bool:
-    """Whether these kernels are the fastest for x [..., K] and so many outputs."""
+    """Whether these kernels are the fastest for x [T, K] or [N, H, W, K] and so many outputs."""
     columns = x.shape[-1]
     fits = x.element_size() == 2 and outputs == _OUTPUTS and columns % _COLUMNS == 0 and copies_tiles(x)
-    return fits and x.numel() // columns >= _FEWEST_ROWS
+    return fits and x.numel() // columns >= _FEWEST_ROWS and (x.dim() == 4 or columns <= _LONGEST_SUM)
 
 
 def wide_convolution(x: Tensor, weight: Tensor) -> Tensor:
@@ -46,16 +47,15 @@ def wide_convolution(x: Tensor, weight: Tensor) -> Tensor:
     return _launch(x, weight.permute(0, 2, 3, 1).flatten(1), 3, {})[0]
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias + residual: [T, 320].
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias: [T, 320].
 
     Args:
         x: [T, K], contiguous, of 2-byte numbers; K a multiple of 64.
         weight: [320, K], contiguous.
         bias: [320] or None.
-        residual: [T, 320], contiguous, or None.
     """
-    return _launch(x[None, None], weight, 1, {"bias": bias, "residual": residual})[0].view(len(x), _OUTPUTS)
+    return _launch(x[None, None], weight, 1, {"bias": bias})[0].view(len(x), _OUTPUTS)
 
 
 def wide_linear_norm(
@@ -67,7 +67,14 @@ def wide_linear_norm(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The layer norm of `wide_linear`, times `scale` and plus `shift` [320], and what it is of: each [T, 320]."""
+    """The layer norm of `wide_linear` plus a residual, and what it is of: each [T, 320].
+
+    Args:
+        x, weight, bias: of `wide_linear`.
+        residual: [T, 320], contiguous, or None.
+        scale, shift: [320], what the norm is multiplied by, and what is added.
+        eps: added to the variance.
+    """
     after = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
     total, y = _launch(x[None, None], weight, 1, after, eps)
     return y.view(len(x), _OUTPUTS), total.view(len(x), _OUTPUTS)

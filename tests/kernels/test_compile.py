@@ -207,8 +207,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "group norm": group_norm_call(64, 320, silu=True),
     "group norm kept": group_norm_call(8, 1280, residual=t(2, 8, 8, 1280), keep=True),
     "group norm of a picture": group_norm_call(512, 128, each=True, residual=t(2, 512, 512, 128), silu=True),
+    "gated product": lambda: linear.gated_linear(t(65536, 320), packed(2560, 320, True), "gelu"),
+    "gated product of few": lambda: linear.gated_linear(t(512, 1280), packed(10240, 1280, True), "gelu"),
     "wide convolution": lambda: wide_product.wide_convolution(t(2, 64, 64, 640), t(320, 3, 3, 640).permute(0, 3, 1, 2)),
-    "wide product": lambda: linear.linear(t(65536, 1280), packed(320, 1280, False), residual=t(65536, 320)),
+    "wide product": lambda: linear.linear(t(65536, 320), packed(320, 320, True)),
     "wide product and norm": lambda: linear.linear_norm(
         t(8192, 320), packed(320, 320, True), t(320), t(320), 1e-5, t(8192, 320)
     ),

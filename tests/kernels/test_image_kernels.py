@@ -58,6 +58,26 @@ def test_group_norm(dtype: torch.dtype, images: int, height: int, width: int, ch
             assert total is x
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "others", "groups"), [(40, 24, 4), (320, 320, 32), (7, 5, 3)])
+@pytest.mark.usefixtures("parts")
+def test_norm_of_what_is_joined(dtype: torch.dtype, channels: int, others: int, groups: int) -> None:
+    """A group may have channels of both; what is joined is kept or not."""
+    x, residual = (rand(2, 5, 7, channels, dtype=dtype) for _ in range(2))
+    other, weight, bias = (rand(*shape, channels + others, dtype=dtype) for shape in ((2, 5, 7), (), ()))
+    other, shift = other[..., :others].contiguous(), rand(2, channels, dtype=dtype)
+    for keep, parts in (
+        *((True, {"other": other}), (False, {"other": other, "shift": shift})),
+        (True, {"other": other, "shift": shift, "residual": residual}),
+    ):
+        options = {"groups": groups, "eps": 1e-5, "silu": True, "keep": keep}
+        y, total = group_norm(x, weight, bias, **parts, **options)
+        exact = {name: wide(part) for name, part in parts.items()}
+        expected = reference.group_norm(wide(x), wide(weight), wide(bias), **exact, **options)
+        same(y, expected[0], 3e-2 if dtype == torch.bfloat16 else None)
+        same(total, expected[1])
+
+
 @pytest.mark.parametrize("parts", [2, 7])
 def test_parts_of_an_image_are_added_up(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some at a time."""
