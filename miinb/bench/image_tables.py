@@ -40,12 +40,14 @@ def in_process(runs: Runs) -> str:
 
 
 def served(runs: Runs) -> str:
-    """The starts, a line an arm, and what the server adds where one request is in flight."""
+    """The starts (cold: nothing was compiled yet), and what the server adds where one request is in flight."""
     (env,) = runs.env.values()
-    lines = [f"{'start':14} {'ready s':>8} {COLUMNS}  most memory of the load"]
+    lines = [f"{'start':15} {'ready s':>7} {COLUMNS}  most memory of the load"]
     for arm, facts in env["arms"].items():
-        peak = size_words(facts["load_peak_bytes"]) if facts["load_peak_bytes"] else "-"
-        lines.append(f"{arm:14} {facts['ready_s']:>8.1f} {phases_words(facts['phases_s'])}  {peak:>24}")
+        for kind in ("cold_", "") if "cold_ready_s" in facts else ("",):
+            peak = size_words(facts[f"{kind}load_peak_bytes"]) if facts[f"{kind}load_peak_bytes"] else "-"
+            name, phases = f"{arm}, cold" if kind else arm, phases_words(facts[f"{kind}phases_s"])
+            lines.append(f"{name:15} {facts[f'{kind}ready_s']:>7.1f} {phases}  {peak:>24}")
     lines.append("")
     lines.append(f"{'arm':14} {'batch':>5} {'s/image':>9} {'in the model':>13} {'overhead':>9}")
     for _, row in runs.summary.iterrows():

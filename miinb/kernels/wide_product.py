@@ -25,8 +25,10 @@ _OUTPUTS, _MOST, _REST = 320, 256, 64
 _COLUMNS = 64  # of x in a step
 _FEWEST_ROWS = 8192
 _LONGEST_SUM = 512  # of a product: longer ones are cuBLAS's
-#: Rows, warps and loads in flight of a program; the second where the first would leave multiprocessors idle.
-_LARGE, _SMALL = (128, 8, 3), (64, 4, 3)
+_STAGES = 3  # loads in flight
+#: Rows and warps of a program, twice as many of these where a norm follows; the second where the first would leave
+#: multiprocessors idle.
+_LARGE, _SMALL = (128, 8), (64, 4)
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
 
 
@@ -85,7 +87,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """The sums [N, H, W, 320] and their norm if there is a scale, else the sums again."""
     images, height, width, columns = x.shape
-    rows, warps, stages = _LARGE if images * height * width >= _LARGE[0] * _PROGRAMS else _SMALL
+    rows, warps = _LARGE if images * height * width >= _LARGE[0] * _PROGRAMS else _SMALL
     wide = _tile_width(height, width, rows)
     total = torch.empty((images, height, width, _OUTPUTS), dtype=x.dtype, device=x.device)
     norm = after.get("scale") is not None
@@ -111,8 +113,8 @@ def _launch(
         HAS_BIAS=after.get("bias") is not None,
         HAS_RESIDUAL=after.get("residual") is not None,
         NORM=norm,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=2 * warps if norm else warps,
+        num_stages=_STAGES,
         **launch_options(x),
     )
     return total, y
@@ -150,28 +152,20 @@ def _wide_product(
     i, j = top + row // WIDE, left + row % WIDE
     mask = ((i < height) & (j < width))[:, None]
     line = ((image.to(tl.int64) * height + i) * width + j)[:, None] * (MOST + REST)
-    HALF: tl.constexpr = MOST // 2
-    left1, right1 = tl.split(tl.permute(tl.reshape(acc1, [ROWS, 2, HALF]), [0, 2, 1]))
-    one, two, three = tl.arange(0, HALF), HALF + tl.arange(0, HALF), MOST + tl.arange(0, REST)
-    left1 = _kept(left1, bias, residual, total, one, line, mask, HAS_BIAS, HAS_RESIDUAL)
-    right1 = _kept(right1, bias, residual, total, two, line, mask, HAS_BIAS, HAS_RESIDUAL)
-    acc2 = _kept(acc2, bias, residual, total, three, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    first, second = tl.arange(0, MOST), MOST + tl.arange(0, REST)
+    acc1 = _added(acc1, bias, residual, first, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    acc2 = _added(acc2, bias, residual, second, line, mask, HAS_BIAS, HAS_RESIDUAL)
+    kept1, kept2 = acc1.to(total.dtype.element_ty), acc2.to(total.dtype.element_ty)
+    tl.store(total + line + first[None, :], kept1, mask=mask)
+    tl.store(total + line + second[None, :], kept2, mask=mask)
     if NORM:
-        mean = (tl.sum(left1, 1) + tl.sum(right1, 1) + tl.sum(acc2, 1))[:, None] / (MOST + REST)
-        left1, right1, acc2 = left1 - mean, right1 - mean, acc2 - mean
-        square = (tl.sum(left1 * left1, 1) + tl.sum(right1 * right1, 1) + tl.sum(acc2 * acc2, 1)) / (MOST + REST)
+        acc1, acc2 = kept1.to(tl.float32), kept2.to(tl.float32)  # rounded first: the norm is of what others will read
+        mean = (tl.sum(acc1, 1) + tl.sum(acc2, 1))[:, None] / (MOST + REST)
+        acc1, acc2 = acc1 - mean, acc2 - mean
+        square = (tl.sum(acc1 * acc1, 1) + tl.sum(acc2 * acc2, 1)) / (MOST + REST)
         factor = tl.rsqrt(square + eps)[:, None]
-        tl.store(y + line + one[None, :], _scaled(left1 * factor, scale, shift, one, y), mask=mask)
-        tl.store(y + line + two[None, :], _scaled(right1 * factor, scale, shift, two, y), mask=mask)
-        tl.store(y + line + three[None, :], _scaled(acc2 * factor, scale, shift, three, y), mask=mask)
-
-
-@jit
-def _kept(acc, bias, residual, total, column, line, mask, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    acc = _added(acc, bias, residual, column, line, mask, HAS_BIAS, HAS_RESIDUAL)
-    value = acc.to(total.dtype.element_ty)
-    tl.store(total + line + column[None, :], value, mask=mask)
-    return value.to(tl.float32)
+        tl.store(y + line + first[None, :], _scaled(acc1 * factor, scale, shift, first, y), mask=mask)
+        tl.store(y + line + second[None, :], _scaled(acc2 * factor, scale, shift, second, y), mask=mask)
 
 
 @jit
