@@ -2,14 +2,13 @@
 
 A program computes all outputs of some rows, as 256 and 64 of them, so nothing is computed in vain, `x` is read once,
 and a layer norm of the rows can follow before anything is written. Hopper's copy engine (TMA) fetches the tiles: of a
-picture a rectangle of pixels, moved to each of the nine places of a convolution, with zeros outside.
+picture pixels of one line, moved to each of the nine places of a convolution, with zeros outside. (Tiles of several
+lines would reach the matrix units through registers that Triton 3.6 writes again while these still read them.)
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ _COLUMNS = 64  # of x in a step
 _FEWEST_ROWS = 8192
 _LONGEST_SUM = 512  # of a product: longer ones are cuBLAS's
 _STAGES = 3  # loads in flight
-#: Rows and warps of a program, twice as many of these where a norm follows; the second where the first would leave
-#: multiprocessors idle.
+#: Rows and warps of a program, twice as many of these where a norm follows; the second for convolutions, and where the
+#: first would leave multiprocessors idle.
 _LARGE, _SMALL = (128, 8), (64, 4)
 _PROGRAMS = 128  # what a GPU is expected to run at a time: an H100 has 132 multiprocessors
 
@@ -36,14 +35,15 @@ def is_wide(x: Tensor, outputs: int) -> bool:
     """Whether these kernels are the fastest for x [T, K] or [N, H, W, K] and so many outputs."""
     columns = x.shape[-1]
     fits = x.element_size() == 2 and outputs == _OUTPUTS and columns % _COLUMNS == 0 and copies_tiles(x)
-    return fits and x.numel() // columns >= _FEWEST_ROWS and (x.dim() == 4 or columns <= _LONGEST_SUM)
+    suits = x.shape[2] % _SMALL[0] == 0 if x.dim() == 4 else columns <= _LONGEST_SUM
+    return fits and suits and x.numel() // columns >= _FEWEST_ROWS
 
 
 def wide_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """A convolution [N, H, W, 320] of 3 x 3, padded so that it keeps the size.
 
     Args:
-        x: [N, H, W, K], contiguous, of 2-byte numbers; K a multiple of 64.
+        x: [N, H, W, K], contiguous, of 2-byte numbers; K a multiple of 64. The fastest where W is one, too.
         weight: [320, K, 3, 3], in memory [320, 3, 3, K] (channels_last).
     """
     return _launch(x, weight.permute(0, 2, 3, 1).flatten(1), 3, {})[0]
@@ -87,14 +87,13 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """The sums [N, H, W, 320] and their norm if there is a scale, else the sums again."""
     images, height, width, columns = x.shape
-    rows, warps = _LARGE if images * height * width >= _LARGE[0] * _PROGRAMS else _SMALL
-    wide = _tile_width(height, width, rows)
+    rows, warps = _LARGE if side == 1 and width >= _LARGE[0] * _PROGRAMS else _SMALL
     total = torch.empty((images, height, width, _OUTPUTS), dtype=x.dtype, device=x.device)
     norm = after.get("scale") is not None
     y = torch.empty_like(total) if norm else total
     of = TensorDescriptor.from_tensor
-    _wide_product[(-(-width // wide) * -(-height // (rows // wide)), images)](
-        of(x, [1, rows // wide, wide, _COLUMNS]),
+    _wide_product[(-(-width // rows), height, images)](
+        of(x, [1, 1, rows, _COLUMNS]),
         of(weight, [_MOST, _COLUMNS]),
         of(weight, [_REST, _COLUMNS]),
         *(after.get(name) for name in ("bias", "residual", "scale", "shift")),
@@ -105,8 +104,7 @@ def _launch(
         eps,
         K=columns,
         SIDE=side,
-        HIGH=rows // wide,
-        WIDE=wide,
+        ROWS=rows,
         STEP=_COLUMNS,
         MOST=_MOST,
         REST=_REST,
@@ -120,25 +118,17 @@ def _launch(
     return total, y
 
 
-def _tile_width(height: int, width: int, rows: int) -> int:
-    """The width of a rectangle of so many pixels with which a picture is covered by the fewest."""
-    widths: Any = [rows >> i for i in range(rows.bit_length())]
-    return int(min(widths, key=lambda wide: -(-width // wide) * -(-height // (rows // wide))))
-
-
 # Kernels' long parameter lists stay in rows.
 # fmt: off
 @jit(plain=("height",))
 def _wide_product(
     x, most, rest, bias, residual, scale, shift, total, y, height, width, eps, K: tl.constexpr, SIDE: tl.constexpr,
-    HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, REST: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One program a rectangle of pixels of an image, with all their outputs."""
-    ROWS: tl.constexpr = HIGH * WIDE
+    """One program some pixels of a line of an image, with all their outputs."""
     STEPS: tl.constexpr = K // STEP
-    across = tl.cdiv(width, WIDE)
-    top, left, image = tl.program_id(0) // across * HIGH, tl.program_id(0) % across * WIDE, tl.program_id(1)
+    left, top, image = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     acc1 = tl.zeros([ROWS, MOST], tl.float32)
     acc2 = tl.zeros([ROWS, REST], tl.float32)
     wait_for_inputs(PDL)
@@ -148,10 +138,9 @@ def _wide_product(
         value = x.load([image, top + up, left + along, step % STEPS * STEP]).reshape(ROWS, STEP)
         acc1 = tl.dot(value, most.load([0, step * STEP]).T, acc1)
         acc2 = tl.dot(value, rest.load([MOST, step * STEP]).T, acc2)
-    row = tl.arange(0, ROWS)
-    i, j = top + row // WIDE, left + row % WIDE
-    mask = ((i < height) & (j < width))[:, None]
-    line = ((image.to(tl.int64) * height + i) * width + j)[:, None] * (MOST + REST)
+    column = left + tl.arange(0, ROWS)
+    mask = (column < width)[:, None]
+    line = ((image.to(tl.int64) * height + top) * width + column)[:, None] * (MOST + REST)
     first, second = tl.arange(0, MOST), MOST + tl.arange(0, REST)
     acc1 = _added(acc1, bias, residual, first, line, mask, HAS_BIAS, HAS_RESIDUAL)
     acc2 = _added(acc2, bias, residual, second, line, mask, HAS_BIAS, HAS_RESIDUAL)

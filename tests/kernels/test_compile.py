@@ -376,3 +376,18 @@ def test_fp8_numbers_reach_tensor_cores_without_a_way_through_shared_memory(name
     assert "ld.shared.b8" not in ptx
     assert "cvt.rn.f16x2.e4m3x2" in ptx
     assert "cvt.bf16.f16" not in ptx, "16 of these a cycle, fewer than the bytes that memory brings"
+
+
+@pytest.mark.parametrize("name", ["wide convolution", "wide product", "wide product and norm", "gated product"])
+def test_tiles_that_are_copied_go_straight_to_the_tensor_cores(name: str) -> None:
+    """Both operands are read from shared memory, and nothing is moved there meanwhile."""
+    (kernel,) = compiled(CALLS[name], (9, 0))
+    graph = kernel.asm["ttgir"]
+    loop = graph[graph.rindex("scf.for", 0, graph.index("ttng.warp_group_dot ")) :]
+    products = [line for line in loop.splitlines() if "ttng.warp_group_dot " in line]
+    assert len(products) == 2
+    assert all("!ttg.memdesc" in line.split(" : ")[-1].split(" * ")[0] for line in products)
+    ptx = kernel.asm["ptx"]
+    between = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
+    assert "ldmatrix" not in between
+    assert "st.shared" not in between

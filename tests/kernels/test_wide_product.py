@@ -9,7 +9,7 @@ import tests.kernels.interpreter  # noqa: F401
 from miinb.engine.image_blocks import convolve
 from miinb.kernels import linear as linear_module
 from miinb.kernels import wide_product as module
-from miinb.kernels.dispatch import INTERPRETED, plain_operators
+from miinb.kernels.dispatch import INTERPRETED, copies_tiles, plain_operators
 from miinb.kernels.linear import PackedLinear, linear, linear_norm
 from tests.kernels.checking import DOT_DTYPES, GPU, rand, same, wide
 
@@ -51,18 +51,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("images", "height", "width", "channels"), [(2, 9, 13, 64), (1, 16, 24, 128), (1, 3, 70, 64), (3, 1, 1, 64)]
 )
-@pytest.mark.usefixtures("tiles")
-def test_convolution(
-    dtype: torch.dtype, images: int, height: int, width: int, channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rectangles that end beyond the picture, and pictures smaller than one; the edges see zeros."""
-    seen = launches(monkeypatch)
+def test_convolution(dtype: torch.dtype, images: int, height: int, width: int, channels: int) -> None:
+    """Lines of one tile, of several, and of a part of one; the edges see zeros."""
     x = rand(images, height, width, channels, dtype=dtype)
     weight = rand(OUTPUTS, 3, 3, channels, dtype=dtype, scale=(9 * channels) ** -0.5).permute(0, 3, 1, 2)
-    y = convolve(x, weight)
-    assert seen == [x.shape]
+    y = module.wide_convolution(x, weight)
     assert y.is_contiguous()
     same(y, F.conv2d(wide(x).permute(0, 3, 1, 2), wide(weight), padding=1).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(("width", "taken"), [(64, True), (48, False)])
+def test_convolutions_whose_lines_are_whole_tiles(width: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FEWEST_ROWS", 1)
+    seen = launches(monkeypatch)
+    x = rand(1, 3, width, 64, dtype=torch.float16)
+    if not copies_tiles(x):
+        pytest.skip("this GPU copies no tiles")
+    weight = rand(OUTPUTS, 3, 3, 64, dtype=x.dtype, scale=1 / 24).permute(0, 3, 1, 2)
+    same(convolve(x, weight), F.conv2d(wide(x).permute(0, 3, 1, 2), wide(weight), padding=1).permute(0, 2, 3, 1))
+    assert bool(seen) is taken
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -94,6 +101,7 @@ def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rand(4, 64, 64, 64, dtype=torch.float16)
     assert module.is_wide(x, OUTPUTS)
     assert module.is_wide(x.flatten(0, 2), OUTPUTS)
+    assert not module.is_wide(rand(4, 64, 48, 64, dtype=torch.float16), OUTPUTS)
     assert not module.is_wide(rand(8192, 1280, dtype=torch.float16), OUTPUTS)
     assert not module.is_wide(x, 640)
     assert not module.is_wide(x[:1], OUTPUTS)
