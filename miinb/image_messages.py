@@ -76,7 +76,7 @@ class ImageTimes:
         queue_s: waiting for the batch before.
         text_encode_s: the text encoder's.
         steps_s: the denoising's, of the whole batch that a picture was in; with the VAE's look at what it began from.
-        vae_s: making pixels of latents (and the safety checker's look at them), of a picture alone.
+        vae_s: making pixels of latents (and the safety checker's look at them), until a picture's were there.
         picture_s: making files of pixels.
     """
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miinb.errors import InvalidRequest
 from miinb.image_params import MAX_PROMPT, ImageParams
@@ -96,11 +97,11 @@ def _source_named(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"Denoising strength": values["strength"], "Source hash": hashed, **covered}
 
 
-def encoded(image: Any, values: Mapping[str, Any], image_format: str) -> bytes:
-    """A PNG or WebP file of a picture of PIL's, with what made it inside. Takes up to seconds.
+def encoded(pixels: NDArray[np.uint8], values: Mapping[str, Any], image_format: str) -> bytes:
+    """A PNG or WebP file of a picture, with what made it inside. Takes up to seconds.
 
     Args:
-        image: RGB.
+        pixels: [height, width, 3], RGB.
         values: what made it, by the parameters' names.
         image_format: "png" or "webp".
     """
@@ -109,11 +110,11 @@ def encoded(image: Any, values: Mapping[str, Any], image_format: str) -> bytes:
     text = parameters_text(values)
     if image_format == "png":
         texts = {"parameters": text, "miinb": json.dumps(values, ensure_ascii=False)}
-        return png_file(np.asarray(image), texts)
+        return png_file(pixels, texts)
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[_DESCRIPTION] = json.dumps(values)  # ASCII
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
-    image.save(buffer, "WEBP", quality=WEBP_QUALITY, exif=exif)
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=WEBP_QUALITY, exif=exif)
     return buffer.getvalue()
 
 
@@ -124,7 +125,7 @@ def converted(data: bytes, image_format: str) -> bytes:
     with Image.open(io.BytesIO(data)) as image:
         if str(image.format).lower() == image_format:
             return data
-        return encoded(image.convert("RGB"), json.loads(_texts(image)[0]), image_format)
+        return encoded(np.asarray(image.convert("RGB")), json.loads(_texts(image)[0]), image_format)
 
 
 # Reading

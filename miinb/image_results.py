@@ -21,8 +21,8 @@ class ImageTiming(Timing):
     """Where the time of pictures went, in seconds; of several prompts each is the largest.
 
     `model_s` is the sum of the next three. Those are of the batch that a picture was computed in, with the pictures of
-    other requests; `vae_s` is of one picture. `picture_s` is making files of pixels, `s_per_image` is `e2e_s` over the
-    number of pictures.
+    other requests; `vae_s` ends with the last picture's pixels. `picture_s` is making files of pixels, `s_per_image` is
+    `e2e_s` over the number of pictures.
     """
 
     text_encode_s: float = 0.0

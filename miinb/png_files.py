@@ -1,14 +1,16 @@
 """PNG files of RGB pictures, written in milliseconds.
 
 Pillow tries every filter on every row and deflates with zlib: 40 ms for 512 x 512 pixels, where a fast GPU makes the
-whole picture in 300. Here a row is always its difference from the one above, and ISA-L deflates: 4 ms, and the file is
-no larger. Both let other threads run meanwhile.
+whole picture in 300. Here a row is always its difference from the one above, and ISA-L deflates, some
+rows in each of a few threads: 1 to 4 ms, and the file is no larger.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from isal import isal_zlib
@@ -18,6 +20,9 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: The difference from the row above, which is 0 above the first.
 _UP = 2
 _LEVEL = 1
+_PART_BYTES = 128 << 10  # at least, of what one thread deflates: its matches end where it does
+_THREADS = min(8, os.cpu_count() or 1)
+_POOL = ThreadPoolExecutor(_THREADS, "miinb-png")
 
 
 def png_file(pixels: NDArray[np.uint8], texts: Mapping[str, str]) -> bytes:
@@ -36,8 +41,22 @@ def png_file(pixels: NDArray[np.uint8], texts: Mapping[str, str]) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of each of three colors, not interlaced
     chunks = [_chunk(b"IHDR", header)]
     chunks += [_chunk(b"iTXt", _text(keyword, text)) for keyword, text in texts.items()]
-    chunks += [_chunk(b"IDAT", isal_zlib.compress(filtered, _LEVEL)), _chunk(b"IEND", b"")]
+    chunks += [_chunk(b"IDAT", _deflated(filtered)), _chunk(b"IEND", b"")]
     return _SIGNATURE + b"".join(chunks)
+
+
+def _deflated(rows: NDArray[np.uint8]) -> bytes:
+    """The rows as one zlib stream (RFC 1950): blocks of parts that end at whole bytes follow each other."""
+    count = max(1, min(_THREADS, rows.nbytes // _PART_BYTES))
+    parts = np.array_split(rows, count)
+    ends = [False] * (count - 1) + [True]
+    head, tail = b"\x78\x01", struct.pack(">I", isal_zlib.adler32(rows))
+    return head + b"".join(_POOL.map(_deflate, parts, ends)) + tail
+
+
+def _deflate(rows: NDArray[np.uint8], last: bool) -> bytes:
+    stream = isal_zlib.compressobj(_LEVEL, wbits=-15)  # without header and sum
+    return stream.compress(rows) + stream.flush(isal_zlib.Z_FINISH if last else isal_zlib.Z_FULL_FLUSH)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -6,6 +6,7 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -42,7 +43,7 @@ def plain_png(**texts: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_what_is_written_is_read(kind: str) -> None:
-    data = encoded(Image.new("RGB", (16, 24), "red"), VALUES, kind)
+    data = encoded(np.asarray(Image.new("RGB", (16, 24), "red")), VALUES, kind)
     made = read_parameters(data)
     kept = {name: value for name, value in VALUES.items() if name not in ("prompt", "model", "version")}
     assert made == MadeWith(VALUES["prompt"], kept, "tiny")
@@ -54,7 +55,7 @@ def test_what_is_written_is_read(kind: str) -> None:
 
 
 def test_a_png_made_of_a_png_keeps_its_pixels_and_both_forms() -> None:
-    data = encoded(Image.new("RGB", (16, 24), (1, 2, 3)), VALUES, "png")
+    data = encoded(np.asarray(Image.new("RGB", (16, 24), (1, 2, 3))), VALUES, "png")
     with Image.open(io.BytesIO(data)) as image:
         assert image.getpixel((0, 0)) == (1, 2, 3)
         assert image.info["parameters"] == parameters_text(VALUES)

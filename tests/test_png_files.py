@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from miinb import png_files
 from miinb.png_files import png_file
 
 
@@ -29,6 +30,15 @@ def test_pillow_reads_what_was_written(size: tuple[int, int], kind: str) -> None
     with Image.open(io.BytesIO(png_file(pixels, texts))) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", size[::-1])
         assert image.text == texts
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_parts_that_threads_deflate_are_one_stream(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(png_files, "_PART_BYTES", 100)
+    monkeypatch.setattr(png_files, "_THREADS", 4)
+    pixels = noise(rows, 50)
+    with Image.open(io.BytesIO(png_file(pixels, {}))) as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 

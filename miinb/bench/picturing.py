@@ -86,7 +86,7 @@ class Pictures:
             result = asyncio.run(self._result(arm, job.prompt, parameters, record, t_submit))
         except asyncio.CancelledError:
             raise Cancelled("The request was stopped.") from None
-        _fill(record, result, int(arm.plan.max_batch))
+        _fill(record, result)
         with self._lock:
             self._kept[arm.label, record.point] += len(result.files)
             if self._kept[arm.label, record.point] > max(MOST_COMPARED, len(result.files)) or record.warmup:
@@ -150,19 +150,17 @@ class Pictures:
         return ["the arms' pictures have not one size"] if len(sizes) > 1 else []
 
 
-def _fill(record: Record, result: Any, max_batch: int) -> None:
+def _fill(record: Record, result: Any) -> None:
     """The measures of a request whose pictures have come.
 
     More pictures than a batch holds are several batches: the server tells the last one's times, and counts those before
     it as its waiting.
     """
     timing, count = result.timing, len(result.images)
-    last = count if not 0 < max_batch < count else count % max_batch or max_batch
     record.images, record.prompt_tokens = count, result.usage.prompt_tokens
     record.width_px, record.height_px = result.images[0].size
     record.queue_s, record.text_encode_s, record.steps_s = timing.queue_s, timing.text_encode_s, timing.steps_s
-    left = record.e2e_s - timing.queue_s - timing.text_encode_s - timing.steps_s
-    record.vae_s, record.postprocess_s = min(timing.vae_s * last, max(left, timing.vae_s)), timing.picture_s
+    record.vae_s, record.postprocess_s = timing.vae_s, timing.picture_s
     record.model_s = record.text_encode_s + record.steps_s + record.vae_s
     record.image_s, record.step_s = record.e2e_s / count, record.steps_s / record.steps
     record.finish_reason = "stop"

@@ -45,10 +45,7 @@ DEFINITIONS: dict[str, str] = {
     "postprocess_s": "detokenizing (and other work after the model); of pictures making the slowest file",
     "image_s": "seconds per image: e2e_s / images of the request",
     "steps_s": "all denoising steps of the batch that a picture was in; step_s is steps_s / steps",
-    "vae_s": (
-        "making pixels of latents, the request's pictures one after another: as if each took as long as the slowest, "
-        "at most what is left of e2e_s"
-    ),
+    "vae_s": "making pixels of latents, until those of the batch's last picture of the request were there",
     "img_s": "images per second: images of the successful requests / duration_s",
     "overhead": (
         "of the server and the client: (e2e_s - model_s) / model_s, median over the requests of points with one in "

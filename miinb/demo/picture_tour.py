@@ -64,7 +64,7 @@ def draw(session: Session, asked: Sequence[str], options: dict[str, Any], folder
         print(
             f"{prompt}: {timing.s_per_image:.2f} s a picture "
             f"(text {timing.text_encode_s:.2f} s, {STEPS} steps of both {timing.steps_s:.2f} s, "
-            f"pixels {timing.vae_s:.2f} s each)",
+            f"pixels of both {timing.vae_s:.2f} s)",
             flush=True,
         )
         for warning in result.warnings:

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
-from miinb.engine.painting import Painter, Work, start_of, work_of
+from miinb.engine.painting import Decoded, Painter, Work, start_of, work_of
 from miinb.engine.previews import preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 0.2
 #: Pixels of one batch: the outbox of the rank's socket takes two such batches.
 MAX_BATCH_BYTES = 32 << 20
+#: Of pictures that a GPU decodes together: eight of 512 x 512, whose layers take 4 GB.
+MAX_DECODED_PIXELS = 8 * 512 * 512
 #: Of pictures to begin from that wait: some 240 of 512 x 512.
 MAX_WAITING_BYTES = 256 << 20
 
@@ -47,7 +49,6 @@ class Row:
     ended: bool = False
     t_start: float = 0.0
     shown: int = 0  # previews so far
-    times: dict[str, float] = field(default_factory=dict)
 
 
 class _Abandoned(Exception):
@@ -176,13 +177,30 @@ class ImageExecutor:
 
         latents = painter.denoise(conditions, work, [start_of(row.request) for row in batch], after_step)
         self._wait()
-        times = {"text_encode_s": embedded - begin, "steps_s": time.monotonic() - embedded}
-        for place, row in enumerate(batch):
-            if not row.ended:
-                row.times = {"queue_s": max(0.0, row.t_start - row.request.t_submit), **times}
-                self._finish(row, latents[place : place + 1], len(batch), emit)
-            if place + 1 < len(batch):
+        computed = time.monotonic()
+        times = {"text_encode_s": embedded - begin, "steps_s": computed - embedded}
+        left, most = list(zip(batch, latents, strict=True)), self._decoded_together(work)
+        while left := [(row, own) for row, own in left if not row.ended]:
+            count = min(1 << (len(left).bit_length() - 1), most)  # few sizes, as cuDNN tries its ways for each
+            some = torch.stack([own for _, own in left[:count]])
+            for (row, _), decoded in zip(left[:count], self._decoded(some), strict=True):
+                spent = {"queue_s": max(0.0, row.t_start - row.request.t_submit), "vae_s": time.monotonic() - computed}
+                self._finish(row, decoded, len(batch), {**times, **spent}, emit)
+            if len(left) > count:
                 between()
+
+    def _decoded_together(self, work: Work) -> int:
+        """Most pictures that are decoded at a time: on a CPU each as soon as it can be."""
+        return max(1, MAX_DECODED_PIXELS // (work.width * work.height)) if self.info.device == "cuda" else 1
+
+    def _decoded(self, latents: Tensor) -> list[Decoded]:
+        """The pictures of latents, one by one where the device has no memory for all."""
+        try:
+            return self.painter.decode(latents)
+        except STEP_ERRORS as error:
+            if len(latents) == 1 or not is_out_of_memory(error):
+                raise
+        return [decoded for one in latents for decoded in self.painter.decode(one[None])]
 
     def _embedded(self, batch: Sequence[Row]) -> Any:
         """The conditions of a batch, computed."""
@@ -197,20 +215,16 @@ class ImageExecutor:
         if self.info.device == "cuda":
             torch.cuda.synchronize()
 
-    def _finish(self, row: Row, latents: Tensor, batch: int, emit: Emit) -> None:
-        begin = time.monotonic()
-        try:
-            pixels, flagged = self.painter.decode(latents)
-        except NonFinite as error:
-            self._fail(row, error)
+    def _finish(self, row: Row, decoded: Decoded, batch: int, times: dict[str, float], emit: Emit) -> None:
+        if isinstance(decoded, NonFinite):
+            self._fail(row, decoded)
             return
-        row.times["vae_s"] = time.monotonic() - begin
-        request, work = row.request, row.work
+        (pixels, flagged), request, work = decoded, row.request, row.work
         prompt, negative = (self.painter.read(text or "") for text in (request.prompt, request.params.negative_prompt))
         facts = {"prompt_tokens": prompt.tokens, "cut": prompt.cut, "negative_cut": negative.cut, "batch": batch}
         seed = request.params.seed or 0
         size = (work.width, work.height)
-        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, dict(row.times), pixels))
+        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, times, pixels))
         self._end(row)
 
     def _tell(self, batch: Sequence[Row], step: int, latents: Tensor, emit: Emit) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from miinb.engine.previews import LatentColors
-from miinb.errors import InvalidRequest
+from miinb.errors import InvalidRequest, NonFinite
 from miinb.image_messages import PaintRequest
 from miinb.image_params import steps_done
 
@@ -57,6 +57,10 @@ class Reading:
     cut: str
 
 
+#: A picture's pixels, RGB, row after row, and whether it was found unfit; or what is said of NaN and infinity.
+Decoded = tuple[bytes, bool] | NonFinite
+
+
 class Painter(Protocol):
     """Computes pictures.
 
@@ -89,12 +93,8 @@ class Painter(Protocol):
     ) -> Tensor:
         """Latents [N, C, h, w] of the starts; `between` gets each step's number, from 1, and its latents."""
 
-    def decode(self, latents: Tensor) -> tuple[bytes, bool]:
-        """Pixels of one picture's latents [1, C, h, w]: RGB, row after row; and whether it was found unfit.
-
-        Raises:
-            NonFinite: they are NaN or infinite.
-        """
+    def decode(self, latents: Tensor) -> list[Decoded]:
+        """The pictures of latents [N, C, h, w]."""
 
     def close(self) -> None:
         """Let go of the device's memory."""

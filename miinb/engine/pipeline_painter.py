@@ -12,7 +12,7 @@ from torch import Tensor
 from miinb.config import DeploymentConfig
 from miinb.engine import sdxl
 from miinb.engine.diffusion import ImageExecutor
-from miinb.engine.painting import Kind, Start, Work
+from miinb.engine.painting import Decoded, Kind, Start, Work
 from miinb.engine.pipeline_parts import PipelineParts, check_parts, generators, load_pipe, parts_of
 from miinb.errors import UnsupportedModel
 from miinb.messages import EngineInfo, Phase
@@ -115,7 +115,7 @@ class PipelinePainter(PipelineParts):
         return latents
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> tuple[bytes, bool]:
+    def decode(self, latents: Tensor) -> list[Decoded]:
         """See `Painter`."""
         if self._xl:
             return self.pixels(sdxl.decode(self._pipe, latents))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miinb.engine import sdxl
-from miinb.engine.painting import Kind, Reading, Start, Work
+from miinb.engine.painting import Decoded, Kind, Reading, Start, Work
 from miinb.engine.previews import SDXL, STABLE_DIFFUSION
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
@@ -17,6 +18,7 @@ from miinb.messages import EngineInfo
 from miinb.models import ModelInfo
 from miinb.pipelines import Pipeline, is_sdxl
 
+_REMEMBERED = 256  # texts and kinds of work
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
 
@@ -138,9 +140,12 @@ class PipelineParts:
         self._xl = is_sdxl(pipeline.name)
         self.colors = SDXL if self._xl else STABLE_DIFFUSION
         self._pipe: Any = pipe
+        # Requests are alike: to make a scheduler and to read a text take a millisecond or two each time.
+        self.check = functools.lru_cache(_REMEMBERED)(self._check)
+        self.read = functools.lru_cache(_REMEMBERED)(self._read)
 
-    def check(self, work: Work) -> None:
-        """See `Painter`."""
+    def _check(self, work: Work) -> None:
+        """See `Painter.check`."""
         scheduler = self._classes[work.scheduler].from_config(self._config)  # the pipeline's may be at work
         try:
             scheduler.set_timesteps(work.steps)
@@ -153,8 +158,8 @@ class PipelineParts:
                 f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
             )
 
-    def read(self, text: str) -> Reading:
-        """See `Painter`."""
+    def _read(self, text: str) -> Reading:
+        """See `Painter.read`."""
         ids = self._pipe.tokenizer(text, truncation=False, verbose=False).input_ids
         rest = ids[self._length - 1 : -1]
         return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
@@ -176,24 +181,30 @@ class PipelineParts:
         self._pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
         return self._pipe.scheduler
 
-    def pixels(self, image: Tensor) -> tuple[bytes, bool]:
-        """RGB of one picture [1, 3, height, width], about -1 to 1, and whether the safety checker found it unfit.
-
-        Raises:
-            NonFinite: it is NaN or infinite.
-        """
-        if not bool(torch.isfinite(image).all()):
-            raise NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
-        flags = None
+    def pixels(self, images: Tensor) -> list[Decoded]:
+        """RGB of pictures [N, 3, height, width], about -1 to 1, as diffusers' image processor rounds them."""
+        finite = images.isfinite().flatten(1).all(1).tolist()
+        images, flags = images.nan_to_num(), None
         if not self._xl:  # which comes without a checker
-            image, flags = self._pipe.run_safety_checker(image, image.device, image.dtype)
-        flagged = bool(flags and flags[0])
-        (picture,) = self._pipe.image_processor.postprocess(image, output_type="pil", do_denormalize=[not flagged])
-        return picture.convert("RGB").tobytes(), flagged
+            images, flags = self._pipe.run_safety_checker(images, images.device, images.dtype)
+        flagged = [bool(flag) for flag in flags or [False] * len(images)]
+        values = (images * 0.5 + 0.5).clamp(0, 1)
+        for place, flag in enumerate(flagged):
+            if flag:  # the checker made it black
+                values[place] = images[place]
+        rounded = (values.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [
+            (picture.tobytes(), flag) if whole else _not_finite()
+            for picture, flag, whole in zip(rounded, flagged, finite, strict=True)
+        ]
 
     def close(self) -> None:
         """See `Painter`."""
         self._pipe = None
+
+
+def _not_finite() -> NonFinite:
+    return NonFinite("The model made NaN or infinity of this prompt.", hint="Try dtype='bf16' or 'fp32'.")
 
 
 def generators(starts: Sequence[Start]) -> list[torch.Generator]:

@@ -27,7 +27,7 @@ def embed(pipe: Any, prompts: Sequence[str], negatives: Sequence[str], guided: b
 
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """The image [1, 3, H, W] of latents, between -1 and 1; in fp32 where the VAE's configuration says that it must."""
+    """The images [N, 3, H, W] of latents, between -1 and 1; in fp32 where the VAE's configuration says that it must."""
     vae, half = pipe.vae, pipe.vae.dtype == torch.float16
     if not (half and vae.config.force_upcast):
         return _decoded(vae, latents.to(vae.dtype))

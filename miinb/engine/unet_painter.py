@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miinb.engine.image_blocks import fastest_convolutions
 from miinb.engine.image_starts import Beginning, begin
-from miinb.engine.painting import Start, Work
+from miinb.engine.painting import Decoded, Start, Work
 from miinb.engine.pipeline_parts import PipelineParts, generators
 from miinb.engine.step_reuse import Predictor, StepReuse
 from miinb.engine.unet import Unet
@@ -83,7 +83,7 @@ class UnetPainter(PipelineParts):
         return denoised(unet, scheduler, latents, text, work.guidance, options, after, first)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> tuple[bytes, bool]:
+    def decode(self, latents: Tensor) -> list[Decoded]:
         """See `Painter`."""
         return self.pixels(decoded(self._vae, latents / self._vae_scale))
 

@@ -33,7 +33,7 @@ _SIDE, _CARD_SIDE, _SIDE_BYTES, _MOST_SHOWN = 384, 320, 400_000, 4
 _TIMES = (
     ("text encoder", "text_encode_s"),
     ("steps", "steps_s"),
-    ("VAE, a picture", "vae_s"),
+    ("VAE", "vae_s"),
     ("files", "picture_s"),
     ("whole answer", "e2e_s"),
 )

@@ -19,6 +19,7 @@ from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, to
 
 MAX_OUTBOX_BYTES = 64 << 20
 RECEIVE_BYTES = 1 << 18
+_SEND_BYTES = 1 << 20  # that the kernel may hold: a picture's pixels go in one call (where it lets so many)
 #: Clients that may wait to be let in, while the loop is busy; a further one is refused by the kernel.
 BACKLOG = 1024
 
@@ -30,6 +31,7 @@ class RankSocket:
     """
 
     def __init__(self, sock: socket.socket, *, max_outbox_bytes: int = MAX_OUTBOX_BYTES) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         sock.setblocking(False)
         self._socket = sock
         self._decoder = Decoder()

@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import miinb
 from miinb.image_messages import ImagesRequest, PaintedEvent, PaintProgress
 from miinb.image_metadata import encoded
@@ -22,10 +24,8 @@ def picture_file(event: PaintedEvent, request: ImagesRequest, model: str) -> byt
         request: what asked for it.
         model: the model's folder or hub name; of a folder only its own name is told.
     """
-    from PIL import Image
-
-    image = Image.frombytes("RGB", (event.width, event.height), event.pixels)
-    return encoded(image, facts(event, request, model), request.params.image_format)
+    pixels = np.frombuffer(event.pixels, np.uint8).reshape(event.height, event.width, 3)
+    return encoded(pixels, facts(event, request, model), request.params.image_format)
 
 
 def preview_file(event: PaintProgress) -> bytes:

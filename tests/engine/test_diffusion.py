@@ -220,6 +220,105 @@ def test_numbers_that_are_none_fail_the_picture_alone(executor: ImageExecutor) -
     assert len(painted(run(executor, request(1)))) == 1
 
 
+@pytest.fixture
+def together(executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures are decoded four at a time, as on a GPU: how many each time."""
+    monkeypatch.setattr(executor, "_decoded_together", lambda work: 4)
+    counts: list[int] = []
+    decode = executor.painter.decode
+    monkeypatch.setattr(executor.painter, "decode", lambda latents: counts.append(len(latents)) or decode(latents))
+    return counts
+
+
+def test_pictures_that_are_decoded_together_are_the_same(
+    tiny: tuple[Path, Any], together: list[int], executor: ImageExecutor
+) -> None:
+    executor.info = replace(executor.info, max_batch=5)
+    asked = [request(place) for place in range(5)]
+    found = painted(run(executor, *asked))
+    assert together == [4, 1]
+    for one in asked:
+        assert np.abs(pixels(found[one.row_id]) - direct(tiny[1], one)).max() <= 1
+    times = [found[place].times["vae_s"] for place in range(5)]
+    assert times[3] < times[4]  # until each was there
+
+
+def test_a_picture_canceled_meanwhile_is_not_decoded(together: list[int], executor: ImageExecutor) -> None:
+    executor.info = replace(executor.info, max_batch=5)
+
+    def cancel() -> None:
+        if together:
+            executor.cancel(4, "cancelled")
+
+    events = run(executor, *(request(place) for place in range(5)), poll=cancel)
+    assert set(painted(events)) == {0, 1, 2, 3}
+    assert together == [4]
+
+
+def test_where_memory_is_short_pictures_are_decoded_one_by_one(
+    executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "_decoded_together", lambda work: 4)
+    decode, counts = executor.painter.decode, list[int]()
+
+    def little(latents: torch.Tensor) -> Any:
+        counts.append(len(latents))
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(latents)
+
+    monkeypatch.setattr(executor.painter, "decode", little)
+    assert len(painted(run(executor, *(request(place) for place in range(3))))) == 3
+    assert counts == [2, 1, 1, 1]
+
+
+def test_numbers_that_are_none_fail_one_picture_of_those_decoded_together(
+    together: list[int], executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter: Any = executor.painter
+    given = painter.pixels
+
+    def spoiled(images: torch.Tensor) -> Any:
+        images[1, 0, 0, 0] = float("inf")
+        return given(images)
+
+    monkeypatch.setattr(painter, "pixels", spoiled)
+    events = run(executor, *(request(place) for place in range(4)))
+    assert set(painted(events)) == {0, 2, 3}
+    (failure,) = (event for event in events if isinstance(event, FailedEvent))
+    assert (failure.row_id, failure.error) == (1, "NonFinite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pixels_are_rounded_as_diffusers_does(executor: ImageExecutor, dtype: torch.dtype) -> None:
+    painter: Any = executor.painter
+    images = (torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 0.7).to(dtype)
+    expected = painter._pipe.image_processor.postprocess(images.clone(), output_type="pil")
+    for (found, flagged), picture in zip(painter.pixels(images), expected, strict=True):
+        assert found == picture.tobytes()
+        assert not flagged
+
+
+def test_requests_that_are_alike_are_checked_and_read_once(
+    executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    painter: Any = executor.painter
+    cls = painter._classes[painter.scheduler]
+    kept = cls.set_timesteps
+
+    def counted(scheduler: Any, steps: int, *args: Any, **options: Any) -> None:
+        made.append(steps)
+        kept(scheduler, steps, *args, **options)
+
+    monkeypatch.setattr(cls, "set_timesteps", counted)
+    run(executor, *(request(place, num_inference_steps=3) for place in range(3)))
+    assert len(made) == 2  # one to check, one to compute
+    for _ in range(2):  # what is refused is refused again
+        with pytest.raises(InvalidRequest):
+            executor.paint(request(9, num_inference_steps=1000))
+
+
 def test_what_cannot_be_served_is_refused_before_it_waits(executor: ImageExecutor) -> None:
     with pytest.raises(InvalidRequest, match="DDIMSchedule") as refused:
         executor.paint(request(0, scheduler="DDIMSchedule"))

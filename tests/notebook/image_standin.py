@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 from standin import StandIn
 
@@ -72,7 +73,7 @@ class ImageStandIn(StandIn):
             values = {**params.model_dump(), "prompt": prompt, "negative_prompt": params.negative_prompt or ""}
             values |= {"seed": seed, "width": width, "height": height, "model": "tiny", "version": "1"}
             values["scheduler"] = params.scheduler or "PNDMScheduler"
-            data = encoded(landscape(seed, width, height, self.brighter), values, params.image_format)
+            data = encoded(np.asarray(landscape(seed, width, height, self.brighter)), values, params.image_format)
             pictures.append(Picture(place, data, seed, width, height, self.flags))
         e2e_s, count = self.e2e_s, len(pictures)
         timing = ImageTiming(

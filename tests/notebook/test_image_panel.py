@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import ipywidgets as W
+import numpy as np
 import pytest
 from image_standin import ImageStandIn, jpeg, landscape
 from panel_checks import KINDS, check_controls, html_of, nothing_left, until, walk
@@ -296,7 +297,7 @@ def test_a_file_with_an_unknown_scheduler_is_loaded(make: Make) -> None:
     values: dict[str, Any] = dict.fromkeys(("negative_prompt", "model", "version"), "")
     values |= {"prompt": "p", "num_inference_steps": 9, "guidance_scale": 0, "seed": (1 << 63) - 1}
     values |= {"width": 40, "height": 64, "scheduler": "NewScheduler"}
-    shown.load_file(encoded(Image.new("RGB", (40, 64)), values, "png"))
+    shown.load_file(encoded(np.asarray(Image.new("RGB", (40, 64))), values, "png"))
     controls = shown.controls
     assert (controls.scheduler.value, controls.size.value) == ("NewScheduler", "another")
     assert (controls.width.value, controls.height.value, controls.guidance_scale.value) == (40, 64, 0)
