@@ -95,8 +95,7 @@ ENCODED = struct.Struct("<qI2d2I")
 
 def frame(kind: Kind, *parts: bytes) -> bytes:
     """One frame of these payload parts."""
-    payload = b"".join(parts)
-    return HEADER.pack(len(payload), kind) + payload
+    return b"".join((HEADER.pack(sum(map(len, parts)), kind), *parts))
 
 
 def encode(message: Message, *, sent: PaintSource | None = None) -> bytes:
@@ -150,10 +149,10 @@ def _headed_frame(kind: Kind, event: ImageEvent, tail: str) -> bytes:
     return frame(kind, LENGTH.pack(len(head)), head, getattr(event, tail))
 
 
-def _headed(payload: bytes) -> tuple[dict[str, Any], bytes]:
+def _headed(payload: memoryview) -> tuple[dict[str, Any], bytes]:
     (length,) = LENGTH.unpack_from(payload)
-    head: dict[str, Any] = json.loads(payload[LENGTH.size : LENGTH.size + length])
-    return head, payload[LENGTH.size + length :]
+    head: dict[str, Any] = json.loads(bytes(payload[LENGTH.size : LENGTH.size + length]))
+    return head, bytes(payload[LENGTH.size + length :])
 
 
 def _encode_frame(request: EncodeRequest) -> bytes:
@@ -253,14 +252,22 @@ class Decoder:
             if len(buffer) < end:
                 break
             try:
-                messages.extend(self._message(kind, bytes(memoryview(buffer)[at + HEADER.size : end])))
+                with memoryview(buffer) as whole, whole[at + HEADER.size : end] as payload:
+                    messages.extend(self._message(kind, payload))
             except _UNREADABLE as error:
                 raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
             at = end
         del buffer[:at]
         return messages
 
-    def _message(self, kind: int, payload: bytes) -> Iterable[Message]:
+    def _message(self, kind: int, view: memoryview) -> Iterable[Message]:
+        if kind == Kind.PROGRESS:
+            head, preview = _headed(view)
+            return [PaintProgress(**head, preview=preview)]
+        if kind == Kind.PAINTED:  # large: copied once
+            head, pixels = _headed(view)
+            return [PaintedEvent(**head, pixels=pixels)]
+        payload = bytes(view)
         if kind == Kind.TOKENS:
             return self._tokens(payload)
         if kind == Kind.SUBMIT:
@@ -274,12 +281,6 @@ class Decoder:
             return [_encode_request(payload)]
         if kind == Kind.ENCODED:
             return [_encoded_event(payload)]
-        if kind == Kind.PROGRESS:
-            head, preview = _headed(payload)
-            return [PaintProgress(**head, preview=preview)]
-        if kind == Kind.PAINTED:
-            head, pixels = _headed(payload)
-            return [PaintedEvent(**head, pixels=pixels)]
         if kind == Kind.SOURCE:
             (length,) = LENGTH.unpack_from(payload)
             image, mask = _parts(payload, LENGTH.size, (length, max(0, len(payload) - LENGTH.size - length)))
