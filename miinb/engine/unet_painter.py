@@ -26,6 +26,8 @@ from miinb.pipelines import Pipeline
 
 #: Steps that may wait on the device when the next one is launched.
 AHEAD = 2
+#: Texts whose embeddings are kept: the negative prompt is mostly the same, and variations of a picture share theirs.
+MOST_TEXTS = 64
 
 
 class UnetPainter(PipelineParts):
@@ -48,6 +50,22 @@ class UnetPainter(PipelineParts):
         self._unet = unet
         self._vae = vae
         self._step_reuse = step_reuse
+        self._texts: dict[str, Tensor] = {}  # embeddings [text_length, D]; those used last stand last
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
+        """See `Painter`: embeddings [N, text_length, D], of each text computed once."""
+        guided, count = guidance > 1 and self._guides, len(prompts)
+        texts = [*prompts, *(negatives if guided else ())]
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
+            found, _ = self._pipe.encode_prompt(missing, self._pipe._execution_device, 1, False)
+            self._texts |= {text: one.clone() for text, one in zip(missing, found, strict=True)}
+        embedded = torch.stack([self._texts[text] for text in texts])
+        for text in dict.fromkeys(texts):
+            self._texts[text] = self._texts.pop(text)
+        for text in list(self._texts)[:-MOST_TEXTS]:
+            del self._texts[text]
+        return embedded[:count], embedded[count:] if guided else None
 
     @torch.inference_mode()
     def denoise(

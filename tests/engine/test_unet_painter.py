@@ -165,6 +165,26 @@ def test_without_guidance_one_prediction_is_computed(arms: tuple[ImageExecutor, 
     assert painter.embed(["a"], ["b"], 1.1)[1].shape == painter.embed(["a"], ["b"], 1.0)[0].shape
 
 
+def test_texts_are_embedded_once(arms: tuple[ImageExecutor, ImageExecutor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the baseline embeds them; so many are kept as were used last."""
+    painter: Any = arms[0].painter
+    monkeypatch.setattr(painter, "_texts", {})
+    monkeypatch.setattr(unet_painter, "MOST_TEXTS", 3)
+    seen: list[list[str]] = []
+    encode = painter._pipe.encode_prompt
+    monkeypatch.setattr(painter._pipe, "encode_prompt", lambda texts, *rest: seen.append(texts) or encode(texts, *rest))
+    for prompts, negatives, guidance in (
+        *((["a", "b", "a"], ["", "", ""], 7.5), (["b"], [""], 7.5), (["c"], ["a"], 1.0)),
+        *((["d"], [""], 7.5), (["a"], ["b"], 7.5), (["v", "w", "x", "y"], ["z"] * 4, 2.0)),
+    ):
+        found, expected = (arm.painter.embed(prompts, negatives, guidance) for arm in arms)
+        for own, other in zip(found, expected, strict=True):
+            assert (own is None) == (other is None)
+            assert own is None or distance(own, other) < 1e-5
+    assert seen == [["a", "b", ""], ["c"], ["d"], ["a", "b"], ["v", "w", "x", "y", "z"]]
+    assert list(painter._texts) == ["x", "y", "z"]
+
+
 def test_a_batch_gives_what_each_gives_alone(arms: tuple[ImageExecutor, ImageExecutor]) -> None:
     prompts = ["a red cat", "the blue fox", ""]
     together = latents_of(arms[0], work(), [3, 4, 5], *prompts)
