@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 0.2
 #: Pixels of one batch: the outbox of the rank's socket takes two such batches.
 MAX_BATCH_BYTES = 32 << 20
-#: Of pictures that a GPU decodes together: eight of 512 x 512, whose layers take 4 GB.
+#: Of pictures that a GPU decodes together: eight of 512 x 512, whose largest layer is 1 GB in fp16.
 MAX_DECODED_PIXELS = 8 * 512 * 512
 #: Of pictures to begin from that wait: some 240 of 512 x 512.
 MAX_WAITING_BYTES = 256 << 20
