@@ -14,7 +14,7 @@ pytest.importorskip("triton")
     "name",
     [
         *("test_kernels.py", "test_encoder_kernels.py", "test_image_kernels.py"),
-        *("test_quantized_kernels.py", "test_fp8_kernels.py"),
+        *("test_wide_product.py", "test_gated_product.py", "test_quantized_kernels.py", "test_fp8_kernels.py"),
     ],
 )
 def test_kernels_under_the_interpreter(name: str) -> None:
