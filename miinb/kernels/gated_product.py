@@ -14,6 +14,7 @@ from torch import Tensor
 
 from miinb.kernels.activation import activation_of
 from miinb.kernels.dispatch import copies_tiles, jit, launch_options, tl, wait_for_inputs
+from miinb.kernels.large_product import tile_place
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -85,11 +86,7 @@ def _gated_product(
     down, across = tl.cdiv(rows, ROWS), n // OUTPUTS
     wait_for_inputs(PDL)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
-        group = tile // (GROUP * across)
-        inside = tile % (GROUP * across)
-        tiles = tl.minimum(down - group * GROUP, GROUP)
-        m = (group * GROUP + inside % tiles) * ROWS
-        j = inside // tiles * OUTPUTS
+        m, j = tile_place(tile, down, across, GROUP, ROWS, OUTPUTS)
         gate = tl.zeros([ROWS, OUTPUTS], tl.float32)
         up = tl.zeros([ROWS, OUTPUTS], tl.float32)
         for step in range(K // STEP):

@@ -70,6 +70,15 @@ def large_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     return y
 
 
+@jit
+def tile_place(tile, down, across, GROUP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """First row and output of a tile: so many tiles of rows go along all outputs together."""
+    group = tile // (GROUP * across)
+    inside = tile % (GROUP * across)
+    tiles = tl.minimum(down - group * GROUP, GROUP)
+    return (group * GROUP + inside % tiles) * ROWS, inside // tiles * OUTPUTS
+
+
 # Kernels' long parameter lists stay in rows.
 # fmt: off
 @jit(plain=("rows",))
@@ -86,11 +95,7 @@ def _large_product(
     down, across = tl.cdiv(rows, BLOCK_M), n // BLOCK_N
     wait_for_inputs(PDL)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=FLATTEN):
-        group = tile // (GROUP * across)
-        inside = tile % (GROUP * across)
-        tiles = tl.minimum(down - group * GROUP, GROUP)
-        m = (group * GROUP + inside % tiles) * BLOCK_M
-        j = inside // tiles * BLOCK_N
+        m, j = tile_place(tile, down, across, GROUP, BLOCK_M, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(K // BLOCK_K):
             acc = tl.dot(x.load([m, step * BLOCK_K]), weight.load([j, step * BLOCK_K]).T, acc)

@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
 import torch
+
+from miinb.kernels.dispatch import INTERPRETED
 
 GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if GPU else "cpu"
@@ -24,3 +27,12 @@ def same(out: torch.Tensor, expected: torch.Tensor, tolerance: float | None = No
     limit = TOLERANCE[out.dtype] if tolerance is None else tolerance
     error = (out.double().cpu() - expected.double().cpu()).abs().max() / expected.abs().max().clamp(min=1e-6)
     assert error <= limit, f"relative error {error:.2e}"  # also false for NaN
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Of every file that imports it: there is what its kernels run on, and numbers are the same each time."""
+    if GPU and not torch.cuda.is_available():
+        pytest.fail("no CUDA device")
+    assert GPU or INTERPRETED
+    torch.manual_seed(0)

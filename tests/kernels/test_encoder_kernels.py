@@ -8,23 +8,15 @@ import torch
 import miinb.kernels.large_product as large_product_module
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import product, reference
-from miinb.kernels.dispatch import INTERPRETED, copies_tiles
+from miinb.kernels.dispatch import copies_tiles
 from miinb.kernels.embedding import embedding_norm
 from miinb.kernels.large_product import is_large, large_product
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.packed_attention import attention_tile, packed_attention
 from miinb.kernels.product import product_tile
-from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES[1:])

@@ -11,23 +11,14 @@ from miinb.engine.parity import difference, products_of_many
 from miinb.kernels import dequantize as dequantize_module
 from miinb.kernels import reference
 from miinb.kernels.dequantize import dequantized, product_of_many
-from miinb.kernels.dispatch import INTERPRETED
 from miinb.kernels.formats import FP8, FP8_MAX, dequantize, fp8_columns, pack_fp8, unpack_fp8
 from miinb.kernels.fp8_gemv import fp8_gemv
 from miinb.kernels.fp8_many import fp8_product_of_many, fp8_rows
 from miinb.kernels.fp8_product import MOST_ROWS, fp8_product_tile
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
-from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 def quantized(n: int, k: int, bias: torch.Tensor | None = None) -> PackedLinear:

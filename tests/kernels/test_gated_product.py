@@ -6,19 +6,11 @@ import torch
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import gated_product as module
 from miinb.kernels import reference
-from miinb.kernels.dispatch import INTERPRETED, copies_tiles
+from miinb.kernels.dispatch import copies_tiles
 from miinb.kernels.linear import PackedLinear, gated_linear
-from tests.kernels.checking import DEVICE, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("rows", [100, 300])

@@ -6,9 +6,8 @@ import torch
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import group_norm as module
 from miinb.kernels import reference
-from miinb.kernels.dispatch import INTERPRETED
 from miinb.kernels.group_norm import group_norm, join
-from tests.kernels.checking import DEVICE, DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 
@@ -17,14 +16,6 @@ SHAPES = [
     *((2, 5, 7, 40, 4), (1, 8, 8, 320, 32), (3, 3, 1, 30, 3)),
     *((1, 9, 8, 24, 1), (2, 1, 1, 640, 8), (1, 4, 4, 7, 7)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["each group whole", "in parts"])

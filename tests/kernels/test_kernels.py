@@ -20,17 +20,9 @@ from miinb.kernels.norm import layer_norm, post_norm, rms_norm
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
 from miinb.kernels.shares import MOST, best_shares
-from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

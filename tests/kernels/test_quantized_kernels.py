@@ -9,24 +9,15 @@ import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import dequantize as dequantize_module
 from miinb.kernels import reference
 from miinb.kernels.dequantize import embedding_rows, product_of_many
-from miinb.kernels.dispatch import INTERPRETED
 from miinb.kernels.formats import INT8_OFFSET, bits_of, dequantize, groups_of, pack, unpack
 from miinb.kernels.head import greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.quantized_product import MOST_ROWS, quantized_product_tile
-from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DEVICE, DOT_DTYPES, DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 #: A weight is put into the bits of a float, and what that adds is taken away again: see `quantized_gemv`.
 FP32_TOLERANCE = 1e-3
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 def quantized(n: int, k: int, bits: int, bias: torch.Tensor | None = None) -> PackedLinear:

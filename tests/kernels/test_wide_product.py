@@ -9,22 +9,14 @@ import tests.kernels.interpreter  # noqa: F401
 from miinb.engine.image_blocks import convolve
 from miinb.kernels import linear as linear_module
 from miinb.kernels import wide_product as module
-from miinb.kernels.dispatch import INTERPRETED, copies_tiles, plain_operators
+from miinb.kernels.dispatch import copies_tiles, plain_operators
 from miinb.kernels.linear import PackedLinear, linear, linear_norm
-from tests.kernels.checking import DOT_DTYPES, GPU, rand, same, wide
+from tests.kernels.checking import DOT_DTYPES, GPU, rand, same, seeded, wide  # noqa: F401
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 
 HALVES = [dtype for dtype in DOT_DTYPES if dtype != torch.float32]
 OUTPUTS = 320
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    if GPU and not torch.cuda.is_available():
-        pytest.fail("no CUDA device")
-    assert GPU or INTERPRETED
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["large tiles", "small tiles"])
