@@ -21,7 +21,7 @@ from miinb.engine.positions import alibi_slopes, rotary_tables
 from miinb.engine.spec import DecoderSpec
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dequantize import embedding_rows
-from miinb.kernels.head import argmax, greedy_head
+from miinb.kernels.head import argmax, greedy_head, largest
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
 from miinb.kernels.rope import rope_append
@@ -256,13 +256,8 @@ class Decoder:
         """Token ids and finite, as `greedy`, of every rank's own logits: only each rank's best one crosses."""
         if self.group is None:
             return argmax(logits)
-        value, token_id = logits.max(-1)  # NaN if one is
-        token_id += self.group.rank * self.spec.vocab_size
-        candidates = self.group.gather(torch.stack([value.float(), token_id.float()], -1))  # ids below 2**24 are exact
-        values, ids = candidates.view(-1, self.group.size, 2).unbind(-1)
-        best = values.amax(-1)
-        winner = torch.where(values == best[:, None], ids, float(1 << 24)).amin(-1).long()  # the lowest of equal ones
-        return winner.clamp_(max=self.weights.embed.shape[0] - 1), torch.isfinite(best)
+        value, token_id = largest(logits)
+        return self.group.best(value, token_id, self.group.rank * self.spec.vocab_size)
 
     def stand_in(self, tokens: int, rows: int, *, whole: bool) -> None:
         """Take part with zeros in what is left of a step's collectives, after this rank failed within the step.
@@ -279,9 +274,12 @@ class Decoder:
         branches = 1 if self.spec.block in ("parallel", "parallel_norms") else 2
         for _ in range(branches * self.spec.layers - self.group.reductions):
             self.group.all_reduce(hidden)
-        if not self.group.gathers:
-            width, dtype = (self.spec.vocab_size, self.weights.dtype) if whole else (2, torch.float32)
-            self.group.gather(torch.zeros((rows, width), dtype=dtype, device=device))
+        if self.group.gathers:
+            return
+        if whole:
+            self.group.gather(torch.zeros((rows, self.spec.vocab_size), dtype=self.weights.dtype, device=device))
+        else:
+            self.group.best(torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device), 0)
 
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miinb.engine import shared_memory, symmetric
 from miinb.kernels import all_reduce as kernels
+from miinb.kernels import best_of_ranks
 from miinb.kernels.all_reduce import Boards
 
 #: Longest wait in a collective. Ranks enter them together, so only one that is dead or stopped takes so long.
@@ -100,6 +101,28 @@ class Group:
         else:
             self._wait(self._comm.all_gather, list(board.unbind()), x.contiguous())
         return torch.cat(board.unbind(), -1)
+
+    def best(self, value: Tensor, token_id: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The tokens with the largest logits, of which every rank has a part: only each rank's best one crosses.
+
+        Args:
+            value, token_id: of this rank's part, as `kernels.head.largest` has them.
+            first: what token the part begins with.
+
+        Returns:
+            As `kernels.head.argmax`, the same on every rank.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        if self.boards is not None and best_of_ranks.fits(len(value), self.boards):
+            self.gathers += 1
+            return best_of_ranks.best_of_ranks(value, token_id, self.boards, first)
+        candidates = self.gather(torch.stack([value, (token_id + first).float()], -1))  # ids below 2**24 are exact
+        values, ids = candidates.view(-1, self.size, 2).unbind(-1)
+        best = values.amax(-1)  # NaN if one is: no id is chosen then, and any will do
+        winner = torch.where(values == best[:, None], ids, float(1 << 24)).amin(-1)  # the lowest of equal ones
+        return torch.where(best.isnan(), 0.0, winner).long(), torch.isfinite(best)
 
     def least(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values (at start-up)."""

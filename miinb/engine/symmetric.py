@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 #: PyTorch touches no multicast where this is "1". NVLink multicast that goes wrong takes a host's GPUs out of service.
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-#: Bytes of the largest message that is pushed. None is: it has not been measured on linked GPUs yet (`bench.collectives
-#: --pushed` does).
-MOST_PUSHED = 0
+#: Bytes of the largest message that is pushed, measured on two GPUs (`bench.collectives --pushed`).
+MOST_PUSHED = 128 << 10
 #: Difference to NCCL's sums that rounding explains, relative to the largest number: NCCL rounds after each addition.
 _TOLERANCE = 2e-2
 

@@ -29,8 +29,9 @@ from miinb.kernels.pushed_sum import pushed_sum
 #: Most programs of a launch, and so flags that each rank has for each other.
 PROGRAMS = 128
 #: A program that has looked so often in vain, for a minute or two, fails: its process cannot use the GPU any more, and
-#: ends. NCCL's time limit does the same.
+#: ends. NCCL's time limit does the same. A look at packets is a read of this GPU's memory, a look at flags an atomic.
 MOST_LOOKS = 1 << 27
+MOST_LOOKS_AT_PACKETS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,11 @@ class Boards:
     short: int
     programs: int
     keep: tuple[Any, ...] = ()
+
+    @property
+    def packets_begin(self) -> int:
+        """Where in each rank's memory."""
+        return _packets_begin(len(self.addresses), self.limit)
 
     def fits(self, x: Tensor) -> bool:
         """Whether a message is small enough."""
@@ -137,9 +143,9 @@ def _launch(
     }
     grid, warps = (min(rows, boards.programs),), min(max(block // 256, 1), 16)
     if x.element_size() == 2 and hidden % 8 == 0 and x.numel() * 2 <= boards.short:
-        start, kinds["INTERPRETED"] = _packets_begin(ranks, boards.limit), INTERPRETED
-        numbers = (boards.rank, rows, hidden, start, boards.short)
-        pushed_sum[grid](*tensors, *numbers, eps, BLOCK=block // 2, num_warps=warps, **kinds)
+        kinds |= {"MOST_LOOKS": MOST_LOOKS_AT_PACKETS, "INTERPRETED": INTERPRETED}
+        numbers = (boards.rank, rows, hidden, boards.packets_begin, boards.short)
+        pushed_sum[grid](*tensors, *numbers, eps, BLOCK=block // 4, num_warps=warps, **kinds)
     else:
         sizes = (boards.rank, rows, hidden, boards.limit)
         _reduce[grid](*tensors, *sizes, eps, PEERS=power_of_2(ranks), BLOCK=block, num_warps=warps, **kinds)

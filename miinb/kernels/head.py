@@ -39,10 +39,26 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not use_triton(logits):
         return reference.argmax(logits)
+    ids, finite, _ = _launch(logits)
+    return ids, finite
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit [L] fp32, infinite or NaN where one is NaN, and its id [L] int64 as `argmax` has it."""
+    if not use_triton(logits):
+        values, ids = logits.max(-1)
+        return values.float(), ids
+    ids, _, values = _launch(logits)
+    return values, ids
+
+
+def _launch(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, whether all is finite, and the largest."""
     rows, vocab = logits.shape
     splits = -(-vocab // _BLOCK)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     finite = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    values = torch.empty(rows, dtype=torch.float32, device=logits.device)
     best = torch.empty((rows, splits), dtype=torch.float32, device=logits.device)
     place = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)
     _argmax[(rows, splits)](
@@ -52,6 +68,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         arrival_counters(logits.device),
         ids,
         finite,
+        values,
         vocab,
         SPLITS=splits,
         BLOCK_S=power_of_2(splits),
@@ -59,14 +76,14 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=8,
         **launch_options(logits),
     )
-    return ids, finite
+    return ids, finite, values
 
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
 @jit
 def _argmax(
-    logits, best, place, counters, ids, finite, vocab, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    logits, best, place, counters, ids, finite, values, vocab, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program a row and BLOCK ids; the last of a row to finish merges them. A NaN counts as infinity."""
@@ -87,4 +104,5 @@ def _argmax(
         winner, which = tl.max(tops, 0, return_indices=True)
         places = tl.load(place + row * SPLITS + s, mask=s < SPLITS, other=0, cache_modifier=".cg")
         tl.store(ids + row, tl.sum(tl.where(s == which, places, 0), 0).to(tl.int64))
+        tl.store(values + row, winner)
         tl.store(finite + row, (winner < float("inf")) & (winner > float("-inf")))

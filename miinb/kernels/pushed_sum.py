@@ -1,15 +1,11 @@
-"""The kernel of `all_reduce.py` for short messages: each rank writes its part into the memory of the others.
-
-A packet of 8 bytes is two numbers and the number of their message. Who reads it sees by the latter that the former have
-come: nobody waits for a fence, a flag, or a read across the link, which take most of a short message's time (NCCL calls
-this protocol LL). Packets lie in memory of their own, for even and odd messages, which is used again as boards are.
-"""
+"""The kernel of `all_reduce.py` for short messages: each rank writes its part into the memory of the others."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from miinb.kernels.dispatch import fail_after, jit, tl, wait_for_inputs
+from miinb.kernels.dispatch import jit, tl, wait_for_inputs
+from miinb.kernels.packets import number_of, packets_of, push, wait_for_packets
 
 
 # Kernels' long parameter lists stay in rows.
@@ -22,121 +18,118 @@ def pushed_sum(
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):
     """A program takes every n-th row. `start` is where packets begin in a rank's memory, `limit` of how many messages'
-    bytes one rank's are; a word is two numbers of a row.
+    bytes one rank's are; a place is four numbers of a row, which two packets carry.
     """
-    program, programs, words = tl.program_id(0), tl.num_programs(0), hidden // 2
-    word = tl.arange(0, BLOCK)
-    inside = word < words
+    program, programs, places = tl.program_id(0), tl.num_programs(0), hidden // 4
+    place = tl.max_contiguous(tl.arange(0, BLOCK), 1)  # 8 bytes of each lane: more would pull their packets apart
+    inside = place < places
     if NORM:
-        scale, other_scale = _two(weight, word, inside)
+        scale = _four(weight, place, inside)
     if HAS_BIAS:
-        shift, other_shift = _two(bias, word, inside)
+        shift = _four(bias, place, inside)
     memories = ()
     for peer in tl.static_range(RANKS):
         memories = memories + (tl.load(addresses + peer) + start,)  # type: ignore[assignment]  # noqa: RUF005
     mine = tl.load(addresses + rank) + start
     wait_for_inputs(PDL)
     epoch = tl.load(epochs + program) + 1
-    number = (epoch & 0x7FFFFFFF) + 1  # never 0, which is there before the first message
+    number = number_of(epoch)
     half = (epoch & 1) * RANKS
     for row in range(program, rows, programs):
-        at = row * words + word
-        packet = tl.load(_words(x) + at, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF | number << 32
+        at = row * places + place
+        numbers = tl.load(_quads(x) + at, mask=inside, other=0)
         for peer in tl.static_range(RANKS):
-            _push(_packets(memories[peer], half + rank, limit) + at, packet, inside, INTERPRETED)
-    place = tl.arange(0, PROGRAMS)
-    tl.store(epochs + place, epoch, mask=place % programs == program)  # those that this launch lacks count, too
+            if peer != rank:
+                push(packets_of(memories[peer], half + rank, limit) + 2 * at, numbers, number, inside, INTERPRETED)
+    tl.debug_barrier()  # every warp has read the number before one of them counts on
+    counted = tl.arange(0, PROGRAMS)
+    tl.store(epochs + counted, epoch, mask=counted % programs == program)  # those that this launch lacks count, too
     for row in range(program, rows, programs):
-        at = row * words + word
-        wide, other_wide = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        at = row * places + place
+        own = tl.load(_quads(x) + at, mask=inside, other=0)
         if HAS_RESIDUAL:  # on its way while this program waits
-            more, other_more = _two(residual + row * hidden, word, inside)
+            more = _four(residual, at, inside)
+        wide = _zeros(BLOCK)
         for source in tl.static_range(RANKS):
-            came = _wait(_packets(mine, half + source, limit) + at, inside, number, MOST_LOOKS)
-            one, other = _halves(came, x)
-            wide += one
-            other_wide += other
+            came = own
+            if source != rank:
+                packets = packets_of(mine, half + source, limit) + 2 * at
+                came = wait_for_packets(packets, number, inside, MOST_LOOKS, INTERPRETED)
+            wide = _sum(wide, _numbers(came, x))
         if HAS_RESIDUAL:
-            wide += more
-            other_wide += other_more
+            wide = _sum(wide, more)
         if KEEP:
-            wide, other_wide = wide.to(x.dtype.element_ty), other_wide.to(x.dtype.element_ty)
-            _write(total, at, wide, other_wide, inside)
-            wide, other_wide = wide.to(tl.float32), other_wide.to(tl.float32)
+            kept = _bits(wide, x)
+            tl.store(_quads(total) + at, kept, mask=inside)
+            wide = _numbers(kept, x)
         if NORM:
-            wide, other_wide = _normalized(wide, other_wide, inside, hidden, eps, x.dtype.element_ty, CENTERED)
-            wide, other_wide = wide * scale, other_wide * other_scale
+            wide = _normalized(wide, inside, hidden, eps, CENTERED)
+            if not CENTERED:
+                wide = _numbers(_bits(wide, x), x)  # as `norm.rms_norm` rounds
+            wide = _product(wide, scale)
             if HAS_BIAS:
-                wide += shift
-                other_wide += other_shift
-            _write(y, at, wide.to(x.dtype.element_ty), other_wide.to(x.dtype.element_ty), inside)
+                wide = _sum(wide, shift)
+            tl.store(_quads(y) + at, _bits(wide, x), mask=inside)
 
 
 @jit
-def _normalized(first, second, inside, hidden, eps, dtype: tl.constexpr, CENTERED: tl.constexpr):
-    """`norm.normalize` of a row in two halves."""
+def _normalized(wide, inside, hidden, eps, CENTERED: tl.constexpr):
+    """`norm.normalize` of a row in four parts."""
     if CENTERED:
-        mean = (tl.sum(first, 0) + tl.sum(second, 0)) / hidden
-        first, second = tl.where(inside, first - mean, 0.0), tl.where(inside, second - mean, 0.0)
-    inverse = tl.rsqrt(tl.sum(first * first + second * second, 0) / hidden + eps)
-    first, second = first * inverse, second * inverse
-    if not CENTERED:
-        first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-    return first, second
-
-
-@jit
-def _words(x):
-    """A pointer to numbers of two bytes as one to pairs of them."""
-    return tl.multiple_of(x.to(tl.pointer_type(tl.int32)), 16)
-
-
-@jit
-def _packets(memory, of, limit):
-    """Where a rank's packets of a half begin: two bytes of packets for each of a message."""
-    return tl.multiple_of((memory + of * 2 * limit).to(tl.pointer_type(tl.int64)), 16)
-
-
-@jit
-def _halves(words, x):
-    """The two numbers of each word, in fp32."""
-    first = (words & 0xFFFF).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
-    second = (words >> 16 & 0xFFFF).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
-    return first.to(tl.float32), second.to(tl.float32)
-
-
-@jit
-def _two(row, word, inside):
-    """The numbers of a row at even places, and at odd ones."""
-    return _halves(tl.load(_words(row) + word, mask=inside, other=0), row)
-
-
-@jit
-def _write(row, at, first, second, inside):
-    low = first.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    high = second.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    tl.store(_words(row) + at, low | high, mask=inside)
-
-
-@jit
-def _push(places, packets, inside, INTERPRETED: tl.constexpr):
-    """Each packet at once, whoever looks at it meanwhile."""
-    if INTERPRETED:
-        tl.store(places, packets, mask=inside)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,l,r", [places.to(tl.int64), packets, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        mean = tl.sum(wide[0] + wide[1] + wide[2] + wide[3], 0) / hidden
+        wide = (
+            tl.where(inside, wide[0] - mean, 0.0), tl.where(inside, wide[1] - mean, 0.0),
+            tl.where(inside, wide[2] - mean, 0.0), tl.where(inside, wide[3] - mean, 0.0),
         )
+    squares = _product(wide, wide)
+    inverse = tl.rsqrt(tl.sum(squares[0] + squares[1] + squares[2] + squares[3], 0) / hidden + eps)
+    return wide[0] * inverse, wide[1] * inverse, wide[2] * inverse, wide[3] * inverse
 
 
 @jit
-def _wait(places, inside, number, MOST_LOOKS: tl.constexpr):
-    """The words of the packets, as soon as all of them are of this message."""
-    packets = tl.load(places, mask=inside, other=0, volatile=True)
-    looks = 0
-    while tl.max(tl.where(inside & (packets >> 32 & 0xFFFFFFFF != number), 1, 0), 0) > 0:
-        packets = tl.load(places, mask=inside, other=0, volatile=True)
-        looks += 1
-        fail_after(looks, MOST_LOOKS)
-    return packets.to(tl.int32)
+def _zeros(BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], tl.float32)
+    return zeros, zeros, zeros, zeros
+
+
+@jit
+def _sum(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@jit
+def _product(a, b):
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
+
+
+@jit
+def _quads(x):
+    """A pointer to numbers of two bytes as one to four of them."""
+    return tl.multiple_of(x.to(tl.pointer_type(tl.int64)), 16)
+
+
+@jit
+def _four(row, at, inside):
+    return _numbers(tl.load(_quads(row) + at, mask=inside, other=0), row)
+
+
+@jit
+def _numbers(quads, like):
+    """The four numbers of each place, in fp32."""
+    dtype: tl.constexpr = like.dtype.element_ty
+    return (
+        quads.to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+        (quads >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+        (quads >> 32).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+        (quads >> 48).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),
+    )
+
+
+@jit
+def _bits(wide, like):
+    """Four numbers a place, rounded, as they lie in memory."""
+    dtype: tl.constexpr = like.dtype.element_ty
+    quads = wide[3].to(dtype).to(tl.int16, bitcast=True).to(tl.int64)
+    for i in tl.static_range(3):
+        quads = quads << 16 | wide[2 - i].to(dtype).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    return quads

@@ -33,6 +33,7 @@ from miinb.kernels import (
     activation,
     all_reduce,
     attention,
+    best_of_ranks,
     dequantize,
     dispatch,
     fp8_gemv,
@@ -51,8 +52,8 @@ from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
-    *(activation, all_reduce, attention, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear, norm, product),
-    *(quantized_gemv, quantized_product, rope, sample),
+    *(activation, all_reduce, attention, best_of_ranks, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear),
+    *(norm, product, quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {

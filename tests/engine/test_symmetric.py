@@ -55,11 +55,13 @@ def launched(group: Group, rows: int) -> tuple[list[str], bool]:
 
 def test_small_messages_go_through_the_boards_and_large_ones_do_not() -> None:
     group = Sums(2, EngineOptions())
-    assert launched(group, 1) == (["_reduce", "_reduce"], True)
+    assert launched(group, 1) == (["pushed_sum", "pushed_sum"], True)
+    assert launched(group, 16) == (["pushed_sum", "pushed_sum"], True)  # 128 KiB, the most that is pushed
+    assert launched(group, 17) == (["_reduce", "_reduce"], True)
     assert launched(group, 256) == (["_reduce", "_reduce"], True)  # 2 MiB, the most
-    assert (group.reductions, group.others) == (4, 0)
+    assert (group.reductions, group.others) == (8, 0)
     assert launched(group, 257) == ([], False)
-    assert (group.reductions, group.others) == (5, 1)
+    assert (group.reductions, group.others) == (9, 1)
 
 
 def test_where_there_are_no_boards_every_message_goes_by_nccl() -> None:

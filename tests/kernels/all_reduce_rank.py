@@ -17,9 +17,13 @@ from torch import Tensor
 
 import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels.all_reduce import PROGRAMS, Boards, all_reduce, boards_bytes, reduce_norm
+from miinb.kernels.best_of_ranks import best_of_ranks
 
-LIMIT, SHORT = 1 << 15, 1 << 9
+LIMIT, SHORT = 1 << 15, 2400
 EPS = 1e-5
+#: Rows of a choice of tokens that follows every pass: few, one, more than the kernel takes at a time.
+CHOICES = (5, 1, 300, 9, 1, 2)
+VOCABULARY = 1000
 #: (rows, hidden, dtype, norm, residual, bias): more rows than programs, odd widths, launches of every size in turn; of
 #: two bytes short ones, which are pushed, and others.
 MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
@@ -37,6 +41,7 @@ MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
     (6, 24, torch.bfloat16, "none", False, False),
     (2, 104, torch.float16, "layer", True, True),
     (9, 48, torch.float16, "rms", True, False),
+    (9, 144, torch.float16, "rms", True, False),
 ]
 PASSES = 6
 
@@ -60,6 +65,16 @@ def inputs(number: int, rank: int) -> dict[str, Any]:
     }
 
 
+def candidates(number: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A rank's largest logits and their places, with equal ones on several ranks, and infinite ones."""
+    generator = torch.Generator().manual_seed(100 * number + rank)
+    rows = CHOICES[number % len(CHOICES)]
+    value = torch.randint(-2, 2, (rows,), generator=generator).float()
+    value[torch.randint(rows, (rows // 4,), generator=generator)] = torch.inf
+    value[torch.randint(rows, (rows // 4,), generator=generator)] = -torch.inf
+    return value, torch.randint(VOCABULARY, (rows,), generator=generator)
+
+
 def write_boards(ranks: int, folder: Path) -> None:
     """The files, all zeros, before any rank starts."""
     for rank in range(ranks):
@@ -81,7 +96,7 @@ def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     boards = boards_of(rank, ranks, folder)
-    outputs = []
+    outputs, chosen = [], []
     late = random.Random(rank)
     for number in range(PASSES * len(MESSAGES)):
         given = inputs(number, rank)
@@ -93,6 +108,9 @@ def main() -> None:
             x, weight, bias = given.pop("x"), given.pop("weight"), given.pop("bias")
             y, total = reduce_norm(x, boards, weight, bias, EPS, **given)
             outputs.append((y, total if given["keep"] else y))
+        if number % len(MESSAGES) == len(MESSAGES) - 1:
+            value, token_id = candidates(number // len(MESSAGES), rank)
+            chosen.append(best_of_ranks(value, token_id, boards, rank * VOCABULARY))
     # A rank that failed in a step takes part with plain sums where the others normalize.
     given = inputs(0, rank)
     if rank:
@@ -100,7 +118,8 @@ def main() -> None:
     else:
         x, weight, bias = given.pop("x"), given.pop("weight"), given.pop("bias")
         mixed = reduce_norm(x, boards, weight, bias, EPS, **given)[1] - given["residual"]
-    torch.save({"outputs": outputs, "epochs": boards.epochs, "mixed": mixed}, folder / f"rank-{rank}.pt")
+    found = {"outputs": outputs, "chosen": chosen, "epochs": boards.epochs, "mixed": mixed}
+    torch.save(found, folder / f"rank-{rank}.pt")
 
 
 if __name__ == "__main__":

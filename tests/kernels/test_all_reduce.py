@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from miinb.kernels import reference
+from miinb.kernels import best_of_ranks, reference
 from miinb.kernels.all_reduce import PROGRAMS, Boards, boards_bytes
 from tests.kernels import all_reduce_rank
 from tests.kernels.checking import same
@@ -68,7 +68,8 @@ def test_every_rank_has_the_same_sums(tmp_path: Path, ranks: int) -> None:
     count = all_reduce_rank.PASSES * len(all_reduce_rank.MESSAGES)
     assert [len(result["outputs"]) for result in results] == [count] * ranks
     for result in results:
-        assert result["epochs"].tolist() == [count + 1] * PROGRAMS  # also those that no launch had
+        messages = count + all_reduce_rank.PASSES + 1  # sums, choices, the last
+        assert result["epochs"].tolist() == [messages] * PROGRAMS  # also those that no launch had
         parts = [all_reduce_rank.inputs(0, rank)["x"] for rank in range(ranks)]
         same(result["mixed"], torch.stack(parts).sum(0))
     for number in range(count):
@@ -79,9 +80,29 @@ def test_every_rank_has_the_same_sums(tmp_path: Path, ranks: int) -> None:
                 assert torch.equal(mine, theirs), f"message {number}"
 
 
+    for number, (ids, finite) in enumerate(results[0]["chosen"]):
+        expected_ids, expected_finite = chosen(number, ranks)
+        assert torch.equal(finite, expected_finite)
+        assert torch.equal(ids[finite], expected_ids[finite])
+        for other in results[1:]:
+            assert torch.equal(ids, other["chosen"][number][0])
+            assert torch.equal(finite, other["chosen"][number][1])
+
+
+def chosen(number: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest of the tokens with the largest logits, and whether these are finite."""
+    parts = [all_reduce_rank.candidates(number, rank) for rank in range(ranks)]
+    values = torch.stack([value for value, _ in parts])
+    tokens = torch.stack([ids + rank * all_reduce_rank.VOCABULARY for rank, (_, ids) in enumerate(parts)])
+    best = values.amax(0)
+    return tokens.masked_fill(values != best, 1 << 30).amin(0), best.isfinite()
+
+
 def test_a_message_fits_up_to_the_limit() -> None:
     boards = Boards(torch.zeros(2, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int64), 0, 1 << 15, 1 << 9, 4)
     assert boards.fits(torch.empty(4, 4096, dtype=torch.bfloat16))
     assert not boards.fits(torch.empty(5, 4096, dtype=torch.bfloat16))
     assert not boards.fits(torch.empty(3, 4096))
     assert boards_bytes(2, 1 << 15, 1 << 9) % 16 == 0
+    assert best_of_ranks.fits(64, boards)
+    assert not best_of_ranks.fits(65, boards)

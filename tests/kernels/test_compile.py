@@ -14,6 +14,7 @@ from miinb.engine.recording import compiling_for, recording
 from miinb.kernels import (
     all_reduce,
     attention,
+    best_of_ranks,
     dequantize,
     dispatch,
     embedding,
@@ -156,6 +157,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "reduce norm of many": reduce_norm_call(2, 64, 4096, centered=False),
     "reduce": lambda: all_reduce.all_reduce(t(16, 4096), boards(2)),
     "reduce pushed": lambda: all_reduce.all_reduce(t(8, 4096), boards(2)),
+    "best of ranks": lambda: best_of_ranks.best_of_ranks(*head.largest(t(3, 64128)), boards(2), 64128),
     "gemv": lambda: linear.linear(t(1, 4096), packed(4096, 4096, False), residual=t(1, 4096)),
     "gemv bias": lambda: linear.linear(t(1, 768), packed(3072, 768, True), activation="gelu_tanh"),
     "gemv gated": lambda: linear.gated_linear(t(1, 4096), packed(2 * 14336, 4096, False), "silu"),
@@ -285,13 +287,25 @@ def test_ranks_tell_each_other_across_the_system_and_only_then_read_16_bytes_at_
 def test_short_messages_are_pushed_packet_by_packet_and_nothing_else_waits() -> None:
     (kernel,) = compiled(CALLS["reduce norm"], (9, 0))
     ptx = kernel.asm["ptx"]
-    assert ptx.count("st.relaxed.sys.global.b64") == 2 * 4  # ranks, packets of a thread
-    assert "ld.volatile.global.v2.b64" in ptx
-    residual = ptx.rindex("ld.global.v4.b32")
-    assert ptx.rindex("st.relaxed.sys") < residual < ptx.index("ld.volatile.global.v2.b64")
+    pushed, awaited = "st.relaxed.sys.global.v2.b64", "ld.relaxed.sys.global.v2.b64"  # two packets at once
+    assert ptx.rindex(pushed) < ptx.rindex("ld.global.b64") < ptx.index(awaited)  # the residual is on its way meanwhile
+    # Neighbors write side by side: a thread has no two places that follow each other.
+    assert "sizePerThread = [1]" in kernel.asm["ttgir"]
+    assert "sizePerThread = [2]" not in kernel.asm["ttgir"]
+    assert "sizePerThread = [4]" not in kernel.asm["ttgir"]
     assert "membar" not in ptx
     assert "fence" not in ptx
     assert "trap;" in ptx
+
+
+@pytest.mark.parametrize("name", ["reduce norm", "reduce pushed", "best of ranks"])
+def test_the_number_of_a_message_is_counted_when_every_warp_has_read_it(name: str) -> None:
+    """A warp that read it later would send its packets as the next message's, and the others would wait for ever."""
+    ptx = compiled(CALLS[name], (9, 0))[-1].asm["ptx"]
+    pushed = ptx.rindex("st.relaxed.sys.global.v2.b64")
+    counted = ptx.index("st.global.", pushed)
+    assert "bar.sync" in ptx[pushed:counted]
+    assert "st.global." not in ptx[:pushed]
 
 
 def test_one_kernel_serves_every_rank_and_number_of_rows() -> None:
