@@ -79,7 +79,6 @@ def test_every_rank_has_the_same_sums(tmp_path: Path, ranks: int) -> None:
             for mine, theirs in zip(results[0]["outputs"][number], other["outputs"][number], strict=True):
                 assert torch.equal(mine, theirs), f"message {number}"
 
-
     for number, (ids, finite) in enumerate(results[0]["chosen"]):
         expected_ids, expected_finite = chosen(number, ranks)
         assert torch.equal(finite, expected_finite)
