@@ -239,8 +239,11 @@ class Decoder:
             return self.ops.greedy_head(self._head_input(stream, rows), self.weights.head)
         return self.choose(self.own_logits(stream, rows))
 
-    def own_logits(self, stream: Stream, rows: Tensor, **options: Tensor) -> Tensor:
-        """[L, n]: as `logits`, of this rank's part of the vocabulary, in `out` (see `kernels.linear`) if given."""
+    def own_logits(self, stream: Stream, rows: Tensor | None, **options: Tensor) -> Tensor:
+        """[L, n]: as `logits`, of this rank's part of the vocabulary, in `out` (see `kernels.linear`) if given.
+
+        `rows` None: of all tokens in their order.
+        """
         return self.ops.linear(self._head_input(stream, rows), self.weights.head, **options)
 
     def whole(self, logits: Tensor) -> Tensor:
@@ -326,9 +329,11 @@ class Decoder:
         """Whether `x` of a stream is a branch's result, of which each rank has a part: then there is a residual."""
         return residual is not None and self.weights.layers[0].mlp_post_norm is None
 
-    def _head_input(self, stream: Stream, rows: Tensor) -> Tensor:
+    def _head_input(self, stream: Stream, rows: Tensor | None) -> Tensor:
         """[L, hidden or embed size]: what the head reads."""
-        x, residual = stream[0][rows], stream[1][rows] if stream[1] is not None else None
+        x, residual = stream
+        if rows is not None:
+            x, residual = x[rows], None if residual is None else residual[rows]
         w = self.weights
         if w.norm is not None:
             x, _ = self._norm(w.norm, x, residual)

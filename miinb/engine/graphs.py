@@ -160,13 +160,12 @@ class GraphRunner:
     def _capture_decode(self, inputs: StepInputs, rows: int) -> None:
         batch = inputs.decode_batch(rows)
         _blank(batch)
-        for tensor in (batch.query_start, batch.logit_rows):
-            tensor.copy_(torch.arange(tensor.shape[0]))
+        batch.query_start.copy_(torch.arange(batch.query_start.shape[0]))
 
         def step() -> tuple[Tensor, Tensor]:
             inputs.look_up(rows)
             stream = self._decoder.body(batch, self._cache)
-            return self._decoder.choose(self._decoder.own_logits(stream, batch.logit_rows, out=self._logits[:rows]))
+            return self._decoder.choose(self._decoder.own_logits(stream, None, out=self._logits[:rows]))
 
         replay, results = self._recorder.record(step)
         self._decodes[rows] = _Decode(replay, *results)

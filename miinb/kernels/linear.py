@@ -207,11 +207,19 @@ def _gemv_launch(
 
 
 def gemv_tile(n: int, k: int, gated_pair: bool) -> dict[str, Any]:
-    """Tile of the matrix-vector kernel: the fastest of those measured on an H100 at the sizes of GPT-2 and LLaMA-8B."""
+    """Tile of the matrix-vector kernel: the fastest of those measured, of GPT-2's layers on an H100, and on an H200 of
+    LLaMA-8B's and GPT-NeoX-20B's, whole and halved, in a graph of all layers.
+    """
     if k <= 1024:
         block_n, block_k, warps = (4, 256, 1) if n > 16384 else (4, power_of_2(k), 4)
-    elif k > 8192 or n <= 1024:
+    elif n <= 1024:
         block_n, block_k, warps = (1, 2048, 4)
+    elif k > 12288:
+        block_n, block_k, warps = (1, 4096, 4)
+    elif k > 4096:
+        block_n, block_k, warps = (1, 2048, 4 if k % 2048 == 0 else 2)
+    elif n * k < 1 << 24 and not gated_pair:
+        block_n, block_k, warps = (4, 1024, 4)
     else:
         block_n, block_k, warps = (2, 1024, 4)
     if gated_pair and block_n > 2:
