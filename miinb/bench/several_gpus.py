@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miinb.bench import device_map, presets
+from miinb.bench import charts, device_map, presets
 from miinb.bench.killing import free_bytes, kill_one
 from miinb.bench.records import Runs
 from miinb.bench.runner import compare
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: shows that everything runs")
-    parser.add_argument("--out", type=Path, help="folder to append the runs to (miinb.load_runs reads it)")
+    parser.add_argument("--out", type=Path, help="folder to append the runs to (miinb.load_runs reads it), with charts")
     options = parser.parse_args(arguments)
     sizes = TINY if options.tiny else Sizes()
     with tempfile.TemporaryDirectory(prefix="miinb-several-gpus-") as folder:
@@ -247,7 +247,16 @@ def _told(
     runs = measure(place, name, sizes)
     if out is not None:
         runs.save(out)
+        draw(runs, out)
     return words(runs)
+
+
+def draw(runs: Runs, folder: Path) -> Path:
+    """The chart of a run: time per token of each arm of "split", tokens a second by replicas."""
+    (env,) = runs.env.values()
+    if runs.summary["replicas"].nunique() > 1:
+        return charts.save(charts.parallel_scaling(runs, by="replicas"), folder / f"replicas-{env['preset']}.png")
+    return charts.save(charts.latency(runs, metric="tpot_s"), folder / f"split-{env['preset']}.png")
 
 
 if __name__ == "__main__":

@@ -96,3 +96,4 @@ def test_every_row_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "4 streams complete, 4 failed: Unavailable" in told
     arms = set(miinb.load_runs(tmp_path / "runs").summary["arm"])
     assert arms == {"1 rank", "2 ranks", "Hugging Face", "1 replica", "2 replicas"}
+    assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {"split-llama-8b.png", "replicas-llama-8b.png"}
