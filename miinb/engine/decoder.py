@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.engine import branches
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
 from miinb.engine.positions import alibi_slopes, rotary_tables
@@ -311,18 +310,16 @@ class Decoder:
             return self._sum_norm(w.mlp_norm, self._mlp(w, y), y)[0], None
         norm = self._sum_norm if self._in_parts(residual) else self._norm
         y, stream = norm(w.attn_norm, x, residual)
+        a = self._attention(index, y, batch, cache)
         if self.spec.block == "serial":
-            a = self._attention(index, y, batch, cache)
             stream = y if self.spec.residual_from_norm else stream
             norm = self._sum_norm if w.attn_post_norm is None else self._norm
             y, stream = norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
             stream = y if self.spec.residual_from_norm else stream
             return self._branch(self._mlp(w, y), w.mlp_post_norm), stream
-        side = branches.fork(y)
-        a = self._attention(index, y, batch, cache)
-        with branches.on(side):
-            hidden = self._up(w, y if w.mlp_norm is None else self._norm(w.mlp_norm, stream)[0])
-        return self.ops.linear(hidden, w.down, residual=a), stream  # one sum for both branches
+        if w.mlp_norm is not None:
+            y, _ = self._norm(w.mlp_norm, stream)
+        return self._mlp(w, y, residual=a), stream  # one sum for both branches
 
     def _branch(self, x: Tensor, norm: Norm | None) -> Tensor:
         """A serial branch's result; one that has a norm is summed over ranks before it."""
@@ -369,13 +366,12 @@ class Decoder:
         )
         return self.ops.linear(out.flatten(1), w.out)
 
-    def _mlp(self, w: LayerWeights, x: Tensor) -> Tensor:
-        return self.ops.linear(self._up(w, x), w.down)
-
-    def _up(self, w: LayerWeights, x: Tensor) -> Tensor:
+    def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.spec.gated:
-            return self.ops.gated_linear(x, w.up, self.spec.activation)
-        return self.ops.linear(x, w.up, activation=self.spec.activation)
+            y = self.ops.gated_linear(x, w.up, self.spec.activation)
+        else:
+            y = self.ops.linear(x, w.up, activation=self.spec.activation)
+        return self.ops.linear(y, w.down, residual=residual)
 
     def _sum_norm(self, norm: Norm | None, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`_norm` of a branch's result, of which each rank has a part."""

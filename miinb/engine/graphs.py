@@ -52,7 +52,7 @@ class Recorder:
         self._mode = "thread_local" if group is not None else "global"
         self._most_bytes = most_bytes
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]  # before a branch beside it
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         self._before = torch.cuda.memory_reserved()
         self.seconds = 0.0
