@@ -179,6 +179,6 @@ def test_a_gpu_decodes_what_a_cpu_does(tmp_path: Path) -> None:
     saved(tiny_images.vae("four"), tmp_path)
     latents = torch.randn(2, 4, 9, 16)
     expected = load_vae(tmp_path, dtype=torch.float32, device=torch.device("cpu")).decode(latents)
-    for dtype, limit in ((torch.float32, 3e-3), (torch.float16, 1e-2)):
+    for dtype, limit in ((torch.float32, 5e-3), (torch.float16, 1e-2)):  # cuDNN's convolutions in fp32 are TF32's
         vae = load_vae(tmp_path, dtype=dtype, device=torch.device("cuda"))
         assert tiny_images.distance(vae.decode(latents.cuda()).cpu(), expected) < limit
