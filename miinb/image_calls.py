@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol, Self
 
 import grpc
 
@@ -30,11 +31,49 @@ _LOOK_S = 0.2
 OnProgress = Callable[[ImagesProgress], object]
 
 
+class ImagesCall(Protocol):
+    """One call to the server, an iterator of its answer's messages: `direct.DirectCall`, or `GrpcStream`."""
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> bytes:
+        """Wait for the next message. Raises MiinbError; Cancelled where the call was canceled, by whomever."""
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+
+
+class GrpcStream:
+    """A call through gRPC."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        """See `ImagesCall`."""
+        try:
+            return bytes(next(self._call))
+        except grpc.RpcError as failure:
+            raise failures.error_of(failure) from None
+
+    def cancel(self) -> None:
+        """See `ImagesCall`."""
+        self._call.cancel()
+
+    close = cancel
+
+
 class ImageCalls:
     """The calls of one request for pictures.
 
     Args:
-        call: begins one: (bytes of the request, timeout in seconds) -> gRPC call.
+        call: begins one: (bytes of the request, timeout in seconds).
         done: called at the end of each with its row of the requests table; returns the row that is kept.
         on_progress: called while they run, in the thread that called `run`.
 
@@ -44,7 +83,7 @@ class ImageCalls:
 
     def __init__(
         self,
-        call: Callable[[bytes, float], Any],
+        call: Callable[[bytes, float], ImagesCall],
         done: Callable[[dict[str, Any]], Mapping[str, Any]],
         on_progress: OnProgress | None = None,
     ) -> None:
@@ -53,7 +92,7 @@ class ImageCalls:
         self._call = call
         self._done = done
         self._on_progress = on_progress or (lambda progress: None)
-        self._running: set[Any] = set()
+        self._running: set[ImagesCall] = set()
         self._steps: list[int] = []  # of each request
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
@@ -115,7 +154,8 @@ class ImageCalls:
         finish: ImagesEnd | None = None
         error: MiinbError | None = None
         try:
-            finish = self._read(self._begin(data, end), place, pictures)
+            with self._begun(data, end) as call:
+                finish = self._read(call, place, pictures)
         except MiinbError as failure:
             error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
             raise error from None
@@ -128,35 +168,34 @@ class ImageCalls:
             request.prompt, pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
         )
 
-    def _begin(self, data: bytes, end: float) -> Any:
-        call = self._call(data, max(end - time.monotonic(), 0.001))
-        with self._lock:
-            self._running.add(call)
-            late = self._cancelled
-        if late:
-            call.cancel()
-        return call
+    @contextlib.contextmanager
+    def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
+        """A call, which ends with the block."""
+        with contextlib.closing(self._call(data, max(end - time.monotonic(), 0.001))) as call:
+            with self._lock:
+                self._running.add(call)
+                late = self._cancelled
+            if late:
+                call.cancel()
+            try:
+                yield call
+            finally:
+                with self._lock:
+                    self._running.discard(call)
 
-    def _read(self, call: Any, place: int, pictures: list[Picture]) -> ImagesEnd:
+    def _read(self, call: ImagesCall, place: int, pictures: list[Picture]) -> ImagesEnd:
         """The whole answer: its end, and its pictures in their order. Raises MiinbError."""
         end: ImagesEnd | None = None
-        try:
-            for data in call:
-                event = image_codec.decode_images_event(data)
-                if isinstance(event, ImagesProgress):
-                    self._note(event, place)
-                    if len(self._steps) == 1:
-                        self._show()
-                elif isinstance(event, Picture):
-                    pictures.append(event)
-                else:
-                    end = event
-        except grpc.RpcError as failure:
-            raise failures.error_of(failure) from None
-        finally:
-            call.cancel()  # of one that was left early
-            with self._lock:
-                self._running.discard(call)
+        for data in call:
+            event = image_codec.decode_images_event(data)
+            if isinstance(event, ImagesProgress):
+                self._note(event, place)
+                if len(self._steps) == 1:
+                    self._show()
+            elif isinstance(event, Picture):
+                pictures.append(event)
+            else:
+                end = event
         if end is None:
             raise Unavailable("The answer ended too early.")
         pictures.sort(key=lambda picture: picture.index)

@@ -64,17 +64,38 @@ def _check_length(prompt: str) -> None:
 
 def encode_images_event(event: ImagesEvent) -> bytes:
     """A message of the answer's stream as bytes."""
+    return b"".join(pieces_of_event(event))
+
+
+def pieces_of_event(event: ImagesEvent) -> tuple[bytes, ...]:
+    """The same in pieces, one after another; a picture's file is one of them, and not copied."""
+    if isinstance(event, Picture):
+        facts = {name: getattr(event, name) for name in _PICTURE if name != "data"}
+        picture: bytes = pb.Picture(**facts).SerializeToString()
+        begin = picture + _head(pb.Picture, "data", len(event.data))
+        return _head(pb.ImagesEvent, "picture", len(begin) + len(event.data)) + begin, event.data
     if isinstance(event, ImagesProgress):
         progress = pb.Progress(step=event.step, total=event.total, preview=event.preview)
         message = pb.ImagesEvent(progress=progress)
-    elif isinstance(event, Picture):
-        message = pb.ImagesEvent(picture=pb.Picture(**{name: getattr(event, name) for name in _PICTURE}))
     else:
         facts = {name: getattr(event, name) for name in _FACTS}
         times = {name: getattr(event.times, name) for name in _TIMES}
         message = pb.ImagesEvent(end=pb.ImagesEnd(**facts, **times))
-    data: bytes = message.SerializeToString()
-    return data
+    return (message.SerializeToString(),)
+
+
+def _head(kind: Any, name: str, size: int) -> bytes:
+    """What stands before so many bytes of a field that is a message or bytes: its number and their count."""
+    return _varint(kind.DESCRIPTOR.fields_by_name[name].number << 3 | 2) + _varint(size)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last byte say that more come (protobuf's encoding)."""
+    low = []
+    while value > 0x7F:
+        low.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*low, value))
 
 
 def decode_images_event(data: bytes) -> ImagesEvent:

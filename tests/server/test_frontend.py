@@ -213,7 +213,7 @@ def test_junk_on_the_socket_harms_nobody(frontend: FrontendProcess, client: Clie
 
 
 def test_sockets_are_the_users_alone(frontend: FrontendProcess) -> None:
-    for name in ("rpc.sock", "predict.sock", "engine.sock"):
+    for name in ("rpc.sock", "direct.sock", "engine.sock"):
         assert (frontend.folder / name).stat().st_mode & 0o777 == 0o600
     assert not psutil.Process(frontend.process.pid).net_connections("inet")
 
