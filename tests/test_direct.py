@@ -188,6 +188,8 @@ def test_any_positive_number_is_a_time_limit(client: Client, timeout_s: Any) -> 
         REQUEST.pack(codec.MAX_REQUEST_BYTES + 1, 1.0, Method.PREDICT),
         REQUEST.pack(1, 1.0, Method.PREDICT) + b"ab",
         REQUEST.pack(3, 1.0, Method.PREDICT) + b"\xff\xff\xff",
+        REQUEST.pack(3, 1.0, Method.IMAGES) + b"\xff\xff\xff",
+        REQUEST.pack(0, 1.0, 77),
         REQUEST.pack(0, float("nan"), Method.PREDICT),
         REQUEST.pack(0, -1.0, Method.PREDICT),
         b"GET / HTTP/1.1\r\n\r\n",
@@ -199,7 +201,7 @@ def test_junk_harms_nobody(frontend: FrontendProcess, client: Client, junk: byte
         other.settimeout(5)
         other.sendall(junk)
         if head := other.recv(ANSWER.size):
-            assert ANSWER.unpack(head)[1] == Kind.FAILED, "what cannot be read is refused"
+            assert ANSWER.unpack(head)[2] == Kind.FAILED, "what cannot be read is refused"
     assert client.predict("abc")
     assert frontend.process.poll() is None
 
@@ -268,7 +270,7 @@ def test_running_calls_end_while_the_frontend_drains_and_new_ones_are_refused(fr
         with idle:
             idle.settimeout(5)
             idle.sendall(REQUEST.pack(0, 1.0, Method.PREDICT))
-            assert ANSWER.unpack(idle.recv(ANSWER.size))[1]
+            assert ANSWER.unpack(idle.recv(ANSWER.size))[2] == Kind.FAILED
             assert b"Unavailable" in idle.recv(1000)
         with pytest.raises(errors.Unavailable):
             client.predict("abc", timeout_s=5)
@@ -293,9 +295,9 @@ def test_all_calls_of_a_list_end_while_the_frontend_drains(tmp_path: Path) -> No
             for request in requests:
                 data = codec.encode_predict([{"query": "a"}], {}, request)
                 writer.write(REQUEST.pack(len(data), 10.0, Method.PREDICT) + data)
-                length, wrong = ANSWER.unpack(await reader.readexactly(ANSWER.size))
+                length, _, kind = ANSWER.unpack(await reader.readexactly(ANSWER.size))
                 await reader.readexactly(length)
-                failed.append(bool(wrong))
+                failed.append(kind == Kind.FAILED)
                 if request == "first":
                     connected.set()
                     await stopping.wait()

@@ -1,9 +1,10 @@
 """Calls without gRPC, for clients on the frontend's machine: one after another on a connection of their own.
 
 A short text takes an encoder less than half a millisecond, and a picture's file can cross in as much; gRPC's way takes
-several times that. The messages are the same bytes as gRPC's (`codec.py`, `image_codec.py`). A request is a frame
-`u32 length | f64 time limit in seconds | u8 method | payload`, its answer one or several of `u32 length | u8 kind |
-payload`, little-endian, of which the last is of kind LAST or FAILED. Whoever closes the connection ends the call.
+several times that. The messages are those of gRPC (`codec.py`, `image_codec.py`). A request is a frame
+`u32 length | f64 time limit in seconds | u8 method | payload`, its answer one or several of `u32 length | u32 length
+of the tail | u8 kind | message | tail`, little-endian, of which the last is of kind LAST or FAILED. A tail is a file
+that belongs to its message and is large: so nobody needs to copy it. Whoever closes the connection ends the call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from miinb.errors import Cancelled
 from miinb.rpc import codec, failures
 
 REQUEST = struct.Struct("<IdB")
-ANSWER = struct.Struct("<IB")
+ANSWER = struct.Struct("<IIB")
 #: What is asked of the socket at once, at least and at most.
 RECEIVE_BYTES = 1 << 14
 LARGE_BYTES = 1 << 20
@@ -88,14 +89,14 @@ class DirectCall:
             self._connections.drop(self, self._socket)
 
     def result(self) -> bytes:
-        """The message of an answer that has one; raises as `__next__`."""
-        return next(self)
+        """The message of an answer that has one, without a tail; raises as `__next__`."""
+        return next(self)[0]
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> bytes:
-        """The next message's bytes.
+    def __next__(self) -> tuple[bytes, bytes]:
+        """The next message's bytes, and its tail.
 
         Raises:
             MiinbError: what the server says; DeadlineExceeded, Cancelled, or Unavailable where it does not answer.
@@ -103,7 +104,7 @@ class DirectCall:
         if self._ended:
             raise StopIteration
         try:
-            kind, payload = self._message()
+            kind, message, tail = self._message()
         except TimeoutError:
             self.close()
             raise failures.timed_out() from None
@@ -119,19 +120,17 @@ class DirectCall:
             self._ended = True
             self._connections.keep(self, self._socket)
         if kind == Kind.FAILED:
-            raise failures.decode_failure(payload)
-        return payload
+            raise failures.decode_failure(message)
+        return message, tail
 
-    def _message(self) -> tuple[int, bytes]:
+    def _message(self) -> tuple[int, bytes, bytes]:
         if self._data is not None:
             self._send(self._data)
-        while len(self._received) < ANSWER.size:
-            self._received += self._receive(RECEIVE_BYTES)
-        length, kind = ANSWER.unpack_from(self._received)
-        payload, self._received = self._split(self._received, ANSWER.size + length)
+        length, tail, kind = ANSWER.unpack(self._take(ANSWER.size))
+        found = kind, self._take(length), self._take(tail)
         if kind not in _KINDS or (kind != Kind.MORE and self._received):  # not a server of this kind
             raise ConnectionResetError
-        return kind, payload
+        return found
 
     def _send(self, data: bytes) -> None:
         begin, left_s = time.monotonic(), self._left_s()
@@ -143,16 +142,16 @@ class DirectCall:
             self._received = self._receive(RECEIVE_BYTES)
             self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
 
-    def _split(self, received: bytes, end: int) -> tuple[bytes, bytes]:
-        """The payload of a frame of so many bytes that has begun, and what came behind it."""
-        if len(received) >= end:
-            return received[ANSWER.size : end], received[end:]
-        parts = [received[ANSWER.size :]]
-        missing = end - len(received)
-        while missing:
-            parts.append(self._receive(min(missing, LARGE_BYTES)))
-            missing -= len(parts[-1])
-        return b"".join(parts), b""
+    def _take(self, size: int) -> bytes:
+        """So many bytes; of what comes behind them a little may be received too."""
+        parts, missing = [self._received[:size]], size - len(self._received)
+        self._received = self._received[size:]
+        while missing > 0:
+            data = self._receive(min(max(missing, RECEIVE_BYTES), LARGE_BYTES))
+            parts.append(data[:missing])
+            self._received = data[missing:]
+            missing -= len(data)
+        return b"".join(parts)
 
     def _left_s(self) -> float:
         left_s = self._end - time.monotonic()

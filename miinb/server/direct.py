@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, cast
@@ -11,18 +12,20 @@ from typing import Protocol, cast
 from miinb.errors import InvalidRequest, QueueFull
 from miinb.rpc import codec, failures
 from miinb.rpc.direct import ANSWER, REQUEST, Kind, Method
-from miinb.server.ipc import listen
+from miinb.server.ipc import SEND_BYTES, listen
 
 log = logging.getLogger(__name__)
 
+#: An answer that its client does not read for so long is dropped.
+MAX_UNREAD_S = 60.0
 #: In which the next call of a list comes, once those before it have ended.
 BETWEEN_CALLS_S = 0.1
 
 
 class Send(Protocol):
-    """Sends a message of an answer, in pieces, that is not its last; returns when the client's socket has taken it."""
+    """Sends a message of an answer that is not its last, and its tail, when the client has read those before it."""
 
-    def __call__(self, *pieces: bytes) -> Awaitable[None]:
+    def __call__(self, message: bytes, tail: bytes = b"", /) -> Awaitable[None]:
         """Raises nothing: a client that leaves ends the call."""
 
 
@@ -87,15 +90,14 @@ class DirectServer:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
             if method not in self._methods:
                 raise failures.unknown_call()
-            found = await self._methods[method](data, left_s, connection.send)
+            kind, found = Kind.LAST, await self._methods[method](data, left_s, connection.send)
         except asyncio.CancelledError:
             if not self._stopping:
                 raise  # the client has left
-            connection.end(Kind.FAILED, failures.encode_failure(failures.stopped()))
+            kind, found = Kind.FAILED, failures.encode_failure(failures.stopped())
         except Exception as error:
-            connection.end(Kind.FAILED, failures.encode_failure(error, _log))
-        else:
-            connection.end(Kind.LAST, found)
+            kind, found = Kind.FAILED, failures.encode_failure(error, _log)
+        await connection.end(kind, found)
 
 
 def _request_id(method: int, data: bytes) -> str:
@@ -130,12 +132,11 @@ class _Connection(asyncio.Protocol):
         """Called by asyncio."""
         self._transport = cast(asyncio.Transport, transport)  # a stream socket's; uvloop's own class is none
         self._transport.set_write_buffer_limits(0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
 
     def pause_writing(self) -> None:
-        """Called by asyncio: the client has not read what was written, so it gets no other answer."""
+        """Called by asyncio: the client has not read what was written."""
         self._taken.clear()
-        if self._transport is not None and self._call is None:
-            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Called by asyncio: the client has read it."""
@@ -160,22 +161,28 @@ class _Connection(asyncio.Protocol):
             self._received = bytearray()
             self._call = self._begin(self, method, left_s, bytes(memoryview(received)[REQUEST.size :]))
 
-    async def send(self, *pieces: bytes) -> None:
-        """Write one of several messages; returns when the client's socket has taken it."""
-        self._write(Kind.MORE, *pieces)
+    async def send(self, message: bytes, tail: bytes = b"", /) -> None:
+        """Write one of several messages when the client has read those before it, so that no more than one waits."""
         await self._taken.wait()
+        self._write(Kind.MORE, message, tail)
 
-    def end(self, kind: Kind, payload: bytes) -> None:
-        """Write the last message; who has not read those before it is let go instead."""
+    async def end(self, kind: Kind, message: bytes) -> None:
+        """Write the last message; who does not read is let go."""
         self._call = None
-        if self._taken.is_set():
-            self._write(kind, payload)
-        elif self._transport is not None:
-            self._transport.abort()
+        self._write(kind, message)
+        if self._taken.is_set() or self._transport is None:
+            return
+        transport = self._transport
+        transport.pause_reading()  # until then there is no other request
+        try:
+            async with asyncio.timeout(MAX_UNREAD_S):
+                await self._taken.wait()
+        except TimeoutError:
+            transport.abort()
 
-    def _write(self, kind: Kind, *pieces: bytes) -> None:
+    def _write(self, kind: Kind, message: bytes, tail: bytes = b"") -> None:
         if self._transport is not None:
-            self._transport.writelines((ANSWER.pack(sum(map(len, pieces)), kind), *pieces))
+            self._transport.writelines((ANSWER.pack(len(message), len(tail), kind) + message, tail))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio."""

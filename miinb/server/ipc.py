@@ -18,7 +18,7 @@ from miinb.messages import TokensEvent
 from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, pieces_of, tokens_frame
 
 MAX_OUTBOX_BYTES = 64 << 20
-_SEND_BYTES = 1 << 20  # that the kernel may hold: a picture's pixels go in one call (where it lets so many)
+SEND_BYTES = 1 << 20  # that the kernel may hold: a picture's pixels go in one call (where it lets so many)
 #: Clients that may wait to be let in, while the loop is busy; a further one is refused by the kernel.
 BACKLOG = 1024
 
@@ -30,7 +30,7 @@ class RankSocket:
     """
 
     def __init__(self, sock: socket.socket, *, max_outbox_bytes: int = MAX_OUTBOX_BYTES) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         sock.setblocking(False)
         self._socket = sock
         self._decoder = Decoder()

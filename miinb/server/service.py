@@ -26,15 +26,13 @@ from miinb.rpc import codec, failures, image_codec
 from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
-from miinb.server.direct import Send
+from miinb.server.direct import MAX_UNREAD_S, Send
 from miinb.server.generation import Generation
 from miinb.server.imaging import Imaging
 from miinb.server.prediction import predict
 
 #: A call without a deadline of its own has this one.
 MAX_DEADLINE_S = 3600.0
-#: A stream that its client does not read for so long is ended.
-MAX_UNREAD_S = 60.0
 #: Above so many streams a stream's chunks are at least so far apart, and all have at most so many chunks a second.
 MANY_STREAMS = 32
 PACE_S = 0.04
@@ -66,10 +64,10 @@ class Writer:
         self._send = send
         self._task = task
 
-    async def write(self, *pieces: bytes) -> None:
+    async def write(self, message: bytes, tail: bytes = b"") -> None:
         """Write one message; waits while the client's window is full."""
         self.since = time.monotonic()
-        await self._send(*pieces)
+        await self._send(message, tail)
         self.since = None
 
     def give_up(self) -> None:
@@ -113,17 +111,13 @@ class Inference:
 
     async def _generate(self, data: bytes, context: Any) -> None:
         run = functools.partial(self._run_generate, data)
-        await aborting(self._streamed(run, context.write, context.time_remaining()), context)
+        await aborting(self._streamed(run, sender(context), context.time_remaining()), context)
 
     async def _generate_images(self, data: bytes, context: Any) -> None:
         async def run(writer: Writer, deadline: float) -> None:
             await writer.write(await self._run_images(data, writer, deadline))
 
-        def send(*pieces: bytes) -> Awaitable[None]:
-            written: Awaitable[None] = context.write(b"".join(pieces))
-            return written
-
-        await aborting(self._streamed(run, send, context.time_remaining()), context)
+        await aborting(self._streamed(run, sender(context), context.time_remaining()), context)
 
     async def _predict(self, data: bytes, context: Any) -> bytes:
         run = functools.partial(self._run_predict, data)
@@ -247,10 +241,10 @@ class Inference:
             async for event in imaging.events():
                 self.counters.queued -= waiting
                 waiting = False
-                pieces = image_codec.pieces_of_event(event)
+                message, file = image_codec.encode_images_event(event)
                 if isinstance(event, ImagesEnd):
-                    return b"".join(pieces)
-                await writer.write(*pieces)
+                    return message
+                await writer.write(message, file)
             raise RequestError("The pictures have no end.")
         finally:
             self.counters.queued -= waiting
@@ -294,6 +288,16 @@ class Inference:
                 "counters": dataclasses.asdict(self.counters),
             }
         )
+
+
+def sender(context: Any) -> Send:
+    """Sends messages of a call of gRPC."""
+
+    def send(message: bytes, tail: bytes = b"", /) -> Awaitable[None]:
+        sent: Awaitable[None] = context.write(image_codec.joined(message, tail))
+        return sent
+
+    return send
 
 
 async def aborting(call: Awaitable[_T], context: Any) -> _T:
