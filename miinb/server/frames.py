@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 from miinb.config import GenerationParams
 from miinb.errors import MiinbError
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
@@ -100,7 +102,7 @@ def frame(kind: Kind, *parts: bytes) -> bytes:
     return b"".join((HEADER.pack(sum(map(len, parts)), kind), *parts))
 
 
-def pieces_of(message: Message) -> tuple[bytes, ...]:
+def pieces_of(message: Message) -> tuple[bytes | memoryview, ...]:
     """`encode` in pieces, one after another: pixels are one of them, and not copied."""
     if isinstance(message, PaintedEvent):
         return _head(Kind.PAINTED, message, "pixels"), message.pixels
@@ -159,10 +161,10 @@ def _head(kind: Kind, event: ImageEvent, tail: str) -> bytes:
     return HEADER.pack(size, kind) + LENGTH.pack(len(told)) + told
 
 
-def _headed(payload: memoryview) -> tuple[dict[str, Any], bytes]:
+def _headed(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
     (length,) = LENGTH.unpack_from(payload)
     head: dict[str, Any] = json.loads(bytes(payload[LENGTH.size : LENGTH.size + length]))
-    return head, bytes(payload[LENGTH.size + length :])
+    return head, payload[LENGTH.size + length :]
 
 
 def _encode_frame(request: EncodeRequest) -> bytes:
@@ -236,6 +238,11 @@ def _logprobs_frame(event: TokensEvent) -> bytes:
 _UNREADABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError, struct.error, MiinbError)
 
 
+def _memory(size: int) -> memoryview:
+    """So many bytes, whatever they are: to write zeros first takes as long as to read a picture."""
+    return np.empty(size, np.uint8).data
+
+
 class Decoder:
     """Turns received bytes into messages: they are read to `space()`, then `filled(count)` gives the messages.
 
@@ -243,14 +250,15 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray(SPACE_BYTES)
+        self._buffer = _memory(SPACE_BYTES)
         self._held = 0  # bytes of it: of a frame that has begun
+        self._given = False  # pixels that lie in it belong to their message
         self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
         self._source: PaintSource | None = None
 
     def space(self) -> memoryview:
         """Where the next bytes are to lie; never empty."""
-        return memoryview(self._buffer)[self._held :]
+        return self._buffer[self._held :]
 
     def feed(self, data: bytes | memoryview) -> list[Message]:
         """`filled` of bytes that lie elsewhere."""
@@ -279,8 +287,7 @@ class Decoder:
                 needed = end - at
                 break
             try:
-                with memoryview(buffer) as whole, whole[at + HEADER.size : end] as payload:
-                    messages.extend(self._message(kind, payload))
+                messages.extend(self._message(kind, buffer[at + HEADER.size : end]))
             except _UNREADABLE as error:
                 raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
             at = end
@@ -289,20 +296,21 @@ class Decoder:
 
     def _keep(self, begin: int, end: int, size: int) -> None:
         """What lies between is the beginning of a frame: it moves to the front of a buffer of this size."""
-        if begin or size != len(self._buffer):
-            rest = self._buffer[begin:end]
-            if size != len(self._buffer):
-                self._buffer = bytearray(size)
-            self._buffer[: len(rest)] = rest
-        self._held = end - begin
+        old, self._held = self._buffer, end - begin
+        if self._given or size != len(old):
+            self._buffer, self._given = _memory(size), False
+        elif not begin:
+            return
+        self._buffer[: self._held] = bytes(old[begin:end])
 
     def _message(self, kind: int, view: memoryview) -> Iterable[Message]:
         if kind == Kind.PROGRESS:
             head, preview = _headed(view)
-            return [PaintProgress(**head, preview=preview)]
-        if kind == Kind.PAINTED:  # large: copied once
+            return [PaintProgress(**head, preview=bytes(preview))]
+        if kind == Kind.PAINTED:
             head, pixels = _headed(view)
-            return [PaintedEvent(**head, pixels=pixels)]
+            self._given = self._given or len(pixels) > SPACE_BYTES // 4  # smaller ones would hold too much
+            return [PaintedEvent(**head, pixels=pixels if self._given else bytes(pixels))]
         payload = bytes(view)
         if kind == Kind.TOKENS:
             return self._tokens(payload)

@@ -34,7 +34,8 @@ class RankSocket:
         sock.setblocking(False)
         self._socket = sock
         self._decoder = Decoder()
-        self._outbox: deque[bytes | dict[int, list[int]]] = deque()  # frames or their pieces, and tokens not yet packed
+        #: Frames or their pieces, and tokens not yet packed.
+        self._outbox: deque[bytes | memoryview | dict[int, list[int]]] = deque()
         self._sending = memoryview(b"")  # what is partly on its way
         self._waiting_bytes = 0
         self._limit = max_outbox_bytes
@@ -94,7 +95,7 @@ class RankSocket:
             tail.setdefault(event.row_id, []).extend(event.token_ids)
         self._waiting_bytes += 4 * len(event.token_ids)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         self._outbox.append(data)
         self._waiting_bytes += len(data)
 
