@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import uvloop
 from miinb import errors
 from miinb.client import Client
 from miinb.image_calls import ImageCalls
-from miinb.image_messages import ImagesEnd, ImagesRequest, ImageTimes, Picture
+from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, ImageTimes, Picture
 from miinb.image_params import ImageParams
 from miinb.rpc import image_codec
 from miinb.rpc.direct import ANSWER, REQUEST, Connections, DirectCall, Kind, Method
@@ -244,6 +245,44 @@ def test_running_streams_end_while_the_server_drains(
         stopped.result(10)
 
 
+def test_who_does_not_read_keeps_no_server_from_ending(start: Callable[[Serve], Server]) -> None:
+    async def serve(data: bytes, left_s: float, send: Send) -> bytes:
+        await send(b"", bytes(LARGE))
+        await asyncio.sleep(0 if data else 60)
+        return b"end"
+
+    server = start(serve)
+    with socket.socket(socket.AF_UNIX) as running, socket.socket(socket.AF_UNIX) as ended:
+        for other, data in ((running, b""), (ended, b"x")):
+            other.connect(str(server.path))
+            other.sendall(REQUEST.pack(len(data), 30.0, Method.IMAGES) + data)
+        threading.Event().wait(0.2)
+        begin = time.monotonic()
+        server.run(server.server.stop(0))
+        assert time.monotonic() - begin < 5
+
+
+def test_who_talks_into_its_answer_is_let_go(start: Callable[[Serve], Server]) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    async def serve(data: bytes, left_s: float, send: Send) -> bytes:
+        try:
+            begun.set()
+            await send(b"", bytes(LARGE))
+            await send(b"", bytes(LARGE))
+        finally:
+            ended.set()
+        return b""
+
+    server = start(serve)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(server.path))
+        other.sendall(ASKED)
+        assert begun.wait(10)
+        other.sendall(ASKED)
+        assert ended.wait(10)
+
+
 def answering(path: Path, *answers: bytes) -> threading.Thread:
     """A server that says this to whoever asks, and leaves."""
     listener = socket.socket(socket.AF_UNIX)
@@ -314,8 +353,6 @@ def test_an_answer_without_all_its_pictures_is_none(
 def test_a_client_leaves_no_connection_when_its_progress_raises(
     start: Callable[[Serve], Server], connections: Connections
 ) -> None:
-    from miinb.image_messages import ImagesProgress
-
     ended = threading.Event()
 
     async def serve(data: bytes, left_s: float, send: Send) -> bytes:

@@ -90,7 +90,9 @@ class DirectCall:
 
     def result(self) -> bytes:
         """The message of an answer that has one, without a tail; raises as `__next__`."""
-        return next(self)[0]
+        message, _ = next(self)
+        self.close()  # of a server that would say more
+        return message
 
     def __iter__(self) -> Self:
         return self

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 #: An answer that its client does not read for so long is dropped.
 MAX_UNREAD_S = 60.0
+#: For clients to read why their calls have ended with the server.
+LAST_WORDS_S = 1.0
 #: In which the next call of a list comes, once those before it have ended.
 BETWEEN_CALLS_S = 0.1
 
@@ -67,7 +69,7 @@ class DirectServer:
         for call in tuple(self._calls):
             call.cancel()
         if self._calls:
-            await asyncio.wait(self._calls)
+            await asyncio.wait(self._calls, timeout=LAST_WORDS_S)
         for connection in tuple(self._connections):
             connection.close()
 
@@ -147,7 +149,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
         if self._call is not None:
-            self.close()
+            self._abort()
             return
         received = self._received
         received += data
@@ -172,17 +174,26 @@ class _Connection(asyncio.Protocol):
         self._write(kind, message)
         if self._taken.is_set() or self._transport is None:
             return
-        transport = self._transport
-        transport.pause_reading()  # until then there is no other request
+        self._transport.pause_reading()  # until then there is no other request
         try:
             async with asyncio.timeout(MAX_UNREAD_S):
                 await self._taken.wait()
         except TimeoutError:
-            transport.abort()
+            self._abort()
 
     def _write(self, kind: Kind, message: bytes, tail: bytes = b"") -> None:
+        if self._transport is None:
+            return
+        data = ANSWER.pack(len(message), len(tail), kind) + message
+        if tail:
+            self._transport.writelines((data, tail))
+        else:
+            self._transport.write(data)
+
+    def _abort(self) -> None:
+        """Close the connection; what was written and not read is lost."""
         if self._transport is not None:
-            self._transport.writelines((ANSWER.pack(len(message), len(tail), kind) + message, tail))
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio."""
