@@ -20,7 +20,7 @@ from miinb.asking import Messages, chat_request, session_name, task_inputs, text
 from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
 from miinb.frozen import plain
 from miinb.image_asking import image_requests
-from miinb.image_calls import ImageCalls, OnProgress
+from miinb.image_calls import GrpcStream, ImageCalls, ImagesCall, OnProgress
 from miinb.image_results import ImageResult
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.predicting import GrpcCall, PredictCall, PredictCalls
@@ -29,7 +29,7 @@ from miinb.results import Result, frame_of, merge
 from miinb.rpc import codec, failures, image_codec
 from miinb.rpc.address import file_at, socket_path
 from miinb.rpc.channel import close_channel, open_channel
-from miinb.rpc.direct import Connections, socket_beside
+from miinb.rpc.direct import Connections, Method, socket_beside
 from miinb.spinning import spin_s
 from miinb.streams import Stream, StreamGroup
 
@@ -201,9 +201,10 @@ class Client:
         return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
 
     def _image_calls(self, on_progress: OnProgress | None = None) -> ImageCalls:
-        def call(data: bytes, left_s: float) -> Any:
+        def call(data: bytes, left_s: float) -> ImagesCall:
             self._check_open()
-            return self._generate_images(data, timeout=left_s, metadata=self._metadata)
+            direct = self._direct.call(Method.IMAGES, data, left_s)
+            return direct or GrpcStream(self._generate_images(data, timeout=left_s, metadata=self._metadata))
 
         return ImageCalls(call, self._record, on_progress)
 
@@ -240,7 +241,7 @@ class Client:
     def _calls(self, advance: Callable[[int], object] = lambda count: None) -> PredictCalls:
         def call(data: bytes, left_s: float) -> PredictCall:
             self._check_open()
-            direct = self._direct.call(data, left_s, spin_s=spin_s(self._served.device))
+            direct = self._direct.call(Method.PREDICT, data, left_s, spin_s=spin_s(self._served.device))
             return direct or GrpcCall(self._predict.future(data, timeout=left_s, metadata=self._metadata))
 
         return PredictCalls(call, self._record, advance)

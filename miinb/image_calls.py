@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol, Self
 
 import grpc
 
@@ -30,11 +31,80 @@ _LOOK_S = 0.2
 OnProgress = Callable[[ImagesProgress], object]
 
 
+class ImagesCall(Protocol):
+    """One call to the server, an iterator of its answer's messages: `direct.DirectCall`, or `GrpcStream`."""
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> tuple[bytes, bytes]:
+        """Wait for the next message, and the file that is not in it.
+
+        Raises:
+            MiinbError: what the server says; Cancelled where the call was canceled, by whomever.
+        """
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+
+
+class GrpcStream:
+    """A call through gRPC."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[bytes, bytes]:
+        """See `ImagesCall`; here all files are in their messages."""
+        try:
+            return bytes(next(self._call)), b""
+        except grpc.RpcError as failure:
+            raise failures.error_of(failure) from None
+
+    def cancel(self) -> None:
+        """See `ImagesCall`."""
+        self._call.cancel()
+
+    close = cancel
+
+
+class _Answer:
+    """What has come of one. Pictures are hashed as they come, while the server makes others or its end."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Picture] = []  # in order
+        self.end: ImagesEnd | None = None
+        self._sha256 = hashlib.sha256()
+        self._early: dict[int, Picture] = {}
+
+    def add(self, picture: Picture) -> None:
+        """A picture, in any order."""
+        self._early[picture.index] = picture
+        while (following := self._early.pop(len(self.pictures), None)) is not None:
+            self.pictures.append(following)
+            self._sha256.update(following.data)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its end has come, and all pictures up to the last."""
+        return self.end is not None and bool(self.pictures) and not self._early
+
+    @property
+    def sha256(self) -> str:
+        """Of the pictures' files one after another."""
+        return self._sha256.hexdigest()
+
+
 class ImageCalls:
     """The calls of one request for pictures.
 
     Args:
-        call: begins one: (bytes of the request, timeout in seconds) -> gRPC call.
+        call: begins one: (bytes of the request, timeout in seconds).
         done: called at the end of each with its row of the requests table; returns the row that is kept.
         on_progress: called while they run, in the thread that called `run`.
 
@@ -44,7 +114,7 @@ class ImageCalls:
 
     def __init__(
         self,
-        call: Callable[[bytes, float], Any],
+        call: Callable[[bytes, float], ImagesCall],
         done: Callable[[dict[str, Any]], Mapping[str, Any]],
         on_progress: OnProgress | None = None,
     ) -> None:
@@ -53,7 +123,7 @@ class ImageCalls:
         self._call = call
         self._done = done
         self._on_progress = on_progress or (lambda progress: None)
-        self._running: set[Any] = set()
+        self._running: set[ImagesCall] = set()
         self._steps: list[int] = []  # of each request
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
@@ -111,56 +181,53 @@ class ImageCalls:
         data = image_codec.encode_images(request)
         submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         begin = time.perf_counter()
-        pictures: list[Picture] = []
-        finish: ImagesEnd | None = None
+        answer = _Answer()
         error: MiinbError | None = None
         try:
-            finish = self._read(self._begin(data, end), place, pictures)
+            with self._begun(data, end) as call:
+                finish = self._read(call, place, answer)
         except MiinbError as failure:
             error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
             raise error from None
         finally:
             e2e_s = time.perf_counter() - begin
             row = {"batch_size": batch_size, "t_submit": submitted}
-            kept = self._done(row | _row(request, pictures, finish, error, e2e_s))
-        times, usage = _timing(finish, e2e_s, len(pictures)), Usage(prompt_tokens=finish.prompt_tokens)
+            kept = self._done(row | _row(request, answer, error, e2e_s))
+        times, usage = _timing(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
         return pictures_result(
-            request.prompt, pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
+            request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
         )
 
-    def _begin(self, data: bytes, end: float) -> Any:
-        call = self._call(data, max(end - time.monotonic(), 0.001))
-        with self._lock:
-            self._running.add(call)
-            late = self._cancelled
-        if late:
-            call.cancel()
-        return call
-
-    def _read(self, call: Any, place: int, pictures: list[Picture]) -> ImagesEnd:
-        """The whole answer: its end, and its pictures in their order. Raises MiinbError."""
-        end: ImagesEnd | None = None
-        try:
-            for data in call:
-                event = image_codec.decode_images_event(data)
-                if isinstance(event, ImagesProgress):
-                    self._note(event, place)
-                    if len(self._steps) == 1:
-                        self._show()
-                elif isinstance(event, Picture):
-                    pictures.append(event)
-                else:
-                    end = event
-        except grpc.RpcError as failure:
-            raise failures.error_of(failure) from None
-        finally:
-            call.cancel()  # of one that was left early
+    @contextlib.contextmanager
+    def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
+        """A call, which ends with the block."""
+        with contextlib.closing(self._call(data, max(end - time.monotonic(), 0.001))) as call:
             with self._lock:
-                self._running.discard(call)
-        if end is None:
+                self._running.add(call)
+                late = self._cancelled
+            if late:
+                call.cancel()
+            try:
+                yield call
+            finally:
+                with self._lock:
+                    self._running.discard(call)
+
+    def _read(self, call: ImagesCall, place: int, answer: _Answer) -> ImagesEnd:
+        """Read all of an answer; returns its end. Raises MiinbError."""
+        for message, file in call:
+            event = image_codec.decode_images_event(message, file)
+            if isinstance(event, ImagesProgress):
+                self._note(event, place)
+                if len(self._steps) == 1:
+                    self._show()
+            elif isinstance(event, Picture):
+                answer.add(event)
+            else:
+                answer.end = event
+        if answer.end is None or not answer.complete:
             raise Unavailable("The answer ended too early.")
-        pictures.sort(key=lambda picture: picture.index)
-        return end
+        return answer.end
 
     def _note(self, progress: ImagesProgress, place: int) -> None:
         with self._lock:
@@ -201,13 +268,12 @@ def _warnings(end: ImagesEnd) -> Iterable[str]:
 
 def _row(
     request: ImagesRequest,
-    pictures: Sequence[Picture],
-    end: ImagesEnd | None,
+    answer: _Answer,
     error: MiinbError | None,
     e2e_s: float,
 ) -> dict[str, Any]:
     """The row of the requests table; a field that does not apply is left out."""
-    params = request.params
+    params, pictures, end = request.params, answer.pictures, answer.end if answer.complete else None
     cancelled = end is None and (error is None or isinstance(error, Cancelled))
     failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
     row: dict[str, Any] = {
@@ -237,5 +303,5 @@ def _row(
         "model_s": times.text_encode_s + times.steps_s + times.vae_s,
         "postprocess_s": times.picture_s,
         "finish_reason": "stop",
-        "output_sha256": hashlib.sha256(b"".join(picture.data for picture in pictures)).hexdigest(),
+        "output_sha256": answer.sha256,
     }

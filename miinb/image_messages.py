@@ -166,4 +166,4 @@ class PaintedEvent:
     scheduler: str
     facts: Mapping[str, Any]
     times: Mapping[str, float]
-    pixels: bytes
+    pixels: bytes | memoryview

@@ -21,8 +21,8 @@ from miinb import errors
 from miinb.client import Client
 from miinb.rpc import codec
 from miinb.rpc.address import socket_path
-from miinb.rpc.direct import ANSWER, REQUEST, Connections, socket_beside
-from miinb.server.direct import DirectServer
+from miinb.rpc.direct import ANSWER, REQUEST, Connections, Kind, Method, socket_beside
+from miinb.server.direct import DirectServer, Send
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -134,10 +134,10 @@ def test_closing_the_client_ends_its_calls(stopped: FrontendProcess, client: Cli
 def test_a_late_cancel_does_not_end_somebody_elses_call(frontend: FrontendProcess) -> None:
     connections = Connections(path_of(frontend))
     data = codec.encode_predict([{"query": "abc"}], {})
-    first = connections.call(data, 10)
+    first = connections.call(Method.PREDICT, data, 10)
     assert first is not None
     answer = first.result()
-    second = connections.call(data, 10)
+    second = connections.call(Method.PREDICT, data, 10)
     assert second is not None
     first.cancel()
     assert codec.decode_predicted(second.result()).outputs == codec.decode_predicted(answer).outputs
@@ -150,7 +150,7 @@ def test_a_forked_child_has_connections_of_its_own(client: Client) -> None:
     child = os.fork()
     if not child:
         try:
-            call = client._direct.call(codec.encode_predict([{"query": "abc"}], {}), 10)
+            call = client._direct.call(Method.PREDICT, codec.encode_predict([{"query": "abc"}], {}), 10)
             assert call is not None
             assert call._socket is not before
             outputs = codec.decode_predicted(call.result()).outputs
@@ -185,11 +185,13 @@ def test_any_positive_number_is_a_time_limit(client: Client, timeout_s: Any) -> 
 @pytest.mark.parametrize(
     "junk",
     [
-        REQUEST.pack(codec.MAX_REQUEST_BYTES + 1, 1.0),
-        REQUEST.pack(1, 1.0) + b"ab",
-        REQUEST.pack(3, 1.0) + b"\xff\xff\xff",
-        REQUEST.pack(0, float("nan")),
-        REQUEST.pack(0, -1.0),
+        REQUEST.pack(codec.MAX_REQUEST_BYTES + 1, 1.0, Method.PREDICT),
+        REQUEST.pack(1, 1.0, Method.PREDICT) + b"ab",
+        REQUEST.pack(3, 1.0, Method.PREDICT) + b"\xff\xff\xff",
+        REQUEST.pack(3, 1.0, Method.IMAGES) + b"\xff\xff\xff",
+        REQUEST.pack(0, 1.0, 77),
+        REQUEST.pack(0, float("nan"), Method.PREDICT),
+        REQUEST.pack(0, -1.0, Method.PREDICT),
         b"GET / HTTP/1.1\r\n\r\n",
     ],
 )
@@ -199,7 +201,7 @@ def test_junk_harms_nobody(frontend: FrontendProcess, client: Client, junk: byte
         other.settimeout(5)
         other.sendall(junk)
         if head := other.recv(ANSWER.size):
-            assert ANSWER.unpack(head)[1], "what cannot be read is refused"
+            assert ANSWER.unpack(head)[2] == Kind.FAILED, "what cannot be read is refused"
     assert client.predict("abc")
     assert frontend.process.poll() is None
 
@@ -207,7 +209,7 @@ def test_junk_harms_nobody(frontend: FrontendProcess, client: Client, junk: byte
 def test_who_leaves_within_a_request_leaves_nothing(frontend: FrontendProcess, client: Client) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(str(path_of(frontend)))
-        other.sendall(REQUEST.pack(100, 1.0) + b"abc")
+        other.sendall(REQUEST.pack(100, 1.0, Method.PREDICT) + b"abc")
     assert client.predict("abc")
     assert frontend.running() == 0
 
@@ -267,8 +269,8 @@ def test_running_calls_end_while_the_frontend_drains_and_new_ones_are_refused(fr
         wait_for(lambda: not client.health(), "health while draining")
         with idle:
             idle.settimeout(5)
-            idle.sendall(REQUEST.pack(0, 1.0))
-            assert ANSWER.unpack(idle.recv(ANSWER.size))[1]
+            idle.sendall(REQUEST.pack(0, 1.0, Method.PREDICT))
+            assert ANSWER.unpack(idle.recv(ANSWER.size))[2] == Kind.FAILED
             assert b"Unavailable" in idle.recv(1000)
         with pytest.raises(errors.Unavailable):
             client.predict("abc", timeout_s=5)
@@ -282,28 +284,28 @@ def test_all_calls_of_a_list_end_while_the_frontend_drains(tmp_path: Path) -> No
     begun: list[str] = []
 
     async def run() -> None:
-        async def answer(data: bytes, left_s: float) -> bytes:
+        async def answer(data: bytes, left_s: float, send: Send) -> bytes:
             begun.append(codec.request_id(data))
             await asyncio.sleep(0.02)
             return data
 
         async def ask(*requests: str) -> list[bool]:
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "predict.sock"))
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "direct.sock"))
             failed = []
             for request in requests:
                 data = codec.encode_predict([{"query": "a"}], {}, request)
-                writer.write(REQUEST.pack(len(data), 10.0) + data)
-                length, wrong = ANSWER.unpack(await reader.readexactly(ANSWER.size))
+                writer.write(REQUEST.pack(len(data), 10.0, Method.PREDICT) + data)
+                length, _, kind = ANSWER.unpack(await reader.readexactly(ANSWER.size))
                 await reader.readexactly(length)
-                failed.append(bool(wrong))
+                failed.append(kind == Kind.FAILED)
                 if request == "first":
                     connected.set()
                     await stopping.wait()
             writer.close()
             return failed
 
-        server, connected, stopping = DirectServer(answer, most=9), asyncio.Event(), asyncio.Event()
-        await server.start(tmp_path / "predict.sock")
+        server, connected, stopping = DirectServer({Method.PREDICT: answer}, most=9), asyncio.Event(), asyncio.Event()
+        await server.start(tmp_path / "direct.sock")
         other = asyncio.ensure_future(ask("first", "new"))
         await connected.wait()
         calls = asyncio.ensure_future(ask("list", "list", "list"))
@@ -337,15 +339,15 @@ def test_a_second_sigterm_tells_the_running_calls(fresh: Any) -> None:
 
 def test_more_calls_than_are_taken_are_refused(tmp_path: Path) -> None:
     async def run() -> list[bytes]:
-        async def forever(data: bytes, left_s: float) -> bytes:
+        async def forever(data: bytes, left_s: float, send: Send) -> bytes:
             await asyncio.sleep(60)
             return data
 
-        server = DirectServer(forever, most=2)
-        await server.start(tmp_path / "predict.sock")
-        streams = [await asyncio.open_unix_connection(str(tmp_path / "predict.sock")) for _ in range(3)]
+        server = DirectServer({Method.PREDICT: forever}, most=2)
+        await server.start(tmp_path / "direct.sock")
+        streams = [await asyncio.open_unix_connection(str(tmp_path / "direct.sock")) for _ in range(3)]
         for _, writer in streams:
-            writer.write(REQUEST.pack(0, 1.0))
+            writer.write(REQUEST.pack(0, 1.0, Method.PREDICT))
             await asyncio.sleep(0.05)
         refused = await streams[2][0].readexactly(ANSWER.size)
         words = [await streams[2][0].readexactly(struct.unpack_from("<I", refused)[0])]
@@ -365,17 +367,17 @@ def test_who_does_not_read_its_answer_gets_no_other_one(tmp_path: Path) -> None:
     async def run() -> list[int]:
         begun = 0
 
-        async def answer(data: bytes, left_s: float) -> bytes:
+        async def answer(data: bytes, left_s: float, send: Send) -> bytes:
             nonlocal begun
             begun += 1
             return bytes(8 << 20)
 
-        server = DirectServer(answer, most=2)
-        await server.start(tmp_path / "predict.sock")
-        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "predict.sock"), limit=1 << 10)
+        server = DirectServer({Method.PREDICT: answer}, most=2)
+        await server.start(tmp_path / "direct.sock")
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "direct.sock"), limit=1 << 10)
         seen = []
         for _ in range(2):
-            writer.write(REQUEST.pack(0, 1.0))
+            writer.write(REQUEST.pack(0, 1.0, Method.PREDICT))
             await asyncio.sleep(0.1)
         seen.append(begun)
         for _ in range(2):

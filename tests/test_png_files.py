@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -38,8 +39,11 @@ def test_parts_that_threads_deflate_are_one_stream(rows: int, monkeypatch: pytes
     monkeypatch.setattr(png_files, "_PART_BYTES", 100)
     monkeypatch.setattr(png_files, "_THREADS", 4)
     pixels = noise(rows, 50)
-    with Image.open(io.BytesIO(png_file(pixels, {}))) as image:
+    data = png_file(pixels, {})
+    with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
+    begin = data.index(b"IDAT") + 4
+    assert len(zlib.decompress(data[begin : data.index(b"IEND") - 8])) == rows * 151  # its sum too
 
 
 def test_a_smooth_picture_becomes_a_small_file() -> None:

@@ -133,7 +133,7 @@ def test_every_listener_is_local(session: miinb.Session) -> None:
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     folder = _folder(session)
     assert folder.stat().st_mode & 0o777 == 0o700
-    for name in ("rpc.sock", "predict.sock", "control.sock", "token"):
+    for name in ("rpc.sock", "direct.sock", "control.sock", "token"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
 
 

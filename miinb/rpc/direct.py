@@ -1,8 +1,10 @@
-"""Predict without gRPC, for clients on the frontend's machine: calls one after another on a connection of their own.
+"""Calls without gRPC, for clients on the frontend's machine: one after another on a connection of their own.
 
-A short text takes an encoder less than half a millisecond; gRPC's way there and back takes twice that. The messages
-are the same bytes as gRPC's (`codec.py`). A request is a frame `u32 length | f64 time limit in seconds | payload`, an
-answer `u32 length | u8 whether it failed | payload`, little-endian. Whoever closes the connection ends the call.
+A short text takes an encoder less than half a millisecond, and a picture's file can cross in as much; gRPC's way takes
+several times that. The messages are those of gRPC (`codec.py`, `image_codec.py`). A request is a frame
+`u32 length | f64 time limit in seconds | u8 method | payload`, its answer one or several of `u32 length | u32 length
+of the tail | u8 kind | message | tail`, little-endian, of which the last is of kind LAST or FAILED. A tail is a file
+that belongs to its message and is large: so nobody needs to copy it. Whoever closes the connection ends the call.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ import socket
 import struct
 import threading
 import time
+from enum import IntEnum
 from pathlib import Path
+from typing import Self
 
 from miinb.errors import Cancelled
 from miinb.rpc import codec, failures
 
-REQUEST = struct.Struct("<Id")
-ANSWER = struct.Struct("<IB")
+REQUEST = struct.Struct("<IdB")
+ANSWER = struct.Struct("<IIB")
 #: What is asked of the socket at once, at least and at most.
 RECEIVE_BYTES = 1 << 14
 LARGE_BYTES = 1 << 20
@@ -28,65 +32,128 @@ LARGE_BYTES = 1 << 20
 MAX_IDLE = 64
 
 
+class Method(IntEnum):
+    """What is asked for, by its byte on the wire."""
+
+    PREDICT = 0
+    IMAGES = 1
+
+
+class Kind(IntEnum):
+    """The kinds of an answer's messages, by their byte on the wire; a failure is what `failures` makes of an error."""
+
+    LAST = 0
+    FAILED = 1
+    MORE = 2
+
+
 def socket_beside(rpc_socket: Path) -> Path:
     """The socket of direct calls: in the folder of gRPC's."""
-    return rpc_socket.with_name("predict.sock")
+    return rpc_socket.with_name("direct.sock")
 
 
 class DirectCall:
-    """One call: it is sent when `result` is asked for. `cancel` may come from any thread."""
+    """One call: an iterator of its answer's messages, sent when the first is asked for.
+
+    `cancel` may come from any thread. Who does not read to the end must `close` it.
+    """
 
     def __init__(
-        self, connections: Connections, sock: socket.socket, data: bytes, timeout_s: float, spin_s: float
+        self,
+        connections: Connections,
+        sock: socket.socket,
+        method: Method,
+        data: bytes,
+        timeout_s: float,
+        spin_s: float,
     ) -> None:
         self._connections = connections
         self._socket = sock
-        self._data = data
+        self._method = method
+        self._data: bytes | None = data  # None: it has been sent
         self._end = time.monotonic() + timeout_s
         self._spin_s = spin_s
+        self._received = b""  # of the next message
         self._cancelled = False
+        self._ended = False
 
     def cancel(self) -> None:
-        """End the call; who waits for its result gets Cancelled."""
+        """End the call; who waits for its messages gets Cancelled."""
         self._cancelled = True
         self._connections.end(self, self._socket)
 
+    def close(self) -> None:
+        """Nobody reads it any more: a call that still runs ends."""
+        if not self._ended:
+            self._ended = True
+            self._connections.drop(self, self._socket)
+
     def result(self) -> bytes:
-        """The answer's bytes.
+        """The message of an answer that has one, without a tail; raises as `__next__`."""
+        message, _ = next(self)
+        self.close()  # of a server that would say more
+        return message
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[bytes, bytes]:
+        """The next message's bytes, and its tail.
 
         Raises:
             MiinbError: what the server says; DeadlineExceeded, Cancelled, or Unavailable where it does not answer.
         """
+        if self._ended:
+            raise StopIteration
         try:
-            failed, payload = self._exchange()
+            kind, message, tail = self._message()
         except TimeoutError:
-            self._connections.drop(self, self._socket)
+            self.close()
             raise failures.timed_out() from None
         except OSError:
-            self._connections.drop(self, self._socket)
+            self.close()
             if self._cancelled:
                 raise Cancelled("The request was canceled.") from None
             raise failures.unavailable() from None
         except BaseException:  # the Stop button, say
-            self._connections.drop(self, self._socket)
+            self.close()
             raise
-        self._connections.keep(self, self._socket)
-        if failed:
-            raise failures.decode_failure(payload)
-        return payload
+        if kind != Kind.MORE:
+            self._ended = True
+            self._connections.keep(self, self._socket)
+        if kind == Kind.FAILED:
+            raise failures.decode_failure(message)
+        return message, tail
 
-    def _exchange(self) -> tuple[bool, bytes]:
+    def _message(self) -> tuple[int, bytes, bytes]:
+        if self._data is not None:
+            self._send(self._data)
+        length, tail, kind = ANSWER.unpack(self._take(ANSWER.size))
+        found = kind, self._take(length), self._take(tail)
+        if kind not in _KINDS or (kind != Kind.MORE and self._received):  # not a server of this kind
+            raise ConnectionResetError
+        return found
+
+    def _send(self, data: bytes) -> None:
         begin, left_s = time.monotonic(), self._left_s()
         self._socket.settimeout(left_s)
-        self._socket.sendall(REQUEST.pack(len(self._data), left_s) + self._data)
-        self._connections.look(self._socket, self._spin_s)
-        received = self._receive(ANSWER.size)
-        length, failed = ANSWER.unpack_from(received)
-        self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
-        missing = ANSWER.size + length - len(received)
-        if missing < 0:  # not a server of this kind
-            raise ConnectionResetError
-        return bool(failed), received[ANSWER.size :] + (self._receive(missing) if missing else b"")
+        self._socket.sendall(REQUEST.pack(len(data), left_s, self._method) + data)
+        self._data = None
+        if self._spin_s:
+            self._connections.look(self._socket, self._spin_s)
+            self._received = self._receive(RECEIVE_BYTES)
+            self._connections.quick = time.monotonic() - begin < 2 * self._spin_s
+
+    def _take(self, size: int) -> bytes:
+        """So many bytes; of what comes behind them a little may be received too."""
+        parts, missing = [self._received[:size]], size - len(self._received)
+        self._received = self._received[size:]
+        while missing > 0:
+            data = self._receive(min(max(missing, RECEIVE_BYTES), LARGE_BYTES))
+            parts.append(data[:missing])
+            self._received = data[missing:]
+            missing -= len(data)
+        return b"".join(parts)
 
     def _left_s(self) -> float:
         left_s = self._end - time.monotonic()
@@ -94,18 +161,16 @@ class DirectCall:
             raise TimeoutError
         return left_s
 
-    def _receive(self, size: int) -> bytes:
-        """So many bytes, and more if they are there: the answer's. Raises OSError where the connection ends before."""
-        parts: list[bytes] = []
-        while size > 0:
-            if parts:
-                self._socket.settimeout(self._left_s())
-            data = self._socket.recv(min(max(size, RECEIVE_BYTES), LARGE_BYTES))
-            if not data:
-                raise ConnectionResetError
-            parts.append(data)
-            size -= len(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _receive(self, most: int) -> bytes:
+        """What has come, or comes first. Raises OSError where the connection ends or the time is up."""
+        self._socket.settimeout(self._left_s())
+        data = self._socket.recv(most)
+        if not data:
+            raise ConnectionResetError
+        return data
+
+
+_KINDS = frozenset(Kind)
 
 
 class Connections:
@@ -124,10 +189,11 @@ class Connections:
         self._looking = threading.Lock()
         self.quick = True  # the last answer
 
-    def call(self, data: bytes, timeout_s: float, *, spin_s: float = 0.0) -> DirectCall | None:
+    def call(self, method: Method, data: bytes, timeout_s: float, *, spin_s: float = 0.0) -> DirectCall | None:
         """A call with these bytes; None: nobody listens there.
 
         Args:
+            method: what is asked for.
             data: of the request.
             timeout_s: limit of the call.
             spin_s: for so long it may look for its answer before it sleeps.
@@ -144,7 +210,7 @@ class Connections:
             sock = self._take(timeout_s)
             if sock is None:
                 return None
-            call = DirectCall(self, sock, data, timeout_s, spin_s)
+            call = DirectCall(self, sock, method, data, timeout_s, spin_s)
             self._calls.add(call)
             return call
 

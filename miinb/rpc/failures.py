@@ -106,7 +106,7 @@ def _error_of_code(code: grpc.StatusCode, text: str) -> MiinbError:
     if code is Code.UNAVAILABLE:
         return unavailable()
     if code is Code.UNIMPLEMENTED:
-        return errors.VersionMismatch("The server does not know this call.", hint="Start it again with this version.")
+        return unknown_call()
     if code is Code.CANCELLED:
         return errors.Cancelled("The request was cancelled.")
     return ERRORS.get(code, errors.RequestError)(text or f"The request failed ({code.name}).")
@@ -116,6 +116,11 @@ def too_large() -> InvalidRequest:
     """Of a request with more bytes than the server takes."""
     limit = f"{MAX_REQUEST_BYTES >> 20} MiB"
     return InvalidRequest(f"The request is larger than the {limit} that the server takes.", hint="Send less text.")
+
+
+def unknown_call() -> errors.VersionMismatch:
+    """Of a call that the server has not."""
+    return errors.VersionMismatch("The server does not know this call.", hint="Start it again with this version.")
 
 
 def timed_out() -> errors.DeadlineExceeded:

@@ -14,7 +14,7 @@ GENERATE_IMAGES = f"/{SERVICE}/GenerateImages"
 
 _TIMES = tuple(ImageTimes.__slots__)
 _FACTS = ("prompt_tokens", "cut", "negative_cut", "batch")
-_PICTURE = tuple(Picture.__slots__)
+_BESIDE_FILE = tuple(name for name in Picture.__slots__ if name != "data")
 _SOURCES = ("image", "mask")
 #: Characters of a source's name.
 MAX_NAME = 255
@@ -62,29 +62,41 @@ def _check_length(prompt: str) -> None:
         raise InvalidRequest(f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken.")
 
 
-def encode_images_event(event: ImagesEvent) -> bytes:
-    """A message of the answer's stream as bytes."""
+def encode_images_event(event: ImagesEvent) -> tuple[bytes, bytes]:
+    """A message of the answer's stream as bytes, and a picture's file, which is not in it and so not copied."""
+    file = b""
     if isinstance(event, ImagesProgress):
         progress = pb.Progress(step=event.step, total=event.total, preview=event.preview)
         message = pb.ImagesEvent(progress=progress)
     elif isinstance(event, Picture):
-        message = pb.ImagesEvent(picture=pb.Picture(**{name: getattr(event, name) for name in _PICTURE}))
+        message = pb.ImagesEvent(picture=pb.Picture(**{name: getattr(event, name) for name in _BESIDE_FILE}))
+        file = event.data
     else:
         facts = {name: getattr(event, name) for name in _FACTS}
         times = {name: getattr(event.times, name) for name in _TIMES}
         message = pb.ImagesEvent(end=pb.ImagesEnd(**facts, **times))
-    data: bytes = message.SerializeToString()
-    return data
+    return message.SerializeToString(), file
 
 
-def decode_images_event(data: bytes) -> ImagesEvent:
-    """The message of the answer's stream that these bytes say."""
+def joined(data: bytes, file: bytes) -> bytes:
+    """The same as one message: gRPC's has the file inside."""
+    if not file:
+        return data
+    message = pb.ImagesEvent.FromString(data)
+    message.picture.data = file
+    whole: bytes = message.SerializeToString()
+    return whole
+
+
+def decode_images_event(data: bytes, file: bytes = b"") -> ImagesEvent:
+    """The message of the answer's stream that these bytes say; `file` is a picture's that is not in it."""
     message = parse(pb.ImagesEvent, data)
     kind = message.WhichOneof("event")
     if kind == "progress":
         return ImagesProgress(message.progress.step, message.progress.total, message.progress.preview)
     if kind == "picture":
-        return Picture(**{name: getattr(message.picture, name) for name in _PICTURE})
+        facts = {name: getattr(message.picture, name) for name in _BESIDE_FILE}
+        return Picture(**facts, data=file or message.picture.data)
     if kind == "end":
         end = message.end
         times = ImageTimes(**{name: getattr(end, name) for name in _TIMES})

@@ -1,38 +1,54 @@
-"""The frontend's end of direct predict calls; `miinb.rpc.direct` says what goes over the socket, and why."""
+"""The frontend's end of direct calls; `miinb.rpc.direct` says what goes over the socket, and why."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from miinb.errors import InvalidRequest, QueueFull
 from miinb.rpc import codec, failures
-from miinb.rpc.direct import ANSWER, REQUEST
-from miinb.server.ipc import listen
+from miinb.rpc.direct import ANSWER, REQUEST, Kind, Method
+from miinb.server.ipc import SEND_BYTES, listen
 
 log = logging.getLogger(__name__)
 
+#: An answer that its client does not read for so long is dropped.
+MAX_UNREAD_S = 60.0
+#: For clients to read why their calls have ended with the server.
+LAST_WORDS_S = 1.0
 #: In which the next call of a list comes, once those before it have ended.
 BETWEEN_CALLS_S = 0.1
 
 
+class Send(Protocol):
+    """Sends a message of an answer that is not its last, and its tail, when the client has read those before it."""
+
+    def __call__(self, message: bytes, tail: bytes = b"", /) -> Awaitable[None]:
+        """Raises nothing: a client that leaves ends the call."""
+
+
+#: Answers a request: (its bytes, seconds that it may take, `Send`) to the bytes of the last message.
+Serve = Callable[[bytes, float, Send], Awaitable[bytes]]
+
+
 class DirectServer:
-    """Answers predict requests on a unix socket.
+    """Answers requests on a unix socket.
 
     Args:
-        predict: answers one: (bytes of the request, seconds that it may take) to bytes.
+        methods: what answers requests of each `Method`.
         most: calls at the same time; those above it are refused.
     """
 
-    def __init__(self, predict: Callable[[bytes, float], Awaitable[bytes]], most: int) -> None:
-        self._predict = predict
+    def __init__(self, methods: Mapping[int, Serve], most: int) -> None:
+        self._methods = methods
         self._most = most
         self._listener: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         self._connections: set[_Connection] = set()
-        self._calls: dict[asyncio.Task[None], bytes] = {}
+        self._calls: dict[asyncio.Task[None], tuple[int, bytes]] = {}  # and what was asked
         self._stopping = False
         self._running: set[str] = set()  # requests that run while it stops: their further calls are let in
 
@@ -45,7 +61,7 @@ class DirectServer:
         self._stopping = True
         if self._listener is not None:
             self._listener.close()
-        self._running = set(map(_request_id, self._calls.values())) - {""}
+        self._running = {_request_id(*asked) for asked in self._calls.values()} - {""}
         end = asyncio.get_running_loop().time() + drain_s
         while self._calls and (left_s := end - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(self._calls, timeout=left_s)
@@ -53,7 +69,7 @@ class DirectServer:
         for call in tuple(self._calls):
             call.cancel()
         if self._calls:
-            await asyncio.wait(self._calls)
+            await asyncio.wait(self._calls, timeout=LAST_WORDS_S)
         for connection in tuple(self._connections):
             connection.close()
 
@@ -62,38 +78,36 @@ class DirectServer:
         self._connections.add(connection)
         return connection
 
-    def _begin(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> asyncio.Task[None]:
-        call = asyncio.ensure_future(self._answered(data, left_s, answer))
-        self._calls[call] = data
+    def _begin(self, connection: _Connection, method: int, left_s: float, data: bytes) -> asyncio.Task[None]:
+        call = asyncio.ensure_future(self._answered(connection, method, left_s, data))
+        self._calls[call] = method, data
         call.add_done_callback(self._calls.pop)
         return call
 
-    async def _answered(self, data: bytes, left_s: float, answer: Callable[[bytes], None]) -> None:
+    async def _answered(self, connection: _Connection, method: int, left_s: float, data: bytes) -> None:
         try:
-            if self._stopping and _request_id(data) not in self._running:
+            if self._stopping and _request_id(method, data) not in self._running:
                 raise failures.draining()
             if len(self._calls) > self._most:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
-            found = _frame(await self._predict(data, left_s))
+            if method not in self._methods:
+                raise failures.unknown_call()
+            kind, found = Kind.LAST, await self._methods[method](data, left_s, connection.send)
         except asyncio.CancelledError:
             if not self._stopping:
                 raise  # the client has left
-            answer(_frame(failures.encode_failure(failures.stopped()), failed=True))
+            kind, found = Kind.FAILED, failures.encode_failure(failures.stopped())
         except Exception as error:
-            answer(_frame(failures.encode_failure(error, _log), failed=True))
-        else:
-            answer(found)
+            kind, found = Kind.FAILED, failures.encode_failure(error, _log)
+        await connection.end(kind, found)
 
 
-def _request_id(data: bytes) -> str:
+def _request_id(method: int, data: bytes) -> str:
+    """Of a request whose calls come one after another; "": it has one."""
     try:
-        return codec.request_id(data)
+        return codec.request_id(data) if method == Method.PREDICT else ""
     except InvalidRequest:
         return ""
-
-
-def _frame(payload: bytes, *, failed: bool = False) -> bytes:
-    return ANSWER.pack(len(payload), failed) + payload
 
 
 def _log(number: str, cause: BaseException) -> None:
@@ -105,7 +119,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        begin: Callable[[bytes, float, Callable[[bytes], None]], asyncio.Task[None]],
+        begin: Callable[[_Connection, int, float, bytes], asyncio.Task[None]],
         connections: set[_Connection],
     ) -> None:
         self._begin = begin
@@ -113,47 +127,78 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._call: asyncio.Task[None] | None = None
+        self._taken = asyncio.Event()  # what was written has gone
+        self._taken.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
         self._transport = cast(asyncio.Transport, transport)  # a stream socket's; uvloop's own class is none
         self._transport.set_write_buffer_limits(0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
 
     def pause_writing(self) -> None:
-        """Called by asyncio: the client has not read its answer, so it gets no other one."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+        """Called by asyncio: the client has not read what was written."""
+        self._taken.clear()
 
     def resume_writing(self) -> None:
-        """Called by asyncio: the client has read its answer."""
+        """Called by asyncio: the client has read it."""
+        self._taken.set()
         if self._transport is not None:
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
         if self._call is not None:
-            self.close()
+            self._abort()
             return
         received = self._received
         received += data
         if len(received) < REQUEST.size:
             return
-        length, left_s = REQUEST.unpack_from(received)
+        length, left_s, method = REQUEST.unpack_from(received)
         end = REQUEST.size + length
         if length > codec.MAX_REQUEST_BYTES or len(received) > end:
             self.close()
         elif len(received) == end:
             self._received = bytearray()
-            self._call = self._begin(bytes(memoryview(received)[REQUEST.size :]), left_s, self._answer)
+            self._call = self._begin(self, method, left_s, bytes(memoryview(received)[REQUEST.size :]))
 
-    def _answer(self, data: bytes) -> None:
+    async def send(self, message: bytes, tail: bytes = b"", /) -> None:
+        """Write one of several messages when the client has read those before it, so that no more than one waits."""
+        await self._taken.wait()
+        self._write(Kind.MORE, message, tail)
+
+    async def end(self, kind: Kind, message: bytes) -> None:
+        """Write the last message; who does not read is let go."""
         self._call = None
-        if self._transport is not None:
+        self._write(kind, message)
+        if self._taken.is_set() or self._transport is None:
+            return
+        self._transport.pause_reading()  # until then there is no other request
+        try:
+            async with asyncio.timeout(MAX_UNREAD_S):
+                await self._taken.wait()
+        except TimeoutError:
+            self._abort()
+
+    def _write(self, kind: Kind, message: bytes, tail: bytes = b"") -> None:
+        if self._transport is None:
+            return
+        data = ANSWER.pack(len(message), len(tail), kind) + message
+        if tail:
+            self._transport.writelines((data, tail))
+        else:
             self._transport.write(data)
+
+    def _abort(self) -> None:
+        """Close the connection; what was written and not read is lost."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio."""
         self._transport = None
+        self._taken.set()
         self._connections.discard(self)
         if self._call is not None:
             self._call.cancel()

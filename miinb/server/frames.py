@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 from miinb.config import GenerationParams
 from miinb.errors import MiinbError
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
@@ -37,6 +39,8 @@ from miinb.messages import (
 HEADER = struct.Struct("<IB")
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20
+#: Of a decoder's buffer, unless a frame is larger: the pixels of 512 x 512 are read to their place.
+SPACE_BYTES = 1 << 20
 
 
 class Kind(IntEnum):
@@ -98,6 +102,13 @@ def frame(kind: Kind, *parts: bytes) -> bytes:
     return b"".join((HEADER.pack(sum(map(len, parts)), kind), *parts))
 
 
+def pieces_of(message: Message) -> tuple[bytes | memoryview, ...]:
+    """`encode` in pieces, one after another: pixels are one of them, and not copied."""
+    if isinstance(message, PaintedEvent):
+        return _head(Kind.PAINTED, message, "pixels"), message.pixels
+    return (encode(message),)
+
+
 def encode(message: Message, *, sent: PaintSource | None = None) -> bytes:
     """The frames of a message (two for tokens with log-probabilities and pictures that begin from one).
 
@@ -120,9 +131,9 @@ def encode(message: Message, *, sent: PaintSource | None = None) -> bytes:
     if isinstance(message, PaintRequest):
         return _paint_frames(message, sent)
     if isinstance(message, PaintProgress):
-        return _headed_frame(Kind.PROGRESS, message, "preview")
+        return _head(Kind.PROGRESS, message, "preview") + message.preview
     if isinstance(message, PaintedEvent):
-        return _headed_frame(Kind.PAINTED, message, "pixels")
+        return b"".join(pieces_of(message))
     return frame(_KINDS[type(message)], _json(dataclasses.asdict(message)))
 
 
@@ -143,16 +154,17 @@ def _paint_frames(request: PaintRequest, sent: PaintSource | None) -> bytes:
     return frame(Kind.SOURCE, LENGTH.pack(len(source.image)), source.image, source.mask) + paint
 
 
-def _headed_frame(kind: Kind, event: ImageEvent, tail: str) -> bytes:
-    """JSON of a message with its length before it, and one field of bytes as it is behind it."""
-    head = _json({name: getattr(event, name) for name in event.__slots__ if name != tail})
-    return frame(kind, LENGTH.pack(len(head)), head, getattr(event, tail))
+def _head(kind: Kind, event: ImageEvent, tail: str) -> bytes:
+    """A frame up to one field of bytes, which follows as it is: JSON of the others with its length before it."""
+    told = _json({name: getattr(event, name) for name in event.__slots__ if name != tail})
+    size = LENGTH.size + len(told) + len(getattr(event, tail))
+    return HEADER.pack(size, kind) + LENGTH.pack(len(told)) + told
 
 
-def _headed(payload: memoryview) -> tuple[dict[str, Any], bytes]:
+def _headed(payload: memoryview) -> tuple[dict[str, Any], memoryview]:
     (length,) = LENGTH.unpack_from(payload)
     head: dict[str, Any] = json.loads(bytes(payload[LENGTH.size : LENGTH.size + length]))
-    return head, bytes(payload[LENGTH.size + length :])
+    return head, payload[LENGTH.size + length :]
 
 
 def _encode_frame(request: EncodeRequest) -> bytes:
@@ -226,47 +238,79 @@ def _logprobs_frame(event: TokensEvent) -> bytes:
 _UNREADABLE = (LookupError, ValueError, TypeError, AttributeError, RecursionError, struct.error, MiinbError)
 
 
+def _memory(size: int) -> memoryview:
+    """So many bytes, whatever they are: to write zeros first takes as long as to read a picture."""
+    return np.empty(size, np.uint8).data
+
+
 class Decoder:
-    """Turns received bytes into messages. Holds what comes before its message: log-probabilities, the last source."""
+    """Turns received bytes into messages: they are read to `space()`, then `filled(count)` gives the messages.
+
+    It holds what comes before its message: log-probabilities, the last source.
+    """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer = _memory(SPACE_BYTES)
+        self._held = 0  # bytes of it: of a frame that has begun
+        self._given = False  # pixels that lie in it belong to their message
         self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
         self._source: PaintSource | None = None
 
+    def space(self) -> memoryview:
+        """Where the next bytes are to lie; never empty."""
+        return self._buffer[self._held :]
+
     def feed(self, data: bytes | memoryview) -> list[Message]:
-        """The messages that these bytes complete.
+        """`filled` of bytes that lie elsewhere."""
+        messages: list[Message] = []
+        while data:
+            space = self.space()[: len(data)]
+            space[:] = data[: len(space)]
+            messages += self.filled(len(space))
+            data = data[len(space) :]
+        return messages
+
+    def filled(self, count: int) -> list[Message]:
+        """The messages that so many more bytes in `space()` complete.
 
         Raises:
             ConnectionError: the peer does not speak this protocol.
         """
-        buffer = self._buffer
-        buffer += data
-        messages: list[Message] = []
-        at = 0
-        while len(buffer) - at >= HEADER.size:
+        buffer, held, messages = self._buffer, self._held + count, list[Message]()
+        at = needed = 0
+        while held - at >= HEADER.size:
             length, kind = HEADER.unpack_from(buffer, at)
             if length > MAX_FRAME_BYTES:
                 raise ConnectionError(f"a frame of {length} bytes is above the limit")
             end = at + HEADER.size + length
-            if len(buffer) < end:
+            if held < end:
+                needed = end - at
                 break
             try:
-                with memoryview(buffer) as whole, whole[at + HEADER.size : end] as payload:
-                    messages.extend(self._message(kind, payload))
+                messages.extend(self._message(kind, buffer[at + HEADER.size : end]))
             except _UNREADABLE as error:
                 raise ConnectionError(f"a frame of kind {kind} cannot be read: {error}") from error
             at = end
-        del buffer[:at]
+        self._keep(at, held, max(needed, SPACE_BYTES))
         return messages
+
+    def _keep(self, begin: int, end: int, size: int) -> None:
+        """What lies between is the beginning of a frame: it moves to the front of a buffer of this size."""
+        old, self._held = self._buffer, end - begin
+        if self._given or size != len(old):
+            self._buffer, self._given = _memory(size), False
+        elif not begin:
+            return
+        self._buffer[: self._held] = bytes(old[begin:end])
 
     def _message(self, kind: int, view: memoryview) -> Iterable[Message]:
         if kind == Kind.PROGRESS:
             head, preview = _headed(view)
-            return [PaintProgress(**head, preview=preview)]
-        if kind == Kind.PAINTED:  # large: copied once
+            return [PaintProgress(**head, preview=bytes(preview))]
+        if kind == Kind.PAINTED:
             head, pixels = _headed(view)
-            return [PaintedEvent(**head, pixels=pixels)]
+            self._given = self._given or len(pixels) > SPACE_BYTES // 4  # smaller ones would hold too much
+            return [PaintedEvent(**head, pixels=pixels if self._given else bytes(pixels))]
         payload = bytes(view)
         if kind == Kind.TOKENS:
             return self._tokens(payload)

@@ -26,10 +26,10 @@ from miinb.config import DeploymentConfig
 from miinb.messages import EngineInfo
 from miinb.rpc import codec
 from miinb.rpc.address import unix_address
-from miinb.rpc.direct import socket_beside
+from miinb.rpc.direct import Method, socket_beside
 from miinb.server import ipc
 from miinb.server.balancer import Balancer
-from miinb.server.direct import DirectServer
+from miinb.server.direct import DirectServer, Serve
 from miinb.server.encoders.registry import ENCODER_TASKS
 from miinb.server.encoders.tokenization import EncoderText
 from miinb.server.service import Inference, TokenCheck
@@ -91,7 +91,8 @@ class Frontend:
         self._health_tasks: set[asyncio.Task[None]] = set()
         self._servers: list[grpc.aio.Server] = []
         self._for_ranks: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
-        self._direct = DirectServer(self._service.predict, self._most_calls)
+        methods: dict[int, Serve] = {Method.PREDICT: self._service.predict, Method.IMAGES: self._service.images}
+        self._direct = DirectServer(methods, self._most_calls)
 
     def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
         task, folder = find_task(info.task), self._folder / info.tokenizer_folder
@@ -172,7 +173,7 @@ class Frontend:
         self._balancer.close()
         if self._for_ranks is not None:
             self._for_ranks.close()
-        for file in ("rpc.sock", "predict.sock", "engine.sock"):
+        for file in ("rpc.sock", "direct.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
 
     def _told(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -50,8 +50,8 @@ class Imaging:
         self._replica = replica
         self._places: dict[int, int] = {}  # of rows that run: which picture each is
         self._steps: dict[int, int] = {}
-        self._events: asyncio.Queue[RowEvent | asyncio.Task[_File]] = asyncio.Queue()
-        self._files: set[asyncio.Task[_File]] = set()
+        self._events: asyncio.Queue[RowEvent | asyncio.Future[_File]] = asyncio.Queue()
+        self._files: set[asyncio.Future[_File]] = set()
         self._painted: list[PaintedEvent] = []
         self._told = 0  # steps, and when the next may be told
         self._not_before = 0.0
@@ -82,12 +82,22 @@ class Imaging:
                 row_id = balancer.next_row_id()
                 own = params.model_copy(update={"seed": (first + place) % (MAX_SEED + 1)})
                 row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source, more=place + 1 < count)
-                replica.submit(row, self._events.put_nowait)
+                replica.submit(row, self._take)
                 self._places[row_id], self._steps[row_id] = place, 0
         except BaseException:
             self.cancel()
             raise
         return self
+
+    def _take(self, event: RowEvent) -> None:
+        """A row's event; of a picture the file is begun at once, while the next one is decoded."""
+        if not isinstance(event, PaintedEvent):
+            self._events.put_nowait(event)
+            return
+        self._painted.append(event)
+        file = asyncio.get_running_loop().run_in_executor(None, self._file, event)
+        self._files.add(file)
+        file.add_done_callback(self._events.put_nowait)
 
     async def events(self) -> AsyncIterator[ImagesEvent]:
         """The answer as it comes: progress, each picture when it is complete, the end.
@@ -102,12 +112,7 @@ class Imaging:
                 if (progress := self._progress(event, clock())) is not None:
                     preview = await asyncio.to_thread(preview_file, event) if self._shows(event) else b""
                     yield dataclasses.replace(progress, preview=preview)
-            elif isinstance(event, PaintedEvent):
-                self._painted.append(event)
-                file = asyncio.create_task(asyncio.to_thread(self._file, event))  # while the next one is decoded
-                self._files.add(file)
-                file.add_done_callback(self._events.put_nowait)
-            elif isinstance(event, asyncio.Task):
+            elif isinstance(event, asyncio.Future):
                 self._files.discard(event)
                 painted, data, seconds = event.result()
                 picture_s = max(picture_s, seconds)

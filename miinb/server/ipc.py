@@ -15,11 +15,10 @@ from pathlib import Path
 
 from miinb.image_messages import PaintRequest, PaintSource
 from miinb.messages import TokensEvent
-from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, tokens_frame
+from miinb.server.frames import Decoder, Message, ToFrontend, ToRank, encode, pieces_of, tokens_frame
 
 MAX_OUTBOX_BYTES = 64 << 20
-RECEIVE_BYTES = 1 << 18
-_SEND_BYTES = 1 << 20  # that the kernel may hold: a picture's pixels go in one call (where it lets so many)
+SEND_BYTES = 1 << 20  # that the kernel may hold: a picture's pixels go in one call (where it lets so many)
 #: Clients that may wait to be let in, while the loop is busy; a further one is refused by the kernel.
 BACKLOG = 1024
 
@@ -31,13 +30,13 @@ class RankSocket:
     """
 
     def __init__(self, sock: socket.socket, *, max_outbox_bytes: int = MAX_OUTBOX_BYTES) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         sock.setblocking(False)
         self._socket = sock
         self._decoder = Decoder()
-        self._received = memoryview(bytearray(RECEIVE_BYTES))
-        self._outbox: deque[bytes | dict[int, list[int]]] = deque()  # frames, and tokens not yet packed
-        self._sending = memoryview(b"")  # the frame that is partly on its way
+        #: Frames or their pieces, and tokens not yet packed.
+        self._outbox: deque[bytes | memoryview | dict[int, list[int]]] = deque()
+        self._sending = memoryview(b"")  # what is partly on its way
         self._waiting_bytes = 0
         self._limit = max_outbox_bytes
         self._poll = select.poll()
@@ -80,7 +79,8 @@ class RankSocket:
             if isinstance(message, TokensEvent):
                 self._send_tokens(message)
             else:
-                self._append(encode(message))
+                for piece in pieces_of(message):
+                    self._append(piece)
         if self._waiting_bytes > self._limit:
             raise ConnectionError("the frontend does not read its socket")
 
@@ -95,7 +95,7 @@ class RankSocket:
             tail.setdefault(event.row_id, []).extend(event.token_ids)
         self._waiting_bytes += 4 * len(event.token_ids)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         self._outbox.append(data)
         self._waiting_bytes += len(data)
 
@@ -153,18 +153,19 @@ class RankSocket:
     def _drain(self) -> list[Message]:
         messages: list[Message] = []
         while True:
+            space = self._decoder.space()
             try:
-                count = self._socket.recv_into(self._received)
+                count = self._socket.recv_into(space)
             except BlockingIOError:
                 return messages
             if not count:
                 raise ConnectionError("the frontend is gone")
-            messages += self._decoder.feed(self._received[:count])
-            if count < RECEIVE_BYTES:
+            messages += self._decoder.filled(count)
+            if count < len(space):
                 return messages
 
 
-class RankChannel(asyncio.Protocol):
+class RankChannel(asyncio.BufferedProtocol):
     """The frontend's end of one replica's connection.
 
     Attributes:
@@ -187,10 +188,14 @@ class RankChannel(asyncio.Protocol):
         """Called by asyncio."""
         self._transport = transport  # type: ignore[assignment]  # a stream socket's transport is a Transport
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Called by asyncio."""
+        return self._decoder.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Called by asyncio."""
         try:
-            messages = self._decoder.feed(data)
+            messages = self._decoder.filled(nbytes)
         except ConnectionError:
             self.close()
             return
@@ -222,7 +227,7 @@ class RankChannel(asyncio.Protocol):
             self._transport.close()
 
 
-async def listen(path: Path, make_protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
+async def listen(path: Path, make_protocol: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
     """Listen on a unix socket that only this user can open, as long as somebody holds the server."""
     path.unlink(missing_ok=True)
     server = await asyncio.get_running_loop().create_unix_server(make_protocol, str(path), backlog=BACKLOG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hmac
 import logging
 import time
@@ -15,7 +16,8 @@ import grpc
 import grpc.aio
 
 import miinb
-from miinb.errors import Cancelled, MiinbError
+from miinb.errors import Cancelled, MiinbError, RequestError
+from miinb.image_messages import ImagesEnd
 from miinb.messages import (
     GenerateRequest,
     RequestBegin,
@@ -24,14 +26,13 @@ from miinb.rpc import codec, failures, image_codec
 from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
+from miinb.server.direct import MAX_UNREAD_S, Send
 from miinb.server.generation import Generation
 from miinb.server.imaging import Imaging
 from miinb.server.prediction import predict
 
 #: A call without a deadline of its own has this one.
 MAX_DEADLINE_S = 3600.0
-#: A stream that its client does not read for so long is ended.
-MAX_UNREAD_S = 60.0
 #: Above so many streams a stream's chunks are at least so far apart, and all have at most so many chunks a second.
 MANY_STREAMS = 32
 PACE_S = 0.04
@@ -57,16 +58,16 @@ class Counters:
 class Writer:
     """Writes the messages of one call and knows since when its client has not taken one (None: it has)."""
 
-    def __init__(self, context: Any, task: asyncio.Task[Any] | None) -> None:
+    def __init__(self, send: Send, task: asyncio.Task[Any] | None) -> None:
         self.since: float | None = None
         self.given_up = False
-        self._context = context
+        self._send = send
         self._task = task
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, message: bytes, tail: bytes = b"") -> None:
         """Write one message; waits while the client's window is full."""
         self.since = time.monotonic()
-        await self._context.write(data)
+        await self._send(message, tail)
         self.since = None
 
     def give_up(self) -> None:
@@ -109,33 +110,35 @@ class Inference:
         )
 
     async def _generate(self, data: bytes, context: Any) -> None:
-        await self._stream(lambda writer, deadline: self._run_generate(data, writer, deadline), context)
+        run = functools.partial(self._run_generate, data)
+        await aborting(self._streamed(run, sender(context), context.time_remaining()), context)
 
     async def _generate_images(self, data: bytes, context: Any) -> None:
-        await self._stream(lambda writer, deadline: self._run_images(data, writer, deadline), context)
+        async def run(writer: Writer, deadline: float) -> None:
+            await writer.write(await self._run_images(data, writer, deadline))
 
-    async def _stream(self, run: Callable[[Writer, float], Awaitable[None]], context: Any) -> None:
-        writer = Writer(context, asyncio.current_task())
-        self._writers.add(writer)
-        try:
-            await self._answer_call(lambda deadline: run(writer, deadline), context, writer)
-        finally:
-            self._writers.discard(writer)
+        await aborting(self._streamed(run, sender(context), context.time_remaining()), context)
 
     async def _predict(self, data: bytes, context: Any) -> bytes:
-        return await self._answer_call(lambda deadline: self._run_predict(data, deadline), context)
+        run = functools.partial(self._run_predict, data)
+        return await aborting(self._bounded(run, context.time_remaining()), context)
 
-    async def predict(self, data: bytes, left_s: float) -> bytes:
+    async def predict(self, data: bytes, left_s: float, send: Send) -> bytes:
         """Answer a predict request that came without gRPC; both are the bytes of its messages.
 
         Args:
             data: the request.
             left_s: seconds that it may take.
+            send: for answers of several messages.
 
         Raises:
             MiinbError: it was refused, or failed.
         """
-        return await self._bounded(lambda deadline: self._run_predict(data, deadline), left_s)
+        return await self._bounded(functools.partial(self._run_predict, data), left_s)
+
+    async def images(self, data: bytes, left_s: float, send: Send) -> bytes:
+        """The same of a request for pictures: all messages but the last are sent."""
+        return await self._streamed(functools.partial(self._run_images, data), send, left_s)
 
     def end_unread(self) -> None:
         """End the calls whose clients have stopped reading; to be called about once a second.
@@ -147,20 +150,20 @@ class Inference:
             if writer.since is not None and writer.since < limit:
                 writer.give_up()
 
-    async def _answer_call(
-        self, run: Callable[[float], Awaitable[_T]], context: Any, writer: Writer | None = None
+    async def _streamed(
+        self, run: Callable[[Writer, float], Awaitable[_T]], send: Send, remaining_s: float | None
     ) -> _T:
-        """Answers one call of gRPC; `writer` is given up where its client does not read."""
+        """`_bounded` of a call that writes messages; it ends where its client does not read them."""
+        writer = Writer(send, asyncio.current_task())
+        self._writers.add(writer)
         try:
-            return await self._bounded(run, context.time_remaining())
+            return await self._bounded(lambda deadline: run(writer, deadline), remaining_s)
         except asyncio.CancelledError:
-            if writer is None or not writer.given_up:
+            if not writer.given_up:
                 raise
-            error: Exception = Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.")
-        except Exception as failure:
-            error = failure
-        await abort(context, error)
-        raise error  # never: `abort` raises
+            raise Cancelled(f"The client did not read for {MAX_UNREAD_S:.0f} s.") from None
+        finally:
+            self._writers.discard(writer)
 
     async def _bounded(self, run: Callable[[float], Awaitable[_T]], remaining_s: float | None) -> _T:
         """Counts one request and holds it to its client's time limit, in the queue too; `run` gets the moment."""
@@ -226,7 +229,8 @@ class Inference:
                 generation.cancel()
                 counters.output_tokens += generation.output_tokens
 
-    async def _run_images(self, data: bytes, writer: Writer, deadline: float) -> None:
+    async def _run_images(self, data: bytes, writer: Writer, deadline: float) -> bytes:
+        """Writes all messages but the last, which it returns."""
         t_submit = time.monotonic()
         request = image_codec.decode_images(data)
         imaging: Imaging | None = None
@@ -237,7 +241,11 @@ class Inference:
             async for event in imaging.events():
                 self.counters.queued -= waiting
                 waiting = False
-                await writer.write(image_codec.encode_images_event(event))
+                message, file = image_codec.encode_images_event(event)
+                if isinstance(event, ImagesEnd):
+                    return message
+                await writer.write(message, file)
+            raise RequestError("The pictures have no end.")
         finally:
             self.counters.queued -= waiting
             if imaging is not None:
@@ -280,6 +288,25 @@ class Inference:
                 "counters": dataclasses.asdict(self.counters),
             }
         )
+
+
+def sender(context: Any) -> Send:
+    """Sends messages of a call of gRPC."""
+
+    def send(message: bytes, tail: bytes = b"", /) -> Awaitable[None]:
+        sent: Awaitable[None] = context.write(image_codec.joined(message, tail))
+        return sent
+
+    return send
+
+
+async def aborting(call: Awaitable[_T], context: Any) -> _T:
+    """The result of a call of gRPC, which its error ends."""
+    try:
+        return await call
+    except Exception as error:
+        await abort(context, error)
+        raise  # never: `abort` raises
 
 
 async def abort(context: Any, error: BaseException) -> None:

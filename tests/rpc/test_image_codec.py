@@ -28,7 +28,10 @@ def test_no_field_of_a_request_is_lost() -> None:
 @pytest.mark.parametrize("cls", [ImagesProgress, Picture, ImagesEnd])
 def test_no_field_of_an_event_is_lost(cls: type[ImagesEvent]) -> None:
     event = filled(cls)
-    assert image_codec.decode_images_event(image_codec.encode_images_event(event)) == event
+    data, file = image_codec.encode_images_event(event)
+    assert file == getattr(event, "data", b"")
+    assert image_codec.decode_images_event(data, file) == event
+    assert image_codec.decode_images_event(image_codec.joined(data, file)) == event
 
 
 @pytest.mark.parametrize(

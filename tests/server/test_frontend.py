@@ -213,7 +213,7 @@ def test_junk_on_the_socket_harms_nobody(frontend: FrontendProcess, client: Clie
 
 
 def test_sockets_are_the_users_alone(frontend: FrontendProcess) -> None:
-    for name in ("rpc.sock", "predict.sock", "engine.sock"):
+    for name in ("rpc.sock", "direct.sock", "engine.sock"):
         assert (frontend.folder / name).stat().st_mode & 0o777 == 0o600
     assert not psutil.Process(frontend.process.pid).net_connections("inet")
 
@@ -530,6 +530,30 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     asyncio.run(call())
     assert aborted[0][0] is grpc.StatusCode.CANCELLED
+
+
+def test_a_client_without_grpc_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(message: bytes, tail: bytes = b"", /) -> None:
+        await asyncio.sleep(60)
+
+    async def run_images(data: bytes, writer: service.Writer, deadline: float) -> bytes:
+        await writer.write(b"picture")
+        return b""
+
+    async def call() -> None:
+        inference = service.Inference(Balancer(lambda _: None, max_queue=1), "name")
+        monkeypatch.setattr(inference, "_run_images", run_images)
+        monkeypatch.setattr(service, "MAX_UNREAD_S", -1.0)
+        task = asyncio.ensure_future(inference.images(b"", 60.0, never))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        inference.end_unread()
+        with pytest.raises(errors.Cancelled, match="did not read"):
+            await task
+        assert (inference.counters.in_flight, inference.counters.cancelled) == (0, 1)
+        assert not inference._writers
+
+    asyncio.run(call())
 
 
 def test_ranks_that_come_late_find_a_listener(tmp_path: Path) -> None:

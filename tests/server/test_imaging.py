@@ -24,6 +24,7 @@ from miinb.client import Client
 from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, PaintRequest, Source
 from miinb.image_metadata import parameters_text
 from miinb.image_params import ImageParams
+from miinb.rpc.direct import Connections
 from miinb.server.imaging import Imaging
 from miinb.server.picture_files import facts, picture_file
 from tests.frontend_process import FrontendProcess, make, wait_for
@@ -38,9 +39,16 @@ def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontendProce
     process.close()
 
 
-@pytest.fixture
-def client(frontend: FrontendProcess) -> Iterator[Client]:
+@pytest.fixture(params=["direct", "grpc"])
+def client(
+    frontend: FrontendProcess, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Client]:
+    """A client that asks without gRPC, or through it alone."""
     with frontend.client() as client:
+        if request.param == "grpc":
+            client._direct = Connections(None)
+        else:
+            monkeypatch.setattr(client, "_generate_images", None)
         yield client
 
 

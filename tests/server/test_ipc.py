@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import typing
@@ -12,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miinb.config import GenerationParams
-from miinb.image_messages import PaintRequest, PaintSource
+from miinb.image_messages import PaintedEvent, PaintRequest, PaintSource
 from miinb.image_params import ImageParams
 from miinb.messages import (
     EncodedEvent,
@@ -82,6 +84,51 @@ def test_every_message_survives_any_fragmentation(step: int) -> None:
     decoder = frames.Decoder()
     received = [m for at in range(0, len(data), step) for m in decoder.feed(data[at : at + step])]
     assert received == MESSAGES
+
+
+@pytest.mark.parametrize("step", [1 << 12, 100_003, frames.SPACE_BYTES, 5 << 20])
+def test_large_frames_survive_any_fragmentation_and_leave_a_small_buffer(step: int) -> None:
+    sizes = [0, 3, frames.SPACE_BYTES - 200, frames.SPACE_BYTES, 3 * frames.SPACE_BYTES + 7, 5]
+    messages: list[frames.Message] = []
+    for number, size in enumerate(sizes):
+        messages.append(replace(filled(PaintedEvent), row_id=number, pixels=os.urandom(size)))
+        messages.append(TokensEvent(number, [1, 2]))
+    data = b"".join(piece for message in messages for piece in frames.pieces_of(message))  # type: ignore[arg-type]
+    assert data == b"".join(map(frames.encode, messages))
+    decoder = frames.Decoder()
+    received = [m for at in range(0, len(data), step) for m in decoder.feed(data[at : at + step])]
+    assert received == messages
+    assert len(decoder._buffer) == frames.SPACE_BYTES
+    assert len(decoder.space()) == frames.SPACE_BYTES
+
+
+def test_pictures_cross_between_a_rank_and_a_frontend(tmp_path: Path) -> None:
+    sizes = (5, 786_432, 12 << 20, 786_432)
+    events = [replace(filled(PaintedEvent), row_id=row, pixels=os.urandom(size)) for row, size in enumerate(sizes)]
+    received: list[object] = []
+
+    def send() -> None:
+        rank = ipc.RankSocket.connect(tmp_path / "engine.sock")
+        rank.send(*events)
+        while not rank.flush():
+            rank.receive(0.01)
+        rank.close()
+
+    async def run() -> None:
+        closed = asyncio.Event()
+
+        def channel() -> ipc.RankChannel:
+            return ipc.RankChannel(lambda _, messages: received.extend(messages), lambda _: closed.set())
+
+        server = await ipc.listen(tmp_path / "engine.sock", channel)
+        sending = asyncio.ensure_future(asyncio.to_thread(send))
+        async with asyncio.timeout(20):
+            await closed.wait()
+        await sending
+        server.close()
+
+    uvloop.run(run())
+    assert received == events
 
 
 @pytest.mark.parametrize("cls", typing.get_args(frames.Message), ids=lambda cls: cls.__name__)
