@@ -255,8 +255,10 @@ def draw(runs: Runs, folder: Path) -> Path:
     """The chart of a run: time per token of each arm of "split", tokens a second by replicas."""
     (env,) = runs.env.values()
     if runs.summary["replicas"].nunique() > 1:
-        return charts.save(charts.parallel_scaling(runs, by="replicas"), folder / f"replicas-{env['preset']}.png")
-    return charts.save(charts.latency(runs, metric="tpot_s"), folder / f"split-{env['preset']}.png")
+        return charts.save(
+            charts.draw("parallel_scaling", runs, by="replicas"), folder / f"replicas-{env['preset']}.png"
+        )
+    return charts.save(charts.draw("latency", runs, metric="tpot_s"), folder / f"split-{env['preset']}.png")
 
 
 if __name__ == "__main__":
