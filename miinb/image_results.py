@@ -43,6 +43,7 @@ class ImageResult(Result):
         prompts: one a picture.
         flagged: one a picture: the model's safety checker found it unfit, and made it black.
         warnings: what of the prompts was not read.
+        saved: what `save` has written.
     """
 
     timing: ImageTiming = field(default_factory=ImageTiming)
@@ -50,6 +51,7 @@ class ImageResult(Result):
     prompts: tuple[str, ...] = ()
     flagged: tuple[bool, ...] = ()
     warnings: tuple[str, ...] = ()
+    saved: list[Path] = field(default_factory=list, repr=False, compare=False)
 
     def save(self, folder: str | Path = ".") -> list[Path]:
         """Write each picture to `<seed>.png` (or .webp) in a folder, which is made; a name that is taken gets a number.
@@ -59,9 +61,11 @@ class ImageResult(Result):
         """
         place = writable(folder)
         try:
-            return [_write(place, str(seed), data) for seed, data in zip(self.seeds, self.files, strict=True)]
+            paths = [_write(place, str(seed), data) for seed, data in zip(self.seeds, self.files, strict=True)]
         except OSError as error:
             raise _unwritten(place, error) from None
+        self.saved.extend(paths)
+        return paths
 
     def __str__(self) -> str:
         from miinb.notebook.image_cards import images_text

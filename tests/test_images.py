@@ -93,6 +93,9 @@ def test_long_prompts_are_cut_and_it_is_said(served: tuple[Session, Any]) -> Non
     options = {"num_inference_steps": 2, "negative_prompt": "cat " * 40}
     assert difference(result.images[0], direct(pipe, prompt, 1, **options)) <= 1
     assert not session.generate("a red fox", num_inference_steps=1).warnings  # type: ignore[attr-defined]
+    for letters in range(12):  # of one of these prompts the cut is within a fox
+        cut = session.generate("a " * letters + "\U0001f98a" * 60, num_inference_steps=1)
+        assert "\ufffd" not in cut.warnings[0]  # type: ignore[attr-defined]
 
 
 PHOTO = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
@@ -291,6 +294,9 @@ def test_gen_writes_files(
     assert {file.name for file in tmp_path.glob("*.webp")} == {"3.webp", "4.webp"}
     shown = command(session, *words, "--format", "json", in_notebook=True)
     assert json.loads(commands.as_json(shown))["seeds"] == [3, 4]
+    assert json.loads(commands.as_json(shown))["saved"] == []
+    shown = command(session, *words, "--format", "json", "--out", str(folder))
+    assert json.loads(commands.as_json(shown))["saved"] == [str(folder / "3-3.png"), str(folder / "4-3.png")]
     with pytest.raises(InvalidRequest, match="--chat"):
         command(session, "a cat", "--chat")
     with pytest.raises(InvalidRequest, match="max_new_tokens"):

@@ -162,7 +162,8 @@ class PipelineParts:
         """See `Painter.read`."""
         ids = self._pipe.tokenizer(text, truncation=False, verbose=False).input_ids
         rest = ids[self._length - 1 : -1]
-        return Reading(min(len(ids), self._length), self._pipe.tokenizer.decode(rest) if rest else "")
+        cut = self._pipe.tokenizer.decode(rest) if rest else ""
+        return Reading(min(len(ids), self._length), cut.lstrip("\ufffd") or cut)  # cut in the middle of a letter
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str], negatives: Sequence[str], guidance: float) -> tuple[Tensor | None, ...]:

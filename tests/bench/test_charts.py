@@ -130,6 +130,10 @@ def test_time_split_adds_up_to_the_whole() -> None:
     assert sorted(ends.values()) == pytest.approx([0.5, 2.0])
     with pytest.raises(InvalidValue, match="no single requests"):
         charts.time_split(runs.summary)
+    parts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert parts == ["queue", "tokenize", "model", "detokenize", "transport and client"]
+    ax = charts.time_split(make(TWO, queue_s=0.0, postprocess_s=None))  # in one process nothing waits
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["tokenize", "model", "transport and client"]
 
 
 def test_groups_of_bars_by_load() -> None:

@@ -170,6 +170,7 @@ def time_split(frame: Any, *, ax: Any = None, by: str | None = None) -> Any:
         bar.remove()  # their parts take their place
     if names.encoding(rows):
         parts = parts | {"postprocess": ("answers", PARTS["postprocess"][1])}
+    parts = {part: how for part, how in parts.items() if (means[part] > 0).any()}  # in one process there are fewer
     _parts(ax, bars, means * scale, parts)
     ax.set_xlabel(f"Mean {unit_word(unit)} per request", fontsize=9, color=INK)
     _legend(ax, len(parts))
