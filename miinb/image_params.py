@@ -43,7 +43,7 @@ class ImageParams(Frozen):
         height, width: pixels, multiples of 8; None: what the model was trained for.
         negative_prompt: what a picture is to keep away from; needs guidance.
         num_images_per_prompt: pictures of each prompt.
-        seed: of the first picture; the next has seed + 1. None: drawn.
+        seed: of the first picture; the next has seed + 1 (behind the largest, 2**63 - 1, comes 0). None: drawn.
         scheduler: a scheduler's class of diffusers in place of the model's own.
         image_format: of the pictures' bytes: "png" or (smaller, not exact) "webp".
         preview_steps: every so many steps progress comes with a small picture of the latents; 0: never.

@@ -382,6 +382,7 @@ class Status:
     queued: int = 0
     requests: int = 0
     kv_dtype: str = "auto"  # of the KV cache: auto is `dtype`
+    tcp_address: str = ""  # of the loopback listener, where a port was asked for
     ranks: tuple[RankStatus, ...] = ()
     phase: Phase | None = None
 

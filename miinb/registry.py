@@ -56,6 +56,7 @@ class Entry:
     config: Mapping[str, Any]
     folder: str = ""
     address: str = ""
+    tcp_address: str = ""  # where it listens on loopback, too
     state: str = "starting"  # then ready, and draining or failed at the end
     persist: bool = False
     started_at: float = 0.0  # seconds since the epoch
@@ -358,6 +359,7 @@ def without_answer(entry: Entry, state: str) -> Status:
         dtype=dtype,
         device=device,
         address=entry.address,
+        tcp_address=entry.tcp_address,
         pid=entry.pid,
         persist=entry.persist,
         uptime_s=max(0.0, time.time() - entry.started_at) if entry.started_at else 0.0,

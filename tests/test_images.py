@@ -297,6 +297,13 @@ def test_gen_writes_files(
     assert json.loads(commands.as_json(shown))["saved"] == []
     shown = command(session, *words, "--format", "json", "--out", str(folder))
     assert json.loads(commands.as_json(shown))["saved"] == [str(folder / "3-3.png"), str(folder / "4-3.png")]
+    short = ("--steps", "2", "--guidance", "3", "--negative", "a dog", "--size", "24x40", "-k", "2", "--seed", "1")
+    shown = command(session, "a cat", *short, in_notebook=True)
+    assert [image.size for image in shown.images] == [(24, 40)] * 2
+    asked = {"num_inference_steps": 2, "guidance_scale": 3, "negative_prompt": "a dog", "width": 24, "height": 40}
+    assert difference(shown.images[0], direct(pipe, "a cat", 1, **asked)) <= 1
+    with pytest.raises(InvalidRequest, match="--size"):
+        command(session, "a cat", "--size", "24x40", "--width", "24")
     with pytest.raises(InvalidRequest, match="--chat"):
         command(session, "a cat", "--chat")
     with pytest.raises(InvalidRequest, match="max_new_tokens"):

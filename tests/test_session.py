@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 import miinb
 from miinb import registry
+from miinb.client import Client
 from miinb.demo import tiny_model
 from miinb.deployment import Deployment
 from miinb.errors import (
@@ -135,6 +137,16 @@ def test_every_listener_is_local(session: miinb.Session) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     for name in ("rpc.sock", "direct.sock", "control.sock", "token"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_its_port_is_told_and_takes_the_token_alone(session: miinb.Session, state: Path) -> None:
+    address = session.status().tcp_address
+    assert address.startswith("127.0.0.1:")
+    (token,) = (path.read_text().strip() for path in state.glob("*/token"))
+    with contextlib.closing(Client(address, token)) as client:
+        assert client.generate("a", max_new_tokens=1).token_ids
+    with contextlib.closing(Client(address)) as client, pytest.raises(MiinbError, match="token"):
+        client.generate("a", max_new_tokens=1)
 
 
 def test_no_secret_is_shown(session: miinb.Session) -> None:

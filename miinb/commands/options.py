@@ -36,6 +36,7 @@ class Option:
         field: the field that it sets when that is not `name` (switches that turn a default off).
         default: what holds without it, for help; None where help says it or nothing does.
         objects: in a notebook `{name}` as the whole value gives the variable's object, not its text.
+        also: further flags.
     """
 
     name: str
@@ -50,13 +51,14 @@ class Option:
     field: str = ""
     default: Any = None
     objects: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """How the option is written: ("-n", "--max-new-tokens"); () for a positional one."""
+        """How the option is written, its name last: ("-n", "--max-new-tokens"); () for a positional one."""
         if self.positional:
             return ()
-        return (*((f"-{self.short}",) if self.short else ()), "--" + self.name.replace("_", "-"))
+        return (*((f"-{self.short}",) if self.short else ()), *self.also, "--" + self.name.replace("_", "-"))
 
     @property
     def target(self) -> str:
@@ -104,6 +106,12 @@ def seconds(text: str) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(text)
     return number
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """(512, 768) of "512x768", width first."""
+    width, height = text.lower().split("x")
+    return int(width), int(height)
 
 
 def escapes(text: str) -> str:
@@ -282,8 +290,16 @@ IN_CELLS = (
     Option("show", "print the prompt after {name} was replaced", read=None),
 )
 GENERATION = options_of(GenerationParams, _GENERATION_HELP)
+#: Short names of options of pictures.
+_IMAGE_ALSO = {
+    "num_inference_steps": ("--steps",),
+    "guidance_scale": ("--guidance",),
+    "negative_prompt": ("--negative",),
+    "num_images_per_prompt": ("-k", "--images"),
+}
 IMAGES = (
-    *options_of(ImageParams, _IMAGE_HELP),
+    *(replace(option, also=_IMAGE_ALSO.get(option.name, ())) for option in options_of(ImageParams, _IMAGE_HELP)),
+    Option("size", "pictures: width and height: 512x768", pixels),
     Option(
         "image",
         "pictures: begin from this file (a notebook's {name}: a PIL image); may be repeated, one for each prompt",
@@ -297,7 +313,7 @@ IMAGES = (
         field="mask_image",
         objects=True,
     ),
-    Option("out", "pictures: write them to this folder (a terminal's default: where you are)"),
+    Option("out", "pictures: write them to this folder (a terminal's default: where you are)", also=("--save",)),
 )
 #: Says a default aloud: with it a parameter that only a draw has is refused.
 GREEDY = Option("greedy", "take the most likely token each time (the default)", None, value=False, field="do_sample")

@@ -38,6 +38,10 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     for name in ("image", "mask_image"):
         if name in options:
             options[name] = _one_or_all(options[name])
+    if size := options.pop("size", None):
+        if "width" in options or "height" in options:
+            raise InvalidRequest("--size: it is width and height together.", hint="Leave --width and --height out.")
+        options |= {"width": size[0], "height": size[1]}
     folder = options.pop("out", None) or (None if context.in_notebook else ".")
     if folder:
         writable(folder)  # before minutes of work

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class ImageExecutor:
         params, painter, self._coming = request.params, self.painter, request.more
         scheduler = params.scheduler or painter.scheduler
         if scheduler not in painter.schedulers:
-            hint = did_you_mean(scheduler, painter.schedulers) or f"There are: {', '.join(painter.schedulers)}."
+            hint = _lacking(scheduler) or did_you_mean(scheduler, painter.schedulers)
+            hint = hint or f"There are: {', '.join(painter.schedulers)}."
             raise InvalidRequest(f"scheduler: {scheduler!r} is none for this model.", hint=hint)
         if len(self._waiting) >= self._max_queue:
             raise QueueFull(f"{len(self._waiting)} pictures wait already.", hint="Try again later.")
@@ -292,6 +294,15 @@ def told(error: Exception) -> MiinbError:
     if is_out_of_memory(error):
         return OutOfMemory("The device ran out of memory in this picture's steps.", hint="Ask for a smaller one.")
     return request_error(error)
+
+
+def _lacking(scheduler: str) -> str:
+    """What diffusers needs for a scheduler and is not installed, in words; "" where that is not why it is missing."""
+    import diffusers
+
+    needed = getattr(getattr(diffusers, scheduler, None), "_backends", ())
+    missing = [name for name in needed if find_spec(name) is None]
+    return f"It needs {' and '.join(missing)}: install it, and start the deployment again." if missing else ""
 
 
 def warm_up_request(executor: ImageExecutor, now: float) -> PaintRequest:

@@ -155,7 +155,7 @@ class PipelineParts:
             fits = False
         if not fits:
             raise InvalidRequest(
-                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for fewer, or for 20 to 50."
+                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for 20 to 50."
             )
 
     def _read(self, text: str) -> Reading:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
+from miinb.config import MAX_SEED
 from miinb.errors import InvalidRequest, MiinbError
 from miinb.image_difference import difference
 from miinb.image_metadata import converted, read_parameters
@@ -17,7 +18,7 @@ from miinb.notebook.controls import PICTURING, Fold, button, named, prompt_area,
 from miinb.notebook.gallery import Gallery, GalleryPicture, pictures_of
 from miinb.notebook.gallery_pair import GalleryPair
 from miinb.notebook.image_cards import images_line
-from miinb.notebook.image_controls import ImageControls, new_seed
+from miinb.notebook.image_controls import ImageControls
 from miinb.notebook.image_progress import ImageProgress
 from miinb.notebook.work_panel import ROW, WorkPanel
 from miinb.wording import size_words
@@ -144,11 +145,20 @@ class ImagePanel(WorkPanel):
                 self._ask(self.chosen.prompt, self.chosen.parameters, of=self.chosen)
 
     def variations(self, _: Any = None) -> None:
-        """Pictures like the chosen one, with new seeds."""
+        """Pictures like the chosen one, with the seeds that follow its own and that the gallery has not."""
         with self._lock:
             if self.chosen is not None and not self._busy:
-                more = {"seed": new_seed(), "num_images_per_prompt": self.count.value}
+                more = {"seed": self._following(self.chosen), "num_images_per_prompt": self.count.value}
                 self._ask(self.chosen.prompt, self.chosen.parameters | more)
+
+    def _following(self, picture: GalleryPicture) -> int:
+        """The first seed behind a picture's of which there is no such picture."""
+        own = picture.prompt, picture.parameters | {"seed": None}
+        like = (other for other in self.pictures if (other.prompt, other.parameters | {"seed": None}) == own)
+        there, seed = {other.seed for other in like}, picture.seed
+        while seed in there:
+            seed = (seed + 1) % (MAX_SEED + 1)
+        return seed
 
     def use(self, _: Any = None) -> None:
         """Set prompt and controls to those of the chosen picture, its seed locked."""

@@ -192,8 +192,11 @@ class Supervisor:
         self.start_deadline = None
         self.last_active = time.monotonic()
         frontend = self.children.frontend
-        address = str((frontend.ready or {}).get("address", "")) if frontend else ""
-        self.entry = dataclasses.replace(self.entry, state="ready", address=address, persist=self.persist)
+        told = (frontend.ready or {}) if frontend else {}
+        address, tcp = str(told.get("address", "")), str(told.get("tcp", ""))
+        self.entry = dataclasses.replace(
+            self.entry, state="ready", address=address, tcp_address=tcp, persist=self.persist
+        )
         self.entry.save(self.folder)
         tell({"phase": {"name": "ready"}})
         tell({"ready": {"address": address, "pid": os.getpid(), "instance_id": self.entry.instance_id}})
@@ -354,6 +357,7 @@ class Supervisor:
             dtype=str(known.get("dtype", config.dtype)),
             device=str(known.get("device", config.device)),
             address=self.entry.address,
+            tcp_address=self.entry.tcp_address,
             pid=os.getpid(),
             persist=self.persist,
             uptime_s=time.monotonic() - self.started,

@@ -42,7 +42,8 @@ def test_steps_of_any_size_find_their_kernels(
     with compiling_for(H100):
         ahead = found(kernels_of(config, info))
         names = {"_product", "_large_product", "_packed_attention", "_embedding_norm", "_norm"}
-        names |= ({"_best_shares"} if task == "fill-mask" else set()) | ({"_reduce"} if ranks > 1 else set())
+        names |= {"_best_shares"} if task == "fill-mask" else set()
+        names |= {"_reduce", "pushed_sum"} if ranks > 1 else set()
         assert {name for name, _ in ahead} == names
         large = [(tokens, longest) for tokens in (4097, 5000, 12345, 16384) for longest in (20, 77, 130, 500)]
         sizes = [Sizes(tokens, longest, 300, 300) for tokens, longest in large]

@@ -123,9 +123,13 @@ def test_same_again_is_the_same_and_variations_are_others(make: Make) -> None:
     prompt, varied = session.asked[3]
     assert prompt == "a cat"
     assert varied["num_images_per_prompt"] == 2
-    assert varied["seed"] != first.seed
+    assert varied["seed"] == first.seed + 1
     assert varied["height"] == 768
     assert len(shown.pictures) == 5
+    shown.gallery.choose(shown.pictures[0])
+    shown.vary.click()
+    assert shown.wait(20)
+    assert session.asked[4][1]["seed"] == first.seed + 3  # the gallery has those before
 
 
 def test_the_seed_is_new_unless_it_is_locked(make: Make) -> None:

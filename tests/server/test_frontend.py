@@ -359,7 +359,7 @@ def test_sigterm_drains(fresh: Any) -> None:
     frontend = fresh()
     frontend.rank()
     with frontend.client() as client, frontend.client() as late:
-        streams = [client.stream("SLOW abc", max_new_tokens=15) for _ in range(4)]
+        streams = [client.stream("SLOW abc", max_new_tokens=40) for _ in range(4)]
         for stream in streams:
             next(stream)
         assert late.health()
@@ -367,7 +367,7 @@ def test_sigterm_drains(fresh: Any) -> None:
         wait_for(lambda: not late.health(), "health while draining")
         with pytest.raises(errors.Unavailable):
             late.generate("abc", max_new_tokens=1, timeout_s=1)
-        assert [len(stream.result.token_ids[0]) for stream in streams] == [15] * 4
+        assert [len(stream.result.token_ids[0]) for stream in streams] == [40] * 4
         assert frontend.process.wait(10) == 0
     assert not (frontend.folder / "rpc.sock").exists()
     assert [rank.wait(10) for rank in frontend.ranks] == [0], "a rank ends with its frontend"
