@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -53,6 +54,15 @@ class Server:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+
+
+@contextlib.contextmanager
+def asking(server: Server) -> Iterator[socket.socket]:
+    """A client of its own making that has asked, and reads when its test does."""
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(server.path))
+        other.sendall(ASKED)
+        yield other
 
 
 @pytest.fixture
@@ -172,9 +182,7 @@ def test_one_message_at_most_waits_for_who_does_not_read(start: Callable[[Serve]
         return b""
 
     server = start(serve)
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(str(server.path))
-        other.sendall(ASKED)
+    with asking(server):
         assert not ended.wait(0.3)
         assert begun == [0, 1]
     assert ended.wait(10), "a client that leaves ends the call, though it reads nothing"
@@ -190,9 +198,7 @@ def test_an_answer_that_nobody_reads_is_dropped(
         return b"end"
 
     server = start(serve)
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(str(server.path))
-        other.sendall(ASKED)
+    with asking(server) as other:
         threading.Event().wait(0.6)
         assert not server.server._connections
         other.settimeout(5)
@@ -211,10 +217,8 @@ def test_who_asks_again_before_reading_waits(start: Callable[[Serve], Server]) -
         return b""
 
     server = start(serve)
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(str(server.path))
+    with asking(server) as other:
         other.settimeout(5)
-        other.sendall(ASKED)
         threading.Event().wait(0.2)  # all is written but not read
         other.sendall(ASKED)
         threading.Event().wait(0.2)
@@ -275,9 +279,7 @@ def test_who_talks_into_its_answer_is_let_go(start: Callable[[Serve], Server]) -
         return b""
 
     server = start(serve)
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(str(server.path))
-        other.sendall(ASKED)
+    with asking(server) as other:
         assert begun.wait(10)
         other.sendall(ASKED)
         assert ended.wait(10)

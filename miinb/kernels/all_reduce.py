@@ -62,7 +62,7 @@ class Boards:
 
     @property
     def packets_begin(self) -> int:
-        """Where in each rank's memory."""
+        """Where packets begin in each rank's memory."""
         return _packets_begin(len(self.addresses), self.limit)
 
     def fits(self, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miinb.kernels.all_reduce import MOST_LOOKS_AT_PACKETS, PROGRAMS, Boards
 from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, tl, wait_for_inputs
-from miinb.kernels.packets import number_of, packets_of, push, wait_for_packets
+from miinb.kernels.packets import count_on, number_of, packets_of, push, wait_for_packets
 
 _ROWS = 128  # at a time
 
@@ -77,8 +77,7 @@ def _best_of_ranks(
             if peer != rank:
                 theirs = tl.load(addresses + peer) + start
                 push(packets_of(theirs, half + rank, limit) + 2 * row, own, number, row < rows, INTERPRETED)
-    tl.debug_barrier()  # every warp has read the number before one of them counts on
-    tl.store(epochs + tl.arange(0, PROGRAMS), tl.zeros([PROGRAMS], tl.int64) + epoch)
+    count_on(epochs, epoch, 0, 1, PROGRAMS)
     for begin in range(0, rows, BLOCK):
         row = begin + lane
         own = _candidate(value, token_id, row, rows, first)

@@ -23,6 +23,14 @@ def number_of(epoch):
 
 
 @jit
+def count_on(epochs, epoch, program, programs, PROGRAMS: tl.constexpr):
+    """Note the number of this message, for the programs that a launch lacks as well."""
+    tl.debug_barrier()  # every warp has read the number before one of them counts on
+    place = tl.arange(0, PROGRAMS)
+    tl.store(epochs + place, epoch, mask=place % programs == program)
+
+
+@jit
 def packets_of(memory, of, limit):
     """Where a rank's packets of a half (even or odd messages) begin: two bytes of packets for each of a message."""
     return tl.multiple_of((memory + of * 2 * limit).to(tl.pointer_type(tl.int64)), 16)
@@ -54,7 +62,7 @@ def push(packets, numbers, message, inside, INTERPRETED: tl.constexpr):
 
 @jit
 def wait_for_packets(packets, message, inside, MOST_LOOKS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The four numbers of each place, as soon as its two packets are of this message."""
+    """The 8 bytes of each place, as soon as its two packets are of this message."""
     if INTERPRETED:
         mark = message.to(tl.int64) << 32
         first, second = tl.load(packets, mask=inside, other=0), tl.load(packets + 1, mask=inside, other=0)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from miinb.kernels.dispatch import jit, tl, wait_for_inputs
-from miinb.kernels.packets import number_of, packets_of, push, wait_for_packets
+from miinb.kernels.packets import count_on, number_of, packets_of, push, wait_for_packets
 
 
 # Kernels' long parameter lists stay in rows.
@@ -41,9 +41,7 @@ def pushed_sum(
         for peer in tl.static_range(RANKS):
             if peer != rank:
                 push(packets_of(memories[peer], half + rank, limit) + 2 * at, numbers, number, inside, INTERPRETED)
-    tl.debug_barrier()  # every warp has read the number before one of them counts on
-    counted = tl.arange(0, PROGRAMS)
-    tl.store(epochs + counted, epoch, mask=counted % programs == program)  # those that this launch lacks count, too
+    count_on(epochs, epoch, program, programs, PROGRAMS)
     for row in range(program, rows, programs):
         at = row * places + place
         own = tl.load(_quads(x) + at, mask=inside, other=0)
