@@ -17,13 +17,14 @@ from torch import Tensor
 
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
-from miinb.engine.positions import alibi_slopes, rotary_tables
+from miinb.engine.positions import alibi_slopes, layers_angles
 from miinb.engine.spec import DecoderSpec
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.head import argmax, greedy_head, largest
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
+from miinb.kernels.parallel_block import early_memory, early_product, last_products
 from miinb.kernels.rope import rope_append
 
 
@@ -105,7 +106,8 @@ class LayerWeights:
         out: [H, heads * head_size].
         up: [inner_size, H], or [2 * inner_size, H] with the gate in its first half.
         down: [H, inner_size].
-        mlp_norm: None where attention and MLP read one norm.
+        attn_norm: with the block "parallel_norms" [2, H]: attention's and the MLP's.
+        mlp_norm: of a block that is not parallel.
         attn_post_norm, mlp_post_norm: of the branches' results in a serial block, or None.
         q_norm, k_norm: [head_size] or None.
     """
@@ -153,8 +155,6 @@ class DecoderWeights:
 
 #: The hidden states between layers: `x + residual`, [T, hidden] each, or x alone.
 Stream = tuple[Tensor, Tensor | None]
-#: cos and sin of a layer's rotary embedding, or none.
-Angles = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Operators(NamedTuple):
@@ -166,6 +166,7 @@ class Operators(NamedTuple):
     paged_attention: Callable[..., Tensor] = paged_attention
     linear: Callable[..., Tensor] = linear
     gated_linear: Callable[..., Tensor] = gated_linear
+    early_memory: Callable[..., Tensor | None] = early_memory
     greedy_head: Callable[..., tuple[Tensor, Tensor]] = greedy_head
 
 
@@ -189,7 +190,7 @@ class Decoder:
         device = weights.embed.device
         self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
         self._windows = spec.windows or (None,) * spec.layers
-        self._angles = self._rotary_tables(device)
+        self._angles = layers_angles(spec, device)
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=weights.dtype))
         self._rope = {
             "heads": spec.heads,
@@ -199,13 +200,6 @@ class Decoder:
             "interleaved": bool(spec.rotary and spec.rotary.interleaved),
             "eps": spec.eps,
         }
-
-    def _rotary_tables(self, device: torch.device) -> list[Angles]:
-        """Each layer's cos and sin; layers share them."""
-        spec, length = self.spec, self.spec.max_length
-        wide: Angles = rotary_tables(spec.rotary, length, device) if spec.rotary else (None, None)
-        near = rotary_tables(spec.windowed_rotary, length, device) if spec.windowed_rotary else wide
-        return [near if window else wide for window in self._windows]
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -310,16 +304,25 @@ class Decoder:
             return self._sum_norm(w.mlp_norm, self._mlp(w, y), y)[0], None
         norm = self._sum_norm if self._in_parts(residual) else self._norm
         y, stream = norm(w.attn_norm, x, residual)
+        if self.spec.block != "serial":
+            first, second = y if self.spec.block == "parallel_norms" else (y, y)
+            return self._both(index, first, second, batch, cache), stream
+        stream = y if self.spec.residual_from_norm else stream
+        norm = self._sum_norm if w.attn_post_norm is None else self._norm
         a = self._attention(index, y, batch, cache)
-        if self.spec.block == "serial":
-            stream = y if self.spec.residual_from_norm else stream
-            norm = self._sum_norm if w.attn_post_norm is None else self._norm
-            y, stream = norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
-            stream = y if self.spec.residual_from_norm else stream
-            return self._branch(self._mlp(w, y), w.mlp_post_norm), stream
-        if w.mlp_norm is not None:
-            y, _ = self._norm(w.mlp_norm, stream)
-        return self._mlp(w, y, residual=a), stream  # one sum for both branches
+        y, stream = norm(w.mlp_norm, self._branch(a, w.attn_post_norm), stream)
+        stream = y if self.spec.residual_from_norm else stream
+        return self._branch(self._mlp(w, y), w.mlp_post_norm), stream
+
+    def _both(self, index: int, x: Tensor, y: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Attention of `x` and the MLP of `y`, in one sum."""
+        w = self.weights.layers[index]
+        early = self.ops.early_memory(y, w.up, gated=self.spec.gated)
+        if early is None:
+            return self._mlp(w, y, residual=self._attention(index, x, batch, cache))
+        attended = self._attend(index, x, batch, cache)
+        inner = early_product(y, w.up, self.spec.activation, early, gated=self.spec.gated)
+        return last_products(inner, w.down, attended, w.out)
 
     def _branch(self, x: Tensor, norm: Norm | None) -> Tensor:
         """A serial branch's result; one that has a norm is summed over ranks before it."""
@@ -342,6 +345,10 @@ class Decoder:
         return x if w.project_out is None else self.ops.linear(x, w.project_out)
 
     def _attention(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+        return self.ops.linear(self._attend(index, x, batch, cache), self.weights.layers[index].out)
+
+    def _attend(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+        """[T, heads * head_size]: attention before its last product."""
         w = self.weights.layers[index]
         k, v, kv_scale = cache.k[index], cache.v[index], cache.scale[index]
         cos, sin = self._angles[index]
@@ -364,7 +371,7 @@ class Decoder:
             kv_scale=kv_scale,
             max_query=batch.max_query,
         )
-        return self.ops.linear(out.flatten(1), w.out)
+        return out.flatten(1)
 
     def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.spec.gated:

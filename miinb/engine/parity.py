@@ -54,6 +54,7 @@ REFERENCE = Operators(
     linear=_linear,
     gated_linear=_gated_linear,
     greedy_head=_greedy_head,
+    early_memory=lambda *_, **__: None,
 )
 
 

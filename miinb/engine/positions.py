@@ -12,6 +12,17 @@ from torch import Tensor
 from miinb.engine.parallel import Group
 from miinb.engine.spec import DecoderSpec, Rotary
 
+#: cos and sin of a layer's rotary embedding, or none.
+Angles = tuple[Tensor, Tensor] | tuple[None, None]
+
+
+def layers_angles(spec: DecoderSpec, device: torch.device) -> list[Angles]:
+    """Each layer's cos and sin; layers share them."""
+    length, windows = spec.max_length, spec.windows or (None,) * spec.layers
+    wide: Angles = rotary_tables(spec.rotary, length, device) if spec.rotary else (None, None)
+    near = rotary_tables(spec.windowed_rotary, length, device) if spec.windowed_rotary else wide
+    return [near if window else wide for window in windows]
+
 
 def rotary_tables(rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [length, dim / 2] in fp32, one row a position.

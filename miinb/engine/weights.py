@@ -72,8 +72,11 @@ class _Builder:
 
     def vector(self, part: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
         """A norm's weight or bias, whole on every rank."""
+        return self.fill_vector(self.empty(size), part, layer, kind)
+
+    def fill_vector(self, target: Tensor, part: str, layer: int, kind: str = "weight") -> Tensor:
         (module,) = self.policy.weights[part].modules
-        target = self.empty(size)
+        size = len(target)
         name, region = f"{module.format(i=layer)}.{kind}", Region((size,), slice(0, size))
         if kind == "bias" or not self.policy.norm_offset:
             self.fill(target, name, region)
@@ -88,6 +91,16 @@ class _Builder:
         size = size or self.spec.hidden_size
         bias = self.vector(part, size, layer, "bias") if self.spec.norm == "layer" else None
         return Norm(self.vector(part, size, layer), bias)
+
+    def norms(self, parts: Sequence[str], layer: int) -> Norm:
+        """Several norms as one: [norms, hidden]."""
+        shape = (len(parts), self.spec.hidden_size)
+        both = Norm(self.empty(*shape), self.empty(*shape) if self.spec.norm == "layer" else None)
+        for i, part in enumerate(parts):
+            self.fill_vector(both.weight[i], part, layer)
+            if both.bias is not None:
+                self.fill_vector(both.bias[i], part, layer, "bias")
+        return both
 
     def matrix(self, rows: int, columns: int, quantizer: Quantizer | None) -> PackedLinear:
         """Room for a weight matrix, which may be quantized."""
@@ -164,7 +177,8 @@ class _Builder:
         return replace(self, quantizer=None)  # what is read is noted in the same place
 
     def layer(self, i: int) -> LayerWeights:
-        attn_norm = self.norm("attn_norm", i)
+        both = self.spec.block == "parallel_norms"
+        attn_norm = self.norms(("attn_norm", "mlp_norm"), i) if both else self.norm("attn_norm", i)
         if attn_norm is None:
             raise RuntimeError(f"the policy of {self.policy.family} has no attn_norm")
         head_size = self.spec.head_size
@@ -174,7 +188,7 @@ class _Builder:
             up=self.linear("up", i),
             down=self.linear("down", i),
             attn_norm=attn_norm,
-            mlp_norm=self.norm("mlp_norm", i),
+            mlp_norm=None if both else self.norm("mlp_norm", i),
             attn_post_norm=self.norm("attn_post_norm", i),
             mlp_post_norm=self.norm("mlp_post_norm", i),
             q_norm=self.vector("q_norm", head_size, i) if self.spec.qk_norm else None,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from miinb.kernels.dispatch import INTERPRETED, fail_after, jit, launch_options, power_of_2, tl, wait_for_inputs
-from miinb.kernels.norm import normalize
+from miinb.kernels.norm import normalize, numbers_of_norms
 from miinb.kernels.pushed_sum import pushed_sum
 
 #: Most programs of a launch, and so flags that each rank has for each other.
@@ -100,15 +100,16 @@ def reduce_norm(
     Args:
         x: [rows, hidden], contiguous: this rank's part.
         boards: that `x` fits.
-        weight: [hidden].
-        bias: [hidden] or None.
+        weight: [hidden], or [N, hidden] of N norms of the same numbers.
+        bias: as `weight`, or None.
         eps: see `norm.rms_norm`.
         residual: as `x`, the same on every rank, or None.
         centered: whether the mean is taken off.
         keep: False: nobody reads the sum, and it is not rounded before the norm (`norm.post_norm`).
 
     Returns:
-        The norm's output, and the sum with the residual, both in x's dtype and bit for bit the same on every rank.
+        The norm's output, as `x` or [N, ..., hidden], and the sum with the residual, both in x's dtype and bit for bit
+        the same on every rank.
     """
     return _launch(x, boards, weight, bias, eps, residual, centered=centered, keep=keep)
 
@@ -127,14 +128,17 @@ def _launch(
     hidden = x.shape[-1]
     rows = x.numel() // hidden
     total = torch.empty_like(x) if keep else x
-    y = torch.empty_like(x) if weight is not None else total
+    norms = weight.numel() // hidden if weight is not None else 0
+    y = total
+    if weight is not None:
+        y = torch.empty((*weight.shape[:-1], *x.shape), dtype=x.dtype, device=x.device)
     block, ranks = power_of_2(hidden), len(boards.addresses)
     tensors = (x, residual, weight, bias, y, total, boards.addresses, boards.epochs)
     kinds: dict[str, Any] = {
         "RANKS": ranks,
         "PROGRAMS": PROGRAMS,
         "MOST_LOOKS": MOST_LOOKS,
-        "NORM": weight is not None,
+        "NORMS": norms,
         "CENTERED": centered,
         "HAS_RESIDUAL": residual is not None,
         "HAS_BIAS": bias is not None,
@@ -157,17 +161,16 @@ def _launch(
 @jit(plain=("rank", "rows"))
 def _reduce(
     x, residual, weight, bias, y, total, addresses, epochs, rank, rows, hidden, limit, eps, RANKS: tl.constexpr,
-    PEERS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    PEERS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORMS: tl.constexpr, CENTERED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):
     """A program takes every n-th row."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
-    if NORM:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scales = numbers_of_norms(weight, column, hidden, NORMS)
     if HAS_BIAS:
-        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        shifts = numbers_of_norms(bias, column, hidden, NORMS)
     memories = ()  # nothing else stands between the others' flags and the reading of their parts
     for source in tl.static_range(RANKS):
         memories = memories + (tl.load(addresses + source),)  # type: ignore[assignment]  # noqa: RUF005
@@ -199,11 +202,13 @@ def _reduce(
             value = wide.to(x.dtype.element_ty)
             tl.store(total + at, value, mask=inside)
             wide = value.to(tl.float32)
-        if NORM:
-            wide = normalize(wide, inside, hidden, eps, x.dtype.element_ty, CENTERED) * scale
+        if NORMS > 0:
+            wide = normalize(wide, inside, hidden, eps, x.dtype.element_ty, CENTERED)
+        for i in tl.static_range(NORMS):
+            result = wide * scales[i]
             if HAS_BIAS:
-                wide += shift
-            tl.store(y + at, wide.to(x.dtype.element_ty), mask=inside)
+                result += shifts[i]
+            tl.store(y + i * rows * hidden + at, result.to(x.dtype.element_ty), mask=inside)
 
 
 @jit

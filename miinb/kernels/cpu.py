@@ -191,6 +191,9 @@ class CpuKernels:
         self._library.miinb_argmax(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), rows, n, self._half)
         return ids, finite
 
+    def early_memory(self, x: Tensor, up: PackedLinear, *, gated: bool) -> None:
+        """See `parallel_block.early_memory`: here one comes after the other."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `norm.rms_norm`."""
         return self._run_norm(x, weight, None, eps, residual, 0)
@@ -219,6 +222,11 @@ class CpuKernels:
         keep: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The norm, and the sum that it is of; without `keep` there is none."""
+        if weight.dim() > 1:
+            biases = [None] * len(weight) if bias is None else bias.unbind()
+            y, total = self._run_norm(x, weight[0], biases[0], eps, residual, center)
+            rest = zip(weight[1:], biases[1:], strict=True)
+            return torch.stack((y, *(self._run_norm(total, *one, eps, None, center)[0] for one in rest))), total
         x = x.contiguous()
         y = torch.empty_like(x)
         total = x if residual is None or not keep else torch.empty_like(x)

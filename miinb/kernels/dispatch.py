@@ -7,7 +7,7 @@ model launches. Nothing runs then.
 
 On Hopper and later every kernel is launched with programmatic dependent launch: it starts while the kernel before it
 still runs, fetches what no kernel writes (weights), and waits in `wait_for_inputs`. So every kernel calls that before
-it reads anything that another kernel wrote, and before it writes.
+it reads anything that another kernel wrote, and before it writes. `parallel_block.py` has the one exception.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -38,11 +38,13 @@ __all__ = [
     "is_plain",
     "jit",
     "launch_options",
+    "let_next_start",
     "plain_operators",
     "power_of_2",
     "shared_memory_bytes",
     "tl",
     "use_triton",
+    "wait_for_all",
     "wait_for_inputs",
 ]
 
@@ -68,8 +70,21 @@ def jit(function: Callable[..., Any] | None = None, *, plain: tuple[str, ...] = 
 @jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Wait for the kernels before this one, and let the next one start."""
+    let_next_start(PDL)
+    wait_for_all(PDL)
+
+
+@jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start, when every program of this one has come here or ended."""
     if PDL:
         gdc_launch_dependents()
+
+
+@jit
+def wait_for_all(PDL: tl.constexpr):
+    """Wait for the end of the kernels before this one; what they wrote can be read then."""
+    if PDL:
         gdc_wait()
 
 

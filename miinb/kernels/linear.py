@@ -14,7 +14,17 @@ from torch import Tensor
 from miinb.kernels import reference
 from miinb.kernels.activation import activate, activation_of, gated
 from miinb.kernels.dequantize import product_of_many
-from miinb.kernels.dispatch import INTERPRETED, jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.dispatch import (
+    INTERPRETED,
+    jit,
+    launch_options,
+    let_next_start,
+    power_of_2,
+    tl,
+    use_triton,
+    wait_for_all,
+    wait_for_inputs,
+)
 from miinb.kernels.formats import FP8, bits_of
 from miinb.kernels.fp8_gemv import fp8_gemv
 from miinb.kernels.fp8_many import fp8_product_of_many
@@ -78,7 +88,7 @@ def linear(
     if packed.scale is not None:
         return _quantized(x, packed, packed.scale, activation, residual, out)
     if x.shape[0] == 1:
-        return _gemv_launch(x, packed, activation, residual, gated_pair=False, out=out)
+        return gemv(x, packed, activation, residual, gated_pair=False, out=out)
     if activation is None and residual is None and out is None and is_wide(x, packed.weight.shape[0]):
         return wide_linear(x, packed.weight, packed.bias)
     fused = _EPILOGUES.get(activation or "") if packed.bias is not None and not INTERPRETED else None
@@ -156,7 +166,7 @@ def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
     weight, scale, bias, n = packed.weight, packed.scale, packed.bias, packed.weight.shape[0] // 2
     if scale is None:
         if x.shape[0] == 1:
-            return _gemv_launch(x, packed, kind, None, gated_pair=True)
+            return gemv(x, packed, kind, None, gated_pair=True)
         # Of many rows a UNet's alone; decoders' were measured with cuBLAS.
         if kind == "gelu" and is_gated_many(x, n):
             return gated_product(x, weight, bias, kind)
@@ -175,7 +185,7 @@ def _fused_gated(x: Tensor, packed: PackedLinear, kind: str) -> Tensor | None:
     return None
 
 
-def _gemv_launch(
+def gemv(
     x: Tensor,
     packed: PackedLinear,
     activation: str | None,
@@ -183,7 +193,19 @@ def _gemv_launch(
     *,
     gated_pair: bool,
     out: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
+    """`linear` of x [1, K], or `gated_linear` for a pair, by the matrix-vector kernel.
+
+    Args:
+        x: [1, K].
+        packed: whose weights are not quantized.
+        activation: see `linear`.
+        residual: see `linear`; None for a pair.
+        gated_pair: whether the first half of the rows is the gate's.
+        out: [1, outputs], where it is written, or None.
+        early: see `parallel_block.py`.
+    """
     rows, k = packed.weight.shape
     n = rows // 2 if gated_pair else rows
     y = torch.empty((1, n), dtype=x.dtype, device=x.device) if out is None else out
@@ -200,6 +222,7 @@ def _gemv_launch(
         GATED=gated_pair,
         HAS_BIAS=packed.bias is not None,
         HAS_RESIDUAL=residual is not None,
+        EARLY=early,
         **tile,
         **launch_options(x),
     )
@@ -232,8 +255,8 @@ def gemv_tile(n: int, k: int, gated_pair: bool) -> dict[str, Any]:
 @jit
 def _gemv(
     x, weight, bias, residual, y, n, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """Each program computes BLOCK_N outputs (BLOCK_N of the gate and their partners of the other half if GATED).
 
@@ -248,7 +271,10 @@ def _gemv(
     if GATED:
         other = n * K  # below 2**31 elements in any gate that fits a GPU
         partner = tl.load(at + other, mask=mask, other=0.0)
-    wait_for_inputs(PDL)
+    if EARLY:
+        let_next_start(PDL)
+    else:
+        wait_for_inputs(PDL)
     value = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
     total = tile.to(tl.float32) * value
     if GATED:
@@ -272,3 +298,5 @@ def _gemv(
     if HAS_RESIDUAL:
         result += tl.load(residual + row, mask=there, other=0.0).to(tl.float32)
     tl.store(y + row, result.to(y.dtype.element_ty), mask=there)
+    if EARLY and tl.program_id(0) == tl.num_programs(0) - 1:
+        wait_for_all(PDL)

@@ -19,12 +19,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Args:
         x: [..., hidden], contiguous.
-        weight: [hidden].
+        weight: [hidden], or [N, hidden] of N norms of the same numbers.
         eps: added to the mean square.
         residual: as `x`, or None.
 
     Returns:
-        The norm's output and the sum `x + residual` (`x` itself without a residual), both in x's dtype.
+        The norm's output, as `x` or [N, ..., hidden], and the sum `x + residual` (`x` itself without a residual), both
+        in x's dtype.
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps, residual)
@@ -34,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Layer norm (Ba et al., 2016) of `x + residual`; arguments and results as `rms_norm`, `bias` [hidden] or None."""
+    """Layer norm (Ba et al., 2016) of `x + residual`; arguments and results as `rms_norm`, `bias` as `weight`."""
     if not use_triton(x):
         return reference.layer_norm(x, weight, bias, eps, residual)
     return _launch(x, weight, bias, eps, residual, centered=True)
@@ -58,7 +59,7 @@ def _launch(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
-    y = torch.empty_like(x)
+    y = torch.empty((*weight.shape[:-1], *x.shape), dtype=x.dtype, device=x.device)
     total = torch.empty_like(x) if keep and residual is not None else x
     rows, block = x.numel() // hidden, power_of_2(hidden)
     together = _together(rows, block)
@@ -72,6 +73,7 @@ def _launch(
         rows,
         hidden,
         eps,
+        NORMS=weight.numel() // hidden,
         CENTERED=centered,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
@@ -93,16 +95,17 @@ def _together(rows: int, block: int) -> int:
 # fmt: off
 @jit(plain=("rows",))
 def _norm(
-    x, residual, weight, bias, y, total, rows, hidden, eps, CENTERED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, bias, y, total, rows, hidden, eps, NORMS: tl.constexpr, CENTERED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program some rows."""
     row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
     inside = (column < hidden) & (row < rows)[:, None]
     at = row[:, None] * hidden + column
-    scale = tl.load(weight + column, mask=column < hidden, other=0.0).to(tl.float32)
+    scales = numbers_of_norms(weight, column, hidden, NORMS)
     if HAS_BIAS:
-        shift = tl.load(bias + column, mask=column < hidden, other=0.0).to(tl.float32)
+        shifts = numbers_of_norms(bias, column, hidden, NORMS)
     wait_for_inputs(PDL)
     value = tl.load(x + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
@@ -115,10 +118,22 @@ def _norm(
             wide = added
     else:
         wide = value.to(tl.float32)
-    wide = normalize(wide, inside, hidden, eps, value.dtype, CENTERED) * scale
-    if HAS_BIAS:
-        wide += shift
-    tl.store(y + at, wide.to(value.dtype), mask=inside)
+    normal = normalize(wide, inside, hidden, eps, value.dtype, CENTERED)
+    for i in tl.static_range(NORMS):
+        result = normal * scales[i]
+        if HAS_BIAS:
+            result += shifts[i]
+        tl.store(y + i * rows * hidden + at, result.to(value.dtype), mask=inside)
+
+
+@jit
+def numbers_of_norms(numbers, column, hidden, NORMS: tl.constexpr):
+    """Weights or biases of each norm, in fp32."""
+    found = ()
+    for i in tl.static_range(NORMS):
+        more = tl.load(numbers + i * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
+        found = found + (more,)  # type: ignore[assignment]  # noqa: RUF005
+    return found
 
 
 @jit

@@ -13,7 +13,7 @@ from miinb.kernels.packets import count_on, number_of, packets_of, push, wait_fo
 @jit(plain=("rank", "rows"))
 def pushed_sum(
     x, residual, weight, bias, y, total, addresses, epochs, rank, rows, hidden, start, limit, eps,
-    RANKS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr,
+    RANKS: tl.constexpr, PROGRAMS: tl.constexpr, MOST_LOOKS: tl.constexpr, NORMS: tl.constexpr, CENTERED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):
@@ -23,11 +23,11 @@ def pushed_sum(
     program, programs, places = tl.program_id(0), tl.num_programs(0), hidden // 4
     place = tl.max_contiguous(tl.arange(0, BLOCK), 1)  # 8 bytes of each lane: more would pull their packets apart
     inside = place < places
-    if NORM:
-        scale = _four(weight, place, inside)
-    if HAS_BIAS:
-        shift = _four(bias, place, inside)
-    memories = ()
+    scales, shifts, memories = (), (), ()
+    for i in tl.static_range(NORMS):
+        scales = scales + (_four(weight, i * places + place, inside),)  # type: ignore[assignment]  # noqa: RUF005
+        if HAS_BIAS:
+            shifts = shifts + (_four(bias, i * places + place, inside),)  # type: ignore[assignment]  # noqa: RUF005
     for peer in tl.static_range(RANKS):
         memories = memories + (tl.load(addresses + peer) + start,)  # type: ignore[assignment]  # noqa: RUF005
     mine = tl.load(addresses + rank) + start
@@ -60,14 +60,15 @@ def pushed_sum(
             kept = _bits(wide, x)
             tl.store(_quads(total) + at, kept, mask=inside)
             wide = _numbers(kept, x)
-        if NORM:
+        if NORMS > 0:
             wide = _normalized(wide, inside, hidden, eps, CENTERED)
             if not CENTERED:
                 wide = _numbers(_bits(wide, x), x)  # as `norm.rms_norm` rounds
-            wide = _product(wide, scale)
+        for i in tl.static_range(NORMS):
+            result = _product(wide, scales[i])
             if HAS_BIAS:
-                wide = _sum(wide, shift)
-            tl.store(_quads(y) + at, _bits(wide, x), mask=inside)
+                result = _sum(result, shifts[i])
+            tl.store(_quads(y) + i * rows * places + at, _bits(result, x), mask=inside)
 
 
 @jit

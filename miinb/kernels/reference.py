@@ -32,7 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x = x + residual
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype), x
+    scaled = scaled.to(x.dtype)
+    return weight * scaled if weight.dim() == 1 else torch.stack([one * scaled for one in weight]), x
 
 
 def layer_norm(
@@ -41,6 +42,9 @@ def layer_norm(
     """See `norm.layer_norm`."""
     if residual is not None:
         x = x + residual
+    if weight.dim() > 1:
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.stack([layer_norm(x, *one, eps)[0] for one in zip(weight, biases, strict=True)]), x
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps), x
 
 

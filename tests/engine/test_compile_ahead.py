@@ -42,6 +42,7 @@ from miinb.kernels import (
     head,
     linear,
     norm,
+    parallel_block,
     product,
     quantized_gemv,
     quantized_product,
@@ -53,7 +54,7 @@ from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
     *(activation, all_reduce, attention, best_of_ranks, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear),
-    *(norm, product, quantized_gemv, quantized_product, rope, sample),
+    *(norm, parallel_block, product, quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {

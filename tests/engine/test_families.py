@@ -29,6 +29,7 @@ from miinb.engine.policies import POLICIES
 from miinb.engine.positions import rotary_tables
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import UnsupportedModel
+from miinb.kernels import reference
 from miinb.kernels.cpu import CpuKernels
 from miinb.messages import EngineInfo, FinishedEvent, Plan, SequenceRequest, TokensEvent
 from tests.engine.conftest import CONFIGS, build
@@ -190,8 +191,8 @@ class ThreadGroup:
             return None
         total = self.all_reduce(x) if residual is None else self.all_reduce(x) + residual
         if centered:
-            return torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps), total
-        return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
+            return reference.layer_norm(total, weight, bias, eps)
+        return reference.rms_norm(total, weight, eps)
 
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._exchange(x), -1)

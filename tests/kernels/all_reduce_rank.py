@@ -42,6 +42,8 @@ MESSAGES: list[tuple[int, int, torch.dtype, str, bool, bool]] = [
     (2, 104, torch.float16, "layer", True, True),
     (9, 48, torch.float16, "rms", True, False),
     (9, 144, torch.float16, "rms", True, False),
+    (3, 48, torch.float32, "two", True, True),
+    (5, 48, torch.bfloat16, "two", True, True),
 ]
 PASSES = 6
 
@@ -55,12 +57,13 @@ def inputs(number: int, rank: int) -> dict[str, Any]:
     def rand(*shape: int, generator: torch.Generator = shared) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    shape = (2, hidden) if norm == "two" else (hidden,)
     return {
         "x": rand(rows, hidden, generator=own),
-        "weight": rand(hidden) if norm != "none" else None,
-        "bias": rand(hidden) if bias else None,
+        "weight": rand(*shape) if norm != "none" else None,
+        "bias": rand(*shape) if bias else None,
         "residual": rand(rows, hidden) if residual else None,
-        "centered": norm in ("layer", "post"),
+        "centered": norm in ("layer", "post", "two"),
         "keep": norm != "post",
     }
 

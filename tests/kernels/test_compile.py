@@ -24,6 +24,7 @@ from miinb.kernels import (
     linear,
     norm,
     packed_attention,
+    parallel_block,
     rope,
     sample,
     shares,
@@ -149,6 +150,13 @@ def group_norm_call(size: int, channels: int, *, each: bool = False, **options: 
 
 CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: norm.rms_norm(t(1, 4096), t(4096), 1e-5, t(1, 4096)),
+    "two norms": lambda: norm.layer_norm(t(1, 6144), t(2, 6144), t(2, 6144), 1e-5, t(1, 6144)),
+    "early": lambda: parallel_block.early_product(
+        t(1, 6144), packed(12288, 6144, True), "gelu", t(1, 12288), gated=False
+    ),
+    "last products": lambda: parallel_block.last_products(
+        t(1, 12288), packed(6144, 12288, True), t(1, 3072), packed(6144, 3072, False)
+    ),
     "layer_norm": lambda: norm.layer_norm(t(1, 768), t(768), t(768), 1e-5, t(1, 768)),
     "reduce norm": reduce_norm_call(2, 1, 4096, centered=False),
     "reduce norm of 8": reduce_norm_call(8, 64, 768, centered=True),
@@ -323,6 +331,17 @@ def test_a_short_product_asks_for_its_weights_before_it_waits() -> None:
     ptx = kernel.asm["ptx"]
     assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
     assert "wgmma.mma_async" in ptx
+
+
+def test_what_begins_early_waits_at_its_end() -> None:
+    """And the rotation lets the next kernel start when what came before it has been written."""
+    (ptx,) = [kernel.asm["ptx"] for kernel in compiled(CALLS["early"], (9, 0))]
+    wait = ptx.index("griddepcontrol.wait")
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global") < wait
+    assert ptx.count("griddepcontrol.wait") == 1
+    assert "ld.global" not in ptx[wait:]
+    (ptx,) = [kernel.asm["ptx"] for kernel in compiled(CALLS["rope"], (9, 0))]
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global")
 
 
 def test_an_fp8_cache_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:

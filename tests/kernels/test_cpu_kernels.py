@@ -188,6 +188,11 @@ def test_norms(kernels: CpuKernels, hidden: int, rows: int) -> None:
     y, total = kernels.layer_norm(x, weight, bias, 1e-5)
     assert close(y, reference.layer_norm(x.float(), weight.float(), bias.float(), 1e-5)[0])
     assert total is x
+    weights, biases = random(kernels, 2, hidden), random(kernels, 2, hidden)
+    y, total = kernels.layer_norm(x, weights, biases, 1e-5, residual)
+    wanted, stream = reference.layer_norm((x + residual).float(), weights.float(), biases.float(), 1e-5)
+    assert close(y, wanted)
+    assert torch.equal(total.float(), stream)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

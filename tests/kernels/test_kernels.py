@@ -13,10 +13,11 @@ import tests.kernels.interpreter  # noqa: F401
 from miinb.kernels import attention, norm, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
-from miinb.kernels.dispatch import INTERPRETED, power_of_2
+from miinb.kernels.dispatch import INTERPRETED, plain_operators, power_of_2
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, post_norm, rms_norm
+from miinb.kernels.parallel_block import early_memory, early_product, last_products
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
 from miinb.kernels.shares import MOST, best_shares
@@ -52,8 +53,38 @@ def test_norms(
     ]:
         same(out[0], expected[0])
         same(out[1], total)
+    weights, biases = rand(2, hidden, dtype=dtype), rand(2, hidden, dtype=dtype)
+    both, stream = layer_norm(x, weights, biases, 1e-5, more)
+    same(both, torch.stack([layer_norm(total, *one, 1e-5)[0] for one in zip(weights, biases, strict=True)]))
+    same(stream, total)
+    same(rms_norm(x, weights, 1e-5, more)[0], torch.stack([rms_norm(total, one, 1e-5)[0] for one in weights]))
     unrounded = wide(x) if more is None else wide(x) + wide(more)
     same(post_norm(x, weight, bias, 1e-5, more), reference.layer_norm(unrounded, wide(weight), wide(bias), 1e-5)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated_pair", [False, True])
+def test_a_parallel_block_of_one_token(dtype: torch.dtype, gated_pair: bool) -> None:
+    """Both of its last kernels, at sizes that no tile divides."""
+    x, attended, inner, bias = (rand(1, n, dtype=dtype) for n in (72, 40, 3001, 72))
+    up = PackedLinear(rand(6002 if gated_pair else 3001, 72, dtype=dtype, scale=0.2))
+    down = PackedLinear(rand(72, 3001, dtype=dtype, scale=0.02), bias[0])
+    out = PackedLinear(rand(72, 40, dtype=dtype, scale=0.2), rand(72, dtype=dtype))
+    early = torch.empty_like(inner)
+    found = early_product(x, up, "gelu", early, gated=gated_pair)
+    assert found is early
+    same(found, gated_linear(x, up, "gelu") if gated_pair else linear(x, up, activation="gelu"))
+    wanted = reference.linear(wide(inner), wide(down.weight), wide(bias[0]))
+    wanted += reference.linear(wide(attended), wide(out.weight), wide(out.bias))
+    same(last_products(inner, down, attended, out), wanted)
+
+
+def test_only_one_token_of_plain_weights_goes_early() -> None:
+    up = PackedLinear(rand(8, 4))
+    assert early_memory(rand(2, 4), up, gated=False) is None
+    assert early_memory(rand(1, 4), PackedLinear(up.weight, scale=rand(8)), gated=False) is None
+    with plain_operators():
+        assert early_memory(rand(1, 4), up, gated=True) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
