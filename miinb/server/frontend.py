@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ TICK_S = 1.0
 REPORT_S = 0.02
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
+#: Connections to the direct socket, and at most half of the files that this process may open.
+MAX_CONNECTIONS = 4096
 DEFAULT_MAX_BATCH = 1024
 
 GRPC_OPTIONS = (
@@ -92,7 +95,9 @@ class Frontend:
         self._servers: list[grpc.aio.Server] = []
         self._for_ranks: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         methods: dict[int, Serve] = {Method.PREDICT: self._service.predict, Method.IMAGES: self._service.images}
-        self._direct = DirectServer(methods, self._most_calls)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(files // 2, 1))
+        self._direct = DirectServer(methods, self._most_calls, most)
 
     def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
         task, folder = find_task(info.task), self._folder / info.tokenizer_folder
