@@ -152,8 +152,14 @@ def test_gen_begins_from_files(served: tuple[Session, Any], tmp_path: Path) -> N
     with Image.open(tmp_path / "out" / "5-2.png") as image:
         expected = from_photo(pipe, "a cat", 5, mask_image=MASK, strength=1.0, num_inference_steps=3)
         assert difference(image, expected) <= 1
-    with pytest.raises(InvalidRequest, match="No such file"):
-        command(session, "a cat", "--image", str(tmp_path / "none.png"))
+    (tmp_path / "junk.png").write_text("no picture")
+    for name, why in (("none.png", "No such file"), ("junk.png", "it is no PNG, JPEG or WebP file"), ("{no}", "in a")):
+        with pytest.raises(InvalidRequest) as refused:
+            command(session, "a cat", "--image", str(tmp_path / name))
+        told = str(refused.value)
+        assert why in told
+        assert name in told
+        assert "PNG, JPEG or WebP file" in refused.value.hint
 
 
 def test_awaited_and_attached(served: tuple[Session, Any]) -> None:
@@ -176,6 +182,9 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
         session.panel("text")
     with pytest.raises(InvalidValue, match="multiple of 8"):
         session.bench(height=30)
+    with pytest.raises(InvalidValue, match="'DDIMSchedule' is none for the model") as refused_value:
+        session.bench(scheduler="DDIMSchedule", requests=1)
+    assert "Did you mean DDIMScheduler? There are: DDIMScheduler, DDPMScheduler, " in refused_value.value.hint
     with pytest.raises(InvalidRequest):
         session.create_session("a")
     for ask in (session.chat, session.predict, lambda prompt: session.stream(prompt).result):
