@@ -24,6 +24,8 @@ from miinb.rpc import failures, image_codec
 MAX_CALLS = 16
 #: Of what a prompt was cut, so much is told.
 _SHOWN = 60
+#: Where pictures are that were done when the Stop button was pressed.
+_KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
 #: Between two looks at the progress of several requests.
 _LOOK_S = 0.2
 
@@ -79,6 +81,7 @@ class _Answer:
     def __init__(self) -> None:
         self.pictures: list[Picture] = []  # in order
         self.end: ImagesEnd | None = None
+        self.result: ImageResult | None = None  # once all is there
         self._sha256 = hashlib.sha256()
         self._early: dict[int, Picture] = {}
 
@@ -125,6 +128,7 @@ class ImageCalls:
         self._on_progress = on_progress or (lambda progress: None)
         self._running: set[ImagesCall] = set()
         self._steps: list[int] = []  # of each request
+        self._answers: list[_Answer] = []  # the same
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._cancelled = False
@@ -142,19 +146,34 @@ class ImageCalls:
 
         Raises:
             RequestError: a request was refused or failed; the others are ended, and the message says which prompt's.
-            Interrupted: the Stop button was pressed.
+            Interrupted: the Stop button was pressed; `result` has the pictures that were complete.
         """
-        end = time.monotonic() + limit_s
-        self._steps = [0] * len(requests)
+        begin = time.monotonic()
+        end = begin + limit_s
+        self._steps, self._answers = [0] * len(requests), [_Answer() for _ in requests]
         try:
             if len(requests) == 1:
                 return self._ask(requests[0], 0, end, 1)
             return self._together(requests, end)
         except KeyboardInterrupt:
             self.cancel()
-            steps = sum(self._steps) // len(requests)
-            total = steps_of(requests[0].params)
-            raise Interrupted(f"stopped at step {steps} of {total}; the deployment lives on.") from None
+            raise self._interrupted(requests, time.monotonic() - begin) from None
+
+    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
+        """What the Stop button leaves: pictures that were complete are kept, whatever became of the others."""
+        kept = [
+            answer.result or pictures_result(request.prompt, answer.pictures, _so_far(seconds, answer), usage=Usage())
+            for request, answer in zip(requests, self._answers, strict=True)
+            if answer.pictures
+        ]
+        done, count = sum(len(one.images) for one in kept), sum(one.params.num_images_per_prompt for one in requests)
+        words = f"stopped at step {sum(self._steps) // len(requests)} of {steps_of(requests[0].params)}"
+        if len(requests) > 1:
+            words += " on average"
+        if count > 1:
+            words += f", with {done} of {count} pictures done"
+        words += "; the deployment lives on."
+        return Interrupted(words, result=merge_images(kept), hint=_KEPT) if kept else Interrupted(words)
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
         count = len(requests)
@@ -181,7 +200,7 @@ class ImageCalls:
         data = image_codec.encode_images(request)
         submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         begin = time.perf_counter()
-        answer = _Answer()
+        answer = self._answers[place]
         error: MiinbError | None = None
         try:
             with self._begun(data, end) as call:
@@ -194,9 +213,10 @@ class ImageCalls:
             row = {"batch_size": batch_size, "t_submit": submitted}
             kept = self._done(row | _row(request, answer, error, e2e_s))
         times, usage = _timing(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
-        return pictures_result(
+        answer.result = pictures_result(
             request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
         )
+        return answer.result
 
     @contextlib.contextmanager
     def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
@@ -243,6 +263,11 @@ class ImageCalls:
             self._shown = self._latest = ImagesProgress(latest.step, latest.total)
         if latest != shown:
             self._on_progress(latest)
+
+
+def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
+    """Of pictures whose request has no end."""
+    return ImageTiming(e2e_s=seconds, s_per_image=seconds / len(answer.pictures))
 
 
 def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:

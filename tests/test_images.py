@@ -22,7 +22,7 @@ from PIL import Image
 
 import miinb
 from miinb import Session, commands
-from miinb.errors import InvalidRequest, InvalidValue, Unavailable
+from miinb.errors import Interrupted, InvalidRequest, InvalidValue, Unavailable
 from miinb.image_results import ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
@@ -338,6 +338,22 @@ class Full:
 
     def write(self, data: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_gen_that_is_stopped_writes_what_is_done(
+    served: tuple[Session, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = served[0]
+    done = session.generate("a cat", num_inference_steps=1, seed=3)
+
+    def stopped(*_: object, **parameters: object) -> None:
+        raise Interrupted("stopped, with 1 of 2 pictures done.", result=done, hint="In .result.")
+
+    monkeypatch.setattr(session, "generate", stopped)
+    with pytest.raises(Interrupted, match=r"with 1 of 2 pictures done\. What is done was written to .*out\.$"):
+        command(session, "a cat", "--out", str(tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["3.png"]
+    assert str(tmp_path / "out" / "3.png") in capsys.readouterr().out
 
 
 def test_half_a_file_does_not_stay(
