@@ -19,6 +19,7 @@ from miinb.image_params import steps_of
 from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
+from miinb.streams import RETRIES, RETRY_WAIT_S
 
 #: Requests of one call at the same time; the others wait here.
 MAX_CALLS = 16
@@ -80,6 +81,7 @@ class _Answer:
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []  # in order
+        self.begun = False  # something has come
         self.end: ImagesEnd | None = None
         self.result: ImageResult | None = None  # once all is there
         self._sha256 = hashlib.sha256()
@@ -203,8 +205,7 @@ class ImageCalls:
         answer = self._answers[place]
         error: MiinbError | None = None
         try:
-            with self._begun(data, end) as call:
-                finish = self._read(call, place, answer)
+            finish = self._patiently(data, place, answer, end)
         except MiinbError as failure:
             error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
             raise error from None
@@ -217,6 +218,20 @@ class ImageCalls:
             request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
         )
         return answer.result
+
+    def _patiently(self, data: bytes, place: int, answer: _Answer, end: float) -> ImagesEnd:
+        """Read all of an answer; a server that is away before it says anything is asked again, as for texts."""
+        wait_s = RETRY_WAIT_S
+        while True:
+            with self._begun(data, end) as call:
+                try:
+                    return self._read(call, place, answer)
+                except Unavailable:
+                    often = wait_s >= RETRY_WAIT_S * 2**RETRIES
+                    if answer.begun or often or self._cancelled or time.monotonic() + wait_s >= end:
+                        raise
+            time.sleep(wait_s)
+            wait_s *= 2
 
     @contextlib.contextmanager
     def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
@@ -236,6 +251,7 @@ class ImageCalls:
     def _read(self, call: ImagesCall, place: int, answer: _Answer) -> ImagesEnd:
         """Read all of an answer; returns its end. Raises MiinbError."""
         for message, file in call:
+            answer.begun = True
             event = image_codec.decode_images_event(message, file)
             if isinstance(event, ImagesProgress):
                 self._note(event, place)

@@ -133,7 +133,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "results": CORE,
     "image_results": (*CORE, "results"),
     "image_asking": CORE,
-    "image_calls": (*CORE, "rpc", "results", "image_results"),
+    "image_calls": (*CORE, "rpc", "results", "image_results", "streams"),
     "predictions": CORE,
     "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),

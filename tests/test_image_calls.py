@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from miinb import image_calls
-from miinb.errors import Cancelled, Interrupted
+from miinb.errors import Cancelled, Interrupted, Unavailable
 from miinb.image_calls import ImageCalls
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, ImageTimes, Picture
 from miinb.image_params import ImageParams
@@ -97,3 +97,43 @@ def test_of_a_list_it_is_said_how_many_pictures_were_done(monkeypatch: pytest.Mo
     result = stopped.value.result
     assert (result.prompts, result.seeds) == (("a", "a", "b"), (5, 6, 7))
     assert [row["status"] for row in rows][:2] == ["ok", "cancelled"]
+
+
+AWAY = Unavailable("No replica of the model is ready.")
+DONE = [picture(0, 5), END]
+
+
+def test_a_server_that_is_away_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(image_calls.time, "sleep", waits.append)
+    calls, rows, made = answering([AWAY], [AWAY], [AWAY], DONE)
+    assert calls.run([asked()], 10.0).seeds == (5,)
+    assert waits == [0.1, 0.2, 0.4]
+    assert [row["status"] for row in rows] == ["ok"]
+    assert all(call.closed for call in made)
+    calls, rows, _ = answering(*[[AWAY]] * 4, DONE)
+    with pytest.raises(Unavailable, match="No replica"):
+        calls.run([asked()], 10.0)
+    assert [row["status"] for row in rows] == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("script", "limit_s"), [([ImagesProgress(1, 9), AWAY], 10.0), ([picture(0, 5), AWAY], 10.0), ([AWAY], 0.05)]
+)
+def test_not_where_something_has_come_or_the_time_is_up(script: list[Any], limit_s: float) -> None:
+    calls, _, made = answering(script, DONE)
+    with pytest.raises(Unavailable):
+        calls.run([asked()], limit_s)
+    assert len(made) == 1
+
+
+def test_a_deployment_that_was_stopped_is_not_asked_again() -> None:
+    begun: list[bytes] = []
+
+    def call(data: bytes, left_s: float) -> Any:
+        begun.append(data)
+        raise Unavailable("The deployment was stopped.")
+
+    with pytest.raises(Unavailable, match="was stopped"):
+        ImageCalls(call, lambda row: row).run([asked()], 10.0)
+    assert len(begun) == 1
