@@ -33,7 +33,8 @@ def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRe
     Args:
         prompts: one prompt or several.
         parameters: `ImageParams`; `image` and `mask_image`: a PIL image, a path or a file's bytes for all prompts, or
-            a list of one for each; `negative_prompt` may be such a list too.
+            a list of one for each; `negative_prompt` may be such a list too. A mask's white is painted anew; what is
+            black is kept but for what the VAE's encoding and decoding change, as in diffusers.
 
     Raises:
         InvalidRequest: there is no prompt, or one is no text; or a parameter or a picture is wrong.
