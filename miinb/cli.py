@@ -7,8 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from miinb import commands
-from miinb.commands.settings import load
 from miinb.errors import ConfigError, Interrupted, MiinbError
 
 
@@ -40,6 +38,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    from miinb import commands  # takes a third of a second, in which Ctrl-C may come
+    from miinb.commands.settings import load
+
     if not words or words[0] in ("--help", "-h"):
         print(commands.overview("miinb"))
         return 0 if words else 2

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import struct
@@ -26,6 +27,7 @@ from miinb.rpc.address import socket_path
 from miinb.rpc.direct import ANSWER, REQUEST, Connections, Kind, Method, socket_beside
 from miinb.server import direct
 from miinb.server.direct import DirectServer, Send
+from miinb.server.frontend import room_for_connections
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -297,6 +299,17 @@ def test_a_request_once_begun_comes_within_its_time(
             assert ANSWER.unpack(idle.recv(ANSWER.size)) == (100, 0, Kind.LAST)
             assert len(idle.recv(100)) == 100
             time.sleep(0.6)
+
+
+@pytest.mark.parametrize(("limits", "room"), [((1024, 1024), 512), ((1024, 5000), 2500), ((64, 1 << 20), 4096)])
+def test_the_frontend_lets_itself_open_files_for_connections(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], room: int
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: now.append(pair))
+    assert room_for_connections() == room
+    assert now[-1] == (min(limits[1], 8192), limits[1])
 
 
 def test_one_connection_too_many_takes_the_place_of_an_idle_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
@@ -52,7 +53,7 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     except Interrupted as stopped:
         if stopped.result is not None:
             _show(context, stopped.result, folder, shown=shown)
-            stopped.hint = f"What is done was written to {folder}." if folder else stopped.hint
+            stopped.hint = f"What is done was written to {Path(folder).resolve()}." if folder else stopped.hint
         raise
     _show(context, result, folder, shown=shown)
     pictured: Result = result
