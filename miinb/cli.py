@@ -7,13 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from miinb import commands
-from miinb.commands.settings import load
-from miinb.errors import ConfigError, MiinbError
+from miinb.errors import ConfigError, Interrupted, MiinbError
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code: 0 done, 1 it failed, 2 it was asked for in a wrong way.
+    """Run one command; the process's exit code: 0 done, 1 it failed, 2 it was asked for in a wrong way, 130 Ctrl-C.
 
     Args:
         words: the command line without the program's name; None takes the process's.
@@ -26,8 +24,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except MiinbError as error:
         print(f"miinb: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        words = f"{stop}" if isinstance(stop, Interrupted) else "stopped."
+        print(f"\nmiinb: {words}" if sys.stderr.isatty() else f"miinb: {words}", file=sys.stderr)  # behind its "^C"
         return 130
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
@@ -39,6 +38,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    from miinb import commands  # takes a third of a second, in which Ctrl-C may come
+    from miinb.commands.settings import load
+
     if not words or words[0] in ("--help", "-h"):
         print(commands.overview("miinb"))
         return 0 if words else 2

@@ -33,7 +33,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 
 class MiinbError(Exception):
@@ -170,7 +170,21 @@ class TargetError(MiinbError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The Stop button ended a request; the deployment lives on."""
+    """The Stop button ended a request; the deployment lives on.
+
+    Attributes:
+        result: of pictures, those that were complete by then (an `ImageResult`); None: none was, or it was no request
+            for pictures.
+        hint: where these are.
+    """
+
+    def __init__(self, message: str, *, result: Any = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.result = result
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.hint}".rstrip()
 
     def _render_traceback_(self) -> list[str]:
         return [f"Interrupted: {self}"]

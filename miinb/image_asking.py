@@ -23,7 +23,8 @@ from miinb.image_sources import (
     sized_mask,
 )
 
-_GIVE = "Give a PIL image, a file's path, or a file's bytes; of an array PIL.Image.fromarray(array)."
+_GIVE = "Give a PNG, JPEG or WebP file (its path or bytes), or a PIL image; of an array PIL.Image.fromarray(array)."
+_NO_VARIABLE = "Give a PNG, JPEG or WebP file; in a notebook {name} is a picture, where there is such a variable."
 
 
 def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRequest]:
@@ -32,7 +33,8 @@ def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRe
     Args:
         prompts: one prompt or several.
         parameters: `ImageParams`; `image` and `mask_image`: a PIL image, a path or a file's bytes for all prompts, or
-            a list of one for each; `negative_prompt` may be such a list too.
+            a list of one for each; `negative_prompt` may be such a list too. A mask's white is painted anew; what is
+            black is kept but for what the VAE's encoding and decoding change, as in diffusers.
 
     Raises:
         InvalidRequest: there is no prompt, or one is no text; or a parameter or a picture is wrong.
@@ -128,7 +130,7 @@ def _picture(value: Any, what: str) -> tuple[Any, Source | None]:
         raise InvalidRequest(f"{what}: {type(value).__name__} is no picture.", hint=_GIVE)
     if len(source.data) > MAX_SOURCE_BYTES:
         check_bytes(source, None)
-    return decoded(source.data, what), source
+    return decoded(source.data, f"{what}: {source.name}" if source.name else what), source
 
 
 def _file(text: str | bytes, what: str) -> Source:
@@ -143,7 +145,8 @@ def _file(text: str | bytes, what: str) -> Source:
             data = stream.read(MAX_SOURCE_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"{what}: {path} cannot be read: {why}.", hint=_GIVE) from None
+        hint = _NO_VARIABLE if path.name[:1] + path.name[-1:] == "{}" else _GIVE
+        raise InvalidRequest(f"{what}: {path} cannot be read: {why}.", hint=hint) from None
     return Source(path.name.encode("utf-8", "replace").decode(), data)
 
 

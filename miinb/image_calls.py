@@ -19,11 +19,14 @@ from miinb.image_params import steps_of
 from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
+from miinb.streams import RETRIES, RETRY_WAIT_S
 
 #: Requests of one call at the same time; the others wait here.
 MAX_CALLS = 16
 #: Of what a prompt was cut, so much is told.
 _SHOWN = 60
+#: Where pictures are that were done when the Stop button was pressed.
+_KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
 #: Between two looks at the progress of several requests.
 _LOOK_S = 0.2
 
@@ -78,7 +81,9 @@ class _Answer:
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []  # in order
+        self.begun = False  # something has come
         self.end: ImagesEnd | None = None
+        self.result: ImageResult | None = None  # once all is there
         self._sha256 = hashlib.sha256()
         self._early: dict[int, Picture] = {}
 
@@ -125,6 +130,7 @@ class ImageCalls:
         self._on_progress = on_progress or (lambda progress: None)
         self._running: set[ImagesCall] = set()
         self._steps: list[int] = []  # of each request
+        self._answers: list[_Answer] = []  # the same
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._cancelled = False
@@ -142,19 +148,34 @@ class ImageCalls:
 
         Raises:
             RequestError: a request was refused or failed; the others are ended, and the message says which prompt's.
-            Interrupted: the Stop button was pressed.
+            Interrupted: the Stop button was pressed; `result` has the pictures that were complete.
         """
-        end = time.monotonic() + limit_s
-        self._steps = [0] * len(requests)
+        begin = time.monotonic()
+        end = begin + limit_s
+        self._steps, self._answers = [0] * len(requests), [_Answer() for _ in requests]
         try:
             if len(requests) == 1:
                 return self._ask(requests[0], 0, end, 1)
             return self._together(requests, end)
         except KeyboardInterrupt:
             self.cancel()
-            steps = sum(self._steps) // len(requests)
-            total = steps_of(requests[0].params)
-            raise Interrupted(f"stopped at step {steps} of {total}; the deployment lives on.") from None
+            raise self._interrupted(requests, time.monotonic() - begin) from None
+
+    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
+        """What the Stop button leaves: pictures that were complete are kept, whatever became of the others."""
+        kept = [
+            answer.result or pictures_result(request.prompt, answer.pictures, _so_far(seconds, answer), usage=Usage())
+            for request, answer in zip(requests, self._answers, strict=True)
+            if answer.pictures
+        ]
+        done, count = sum(len(one.images) for one in kept), sum(one.params.num_images_per_prompt for one in requests)
+        words = f"stopped at step {sum(self._steps) // len(requests)} of {steps_of(requests[0].params)}"
+        if len(requests) > 1:
+            words += " on average"
+        if count > 1:
+            words += f", with {done} of {count} pictures done"
+        words += "; the deployment lives on."
+        return Interrupted(words, result=merge_images(kept), hint=_KEPT) if kept else Interrupted(words)
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
         count = len(requests)
@@ -181,11 +202,10 @@ class ImageCalls:
         data = image_codec.encode_images(request)
         submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         begin = time.perf_counter()
-        answer = _Answer()
+        answer = self._answers[place]
         error: MiinbError | None = None
         try:
-            with self._begun(data, end) as call:
-                finish = self._read(call, place, answer)
+            finish = self._patiently(data, place, answer, end)
         except MiinbError as failure:
             error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
             raise error from None
@@ -194,9 +214,24 @@ class ImageCalls:
             row = {"batch_size": batch_size, "t_submit": submitted}
             kept = self._done(row | _row(request, answer, error, e2e_s))
         times, usage = _timing(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
-        return pictures_result(
+        answer.result = pictures_result(
             request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
         )
+        return answer.result
+
+    def _patiently(self, data: bytes, place: int, answer: _Answer, end: float) -> ImagesEnd:
+        """Read all of an answer; a server that is away before it says anything is asked again, as for texts."""
+        wait_s = RETRY_WAIT_S
+        while True:
+            with self._begun(data, end) as call:
+                try:
+                    return self._read(call, place, answer)
+                except Unavailable:
+                    often = wait_s >= RETRY_WAIT_S * 2**RETRIES
+                    if answer.begun or often or self._cancelled or time.monotonic() + wait_s >= end:
+                        raise
+            time.sleep(wait_s)
+            wait_s *= 2
 
     @contextlib.contextmanager
     def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
@@ -216,6 +251,7 @@ class ImageCalls:
     def _read(self, call: ImagesCall, place: int, answer: _Answer) -> ImagesEnd:
         """Read all of an answer; returns its end. Raises MiinbError."""
         for message, file in call:
+            answer.begun = True
             event = image_codec.decode_images_event(message, file)
             if isinstance(event, ImagesProgress):
                 self._note(event, place)
@@ -243,6 +279,11 @@ class ImageCalls:
             self._shown = self._latest = ImagesProgress(latest.step, latest.total)
         if latest != shown:
             self._on_progress(latest)
+
+
+def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
+    """Of pictures whose request has no end."""
+    return ImageTiming(e2e_s=seconds, s_per_image=seconds / len(answer.pictures))
 
 
 def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:

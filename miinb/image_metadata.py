@@ -10,7 +10,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from miinb.errors import InvalidRequest
 from miinb.image_params import MAX_PROMPT, ImageParams
 from miinb.png_files import png_file
+from miinb.samplers import scheduler_of
 
 #: Bytes of a file that is read.
 MAX_FILE = 64 << 20
@@ -32,23 +33,6 @@ _NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "w
 _LAST_LINE = re.compile(r"^Steps: \d+, ", re.MULTILINE)
 _PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
-#: A1111's samplers by the words of their names without the noise schedule, and diffusers' classes.
-SAMPLERS = {
-    "euler": "EulerDiscreteScheduler",
-    "euler a": "EulerAncestralDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "plms": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpm2 a": "KDPM2AncestralDiscreteScheduler",
-    "dpm++ 2m": "DPMSolverMultistepScheduler",
-    "dpm++ sde": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-}
-_SCHEDULES = (" karras", " exponential", " automatic", " sgm uniform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +191,7 @@ def _from_a1111(text: str) -> dict[str, Any] | None:
         "height": _number(height),
         "negative_prompt": negative.strip(),
         "scheduler": pairs.get("Sampler", ""),
+        "schedule": pairs.get("Schedule type", ""),
         "model": pairs.get("Model", ""),
         "source": "Denoising strength" in pairs or None,
         "enlarged": any(name.startswith("Hires") for name in pairs) or None,
@@ -224,20 +209,6 @@ def _number(text: str) -> int | float | str:
     return text[:40]
 
 
-def _scheduler(name: str) -> Iterator[str]:
-    """diffusers' class of a sampler's name, then notes."""
-    plain = name.lower().strip()
-    short = next((plain.removesuffix(end) for end in _SCHEDULES if plain.endswith(end)), plain)
-    if name.endswith("Scheduler"):
-        yield name
-        return
-    yield SAMPLERS.get(short, "")
-    if short not in SAMPLERS:
-        yield f"The sampler {name[:40]!r} is not known here: the model's own is taken."
-    elif short != plain:
-        yield f"Of the sampler {name[:40]!r} the noise schedule is not taken over."
-
-
 def _checked(values: Mapping[str, Any]) -> MadeWith:
     """What of the values is valid, and notes on the rest."""
     kept: dict[str, Any] = {}
@@ -249,7 +220,7 @@ def _checked(values: Mapping[str, Any]) -> MadeWith:
     for name in _NAMES:
         value = values.get(name)
         if name == "scheduler" and isinstance(value, str):
-            value, *said = _scheduler(value)
+            value, said = scheduler_of(value, str(values.get("schedule", "")))
             notes += said
         if value in ("", None):
             continue

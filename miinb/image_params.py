@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from miinb.config import MAX_SEED
-from miinb.errors import InvalidRequest, near
+from miinb.errors import InvalidRequest, did_you_mean, near
 from miinb.frozen import Frozen, InvalidValueError
+from miinb.samplers import scheduler_of
 
 #: Pixels of a side: what the scale of every VAE of these models divides, and the most that is taken.
 SIDE_STEP, MAX_SIDE = 8, 2048
@@ -31,6 +32,16 @@ def _side(value: int) -> int:
 
 
 Side = Annotated[int, Field(ge=SIDE_STEP, le=MAX_SIDE), AfterValidator(_side)]
+
+
+def _scheduler(value: object) -> object:
+    """Refuse other programs' names of schedulers with diffusers' own."""
+    if isinstance(value, str) and not value.endswith("Scheduler") and (meant := scheduler_of(value)[0]):
+        raise InvalidValueError(f"scheduler: {value!r} is called {meant} here")
+    return value
+
+
+Scheduler = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$"), BeforeValidator(_scheduler)]
 
 
 class ImageParams(Frozen):
@@ -58,7 +69,7 @@ class ImageParams(Frozen):
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT)] | None = None
     num_images_per_prompt: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")] | None = None
+    scheduler: Scheduler | None = None
     image_format: PictureFormat = "png"
     preview_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -110,6 +121,8 @@ REFUSED_IMAGES = {
     "return_dict": "See the result's attributes.",
     "padding_mask_crop": "Crop the picture and its mask before, and paste the result after.",
 }
+#: What a request takes besides.
+_BESIDES = ("image", "mask_image", "on_progress", "timeout_s")
 #: What other programs call a parameter.
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -131,9 +144,9 @@ def parse_images(values: Mapping[str, Any]) -> ImageParams:
     Raises:
         InvalidRequest: an unknown, refused or wrong parameter; the message names it.
     """
-    known = ImageParams.model_fields
+    known = (*ImageParams.model_fields, *_BESIDES)
     for name in values:
-        if name in known:
+        if name in ImageParams.model_fields:
             continue
         if name in REFUSED_IMAGES:
             raise InvalidRequest(f"{name} cannot be set.", hint=REFUSED_IMAGES[name])
@@ -141,5 +154,6 @@ def parse_images(values: Mapping[str, Any]) -> ImageParams:
             raise InvalidRequest(f"There is no option {name!r}.", hint=f"Use {_OTHER_NAMES[name]}.")
         if (meant := near(name, (*known, *REFUSED_IMAGES))) in REFUSED_IMAGES:
             raise InvalidRequest(f"There is no option {name!r}.", hint=REFUSED_IMAGES[meant])
+        raise InvalidRequest(f"There is no option {name!r}.", hint=did_you_mean(name, known))
     kept = {name: value for name, value in values.items() if value is not None}
     return ImageParams.parse(kept, error=InvalidRequest)

@@ -271,6 +271,7 @@ class Plan:
     graphs_bytes: int = 0
     lines: tuple[PlanLine, ...] = ()
     warnings: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] = ()  # classes of diffusers that pictures may be asked for with
 
     def with_line(self, what: str, choice: str, reason: str, **changes: Any) -> Plan:
         """The same plan with one more reason (and changed fields)."""
@@ -289,7 +290,7 @@ class Plan:
         """The plan of `dataclasses.asdict`'s output."""
         plain = dict(values)
         plain["lines"] = tuple(from_dict(PlanLine, line) for line in plain.get("lines", ()))
-        plain["warnings"] = tuple(plain.get("warnings", ()))
+        plain |= {name: tuple(plain.get(name, ())) for name in ("warnings", "schedulers")}
         return from_dict(cls, plain)
 
     def __str__(self) -> str:
@@ -332,8 +333,7 @@ class EngineInfo:
         """The information of `dataclasses.asdict`'s output."""
         plain = dict(values)
         plain["plan"] = Plan.from_dict(plain["plan"])
-        plain["eos_token_ids"] = tuple(plain["eos_token_ids"])
-        plain["labels"] = tuple(plain.get("labels", ()))
+        plain |= {name: tuple(plain.get(name, ())) for name in ("eos_token_ids", "labels")}
         return from_dict(cls, plain)
 
 

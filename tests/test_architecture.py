@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = (
     *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
-    *("wording", "writing", "image_metadata", "png_files", "image_difference", "image_sources"),
+    *("wording", "writing", "image_metadata", "png_files", "image_difference", "image_sources", "samplers"),
 )
 KERNEL_SIDE = (
     "client",
@@ -62,10 +62,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "frozen": ("errors",),
     "bench_fields": ("errors", "frozen"),
     "config": ("errors", "frozen", "bench_fields", "offloading"),
-    "image_params": ("errors", "frozen", "config"),
+    "image_params": ("errors", "frozen", "config", "samplers"),
+    "samplers": (),
     "messages": ("config", "errors"),
     "image_messages": ("image_params",),
-    "image_metadata": ("errors", "image_params", "png_files"),
+    "image_metadata": ("errors", "image_params", "png_files", "samplers"),
     "png_files": (),
     "image_difference": ("errors", "wording"),
     "image_sources": ("errors", "image_params", "image_messages"),
@@ -99,6 +100,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server": (
         "rpc",
         "config",
+        "frozen",
         "image_params",
         "messages",
         "image_messages",
@@ -131,7 +133,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "results": CORE,
     "image_results": (*CORE, "results"),
     "image_asking": CORE,
-    "image_calls": (*CORE, "rpc", "results", "image_results"),
+    "image_calls": (*CORE, "rpc", "results", "image_results", "streams"),
     "predictions": CORE,
     "predicting": (*CORE, "rpc"),
     "streams": (*CORE, "rpc", "results"),

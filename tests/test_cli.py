@@ -17,6 +17,7 @@ from miinb.commands import keeping
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
+from miinb.errors import Interrupted
 from tests.bench.test_records import make as made
 
 
@@ -235,3 +236,21 @@ def test_the_program_starts_light() -> None:
     probe = f"import sys; from miinb import cli; cli.main(['help']); print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+STOPPED = "stopped at step 3 of 9; the deployment lives on."
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "stopped."), (Interrupted(STOPPED, hint="Look there."), f"{STOPPED} Look there.")],
+)
+def test_ctrl_c_says_one_line(
+    error: KeyboardInterrupt, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "execute", stopped)
+    assert cli.main(["list"]) == 130
+    assert capsys.readouterr().err == f"miinb: {said}\n"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +22,12 @@ import pytest
 
 from miinb import errors
 from miinb.client import Client
-from miinb.rpc import codec
+from miinb.rpc import codec, failures
 from miinb.rpc.address import socket_path
 from miinb.rpc.direct import ANSWER, REQUEST, Connections, Kind, Method, socket_beside
+from miinb.server import direct
 from miinb.server.direct import DirectServer, Send
+from miinb.server.frontend import room_for_connections
 from tests.frontend_process import FrontendProcess, make, wait_for
 
 
@@ -192,6 +197,7 @@ def test_any_positive_number_is_a_time_limit(client: Client, timeout_s: Any) -> 
         REQUEST.pack(0, 1.0, 77),
         REQUEST.pack(0, float("nan"), Method.PREDICT),
         REQUEST.pack(0, -1.0, Method.PREDICT),
+        REQUEST.pack(0, float("inf"), Method.IMAGES),
         b"GET / HTTP/1.1\r\n\r\n",
     ],
 )
@@ -204,6 +210,145 @@ def test_junk_harms_nobody(frontend: FrontendProcess, client: Client, junk: byte
             assert ANSWER.unpack(head)[2] == Kind.FAILED, "what cannot be read is refused"
     assert client.predict("abc")
     assert frontend.process.poll() is None
+
+
+@pytest.mark.parametrize("method", [Method.PREDICT, Method.IMAGES])
+@pytest.mark.parametrize("left_s", [float("nan"), float("inf"), float("-inf"), -1.0, 0.0])
+def test_a_time_limit_that_is_none_is_refused_by_name(frontend: FrontendProcess, left_s: float, method: Method) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(path_of(frontend)))
+        other.settimeout(5)
+        for _ in range(2):
+            other.sendall(REQUEST.pack(0, left_s, method))
+            length, _, kind = ANSWER.unpack(other.recv(ANSWER.size))
+            assert kind == Kind.FAILED
+            error = failures.decode_failure(other.recv(length))
+            assert isinstance(error, errors.InvalidRequest), "the same connection takes the next request"
+            assert error.message.startswith("timeout_s: Input should be")
+
+
+def said(sock: socket.socket) -> errors.MiinbError:
+    """Why a connection was closed."""
+    sock.settimeout(10)
+    with sock.makefile("rb") as stream:
+        length, _, kind = ANSWER.unpack(stream.read(ANSWER.size))
+        assert kind == Kind.FAILED
+        error = failures.decode_failure(stream.read(length))
+        assert not stream.read(), "it is closed"
+    return error
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, **limits: int) -> Iterator[Callable[[], socket.socket]]:
+    """Connects to a server that answers nothing; each connection is known to it when it is returned."""
+    loop, made = asyncio.new_event_loop(), []
+
+    async def forever(data: bytes, left_s: float, send: Send) -> bytes:
+        if not data:
+            await asyncio.sleep(60)
+        return data
+
+    server = DirectServer({Method.PREDICT: forever}, **{"most": 9, **limits})
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+    def connect() -> socket.socket:
+        made.append(socket.socket(socket.AF_UNIX))
+        made[-1].connect(str(tmp_path / "direct.sock"))
+        run(asyncio.sleep(0.05))
+        return made[-1]
+
+    run(server.start(tmp_path / "direct.sock"))
+    try:
+        yield connect
+    finally:
+        run(server.stop(0))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+        for sock in made:
+            sock.close()
+
+
+@pytest.mark.parametrize("pause_s", [None, 0.1])
+def test_a_request_once_begun_comes_within_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_s: float | None
+) -> None:
+    monkeypatch.setattr(direct, "MAX_UNSENT_S", 0.5)
+    whole = REQUEST.pack(100, 10.0, Method.PREDICT) + bytes(100)
+    with serving(tmp_path) as connect:
+        idle, slow = connect(), connect()
+        begin = time.monotonic()
+        slow.sendall(whole[:1])
+        for place in range(1, 40):  # a byte now and then does not help
+            if pause_s is None or time.monotonic() > begin + 0.45:
+                break
+            slow.sendall(whole[place : place + 1])
+            time.sleep(pause_s)
+        error = said(slow)
+        assert isinstance(error, errors.DeadlineExceeded)
+        assert "did not come whole within 0.5 s" in error.message
+        assert time.monotonic() - begin < 5
+        for _ in range(2):  # who says nothing has no limit, nor who is whole in time
+            idle.sendall(whole[:50])
+            time.sleep(0.1)
+            idle.sendall(whole[50:])
+            assert ANSWER.unpack(idle.recv(ANSWER.size)) == (100, 0, Kind.LAST)
+            assert len(idle.recv(100)) == 100
+            time.sleep(0.6)
+
+
+@pytest.mark.parametrize(("limits", "room"), [((1024, 1024), 512), ((1024, 5000), 2500), ((64, 1 << 20), 4096)])
+def test_the_frontend_lets_itself_open_files_for_connections(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], room: int
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: now.append(pair))
+    assert room_for_connections() == room
+    assert now[-1] == (min(limits[1], 8192), limits[1])
+
+
+def test_one_connection_too_many_takes_the_place_of_an_idle_one(tmp_path: Path) -> None:
+    with serving(tmp_path, most_connections=3) as connect:
+        running, oldest, begun = connect(), connect(), connect()
+        running.sendall(REQUEST.pack(0, 60.0, Method.PREDICT))
+        begun.sendall(b"a")
+        newer = connect()
+        error = said(oldest)
+        assert isinstance(error, errors.QueueFull)
+        assert "3 connections are open" in error.message
+        newer.sendall(REQUEST.pack(0, 60.0, Method.PREDICT))
+        time.sleep(0.1)
+        assert isinstance(said(connect()), errors.QueueFull), "all others are at work"
+        running.close()
+        time.sleep(0.1)
+        last = connect()
+        last.sendall(REQUEST.pack(1, 60.0, Method.PREDICT) + b"a")
+        assert ANSWER.unpack(last.recv(ANSWER.size)) == (1, 0, Kind.LAST)
+
+
+def test_a_client_is_told_why_it_was_not_let_in_and_uses_another_when_it_was_closed(tmp_path: Path) -> None:
+    with serving(tmp_path, most_connections=1) as connect:
+        first, second = Connections(tmp_path / "direct.sock"), Connections(tmp_path / "direct.sock")
+        for one in (first, second, first, second):
+            call = one.call(Method.PREDICT, b"a", 10)
+            assert call is not None
+            assert call.result() == b"a"
+            time.sleep(0.05)
+        connect().sendall(REQUEST.pack(0, 60.0, Method.PREDICT))
+        time.sleep(0.1)
+        for size in (1, 1 << 22):
+            call = first.call(Method.PREDICT, bytes(size), 10)
+            assert call is not None
+            time.sleep(0.1)  # it is closed before something is sent
+            with pytest.raises(errors.QueueFull, match="1 connections are open"):
+                call.result()
+        first.close()
+        second.close()
 
 
 def test_who_leaves_within_a_request_leaves_nothing(frontend: FrontendProcess, client: Client) -> None:

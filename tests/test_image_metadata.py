@@ -62,13 +62,36 @@ def test_a_png_made_of_a_png_keeps_its_pixels_and_both_forms() -> None:
         assert json.loads(image.info["miinb"]) == VALUES
 
 
+NO_SUCH = "No scheduler here computes"
+
+
 @pytest.mark.parametrize(
     ("sampler", "scheduler", "note"),
     [
         ("Euler a", "EulerAncestralDiscreteScheduler", ""),
-        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", "noise schedule"),
+        ("Euler", "EulerDiscreteScheduler", ""),
+        ("DDIM", "DDIMScheduler", ""),
+        ("PNDM", "PNDMScheduler", ""),
+        ("PLMS", "PNDMScheduler", ""),
+        ("LMS", "LMSDiscreteScheduler", ""),
+        ("LMS Karras", "LMSDiscreteScheduler", "noise schedule is not"),
+        ("Heun", "HeunDiscreteScheduler", ""),
+        ("DPM2", "KDPM2DiscreteScheduler", ""),
+        ("DPM2 a Karras", "KDPM2AncestralDiscreteScheduler", "noise schedule is not"),
+        ("UniPC", "UniPCMultistepScheduler", ""),
+        ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", "noise schedule is not"),
+        ("DPM++ 2M SGM Uniform", "DPMSolverMultistepScheduler", "noise schedule is not"),
+        ("DPM++ SDE", "DPMSolverSinglestepScheduler", ""),
+        ("DPM++ 2M, Schedule type: Karras", "DPMSolverMultistepScheduler", "schedule (Karras) is not"),
+        ("DPM++ 2M, Schedule type: Automatic", "DPMSolverMultistepScheduler", "schedule (Automatic) is not"),
+        ("Euler, Schedule type: Automatic", "EulerDiscreteScheduler", ""),
+        ("DDIM, Schedule type: Uniform", "DDIMScheduler", ""),
         ("PNDMScheduler", "PNDMScheduler", ""),
-        ("Restart", None, "'Restart' is not known here"),
+        ("DPM++ 2M SDE Karras", None, f"{NO_SUCH} what the sampler 'DPM++ 2M SDE Karras' does: the model's own is "),
+        ("DPM++ 2S a", None, "taken; DPMSolverSinglestepScheduler is most like it."),
+        ("Restart", None, NO_SUCH),
+        ("LCM", None, NO_SUCH),
+        ("Foo", None, "'Foo' is not known here: the model's own is taken"),
     ],
 )
 def test_files_of_a1111_are_read(sampler: str, scheduler: str | None, note: str) -> None:

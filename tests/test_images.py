@@ -22,7 +22,7 @@ from PIL import Image
 
 import miinb
 from miinb import Session, commands
-from miinb.errors import InvalidRequest, InvalidValue, Unavailable
+from miinb.errors import Interrupted, InvalidRequest, InvalidValue, Unavailable
 from miinb.image_results import ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
@@ -152,8 +152,14 @@ def test_gen_begins_from_files(served: tuple[Session, Any], tmp_path: Path) -> N
     with Image.open(tmp_path / "out" / "5-2.png") as image:
         expected = from_photo(pipe, "a cat", 5, mask_image=MASK, strength=1.0, num_inference_steps=3)
         assert difference(image, expected) <= 1
-    with pytest.raises(InvalidRequest, match="No such file"):
-        command(session, "a cat", "--image", str(tmp_path / "none.png"))
+    (tmp_path / "junk.png").write_text("no picture")
+    for name, why in (("none.png", "No such file"), ("junk.png", "it is no PNG, JPEG or WebP file"), ("{no}", "in a")):
+        with pytest.raises(InvalidRequest) as refused:
+            command(session, "a cat", "--image", str(tmp_path / name))
+        told = str(refused.value)
+        assert why in told
+        assert name in told
+        assert "PNG, JPEG or WebP file" in refused.value.hint
 
 
 def test_awaited_and_attached(served: tuple[Session, Any]) -> None:
@@ -176,6 +182,9 @@ def test_what_is_wrong_is_said_before_a_step(served: tuple[Session, Any]) -> Non
         session.panel("text")
     with pytest.raises(InvalidValue, match="multiple of 8"):
         session.bench(height=30)
+    with pytest.raises(InvalidValue, match="'DDIMSchedule' is none for the model") as refused_value:
+        session.bench(scheduler="DDIMSchedule", requests=1)
+    assert "Did you mean DDIMScheduler? There are: DDIMScheduler, DDPMScheduler, " in refused_value.value.hint
     with pytest.raises(InvalidRequest):
         session.create_session("a")
     for ask in (session.chat, session.predict, lambda prompt: session.stream(prompt).result):
@@ -329,6 +338,22 @@ class Full:
 
     def write(self, data: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_gen_that_is_stopped_writes_what_is_done(
+    served: tuple[Session, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = served[0]
+    done = session.generate("a cat", num_inference_steps=1, seed=3)
+
+    def stopped(*_: object, **parameters: object) -> None:
+        raise Interrupted("stopped, with 1 of 2 pictures done.", result=done, hint="In .result.")
+
+    monkeypatch.setattr(session, "generate", stopped)
+    with pytest.raises(Interrupted, match=r"with 1 of 2 pictures done\. What is done was written to .*out\.$"):
+        command(session, "a cat", "--out", str(tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["3.png"]
+    assert str(tmp_path / "out" / "3.png") in capsys.readouterr().out
 
 
 def test_half_a_file_does_not_stay(

@@ -19,7 +19,7 @@ from miinb.bench.pixels import pixels_of
 from miinb.bench.records import Record
 from miinb.bench.thumbnails import MOST, entry
 from miinb.bench.workload import Job, check_texts
-from miinb.errors import Cancelled, InvalidRequest, InvalidValue
+from miinb.errors import Cancelled, InvalidRequest, InvalidValue, near
 from miinb.image_params import parse_images
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Pictures:
                 parse_images({**self._asked, "num_images_per_prompt": images})
             except InvalidRequest as wrong:
                 raise InvalidValue(wrong.message, hint=wrong.hint) from None
+        _check_scheduler(config.scheduler, arms)
         if config.prompts is None:
             config = config.model_copy(update={"prompts": picture_prompts(PROMPTS, config.seed)})
         self.config = config
@@ -148,6 +149,18 @@ class Pictures:
         """See `Kind`."""
         sizes = {(r.width_px, r.height_px) for r in ok}
         return ["the arms' pictures have not one size"] if len(sizes) > 1 else []
+
+
+def _check_scheduler(name: str | None, arms: Sequence[Arm]) -> None:
+    """Raise InvalidValue where an arm has no scheduler of that name; servers of earlier versions tell none."""
+    for arm in arms:
+        if name and arm.plan.schedulers and name not in arm.plan.schedulers:
+            found = near(name, arm.plan.schedulers)
+            meant = f"Did you mean {found}? " if found else ""
+            raise InvalidValue(
+                f"scheduler: {name!r} is none for the model of {arm.label}.",
+                hint=f"{meant}There are: {', '.join(arm.plan.schedulers)}.",
+            )
 
 
 def _fill(record: Record, result: Any) -> None:

@@ -308,7 +308,7 @@ IMAGES = (
     ),
     Option(
         "mask",
-        "pictures: of --image paint only what is white here; may be repeated too",
+        "pictures: of --image paint only what is white here (the rest changes as the VAE does); may be repeated too",
         many=True,
         field="mask_image",
         objects=True,

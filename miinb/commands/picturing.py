@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
-from miinb.errors import InvalidRequest
+from miinb.errors import Interrupted, InvalidRequest
 from miinb.image_results import writable
 from miinb.tasks import find_task
 
@@ -29,6 +30,7 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
 
     Raises:
         InvalidRequest: an option is one of texts, or nothing can be written to the folder.
+        Interrupted: the Stop button was pressed; pictures that were complete are shown and written all the same.
     """
     options = given(values, (*GENERATION, *IMAGES, TIMEOUT))
     for name in _OF_TEXTS:
@@ -45,15 +47,25 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     folder = options.pop("out", None) or (None if context.in_notebook else ".")
     if folder:
         writable(folder)  # before minutes of work
-    result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
     shown = not (values.get("quiet") or values["format"] == "json")
+    try:
+        result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
+    except Interrupted as stopped:
+        if stopped.result is not None:
+            _show(context, stopped.result, folder, shown=shown)
+            stopped.hint = f"What is done was written to {Path(folder).resolve()}." if folder else stopped.hint
+        raise
+    _show(context, result, folder, shown=shown)
+    pictured: Result = result
+    return pictured
+
+
+def _show(context: Context, result: Any, folder: str | None, *, shown: bool) -> None:
     if shown:
         context.screen.show(result)
     for file in result.save(folder) if folder else ():
         if shown:
             context.screen.show(str(file))
-    pictured: Result = result
-    return pictured
 
 
 def _one_or_all(pictures: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The demonstration of pictures: a text-to-image model is served, and draws what prompts say."""
+"""The demonstration of pictures: a text-to-image model draws what prompts say, and is measured against diffusers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ PROMPTS = (
 #: What the tiny model has learned, for who asks it for something else.
 KNOWN = "It draws circles, squares and triangles in red, yellow, green and blue, and has learned little else."
 FOLDER = "miinb-demo-images"
+#: The chart of both engines.
+CHART = "miinb-demo-images.png"
 _SEED, _EACH = 1, 2
+#: Requests of each engine in the comparison.
+_REQUESTS = 4
 
 
 def picture_tour(model: str | None, prompt: str | None, out: Path) -> None:
-    """Serve, draw, write the pictures; ends every process that it started, also when it fails.
+    """Serve, draw, write the pictures, measure; ends every process that it started, also when it fails.
 
     Args:
         model: folder or hub name of a pipeline; None: the tiny one inside the package.
         prompt: None: four of the tiny model's kind.
-        out: folder in which `miinb-demo-images` is made.
+        out: folder in which `miinb-demo-images` is made, and a chart of that name.
 
     Raises:
         InvalidValue: the folder cannot be written to.
@@ -49,7 +53,11 @@ def picture_tour(model: str | None, prompt: str | None, out: Path) -> None:
         print(f"{session.name}: ready, loaded in {session.load_s:.1f} s\n{session.plan()}")
         title(2, "Pictures of prompts")
         asked = PROMPTS if prompt is None else (prompt,)
-        draw(session, asked, {} if model else {"guidance_scale": GUIDANCE}, out / FOLDER)
+        options = {} if model else {"guidance_scale": GUIDANCE}
+        draw(session, asked, options, out / FOLDER)
+        title(3, "The same model in plain diffusers (the baseline), then both measured in turns")
+        with Session(served, "text-to-image", engine="baseline", dtype=session.plan().dtype) as baseline:
+            measure(session, baseline, asked, options, out / CHART)
     print("\nEvery process of the demonstration has ended. Next: miinb demo --images --notebook")
 
 
@@ -72,6 +80,29 @@ def draw(session: Session, asked: Sequence[str], options: dict[str, Any], folder
         for file in result.save(folder):
             print(f"  {file.resolve()}", flush=True)
     print("Each file holds the prompt, seed and parameters that made it.")
+
+
+def measure(optimized: Session, baseline: Session, asked: Sequence[str], options: dict[str, Any], chart: Path) -> None:
+    """Benchmark both with the same prompts and seeds, print the table and what a picture takes, write the chart."""
+    from miinb.bench import charts
+    from miinb.bench.runner import compare
+
+    runs = compare(
+        [baseline, optimized],
+        list(asked),
+        requests=_REQUESTS,
+        warmup=1,
+        num_inference_steps=STEPS,
+        seed=_SEED,
+        **options,
+    )
+    print(runs)
+    seconds = runs.requests.query("status == 'ok' and not warmup").groupby("arm")["image_s"].median()
+    if {"baseline", "optimized"} <= {*seconds.index}:
+        theirs, ours = seconds["baseline"], seconds["optimized"]
+        print(f"a picture: {theirs:.2f} s by diffusers, {ours:.2f} s optimized: {theirs / ours:.1f}x as fast")
+    path = charts.save(charts.draw("images", runs), chart)
+    print(f"chart: {path.resolve()}")
 
 
 def check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ agree on it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -61,12 +62,13 @@ class ImageExecutor:
 
     Args:
         painter: computes them.
-        info: what the frontend is told; `max_batch` counts here.
+        info: what the frontend is told, to which the painter's schedulers are added; `max_batch` counts here.
         max_queue: most pictures that wait.
     """
 
     def __init__(self, painter: Painter, info: EngineInfo, *, max_queue: int) -> None:
-        self.info = info
+        plan = dataclasses.replace(info.plan, schedulers=tuple(painter.schedulers))
+        self.info = dataclasses.replace(info, plan=plan)
         self.painter = painter
         self._max_queue = max_queue
         self._waiting: deque[Row] = deque()

@@ -8,9 +8,9 @@ from typing import Any
 
 import ipywidgets as W
 
-from miinb.image_metadata import SAMPLERS
 from miinb.image_params import MAX_IMAGES, MAX_SIDE, MAX_STEPS, SIDE_STEP, ImageParams, parse_images
 from miinb.notebook.controls import Fold, button, control, named
+from miinb.samplers import SAMPLERS
 
 #: Choices that leave it to the model.
 OWN_SIZE, OWN_SCHEDULER = "(the model's)", "(the model's)"

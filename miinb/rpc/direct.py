@@ -137,7 +137,8 @@ class DirectCall:
     def _send(self, data: bytes) -> None:
         begin, left_s = time.monotonic(), self._left_s()
         self._socket.settimeout(left_s)
-        self._socket.sendall(REQUEST.pack(len(data), left_s, self._method) + data)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # why it was closed may be there to read
+            self._socket.sendall(REQUEST.pack(len(data), left_s, self._method) + data)
         self._data = None
         if self._spin_s:
             self._connections.look(self._socket, self._spin_s)

@@ -144,7 +144,8 @@ class Balancer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._first.wait(), patience_s)
         if not self._replicas:
-            raise Unavailable("No replica of the model is ready.", hint="See status() and logs().")
+            hint = "One that has ended is started again: ask again in some seconds, or see status() and logs()."
+            raise Unavailable("No replica of the model is ready.", hint=hint)
         staying = [candidate for candidate in self._replicas.values() if candidate.leave_by is None]
         candidates = staying or self._replicas.values()
         replica = min(candidates, key=lambda candidate: (candidate.tokens, len(candidate.rows)))

@@ -7,15 +7,20 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
-from miinb.errors import InvalidRequest, QueueFull
+from pydantic import Field
+
+from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, QueueFull
+from miinb.frozen import Frozen
 from miinb.rpc import codec, failures
 from miinb.rpc.direct import ANSWER, REQUEST, Kind, Method
 from miinb.server.ipc import SEND_BYTES, listen
 
 log = logging.getLogger(__name__)
 
+#: A request of which something has come is whole within so long, or its connection is closed.
+MAX_UNSENT_S = 30.0
 #: An answer that its client does not read for so long is dropped.
 MAX_UNREAD_S = 60.0
 #: For clients to read why their calls have ended with the server.
@@ -35,19 +40,33 @@ class Send(Protocol):
 Serve = Callable[[bytes, float, Send], Awaitable[bytes]]
 
 
+class Head(Frozen):
+    """What a request says before its bytes, besides their number.
+
+    Attributes:
+        timeout_s: seconds that it may take.
+    """
+
+    timeout_s: Annotated[float, Field(gt=0)]
+
+
 class DirectServer:
     """Answers requests on a unix socket.
 
     Args:
         methods: what answers requests of each `Method`.
         most: calls at the same time; those above it are refused.
+        most_connections: at the same time. One more takes the place of the one that has been idle longest, and is
+            refused where none is; who is closed is told `QueueFull`.
     """
 
-    def __init__(self, methods: Mapping[int, Serve], most: int) -> None:
+    def __init__(self, methods: Mapping[int, Serve], most: int, most_connections: int = 1024) -> None:
         self._methods = methods
         self._most = most
+        self._most_connections = most_connections
         self._listener: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         self._connections: set[_Connection] = set()
+        self._idle: dict[_Connection, None] = {}  # of them, those that have no call; idle longest first
         self._calls: dict[asyncio.Task[None], tuple[int, bytes]] = {}  # and what was asked
         self._stopping = False
         self._running: set[str] = set()  # requests that run while it stops: their further calls are let in
@@ -74,9 +93,28 @@ class DirectServer:
             connection.close()
 
     def _connection(self) -> _Connection:
-        connection = _Connection(self._begin, self._connections)
+        return _Connection(self)
+
+    def _made(self, connection: _Connection) -> None:
+        """A client has come."""
+        if len(self._connections) >= self._most_connections:
+            connection, new = next(iter(self._idle), connection), connection
+            words = f"{self._most_connections} connections are open already."
+            connection.refuse(QueueFull(words, hint="Try again later, or close clients that are not needed."))
+            if connection is new:
+                return
+            self._lost(connection)
+            connection = new
         self._connections.add(connection)
-        return connection
+        self._idles(connection)
+
+    def _idles(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            self._idle[connection] = None
+
+    def _lost(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        self._idle.pop(connection, None)
 
     def _begin(self, connection: _Connection, method: int, left_s: float, data: bytes) -> asyncio.Task[None]:
         call = asyncio.ensure_future(self._answered(connection, method, left_s, data))
@@ -92,6 +130,7 @@ class DirectServer:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
             if method not in self._methods:
                 raise failures.unknown_call()
+            left_s = Head.parse({"timeout_s": left_s}, error=InvalidRequest).timeout_s
             kind, found = Kind.LAST, await self._methods[method](data, left_s, connection.send)
         except asyncio.CancelledError:
             if not self._stopping:
@@ -117,15 +156,11 @@ def _log(number: str, cause: BaseException) -> None:
 class _Connection(asyncio.Protocol):
     """A client's connection. It has one call at a time; who sends more, or too much, is not a client of ours."""
 
-    def __init__(
-        self,
-        begin: Callable[[_Connection, int, float, bytes], asyncio.Task[None]],
-        connections: set[_Connection],
-    ) -> None:
-        self._begin = begin
-        self._connections = connections
+    def __init__(self, server: DirectServer) -> None:
+        self._server = server
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
+        self._late: asyncio.TimerHandle | None = None  # while a part of a request has come
         self._call: asyncio.Task[None] | None = None
         self._taken = asyncio.Event()  # what was written has gone
         self._taken.set()
@@ -135,6 +170,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # a stream socket's; uvloop's own class is none
         self._transport.set_write_buffer_limits(0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        self._server._made(self)
 
     def pause_writing(self) -> None:
         """Called by asyncio: the client has not read what was written."""
@@ -153,15 +189,39 @@ class _Connection(asyncio.Protocol):
             return
         received = self._received
         received += data
-        if len(received) < REQUEST.size:
-            return
-        length, left_s, method = REQUEST.unpack_from(received)
-        end = REQUEST.size + length
-        if length > codec.MAX_REQUEST_BYTES or len(received) > end:
+        length = end = 0
+        if len(received) >= REQUEST.size:
+            length, left_s, method = REQUEST.unpack_from(received)
+            end = REQUEST.size + length
+        if length > codec.MAX_REQUEST_BYTES:
+            self.refuse(failures.too_large())
+        elif not end or len(received) < end:
+            self._wait()
+        elif len(received) > end:
             self.close()
-        elif len(received) == end:
+        else:
             self._received = bytearray()
-            self._call = self._begin(self, method, left_s, bytes(memoryview(received)[REQUEST.size :]))
+            self._no_more_wait()
+            self._server._idle.pop(self, None)
+            self._call = self._server._begin(self, method, left_s, bytes(memoryview(received)[REQUEST.size :]))
+
+    def _wait(self) -> None:
+        """A part of a request has come; one that comes in one piece needs no timer."""
+        if self._late is None:
+            self._server._idle.pop(self, None)
+            words = f"The request did not come whole within {MAX_UNSENT_S:g} s."
+            error = DeadlineExceeded(words, hint="Send it in one piece.")
+            self._late = asyncio.get_running_loop().call_later(MAX_UNSENT_S, self.refuse, error)
+
+    def _no_more_wait(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def refuse(self, error: MiinbError) -> None:
+        """Say why, and close the connection."""
+        self._write(Kind.FAILED, failures.encode_failure(error))
+        self.close()
 
     async def send(self, message: bytes, tail: bytes = b"", /) -> None:
         """Write one of several messages when the client has read those before it, so that no more than one waits."""
@@ -172,14 +232,16 @@ class _Connection(asyncio.Protocol):
         """Write the last message; who does not read is let go."""
         self._call = None
         self._write(kind, message)
-        if self._taken.is_set() or self._transport is None:
-            return
-        self._transport.pause_reading()  # until then there is no other request
-        try:
-            async with asyncio.timeout(MAX_UNREAD_S):
-                await self._taken.wait()
-        except TimeoutError:
-            self._abort()
+        if not self._taken.is_set() and self._transport is not None:
+            self._transport.pause_reading()  # until then there is no other request
+            try:
+                async with asyncio.timeout(MAX_UNREAD_S):
+                    await self._taken.wait()
+            except TimeoutError:
+                self._abort()
+                return
+        if self._call is None and self._late is None:  # else the next one has come
+            self._server._idles(self)
 
     def _write(self, kind: Kind, message: bytes, tail: bytes = b"") -> None:
         if self._transport is None:
@@ -199,11 +261,13 @@ class _Connection(asyncio.Protocol):
         """Called by asyncio."""
         self._transport = None
         self._taken.set()
-        self._connections.discard(self)
+        self._server._lost(self)
+        self._no_more_wait()
         if self._call is not None:
             self._call.cancel()
 
     def close(self) -> None:
         """Close the connection once what was written has gone."""
+        self._no_more_wait()
         if self._transport is not None:
             self._transport.close()

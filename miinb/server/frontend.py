@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ TICK_S = 1.0
 REPORT_S = 0.02
 #: Calls beyond those that replicas run or queue: health checks, descriptions, and refusals with a name.
 SPARE_CALLS = 256
+#: Connections to the direct socket, and at most half of the files that this process may open.
+MAX_CONNECTIONS = 4096
 DEFAULT_MAX_BATCH = 1024
 
 GRPC_OPTIONS = (
@@ -92,7 +95,7 @@ class Frontend:
         self._servers: list[grpc.aio.Server] = []
         self._for_ranks: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         methods: dict[int, Serve] = {Method.PREDICT: self._service.predict, Method.IMAGES: self._service.images}
-        self._direct = DirectServer(methods, self._most_calls)
+        self._direct = DirectServer(methods, self._most_calls, room_for_connections())
 
     def _load_text(self, info: EngineInfo) -> TextCodec | EncoderText | None:
         task, folder = find_task(info.task), self._folder / info.tokenizer_folder
@@ -209,6 +212,16 @@ class Frontend:
             for replica, seconds in self._balancer.silent().items():
                 self._status.send({"silent": {"replica": replica, "seconds": seconds}})
             await asyncio.sleep(TICK_S)
+
+
+def room_for_connections() -> int:
+    """How many connections to the direct socket this process takes; it lets itself open as many files as it may."""
+    asked = 2 * MAX_CONNECTIONS  # sockets of ranks and gRPC, logs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < asked:
+        soft = asked if hard == resource.RLIM_INFINITY else min(asked, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(min(MAX_CONNECTIONS, soft // 2), 1)
 
 
 def main() -> None:

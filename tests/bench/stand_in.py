@@ -135,6 +135,7 @@ class Painting(StandIn):
 
     task = "text-to-image"
     model = "someone/small-diffusion"
+    schedulers: tuple[str, ...] = ()
 
     def __init__(self, engine: str = "optimized", *, off: int = 0, most: int = 4, side: int = 32, **more: Any) -> None:
         super().__init__(engine, **more)
@@ -171,4 +172,4 @@ class Painting(StandIn):
         return Picture(place, buffer.getvalue(), seed, *size)
 
     def plan(self) -> Plan:
-        return Plan(self.engine, "cpu", "fp32", max_batch=self.most, weights_bytes=5 << 20)
+        return Plan(self.engine, "cpu", "fp32", max_batch=self.most, weights_bytes=5 << 20, schedulers=self.schedulers)

@@ -258,6 +258,20 @@ def test_what_pictures_cannot_have_is_refused_before_anything_is_sent(fields: di
     assert not session.calls
 
 
+def test_a_scheduler_that_an_arm_has_not_is_refused_before_anything_is_sent() -> None:
+    arms = [Painting("baseline"), Painting()]
+    arms[1].schedulers = ("DDIMScheduler", "EulerAncestralDiscreteScheduler")  # the other tells none
+    for name, meant in (("DDIMSchedule", "Did you mean DDIMScheduler? "), ("Nonsense", "")):
+        with pytest.raises(InvalidValue, match=f"scheduler: '{name}' is none for the model of optimized") as refused:
+            compare(arms, scheduler=name, progress=QUIET)
+        assert refused.value.hint == f"{meant}There are: DDIMScheduler, EulerAncestralDiscreteScheduler."
+    with pytest.raises(InvalidValue, match="'Euler a' is called EulerAncestralDiscreteScheduler here"):
+        compare(arms, scheduler="Euler a", progress=QUIET)
+    assert not arms[0].calls
+    compare(arms, requests=1, warmup=0, num_inference_steps=1, scheduler="DDIMScheduler", progress=QUIET)
+    assert arms[1].calls[0]["scheduler"] == "DDIMScheduler"
+
+
 def test_other_tasks_have_no_pictures_and_are_not_compared_with_them() -> None:
     for session in (StandIn(), Predicting()):
         with pytest.raises(InvalidValue, match="num_inference_steps: not for"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,9 @@ def test_it_serves_a_model_of_yours(tmp_path: Path) -> None:
         made = json.loads(picture.info["miinb"])
     assert (made["prompt"], made["seed"], made["num_inference_steps"]) == ("a red fox", 2, STEPS)
     assert picture_tour.KNOWN not in out
+    assert "3. The same model in plain diffusers (the baseline)" in out
+    assert re.search(r"a picture: [0-9.]+ s by diffusers, [0-9.]+ s optimized: [0-9.]+x as fast", out)
+    assert (tmp_path / picture_tour.CHART).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.usefixtures("_own_state")

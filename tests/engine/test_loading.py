@@ -118,6 +118,13 @@ def test_parity_failure_falls_back_or_raises(tiny: Tiny, tmp_path: Path, monkeyp
     assert executor.info.engine == "optimized"
 
 
+def test_a_check_that_finds_no_difference_says_so() -> None:
+    found = parity.ParityReport(0.0, 1e-4, "nowhere", 0.1)
+    assert found.passed
+    assert str(found) == "no number differs from the references' (1e-04 allowed)"
+    assert str(parity.ParityReport(2e-5, 1e-4, "head", 0.1)) == "largest difference 2.0e-05 of 1e-04 allowed (head)"
+
+
 def test_dummy_weights_need_a_configuration_alone(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "shape"
     folder.mkdir()

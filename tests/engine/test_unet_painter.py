@@ -27,6 +27,7 @@ from miinb.errors import BrokenCheckpoint, InvalidRequest, RankFailed
 from miinb.image_messages import PaintProgress, PaintRequest
 from miinb.image_params import ImageParams, parse_images
 from miinb.messages import FinishedEvent
+from miinb.samplers import SAMPLERS
 from tests.engine import tiny_images
 from tests.engine.image_rows import latents_of, picture, psnr, start, work
 from tests.engine.recomputing import Recomputing
@@ -108,7 +109,8 @@ def test_a_mask_and_progress_of_a_later_beginning(arms: tuple[ImageExecutor, Ima
 def test_no_scheduler_is_left_out(arms: tuple[ImageExecutor, ImageExecutor]) -> None:
     offered = [arm.painter.schedulers for arm in arms]
     assert offered[0] == offered[1]
-    assert set(offered[0]) >= set(SCHEDULERS)
+    assert set(offered[0]) >= set(SCHEDULERS) | set(SAMPLERS.values())
+    assert [arm.info.plan.schedulers for arm in arms] == [tuple(names) for names in offered]
     more = {"DPMSolverSDEScheduler"} if find_spec("torchsde") else set()
     assert set(offered[0]) - set(SCHEDULERS) == more
 

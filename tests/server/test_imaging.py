@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
 import itertools
 import json
+import os
 import signal
 import threading
 import time
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miinb import errors
+from miinb import errors, image_calls
 from miinb.client import Client
 from miinb.image_messages import ImagesProgress, ImagesRequest, PaintedEvent, PaintRequest, Source
 from miinb.image_metadata import parameters_text
@@ -236,6 +238,28 @@ def test_the_stop_button_says_how_far_it_was(frontend: FrontendProcess, client: 
 
     with pytest.raises(errors.Interrupted, match=r"stopped at step \d+ of 1000"):
         client.generate_images("a", began, num_inference_steps=1000)
+    wait_for(lambda: frontend.running() == 0, "the end of the request")
+
+
+def test_the_stop_button_keeps_the_pictures_of_a_list_that_are_done(
+    frontend: FrontendProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_calls, "MAX_CALLS", 1)
+
+    def press() -> None:
+        wait_for(lambda: len(client._rows) == 1 and frontend.running() == 1, "the second request")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    gc.collect()  # an interrupt that meets the collector would be lost
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(errors.Interrupted, match="with 2 of 6 pictures done; the deployment lives on") as stopped:
+        client.generate_images(["a", "b", "c"], num_inference_steps=60, num_images_per_prompt=2, seed=4)
+    thread.join(10)
+    assert stopped.value.result.prompts == ("a", "a")
+    assert stopped.value.result.seeds == (4, 5)
+    assert stopped.value.result.images[0].size == (16, 8)
+    assert client.records["status"].tolist() == ["ok", "cancelled"]
     wait_for(lambda: frontend.running() == 0, "the end of the request")
 
 

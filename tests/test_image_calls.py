@@ -1,0 +1,139 @@
+"""What the client makes of requests for pictures: those that are stopped, and servers that are away for a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from miinb import image_calls
+from miinb.errors import Cancelled, Interrupted, Unavailable
+from miinb.image_calls import ImageCalls
+from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, ImageTimes, Picture
+from miinb.image_params import ImageParams
+from miinb.image_results import ImageResult
+from miinb.rpc import image_codec
+from tests.test_image_sources import file_of, noise
+
+FILE = file_of(noise(8, 8))
+END = ImagesEnd(ImageTimes(steps_s=0.5), 3)
+
+
+class Call:
+    """Says this, or raises it."""
+
+    def __init__(self, script: Sequence[Any]) -> None:
+        self.script: Iterator[Any] = iter(script)
+        self.closed = False
+
+    def __iter__(self) -> Call:
+        return self
+
+    def __next__(self) -> tuple[bytes, bytes]:
+        event = next(self.script)
+        if isinstance(event, BaseException):
+            raise event
+        return image_codec.encode_images_event(event)
+
+    def cancel(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def answering(*scripts: Sequence[Any]) -> tuple[ImageCalls, list[dict[str, Any]], list[Call]]:
+    """Calls that say one script after the other; rows of the requests table; the calls."""
+    rows: list[dict[str, Any]] = []
+    made: list[Call] = []
+    left = iter(scripts)
+
+    def call(data: bytes, left_s: float) -> Call:
+        made.append(Call(next(left)))
+        return made[-1]
+
+    return ImageCalls(call, lambda row: rows.append(row) or row), rows, made
+
+
+def picture(index: int, seed: int) -> Picture:
+    return Picture(index, FILE, seed, 8, 8)
+
+
+def asked(images: int = 1, prompt: str = "a") -> ImagesRequest:
+    return ImagesRequest(prompt, ImageParams(num_inference_steps=9, num_images_per_prompt=images))
+
+
+def test_pictures_that_were_done_when_it_was_stopped_are_kept() -> None:
+    script = [ImagesProgress(4, 9), picture(0, 5), picture(2, 7), picture(1, 6), ImagesProgress(5, 9)]
+    calls, rows, _ = answering([*script, KeyboardInterrupt()])
+    with pytest.raises(Interrupted) as stopped:
+        calls.run([asked(8)], 10.0)
+    told = str(stopped.value)
+    assert "stopped at step 5 of 9, with 3 of 8 pictures done; the deployment lives on." in told
+    assert "sys.last_value.result" in told
+    result = stopped.value.result
+    assert isinstance(result, ImageResult)
+    assert (result.seeds, result.prompts, result.files) == ((5, 6, 7), ("a",) * 3, (FILE,) * 3)
+    assert result.timing.e2e_s == 3 * result.timing.s_per_image > 0
+    assert [row["status"] for row in rows] == ["cancelled"]
+    assert "3 images" in str(result)
+
+
+def test_of_one_picture_nothing_is_kept() -> None:
+    calls, _, _ = answering([ImagesProgress(4, 9), KeyboardInterrupt()])
+    with pytest.raises(Interrupted) as stopped:
+        calls.run([asked()], 10.0)
+    assert str(stopped.value) == "stopped at step 4 of 9; the deployment lives on."
+    assert stopped.value.result is None
+
+
+def test_of_a_list_it_is_said_how_many_pictures_were_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_calls, "MAX_CALLS", 1)
+    done = [ImagesProgress(9, 9), picture(0, 5), picture(1, 6), END]
+    calls, rows, _ = answering(done, [ImagesProgress(3, 9), picture(0, 7), KeyboardInterrupt()], [Cancelled("")])
+    with pytest.raises(Interrupted) as stopped:
+        calls.run([asked(2, prompt) for prompt in "abc"], 10.0)
+    assert "stopped at step 4 of 9 on average, with 3 of 6 pictures done" in str(stopped.value)
+    result = stopped.value.result
+    assert (result.prompts, result.seeds) == (("a", "a", "b"), (5, 6, 7))
+    assert [row["status"] for row in rows][:2] == ["ok", "cancelled"]
+
+
+AWAY = Unavailable("No replica of the model is ready.")
+DONE = [picture(0, 5), END]
+
+
+def test_a_server_that_is_away_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(image_calls.time, "sleep", waits.append)
+    calls, rows, made = answering([AWAY], [AWAY], [AWAY], DONE)
+    assert calls.run([asked()], 10.0).seeds == (5,)
+    assert waits == [0.1, 0.2, 0.4]
+    assert [row["status"] for row in rows] == ["ok"]
+    assert all(call.closed for call in made)
+    calls, rows, _ = answering(*[[AWAY]] * 4, DONE)
+    with pytest.raises(Unavailable, match="No replica"):
+        calls.run([asked()], 10.0)
+    assert [row["status"] for row in rows] == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("script", "limit_s"), [([ImagesProgress(1, 9), AWAY], 10.0), ([picture(0, 5), AWAY], 10.0), ([AWAY], 0.05)]
+)
+def test_not_where_something_has_come_or_the_time_is_up(script: list[Any], limit_s: float) -> None:
+    calls, _, made = answering(script, DONE)
+    with pytest.raises(Unavailable):
+        calls.run([asked()], limit_s)
+    assert len(made) == 1
+
+
+def test_a_deployment_that_was_stopped_is_not_asked_again() -> None:
+    begun: list[bytes] = []
+
+    def call(data: bytes, left_s: float) -> Any:
+        begun.append(data)
+        raise Unavailable("The deployment was stopped.")
+
+    with pytest.raises(Unavailable, match="was stopped"):
+        ImageCalls(call, lambda row: row).run([asked()], 10.0)
+    assert len(begun) == 1
