@@ -137,8 +137,8 @@ class Diffusers(Arm):
         self._decode: Callable[..., Any] = models.vae.decode
         unet = models.unet
         if compiled:
-            unet = torch.compile(unet.to(memory_format=torch.channels_last), mode="reduce-overhead")
-            self._decode = torch.compile(models.vae.to(memory_format=torch.channels_last).decode)
+            unet = torch.compile(unet.to(memory_format=torch.channels_last), mode="reduce-overhead", dynamic=False)
+            self._decode = torch.compile(models.vae.to(memory_format=torch.channels_last).decode, dynamic=False)
         parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
         scheduler = PNDMScheduler(**image_folder.SCHEDULER)
         self._pipeline = StableDiffusionPipeline(
