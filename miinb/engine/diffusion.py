@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
+from miinb.engine.paint_queue import PaintQueue, Row
 from miinb.engine.painting import Decoded, Painter, Work, start_of, work_of
 from miinb.engine.previews import preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
@@ -40,18 +39,6 @@ MAX_DECODED_PIXELS = 8 * 512 * 512
 MAX_WAITING_BYTES = 256 << 20
 
 
-@dataclass(eq=False, slots=True)
-class Row:
-    """A picture that waits or is computed."""
-
-    request: PaintRequest
-    work: Work
-    alone: bool = False  # a batch with it failed: it is tried by itself
-    ended: bool = False
-    t_start: float = 0.0
-    shown: int = 0  # previews so far
-
-
 class _Abandoned(Exception):
     """Nobody wants the batch any more."""
 
@@ -69,7 +56,7 @@ class ImageExecutor:
         self.info = info
         self.painter = painter
         self._max_queue = max_queue
-        self._waiting: deque[Row] = deque()
+        self._waiting = PaintQueue()
         self._running: list[Row] = []
         self._rows: dict[int, Row] = {}
         self._ends: list[FinishedEvent | FailedEvent] = []
@@ -100,7 +87,7 @@ class ImageExecutor:
         painter.check(work)
         row = Row(request, work)
         self._rows[request.row_id] = row
-        self._waiting.append(row)
+        self._waiting.add(row)
 
     def _check_sources(self, request: PaintRequest) -> None:
         """Pictures to begin from wait in memory; the rows of one request share theirs."""
@@ -134,11 +121,11 @@ class ImageExecutor:
         self.painter.close()
 
     def step(self, emit: Emit, poll: Poll) -> None:
-        """Compute one batch: the picture that has waited longest, and those like it."""
+        """Compute one batch: `PaintQueue` says of which pictures."""
         while self._coming:
             poll()
         self._expire()
-        self._running = batch = self._next_batch()
+        self._running = batch = self._waiting.take(self._most)
 
         def between() -> None:
             self._flush(emit)
@@ -168,7 +155,7 @@ class ImageExecutor:
         between()
         while self._coming:
             between()
-        if late := self._next_batch(batch):  # a list of prompts comes one by one; to read texts takes next to no time
+        if late := self._waiting.take(self._most, batch):  # lists come one by one; to read texts takes next to no time
             batch += late
             conditions = self._embedded(batch)
         embedded = time.monotonic()
@@ -248,9 +235,7 @@ class ImageExecutor:
         """One picture by itself tells whose fault it was."""
         left = [row for row in batch if not row.ended]
         if len(batch) > 1:
-            for row in reversed(left):
-                row.alone, row.t_start, row.shown = True, 0.0, 0
-                self._waiting.appendleft(row)
+            self._waiting.put_back(left)
             return
         for row in left:
             self._fail(row, told(error))
@@ -266,19 +251,9 @@ class ImageExecutor:
             self._waiting.remove(row)
             self._fail(row, DeadlineExceeded("The request's time limit passed while it waited."))
 
-    def _next_batch(self, begun: Sequence[Row] = ()) -> list[Row]:
-        """What is computed next: the picture that has waited longest, and those like it; or what joins a batch."""
-        if not self._waiting:
-            return []
-        first = begun[0] if begun else self._waiting[0]
-        most = min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * first.work.width * first.work.height)))
-        alike = [row for row in self._waiting if row.work == first.work and not row.alone and not first.alone]
-        batch = alike[: most - len(begun)] if begun or alike else [first]
-        now = time.monotonic()
-        for row in batch:
-            self._waiting.remove(row)
-            row.t_start = now
-        return batch
+    def _most(self, work: Work) -> int:
+        """Pictures of a batch."""
+        return min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * work.width * work.height)))
 
     def _fail(self, row: Row, error: MiinbError) -> None:
         self._ends.append(FailedEvent(row.request.row_id, type(error).__name__, error.message, error.hint))
