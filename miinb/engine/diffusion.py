@@ -1,4 +1,7 @@
-"""The image executor: one batch of pictures at a time, progress and cancels between the steps of its denoising.
+"""The image executor: one batch of pictures at a time, progress between the steps of its denoising.
+
+Cancels come in between steps, and on a CPU, where a step may take minutes, within them and within all else that the
+models compute (`polling.py`). A batch that nobody wants any more ends there.
 
 What computes is a `Painter`: `pipeline_painter.PipelinePainter` is diffusers as published, the truth that others are
 compared with. A picture's noise comes from its own seed alone, drawn on the CPU, so that batches, devices and engines
@@ -7,6 +10,7 @@ agree on it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -21,6 +25,7 @@ from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, 
 from miinb.engine.executor import Emit, Poll
 from miinb.engine.paint_queue import PaintQueue, Row
 from miinb.engine.painting import Decoded, Painter, Work, start_of, work_of
+from miinb.engine.polling import polled
 from miinb.engine.previews import preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
@@ -137,7 +142,8 @@ class ImageExecutor:
         if batch:
             self._batches += 1
             try:
-                self._paint(batch, emit, between)
+                with contextlib.nullcontext() if self.info.device == "cuda" else polled(between):
+                    self._paint(batch, emit, between)
             except _Abandoned:
                 log.info("a batch of %d pictures was given up", len(batch))
             except (*STEP_ERRORS, MiinbError) as error:
