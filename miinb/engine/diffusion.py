@@ -180,7 +180,8 @@ class ImageExecutor:
             some = torch.stack([own for _, own in left[:count]])
             for (row, _), decoded in zip(left[:count], self._decoded(some), strict=True):
                 spent = {"queue_s": max(0.0, row.t_start - row.request.t_submit), "vae_s": time.monotonic() - computed}
-                self._finish(row, decoded, len(batch), {**times, **spent}, emit)
+                if not row.ended:  # canceled meanwhile
+                    self._finish(row, decoded, len(batch), {**times, **spent}, emit)
             if len(left) > count:
                 between()
 

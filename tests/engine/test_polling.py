@@ -14,7 +14,7 @@ import torch
 from miinb.engine import diffusion, image_blocks, polling
 from miinb.engine.diffusion import ImageExecutor
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
-from miinb.messages import FinishedEvent
+from miinb.messages import FailedEvent, FinishedEvent
 from tests.engine.image_rows import painted, picture, pixels, request, run, start
 from tests.tiny_pipeline import SIZE
 
@@ -105,6 +105,21 @@ def test_a_batch_of_which_one_is_wanted_goes_on(executor: ImageExecutor, monkeyp
     events = run(executor, request(1), request(2), poll=canceling(executor, when, 1))
     assert [event.row_id for event in events if isinstance(event, FinishedEvent)] == [1]
     assert np.abs(pixels(painted(events)[2]) - alone).max() <= 1
+
+
+def test_one_canceled_within_its_decoding_leaves_the_others(
+    executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, begun = within(executor, "decode", monkeypatch, 3), []
+
+    def first() -> bool:
+        begun.extend([1] if decode() else [])
+        return len(begun) == 1
+
+    events = run(executor, request(1), request(2), poll=canceling(executor, first, 1))
+    assert [event.row_id for event in events if isinstance(event, FinishedEvent)] == [1]
+    assert list(painted(events)) == [2]
+    assert not any(isinstance(event, FailedEvent) for event in events)
 
 
 def test_requests_come_in_within_a_step(executor: ImageExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
