@@ -28,7 +28,7 @@ _NO_VARIABLE = "Give a PNG, JPEG or WebP file; in a notebook {name} is a picture
 
 
 def image_requests(prompts: Any, parameters: Mapping[str, Any]) -> list[ImagesRequest]:
-    """One request for each prompt. Reads and checks the pictures that are given.
+    """One request for each prompt, all of the same id. Reads and checks the pictures that are given.
 
     Args:
         prompts: one prompt or several.
@@ -78,7 +78,7 @@ def _each(name: str, value: Any, count: int) -> Sequence[Any]:
 def _requests(
     prompts: Sequence[str], parameters: Sequence[ImageParams], images: Sequence[Any], masks: Sequence[Any]
 ) -> list[ImagesRequest]:
-    requests = []
+    requests, request_id = [], uuid.uuid4().hex
     read: tuple[Any, ...] = ()
     sources: tuple[Source | None, Source | None] = (None, None)
     shared = all(image is images[0] for image in images) and all(mask is masks[0] for mask in masks)
@@ -90,7 +90,7 @@ def _requests(
             except InvalidRequest as error:
                 raise (error if shared else error.of(f"prompts[{place}]")) from None
         pair = sources if image is not None else (None, None)
-        requests.append(ImagesRequest(prompt, full, uuid.uuid4().hex, *pair))
+        requests.append(ImagesRequest(prompt, full, request_id, *pair))
     return requests
 
 

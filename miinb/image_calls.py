@@ -8,7 +8,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 import grpc
@@ -27,8 +27,6 @@ MAX_CALLS = 16
 _SHOWN = 60
 #: Where pictures are that were done when the Stop button was pressed.
 _KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
-#: Between two looks at the progress of several requests.
-_LOOK_S = 0.2
 
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
@@ -111,7 +109,8 @@ class ImageCalls:
     Args:
         call: begins one: (bytes of the request, timeout in seconds).
         done: called at the end of each with its row of the requests table; returns the row that is kept.
-        on_progress: called while they run, in the thread that called `run`.
+        on_progress: called while they run, in the thread that called `run`. One that takes long misses what was
+            replaced by newer progress meanwhile; the last is always told, and then the result given.
 
     Raises:
         InvalidRequest: on_progress cannot be called.
@@ -127,16 +126,17 @@ class ImageCalls:
             raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
         self._call = call
         self._done = done
-        self._on_progress = on_progress or (lambda progress: None)
+        self._on_progress = on_progress
         self._running: set[ImagesCall] = set()
         self._steps: list[int] = []  # of each request
         self._answers: list[_Answer] = []  # the same
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
+        self._news = threading.Event()  # progress, or the end of a request
         self._cancelled = False
 
     def cancel(self) -> None:
-        """End the calls that run, and those that would come; the server hears it between two steps."""
+        """End the calls that run, and those that would come; the server hears it within a step."""
         with self._lock:
             self._cancelled = True
             calls = tuple(self._running)
@@ -154,7 +154,7 @@ class ImageCalls:
         end = begin + limit_s
         self._steps, self._answers = [0] * len(requests), [_Answer() for _ in requests]
         try:
-            if len(requests) == 1:
+            if len(requests) == 1 and self._on_progress is None:
                 return self._ask(requests[0], 0, end, 1)
             return self._together(requests, end)
         except KeyboardInterrupt:
@@ -178,25 +178,27 @@ class ImageCalls:
         return Interrupted(words, result=merge_images(kept), hint=_KEPT) if kept else Interrupted(words)
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
+        """Ask in threads. This one tells the progress: while it does, answers come in, and only the newest is told."""
         count = len(requests)
         with ThreadPoolExecutor(min(count, MAX_CALLS), "miinb-images") as pool:
             futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
-            places = {future: place for place, future in enumerate(futures)}
-            waiting: set[Future[ImageResult]] = set(futures)
+            for future in futures:
+                future.add_done_callback(lambda done: self._news.set())
             try:
-                while waiting:
-                    done, waiting = wait(waiting, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
-                    self._show()
-                    for future in sorted(done, key=lambda one: places[one]):
-                        if isinstance(failure := future.exception(), MiinbError):
-                            failure.message = failure.message.removeprefix("prompt: ")
-                            raise failure.of(f"prompts[{places[future]}]", hint="No picture of this call is kept.")
-                        future.result()
+                while True:
+                    self._news.wait()
+                    self._news.clear()
+                    done = [place for place, future in enumerate(futures) if future.done()]
+                    for place in done:
+                        _raise_failure(futures[place], f"prompts[{place}]" if count > 1 else "")
+                    self._show()  # what came before the last end, too
+                    if len(done) == count:
+                        break
             finally:
-                if waiting:
+                if not all(future.done() for future in futures):
                     pool.shutdown(wait=False, cancel_futures=True)
                     self.cancel()
-        return merge_images([future.result() for future in futures])
+        return merge_images([future.result() for future in futures]) if count > 1 else futures[0].result()
 
     def _ask(self, request: ImagesRequest, place: int, end: float, batch_size: int) -> ImageResult:
         data = image_codec.encode_images(request)
@@ -255,8 +257,6 @@ class ImageCalls:
             event = image_codec.decode_images_event(message, file)
             if isinstance(event, ImagesProgress):
                 self._note(event, place)
-                if len(self._steps) == 1:
-                    self._show()
             elif isinstance(event, Picture):
                 answer.add(event)
             else:
@@ -271,19 +271,31 @@ class ImageCalls:
             step = sum(self._steps) // len(self._steps)
             preview = self._latest.preview if place else progress.preview or self._latest.preview
             self._latest = ImagesProgress(step, progress.total, preview)
+        self._news.set()
 
     def _show(self) -> None:
         """Tell how far they are, if there is something new."""
         with self._lock:
             latest, shown = self._latest, self._shown
             self._shown = self._latest = ImagesProgress(latest.step, latest.total)
-        if latest != shown:
+        if latest != shown and self._on_progress is not None:
             self._on_progress(latest)
 
 
 def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
     """Of pictures whose request has no end."""
     return ImageTiming(e2e_s=seconds, s_per_image=seconds / len(answer.pictures))
+
+
+def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
+    """Raise what a request has failed of, with the prompt's name where there are several."""
+    failure = asked.exception()
+    if failure is None:
+        return
+    if not (prompt and isinstance(failure, MiinbError)):
+        raise failure
+    failure.message = failure.message.removeprefix("prompt: ")
+    raise failure.of(prompt, hint="No picture of this call is kept.")
 
 
 def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:

@@ -28,7 +28,7 @@ class ImagesRequest:
     """What a client asks: a prompt, and how many pictures of it.
 
     Attributes:
-        request_id: chosen by the client, for logs.
+        request_id: chosen by the client, the same for all prompts of a call: whose turn it is to be computed.
         image: where to begin from, instead of from noise alone.
         mask: of that picture what is white here is painted anew, and the rest is kept.
     """
@@ -135,6 +135,7 @@ class PaintRequest:
     deadline: float | None = None  # time.monotonic() after which it must not start
     source: PaintSource | None = None  # the rows of a request share it
     more: bool = False  # of its request are on their way: no batch begins before the last has come
+    request_id: str = ""  # the client's: pictures of different ones are computed in turns
 
 
 @dataclass(frozen=True, slots=True)

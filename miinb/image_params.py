@@ -117,7 +117,7 @@ REFUSED_IMAGES = {
     "generator": "Use seed=; a picture's generator is made from it, on the CPU.",
     "latents": "Use seed=.",
     "output_type": "Pictures come as PIL images in .images.",
-    "callback_on_step_end": "Progress is shown; canceling is heard between steps.",
+    "callback_on_step_end": "Progress is shown; canceling is heard at any time.",
     "return_dict": "See the result's attributes.",
     "padding_mask_crop": "Crop the picture and its mask before, and paste the result after.",
 }

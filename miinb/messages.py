@@ -378,7 +378,7 @@ class Status:
     pid: int  # of the supervisor
     persist: bool
     uptime_s: float
-    in_flight: int = 0
+    in_flight: int = 0  # requests; also what is canceled and still computed
     queued: int = 0
     requests: int = 0
     kv_dtype: str = "auto"  # of the KV cache: auto is `dtype`

@@ -172,6 +172,8 @@ def test_one_for_all_prompts_or_one_for_each() -> None:
     shared = image_requests(["a", "b", "c"], {"image": photos[0], "negative_prompt": "x"})
     assert shared[0].image is shared[1].image is shared[2].image
     assert {request.params.negative_prompt for request in shared} == {"x"}
+    assert len({request.request_id for request in shared}) == 1  # of one call, which is one turn
+    assert shared[0].request_id != requests[0].request_id
     assert len(image_requests(["a", "b"], {"image": photos[:1], "negative_prompt": ("x",)})) == 2
 
 

@@ -1,4 +1,7 @@
-"""The image executor: one batch of pictures at a time, progress and cancels between the steps of its denoising.
+"""The image executor: one batch of pictures at a time, progress between the steps of its denoising.
+
+Cancels come in between steps, and on a CPU, where a step may take minutes, within them and within all else that the
+models compute (`polling.py`). A batch that nobody wants any more ends there.
 
 What computes is a `Painter`: `pipeline_painter.PipelinePainter` is diffusers as published, the truth that others are
 compared with. A picture's noise comes from its own seed alone, drawn on the CPU, so that batches, devices and engines
@@ -7,13 +10,12 @@ agree on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from miinb.engine.compute import STEP_ERRORS, is_device_lost, is_out_of_memory, request_error
 from miinb.engine.executor import Emit, Poll
+from miinb.engine.paint_queue import PaintQueue, Row
 from miinb.engine.painting import Decoded, Painter, Work, start_of, work_of
+from miinb.engine.polling import polled
 from miinb.engine.previews import preview_of
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, NonFinite, OutOfMemory, QueueFull, did_you_mean
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest, PaintSource
@@ -39,18 +43,6 @@ MAX_BATCH_BYTES = 32 << 20
 MAX_DECODED_PIXELS = 8 * 512 * 512
 #: Of pictures to begin from that wait: some 240 of 512 x 512.
 MAX_WAITING_BYTES = 256 << 20
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """A picture that waits or is computed."""
-
-    request: PaintRequest
-    work: Work
-    alone: bool = False  # a batch with it failed: it is tried by itself
-    ended: bool = False
-    t_start: float = 0.0
-    shown: int = 0  # previews so far
 
 
 class _Abandoned(Exception):
@@ -71,7 +63,7 @@ class ImageExecutor:
         self.info = dataclasses.replace(info, plan=plan)
         self.painter = painter
         self._max_queue = max_queue
-        self._waiting: deque[Row] = deque()
+        self._waiting = PaintQueue()
         self._running: list[Row] = []
         self._rows: dict[int, Row] = {}
         self._ends: list[FinishedEvent | FailedEvent] = []
@@ -102,7 +94,7 @@ class ImageExecutor:
         painter.check(work)
         row = Row(request, work)
         self._rows[request.row_id] = row
-        self._waiting.append(row)
+        self._waiting.add(row)
 
     def _check_sources(self, request: PaintRequest) -> None:
         """Pictures to begin from wait in memory; the rows of one request share theirs."""
@@ -136,11 +128,11 @@ class ImageExecutor:
         self.painter.close()
 
     def step(self, emit: Emit, poll: Poll) -> None:
-        """Compute one batch: the picture that has waited longest, and those like it."""
+        """Compute one batch: `PaintQueue` says of which pictures."""
         while self._coming:
             poll()
         self._expire()
-        self._running = batch = self._next_batch()
+        self._running = batch = self._waiting.take(self._most)
 
         def between() -> None:
             self._flush(emit)
@@ -152,7 +144,8 @@ class ImageExecutor:
         if batch:
             self._batches += 1
             try:
-                self._paint(batch, emit, between)
+                with contextlib.nullcontext() if self.info.device == "cuda" else polled(between):
+                    self._paint(batch, emit, between)
             except _Abandoned:
                 log.info("a batch of %d pictures was given up", len(batch))
             except (*STEP_ERRORS, MiinbError) as error:
@@ -170,7 +163,7 @@ class ImageExecutor:
         between()
         while self._coming:
             between()
-        if late := self._next_batch(batch):  # a list of prompts comes one by one; to read texts takes next to no time
+        if late := self._waiting.take(self._most, batch):  # lists come one by one; to read texts takes next to no time
             batch += late
             conditions = self._embedded(batch)
         embedded = time.monotonic()
@@ -189,7 +182,8 @@ class ImageExecutor:
             some = torch.stack([own for _, own in left[:count]])
             for (row, _), decoded in zip(left[:count], self._decoded(some), strict=True):
                 spent = {"queue_s": max(0.0, row.t_start - row.request.t_submit), "vae_s": time.monotonic() - computed}
-                self._finish(row, decoded, len(batch), {**times, **spent}, emit)
+                if not row.ended:  # canceled meanwhile
+                    self._finish(row, decoded, len(batch), {**times, **spent}, emit)
             if len(left) > count:
                 between()
 
@@ -250,9 +244,7 @@ class ImageExecutor:
         """One picture by itself tells whose fault it was."""
         left = [row for row in batch if not row.ended]
         if len(batch) > 1:
-            for row in reversed(left):
-                row.alone, row.t_start, row.shown = True, 0.0, 0
-                self._waiting.appendleft(row)
+            self._waiting.put_back(left)
             return
         for row in left:
             self._fail(row, told(error))
@@ -268,19 +260,9 @@ class ImageExecutor:
             self._waiting.remove(row)
             self._fail(row, DeadlineExceeded("The request's time limit passed while it waited."))
 
-    def _next_batch(self, begun: Sequence[Row] = ()) -> list[Row]:
-        """What is computed next: the picture that has waited longest, and those like it; or what joins a batch."""
-        if not self._waiting:
-            return []
-        first = begun[0] if begun else self._waiting[0]
-        most = min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * first.work.width * first.work.height)))
-        alike = [row for row in self._waiting if row.work == first.work and not row.alone and not first.alone]
-        batch = alike[: most - len(begun)] if begun or alike else [first]
-        now = time.monotonic()
-        for row in batch:
-            self._waiting.remove(row)
-            row.t_start = now
-        return batch
+    def _most(self, work: Work) -> int:
+        """Pictures of a batch."""
+        return min(self.info.max_batch, max(1, MAX_BATCH_BYTES // (3 * work.width * work.height)))
 
     def _fail(self, row: Row, error: MiinbError) -> None:
         self._ends.append(FailedEvent(row.request.row_id, type(error).__name__, error.message, error.hint))

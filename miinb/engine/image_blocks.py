@@ -7,6 +7,7 @@ be added, which the next norm does in passing.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.engine.decoder import Norm
+from miinb.engine.polling import parts_of, poll_point
 from miinb.kernels.dispatch import is_plain, use_triton
 from miinb.kernels.group_norm import group_norm, join
 from miinb.kernels.linear import PackedLinear, linear
@@ -24,6 +26,8 @@ from miinb.kernels.wide_product import is_wide, wide_convolution
 #: Which of three neighbors in a row that was doubled are the first and which the second of two in the row before: of an
 #: output at an even place, and of one at an odd place.
 _MEET = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+#: Queries of a part of an attention, at least: PyTorch takes larger blocks from so many on.
+_LEAST_QUERIES = 768
 
 
 @dataclass(slots=True)
@@ -101,12 +105,14 @@ class Sum:
     def value(self) -> Tensor:
         """What it is."""
         if self._pending:
+            poll_point()
             self._x, self._pending = join(self._x, **self._pending), {}
         return self._x
 
     def norm(self, norm: Norm, groups: int, eps: float, *, silu: bool, keep: bool = True) -> Tensor:
         """Its group norm, with SiLU if asked; what it is is not kept where nobody reads it again."""
         bias = norm.bias if norm.bias is not None else torch.zeros_like(norm.weight)
+        poll_point()
         options: dict[str, Any] = {"groups": groups, "eps": eps, "silu": silu, "keep": keep}
         y, total = group_norm(self._x, norm.weight, bias, **options, **self._pending)
         if keep:
@@ -139,6 +145,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int 
     """
     if bias is None and stride == 1 and weight.shape[-1] == 3 and use_triton(x) and is_wide(x, len(weight)):
         return wide_convolution(x, weight)
+    poll_point()
+    parts = parts_of(2.0 * x[..., 0].numel() * weight.numel()) if stride == 1 else 1
+    if parts > 1:
+        return _in_bands(x, weight, bias, math.ceil(len(x) * x.shape[1] / parts))
+    return _convolved(x, weight, bias, stride)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     planes, pad = x.permute(0, 3, 1, 2), weight.shape[-1] // 2
     if not weight.is_mkldnn:
         y = F.conv2d(planes, weight, bias, stride, pad)
@@ -148,6 +162,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int 
         places = ([pad, pad], [stride, stride], [1, 1], 1)
         y = torch.ops.mkldnn._convolution_pointwise(planes, weight, bias, *places, "none", [], "")
     return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _in_bands(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """A convolution computed so many rows of the output at a time; the same numbers."""
+    images, height, width, _ = x.shape
+    side, pad = weight.shape[-1], weight.shape[-1] // 2
+    more = 2 * pad - side + 1
+    y = x.new_empty((images, height + more, width + more, len(weight)))
+    for image in range(images):
+        for first in range(0, height + more, rows):
+            poll_point()
+            end, before = min(first + rows, height + more), max(0, first - pad)
+            band = x[image : image + 1, before : end - pad + side - 1]  # what lies within it is not padded
+            y[image, first:end] = _convolved(band, weight, bias, 1)[0, first - before : end - before]
+    return y
 
 
 def can_pack() -> bool:
@@ -211,6 +240,7 @@ def upsample(stream: Sum, w: Upsampler, size: tuple[int, int]) -> Sum:
         return Sum(convolve(larger.contiguous(), w.conv.weight), w.conv.bias[None])
     outputs = len(w.conv.bias)
     parts = convolve(x, w.phases).view(images, height + 1, width + 1, 2, 2, outputs)
+    poll_point()
     y = _meshed(parts, images, height, width)
     return Sum(y.view(images, *size, outputs), w.conv.bias[None])
 
@@ -233,5 +263,22 @@ def _meshed(parts: Tensor, images: int, height: int, width: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention of q [N, T, C] to k and v [N, S, C], each of so many heads side by side: [N * T, C]."""
+    poll_point()
+    texts, tokens, width = q.shape
+    parts = parts_of(4.0 * q.numel() * k.shape[1])
+    if parts == 1:
+        return _attended(q, k, v, heads).flatten(0, 1)
+    queries = max(_LEAST_QUERIES, math.ceil(texts * tokens / parts))
+    y = q.new_empty((texts, tokens, width))
+    for text in range(texts):
+        own = slice(text, text + 1)
+        for first in range(0, tokens, queries):
+            poll_point()
+            some = slice(first, first + queries)
+            y[own, some] = _attended(q[own, some], k[own], v[own], heads)
+    return y.flatten(0, 1)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from miinb.engine import sdxl
 from miinb.engine.painting import Decoded, Kind, Reading, Start, Work
+from miinb.engine.polling import poll_in
 from miinb.engine.previews import SDXL, STABLE_DIFFUSION
 from miinb.engine.weights import DTYPES
 from miinb.errors import BrokenCheckpoint, InvalidRequest, MiinbError, NonFinite, UnsupportedModel
@@ -140,6 +141,9 @@ class PipelineParts:
         self._xl = is_sdxl(pipeline.name)
         self.colors = SDXL if self._xl else STABLE_DIFFUSION
         self._pipe: Any = pipe
+        for part in parts_of(pipe).values():
+            if part.device.type == "cpu":
+                poll_in(part)
         # Requests are alike: to make a scheduler and to read a text take a millisecond or two each time.
         self.check = functools.lru_cache(_REMEMBERED)(self._check)
         self.read = functools.lru_cache(_REMEMBERED)(self._read)

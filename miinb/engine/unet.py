@@ -18,6 +18,7 @@ from torch import Tensor
 from miinb.engine.decoder import Norm
 from miinb.engine.diffusion_spec import BlockSpec, UnetSpec
 from miinb.engine.image_blocks import Conv, Resnet, Sum, Upsampler, attention, convolve, resnet, upsample
+from miinb.engine.polling import poll_point
 from miinb.kernels.linear import PackedLinear, gated_linear, linear, linear_norm
 
 #: Of the transformers, whatever config.json says of the others.
@@ -268,6 +269,7 @@ class Unet:
             y, x = _into(layer.norm1, inner, way, x)
             inner, x = _transformer_layer(layer, heads, y, x, shape[1] * shape[2], text)
             way = layer.down
+            poll_point()
         x = linear(linear(inner, way, residual=x, overwrite=True), w.leave)
         return Sum(x.view(len(text), *shape[1:]), residual=_repeated(stream.value(), len(text)))
 
@@ -286,6 +288,7 @@ def _transformer_layer(
     q = q.view(-1, pixels, width)
     k, v = text[..., w.first_text : w.first_text + 2 * width].chunk(2, -1)
     y, x = _into(w.norm3, attention(q, k, v, heads), w.text_out, x)
+    poll_point()
     return gated_linear(y, w.up, "gelu"), x
 
 

@@ -72,7 +72,7 @@ class ImagePanel(WorkPanel):
         self.prompt = prompt_area("What the picture shows", example="a lighthouse at dusk, oil painting", rows=3)
         self.controls = ImageControls()
         self.run = button("Generate", "generate", "Make pictures", self.generate, button_style="primary", icon="play")
-        self.halt = self._halt("End the request between two steps; nothing of it is kept")
+        self.halt = self._halt("End the request; nothing of it is kept")
         self.upload = named(
             W.FileUpload(
                 description="Load from a picture",

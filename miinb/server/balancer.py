@@ -56,6 +56,7 @@ class Replica:
     leave_by: float | None = None
     tokens: int = 0
     _sizes: dict[int, int] = field(default_factory=dict)
+    _left: dict[int, Sink] = field(default_factory=dict)  # of canceled rows that it has not let go
 
     def submit(self, request: SequenceRequest | EncodeRequest | PaintRequest, sink: Sink) -> None:
         """Hand a row to the replica; `sink` gets its events.
@@ -76,6 +77,7 @@ class Replica:
     def end(self, row_id: int) -> Sink:
         """Forget a row that has ended; its sink gets the end."""
         self.tokens -= self._sizes.pop(row_id, 0)
+        self._left.pop(row_id, None)
         return self.rows.pop(row_id, _drop)
 
     def stop(self, row_id: int) -> None:
@@ -85,9 +87,14 @@ class Replica:
 
     def cancel(self, row_id: int) -> None:
         """End a row; what it still sends is dropped. It counts as load until the replica has let it go."""
-        if self.rows.get(row_id, _drop) is not _drop:
-            self.rows[row_id] = _drop
+        if (sink := self.rows.get(row_id, _drop)) is not _drop:
+            self.rows[row_id], self._left[row_id] = _drop, sink
             self.channel.send(CancelRow(row_id))
+
+    @property
+    def left(self) -> int:
+        """Requests that are canceled, and that it may still compute: rows of one request have the same sink."""
+        return len(set(self._left.values()))
 
 
 class Balancer:
@@ -97,6 +104,7 @@ class Balancer:
         load_text: reads the tokenizer of a replica; runs in a thread.
         max_queue: rows that may wait in a replica above its `max_batch`.
         on_change: called when the number of ready replicas changes.
+        on_left: called when a replica has let a canceled row go.
     """
 
     def __init__(
@@ -105,10 +113,12 @@ class Balancer:
         *,
         max_queue: int,
         on_change: Callable[[], None] = lambda: None,
+        on_left: Callable[[], None] = lambda: None,
     ) -> None:
         self._load_text = load_text
         self._max_queue = max_queue
         self._on_change = on_change
+        self._on_left = on_left
         self._replicas: dict[RankChannel, Replica] = {}
         self._open: set[RankChannel] = set()
         self._first = asyncio.Event()
@@ -130,6 +140,11 @@ class Balancer:
     def replicas(self) -> tuple[Replica, ...]:
         """The ready replicas."""
         return tuple(self._replicas.values())
+
+    @property
+    def left(self) -> int:
+        """Canceled requests that replicas may still compute, though nobody waits for them."""
+        return sum(replica.left for replica in self._replicas.values())
 
     async def pick(self, rows: int, *, patience_s: float = 2.0) -> Replica:
         """The replica with the fewest tokens of an encoder's requests, or rows; if it has room for so many rows.
@@ -206,7 +221,10 @@ class Balancer:
                 self._admissions.add(task)
                 task.add_done_callback(self._admissions.discard)
             elif replica is not None and not isinstance(message, EngineStatus):
-                replica.end(message.row_id)(message)
+                sink = replica.end(message.row_id)
+                sink(message)
+                if sink is _drop:
+                    self._on_left()
 
     async def _admit(self, channel: RankChannel, info: EngineInfo) -> None:
         try:

@@ -87,7 +87,12 @@ class Frontend:
         self._drain_s = drain_s
         self._status = status
         self._name = name
-        self._balancer = Balancer(self._load_text, max_queue=config.options.max_queue, on_change=self._replicas_changed)
+        self._balancer = Balancer(
+            self._load_text,
+            max_queue=config.options.max_queue,
+            on_change=self._replicas_changed,
+            on_left=self._changed,
+        )
         self._service = Inference(self._balancer, name, self._changed)
         self._report_due: asyncio.TimerHandle | None = None  # what has changed is told then
         self._health = HealthServicer()
@@ -190,17 +195,17 @@ class Frontend:
 
     def _changed(self) -> None:
         """Tell it: what has ended before its client knows, so that who asks then gets true numbers."""
-        if not self._service.counters.in_flight:
+        if not self._service.in_flight:
             self._report()
         elif self._report_due is None:
             self._report_due = asyncio.get_running_loop().call_later(REPORT_S, self._report)
 
     def _report(self) -> None:
-        counters = self._service.counters
         if self._report_due is not None:
             self._report_due.cancel()
             self._report_due = None
-        activity = {name: getattr(counters, name) for name in ("in_flight", "queued", "requests")}
+        service, counters = self._service, self._service.counters
+        activity = {"in_flight": service.in_flight, "queued": counters.queued, "requests": counters.requests}
         self._status.send({"activity": {**activity, "replicas": len(self._balancer.replicas)}})
 
     async def _every_second(self) -> None:

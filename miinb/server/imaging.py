@@ -75,13 +75,14 @@ class Imaging:
             params = params.model_copy(update={"width": size[0], "height": size[1]})
             replica = await balancer.pick(count)  # it may have gone or filled meanwhile
         self = cls(dataclasses.replace(request, params=params), replica)
-        asked = request.params.seed
+        asked, request_id = request.params.seed, request.request_id or secrets.token_hex(16)
         first = secrets.randbits(SEED_BITS) if asked is None else asked
         try:
             for place in range(count):
                 row_id = balancer.next_row_id()
                 own = params.model_copy(update={"seed": (first + place) % (MAX_SEED + 1)})
-                row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source, more=place + 1 < count)
+                more = place + 1 < count
+                row = PaintRequest(row_id, request.prompt, own, t_submit, deadline, source, more, request_id)
                 replica.submit(row, self._take)
                 self._places[row_id], self._steps[row_id] = place, 0
         except BaseException:

@@ -48,7 +48,7 @@ class Counters:
     """What the frontend has done, and what it does now."""
 
     requests: int = 0
-    in_flight: int = 0
+    in_flight: int = 0  # whose clients wait
     queued: int = 0  # of those in flight: no token yet
     failed: int = 0
     cancelled: int = 0
@@ -94,6 +94,11 @@ class Inference:
         self._awake = Awake()
         self._name = name
         self._writers: set[Writer] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose clients wait, and those that a replica may still compute though nobody waits any more."""
+        return self.counters.in_flight + self._balancer.left
 
     def handlers(self) -> Any:
         """The methods for `grpc.aio.Server.add_generic_rpc_handlers`; requests stay bytes, so that junk is ours."""

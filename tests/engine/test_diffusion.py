@@ -92,6 +92,18 @@ def test_only_what_is_alike_shares_a_batch_and_at_most_max_batch(
     assert [event.facts["batch"] for event in painted(run(executor, request(0), request(1))).values()] == [1, 1]
 
 
+def test_one_picture_waits_for_no_more_than_a_batch_of_anothers_many(executor: ImageExecutor) -> None:
+    executor.info = replace(executor.info, max_batch=2)
+    many = [replace(request(row, num_inference_steps=1), request_id="many") for row in range(5)]
+    alike = replace(request(5, num_inference_steps=1), request_id="alike")
+    events = run(executor, *many, alike)
+    assert list(painted(events)) == [0, 5, 1, 2, 3, 4]
+    other = replace(request(6, width=24, num_inference_steps=1), request_id="other")
+    coming = [other]
+    events = run(executor, *many, poll=lambda: executor.paint(coming.pop()) if coming else None)
+    assert list(painted(events)) == [0, 1, 6, 2, 3, 4]
+
+
 def test_a_batch_waits_for_the_pictures_of_a_request_that_are_on_their_way(
     tiny: tuple[Path, Any], executor: ImageExecutor
 ) -> None:

@@ -214,6 +214,51 @@ def test_a_time_limit_ends_the_steps(frontend: FrontendProcess, client: Client) 
     wait_for(lambda: frontend.told("cancel"), "the rank's being told")
 
 
+def test_a_time_limit_holds_whatever_the_server_does(tmp_path: Path) -> None:
+    """A rank that hears nothing, as within a step, and a frontend that does not either."""
+    process = make(tmp_path)
+    try:
+        rank = process.rank(task="text-to-image")
+        with process.client() as direct, process.client() as grpc:
+            grpc._direct = Connections(None)
+            for stopped in (rank, process.process):
+                stopped.send_signal(signal.SIGSTOP)
+                for client, prompts in itertools.product((direct, grpc), ("a", ["a", "b"])):
+                    begin = time.monotonic()
+                    with pytest.raises(errors.DeadlineExceeded):
+                        client.generate_images(prompts, lambda progress: None, timeout_s=0.5)
+                    assert 0.45 < time.monotonic() - begin < 2.0
+                stopped.send_signal(signal.SIGCONT)
+    finally:
+        process.close()
+
+
+def test_what_a_rank_still_computes_is_in_flight(tmp_path: Path) -> None:
+    """Though nobody waits for it any more; once however many pictures it has."""
+    process = make(tmp_path)
+    try:
+        rank = process.rank(task="text-to-image")
+        with process.client() as client:
+            rank.send_signal(signal.SIGSTOP)
+            for _ in range(2):
+                with pytest.raises(errors.DeadlineExceeded):
+                    client.generate_images("a", timeout_s=0.3, num_images_per_prompt=4)
+            assert process.running() == 0  # of those whose clients wait
+
+            def in_flight() -> int:
+                """As the supervisor is told next."""
+                return next(
+                    line["activity"]["in_flight"] for line in map(json.loads, process.status) if "activity" in line
+                )
+
+            wait_for(lambda: in_flight() == 2, "both")
+            assert [in_flight(), in_flight()] == [2, 2]  # every second
+            rank.send_signal(signal.SIGCONT)
+            wait_for(lambda: in_flight() == 0, "the end of both")
+    finally:
+        process.close()
+
+
 def test_canceling_ends_the_steps(frontend: FrontendProcess, client: Client) -> None:
     before = len(frontend.told("cancel"))
 
@@ -322,8 +367,9 @@ def test_too_many_are_refused(tmp_path: Path) -> None:
 
 
 def test_all_rows_of_a_request_but_the_last_say_that_more_come() -> None:
-    """So that a rank that looks all the time does not begin with the first alone."""
+    """So that a rank that looks all the time does not begin with the first alone. And all say whose they are."""
     rows: list[PaintRequest] = []
+    own: list[set[str]] = []
     info = SimpleNamespace(task="text-to-image", model="m")
     replica: Any = SimpleNamespace(info=info, submit=lambda row, sink: rows.append(row))
     numbers = itertools.count()
@@ -337,3 +383,9 @@ def test_all_rows_of_a_request_but_the_last_say_that_more_come() -> None:
         asked = ImagesRequest("a cat", ImageParams(num_images_per_prompt=count))
         asyncio.run(Imaging.start(asked, balancer, t_submit=0.0, deadline=1.0))
         assert [row.more for row in rows] == [True] * (count - 1) + [False]
+        own.append({row.request_id for row in rows})
+    assert own[0] != own[1]
+    rows.clear()
+    asked = ImagesRequest("a cat", ImageParams(num_images_per_prompt=2), "the call's")
+    asyncio.run(Imaging.start(asked, balancer, t_submit=0.0, deadline=1.0))
+    assert [row.request_id for row in rows] == ["the call's"] * 2
