@@ -7,27 +7,27 @@ import datetime
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, Unavailable
+from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, QueueFull, Unavailable
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
 from miinb.image_params import steps_of
-from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
+from miinb.image_results import KEPT, ImageResult, ImageTiming, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
 from miinb.streams import RETRIES, RETRY_WAIT_S
 
-#: Requests of one call at the same time; the others wait here.
-MAX_CALLS = 16
+#: Requests of one call at the same time, and their pictures, half of what a replica lets wait; the others wait here.
+MAX_CALLS, MAX_PICTURES = 16, 512
+#: How often the wait between the tries of a request that a full queue has refused is doubled.
+_DOUBLED = 4
 #: Of what a prompt was cut, so much is told.
 _SHOWN = 60
-#: Where pictures are that were done when the Stop button was pressed.
-_KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
-
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
 
@@ -133,12 +133,12 @@ class ImageCalls:
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._news = threading.Event()  # progress, or the end of a request
-        self._cancelled = False
+        self._cancelled = threading.Event()
 
     def cancel(self) -> None:
         """End the calls that run, and those that would come; the server hears it within a step."""
         with self._lock:
-            self._cancelled = True
+            self._cancelled.set()
             calls = tuple(self._running)
         for call in calls:
             call.cancel()
@@ -148,7 +148,9 @@ class ImageCalls:
 
         Raises:
             RequestError: a request was refused or failed; the others are ended, and the message says which prompt's.
-            Interrupted: the Stop button was pressed; `result` has the pictures that were complete.
+                One of several that a full queue refuses is asked again until the time is up.
+            Interrupted: the Stop button was pressed.
+                Of both, `result` has the pictures that were complete.
         """
         begin = time.monotonic()
         end = begin + limit_s
@@ -160,27 +162,44 @@ class ImageCalls:
         except KeyboardInterrupt:
             self.cancel()
             raise self._interrupted(requests, time.monotonic() - begin) from None
+        except MiinbError as failure:
+            self._keep(failure, requests, time.monotonic() - begin)
+            raise
 
-    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
-        """What the Stop button leaves: pictures that were complete are kept, whatever became of the others."""
+    def _kept(self, requests: Sequence[ImagesRequest], seconds: float) -> tuple[ImageResult | None, str]:
+        """The pictures that are complete, whatever became of the others; "3 of 8 pictures", "" where one was asked."""
         kept = [
             answer.result or pictures_result(request.prompt, answer.pictures, _so_far(seconds, answer), usage=Usage())
             for request, answer in zip(requests, self._answers, strict=True)
             if answer.pictures
         ]
         done, count = sum(len(one.images) for one in kept), sum(one.params.num_images_per_prompt for one in requests)
+        return merge_images(kept) if kept else None, f"{done} of {count} pictures" if count > 1 else ""
+
+    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
+        """What the Stop button leaves."""
+        kept, pictures = self._kept(requests, seconds)
         words = f"stopped at step {sum(self._steps) // len(requests)} of {steps_of(requests[0].params)}"
         if len(requests) > 1:
             words += " on average"
-        if count > 1:
-            words += f", with {done} of {count} pictures done"
+        if pictures:
+            words += f", with {pictures} done"
         words += "; the deployment lives on."
-        return Interrupted(words, result=merge_images(kept), hint=_KEPT) if kept else Interrupted(words)
+        return Interrupted(words, result=kept, hint=KEPT if kept else "")
+
+    def _keep(self, failure: MiinbError, requests: Sequence[ImagesRequest], seconds: float) -> None:
+        """Give an error the pictures that were complete, and say so in its hint."""
+        failure.result, pictures = self._kept(requests, seconds)
+        if failure.result is not None:
+            failure.hint = f"{failure.hint} {pictures or 'The picture'} done. {KEPT}".lstrip()
+        elif len(requests) > 1:
+            failure.hint = f"{failure.hint} No picture of this call is done.".lstrip()
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
         """Ask in threads. This one tells the progress: while it does, answers come in, and only the newest is told."""
         count = len(requests)
-        with ThreadPoolExecutor(min(count, MAX_CALLS), "miinb-images") as pool:
+        room = MAX_PICTURES // max(request.params.num_images_per_prompt for request in requests)
+        with ThreadPoolExecutor(max(1, min(count, MAX_CALLS, room)), "miinb-images") as pool:
             futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
             for future in futures:
                 future.add_done_callback(lambda done: self._news.set())
@@ -207,9 +226,9 @@ class ImageCalls:
         answer = self._answers[place]
         error: MiinbError | None = None
         try:
-            finish = self._patiently(data, place, answer, end)
+            finish = self._patiently(data, place, end, several=batch_size > 1)
         except MiinbError as failure:
-            error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
+            error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled.is_set() else failure
             raise error from None
         finally:
             e2e_s = time.perf_counter() - begin
@@ -221,19 +240,25 @@ class ImageCalls:
         )
         return answer.result
 
-    def _patiently(self, data: bytes, place: int, answer: _Answer, end: float) -> ImagesEnd:
-        """Read all of an answer; a server that is away before it says anything is asked again, as for texts."""
-        wait_s = RETRY_WAIT_S
+    def _patiently(self, data: bytes, place: int, end: float, *, several: bool) -> ImagesEnd:
+        """Read all of an answer; a server that is away before it says anything is asked again, as for texts.
+
+        So is one whose queue is full, where the request is one of several: perhaps of their pictures.
+        """
+        answer, tries = self._answers[place], Counter[type[MiinbError]]()
         while True:
             with self._begun(data, end) as call:
                 try:
                     return self._read(call, place, answer)
-                except Unavailable:
-                    often = wait_s >= RETRY_WAIT_S * 2**RETRIES
-                    if answer.begun or often or self._cancelled or time.monotonic() + wait_s >= end:
+                except (QueueFull, Unavailable) as failure:
+                    before = tries[type(failure)]
+                    wait_s = RETRY_WAIT_S * 2 ** min(before, _DOUBLED)
+                    more = several if isinstance(failure, QueueFull) else before < RETRIES
+                    late = self._cancelled.is_set() or time.monotonic() + wait_s >= end
+                    if answer.begun or late or not more:
                         raise
-            time.sleep(wait_s)
-            wait_s *= 2
+                    tries[type(failure)] += 1
+            self._cancelled.wait(wait_s)
 
     @contextlib.contextmanager
     def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
@@ -241,7 +266,7 @@ class ImageCalls:
         with contextlib.closing(self._call(data, max(end - time.monotonic(), 0.001))) as call:
             with self._lock:
                 self._running.add(call)
-                late = self._cancelled
+                late = self._cancelled.is_set()
             if late:
                 call.cancel()
             try:
@@ -295,7 +320,7 @@ def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
     if not (prompt and isinstance(failure, MiinbError)):
         raise failure
     failure.message = failure.message.removeprefix("prompt: ")
-    raise failure.of(prompt, hint="No picture of this call is kept.")
+    raise failure.of(prompt)
 
 
 def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:
