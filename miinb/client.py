@@ -183,7 +183,7 @@ class Client:
 
         Args:
             prompts: one prompt or several.
-            on_progress: called with how far they are (`ImagesProgress`), at most some five times a second a prompt;
+            on_progress: called with how far they are (`ImagesProgress`), at most five times a second, and at last;
                 while a call of it runs, newer progress replaces older.
             timeout_s: limit of the whole call, seconds.
             parameters: those of `image_asking.image_requests`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import inspect
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from miinb.streams import RETRIES, RETRY_WAIT_S
 
 #: Requests of one call at the same time, and their pictures, half of what a replica lets wait; the others wait here.
 MAX_CALLS, MAX_PICTURES = 16, 512
+#: Seconds from one call of on_progress to the next.
+PACE_S = 0.2
 #: How often the wait between the tries of a request that a full queue has refused is doubled.
 _DOUBLED = 4
 #: Of what a prompt was cut, so much is told.
@@ -109,11 +112,11 @@ class ImageCalls:
     Args:
         call: begins one: (bytes of the request, timeout in seconds).
         done: called at the end of each with its row of the requests table; returns the row that is kept.
-        on_progress: called while they run, in the thread that called `run`. One that takes long misses what was
+        on_progress: called while they run, in the thread that called `run`, at most each `PACE_S`. It misses what was
             replaced by newer progress meanwhile; the last is always told, and then the result given.
 
     Raises:
-        InvalidRequest: on_progress cannot be called.
+        InvalidRequest: on_progress cannot be called, or would have to be awaited.
     """
 
     def __init__(
@@ -122,8 +125,11 @@ class ImageCalls:
         done: Callable[[dict[str, Any]], Mapping[str, Any]],
         on_progress: OnProgress | None = None,
     ) -> None:
-        if not (on_progress is None or callable(on_progress)):
-            raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
+        if on_progress is not None:
+            if not callable(on_progress):
+                raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
+            if any(inspect.iscoroutinefunction(one) for one in (on_progress, type(on_progress).__call__)):
+                raise InvalidRequest("on_progress: nobody would await an async function.", hint="Give a plain one.")
         self._call = call
         self._done = done
         self._on_progress = on_progress
@@ -134,6 +140,7 @@ class ImageCalls:
         self._lock = threading.Lock()
         self._news = threading.Event()  # progress, or the end of a request
         self._cancelled = threading.Event()
+        self._not_before = 0.0  # on_progress is called again
 
     def cancel(self) -> None:
         """End the calls that run, and those that would come; the server hears it within a step."""
@@ -203,14 +210,15 @@ class ImageCalls:
             futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
             for future in futures:
                 future.add_done_callback(lambda done: self._news.set())
+            wait_s: float | None = None
             try:
                 while True:
-                    self._news.wait()
+                    self._news.wait(wait_s)
                     self._news.clear()
                     done = [place for place, future in enumerate(futures) if future.done()]
                     for place in done:
                         _raise_failure(futures[place], f"prompts[{place}]" if count > 1 else "")
-                    self._show()  # what came before the last end, too
+                    wait_s = self._show(last=len(done) == count)  # what came before the last end, too
                     if len(done) == count:
                         break
             finally:
@@ -298,13 +306,18 @@ class ImageCalls:
             self._latest = ImagesProgress(step, progress.total, preview)
         self._news.set()
 
-    def _show(self) -> None:
-        """Tell how far they are, if there is something new."""
+    def _show(self, *, last: bool) -> float | None:
+        """Tell how far they are, if there is something new; returns for how long it is held back, None if it is not."""
         with self._lock:
             latest, shown = self._latest, self._shown
+            if latest == shown or self._on_progress is None:
+                return None
+            if (early_s := self._not_before - time.monotonic()) > 0 and not last:
+                return early_s
             self._shown = self._latest = ImagesProgress(latest.step, latest.total)
-        if latest != shown and self._on_progress is not None:
-            self._on_progress(latest)
+        self._not_before = time.monotonic() + PACE_S
+        self._on_progress(latest)
+        return None
 
 
 def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
