@@ -197,9 +197,9 @@ class Client:
     async def agenerate_images(
         self, prompts: Any, on_progress: OnProgress | None = None, *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
-        """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` runs in a thread."""
+        """`generate_images`, awaitable: see `ImageCalls.awaited`. `on_progress` runs in a thread."""
         limit_s, calls = self._limit(timeout_s), self._image_calls(on_progress)
-        return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
+        return await calls.awaited(lambda: calls.run(image_requests(prompts, parameters), limit_s))
 
     def _image_calls(self, on_progress: OnProgress | None = None) -> ImageCalls:
         def call(data: bytes, left_s: float) -> ImagesCall:

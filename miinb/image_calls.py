@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
-import hashlib
 import inspect
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, QueueFull, Unavailable
+from miinb import awaiting
+from miinb.errors import Cancelled, Interrupted, InvalidRequest, MiinbError, QueueFull, Unavailable
+from miinb.image_answers import Answer, row_of, so_far, timing_of, warnings_of
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
 from miinb.image_params import steps_of
-from miinb.image_results import KEPT, ImageResult, ImageTiming, merge_images, pictures_result
+from miinb.image_results import KEPT, ImageResult, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
 from miinb.streams import RETRIES, RETRY_WAIT_S
@@ -29,8 +31,6 @@ MAX_CALLS, MAX_PICTURES = 16, 512
 PACE_S = 0.2
 #: How often the wait between the tries of a request that a full queue has refused is doubled.
 _DOUBLED = 4
-#: Of what a prompt was cut, so much is told.
-_SHOWN = 60
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
 
@@ -77,35 +77,6 @@ class GrpcStream:
     close = cancel
 
 
-class _Answer:
-    """What has come of one. Pictures are hashed as they come, while the server makes others or its end."""
-
-    def __init__(self) -> None:
-        self.pictures: list[Picture] = []  # in order
-        self.begun = False  # something has come
-        self.end: ImagesEnd | None = None
-        self.result: ImageResult | None = None  # once all is there
-        self._sha256 = hashlib.sha256()
-        self._early: dict[int, Picture] = {}
-
-    def add(self, picture: Picture) -> None:
-        """A picture, in any order."""
-        self._early[picture.index] = picture
-        while (following := self._early.pop(len(self.pictures), None)) is not None:
-            self.pictures.append(following)
-            self._sha256.update(following.data)
-
-    @property
-    def complete(self) -> bool:
-        """Whether its end has come, and all pictures up to the last."""
-        return self.end is not None and bool(self.pictures) and not self._early
-
-    @property
-    def sha256(self) -> str:
-        """Of the pictures' files one after another."""
-        return self._sha256.hexdigest()
-
-
 class ImageCalls:
     """The calls of one request for pictures.
 
@@ -134,8 +105,10 @@ class ImageCalls:
         self._done = done
         self._on_progress = on_progress
         self._running: set[ImagesCall] = set()
+        self._requests: Sequence[ImagesRequest] = ()
         self._steps: list[int] = []  # of each request
-        self._answers: list[_Answer] = []  # the same
+        self._answers: list[Answer] = []  # the same
+        self._begun_at = 0.0
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._news = threading.Event()  # progress, or the end of a request
@@ -159,47 +132,61 @@ class ImageCalls:
             Interrupted: the Stop button was pressed.
                 Of both, `result` has the pictures that were complete.
         """
-        begin = time.monotonic()
-        end = begin + limit_s
-        self._steps, self._answers = [0] * len(requests), [_Answer() for _ in requests]
+        self._begun_at = time.monotonic()
+        end = self._begun_at + limit_s
+        self._steps, self._answers = [0] * len(requests), [Answer() for _ in requests]
+        self._requests = requests
         try:
             if len(requests) == 1 and self._on_progress is None:
                 return self._ask(requests[0], 0, end, 1)
             return self._together(requests, end)
         except KeyboardInterrupt:
             self.cancel()
-            raise self._interrupted(requests, time.monotonic() - begin) from None
+            raise self._interrupted() from None
         except MiinbError as failure:
-            self._keep(failure, requests, time.monotonic() - begin)
+            self._keep(failure)
             raise
 
-    def _kept(self, requests: Sequence[ImagesRequest], seconds: float) -> tuple[ImageResult | None, str]:
+    async def awaited(self, work: Callable[[], ImageResult]) -> ImageResult:
+        """The result of `work`, which calls `run`, in a thread; canceling the task cancels the requests.
+
+        Raises:
+            asyncio.CancelledError: its `__cause__` is a `Cancelled`, whose `result` has what was complete.
+        """
+        try:
+            return await awaiting.in_thread(work, self)
+        except asyncio.CancelledError as stopped:
+            failure = Cancelled("The request was given up.")
+            self._keep(failure)
+            raise stopped from failure
+
+    def _kept(self) -> tuple[ImageResult | None, str]:
         """The pictures that are complete, whatever became of the others; "3 of 8 pictures", "" where one was asked."""
-        kept = [
-            answer.result or pictures_result(request.prompt, answer.pictures, _so_far(seconds, answer), usage=Usage())
-            for request, answer in zip(requests, self._answers, strict=True)
-            if answer.pictures
-        ]
-        done, count = sum(len(one.images) for one in kept), sum(one.params.num_images_per_prompt for one in requests)
+        seconds = time.monotonic() - self._begun_at
+        each = zip(self._requests, self._answers, strict=False)  # `run` may only just begin
+        all_kept = (answer.result or so_far(request.prompt, answer, seconds) for request, answer in each)
+        kept = [one for one in all_kept if one is not None]
+        done = sum(len(one.images) for one in kept)
+        count = sum(request.params.num_images_per_prompt for request in self._requests)
         return merge_images(kept) if kept else None, f"{done} of {count} pictures" if count > 1 else ""
 
-    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
+    def _interrupted(self) -> Interrupted:
         """What the Stop button leaves."""
-        kept, pictures = self._kept(requests, seconds)
-        words = f"stopped at step {sum(self._steps) // len(requests)} of {steps_of(requests[0].params)}"
-        if len(requests) > 1:
+        kept, pictures = self._kept()
+        words = f"stopped at step {sum(self._steps) // len(self._requests)} of {steps_of(self._requests[0].params)}"
+        if len(self._requests) > 1:
             words += " on average"
         if pictures:
             words += f", with {pictures} done"
         words += "; the deployment lives on."
         return Interrupted(words, result=kept, hint=KEPT if kept else "")
 
-    def _keep(self, failure: MiinbError, requests: Sequence[ImagesRequest], seconds: float) -> None:
+    def _keep(self, failure: MiinbError) -> None:
         """Give an error the pictures that were complete, and say so in its hint."""
-        failure.result, pictures = self._kept(requests, seconds)
+        failure.result, pictures = self._kept()
         if failure.result is not None:
             failure.hint = f"{failure.hint} {pictures or 'The picture'} done. {KEPT}".lstrip()
-        elif len(requests) > 1:
+        elif len(self._requests) > 1:
             failure.hint = f"{failure.hint} No picture of this call is done.".lstrip()
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
@@ -241,10 +228,10 @@ class ImageCalls:
         finally:
             e2e_s = time.perf_counter() - begin
             row = {"batch_size": batch_size, "t_submit": submitted}
-            kept = self._done(row | _row(request, answer, error, e2e_s))
-        times, usage = _timing(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
+            kept = self._done(row | row_of(request, answer, error, e2e_s))
+        times, usage = timing_of(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
         answer.result = pictures_result(
-            request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
+            request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(warnings_of(finish))
         )
         return answer.result
 
@@ -283,7 +270,7 @@ class ImageCalls:
                 with self._lock:
                     self._running.discard(call)
 
-    def _read(self, call: ImagesCall, place: int, answer: _Answer) -> ImagesEnd:
+    def _read(self, call: ImagesCall, place: int, answer: Answer) -> ImagesEnd:
         """Read all of an answer; returns its end. Raises MiinbError."""
         for message, file in call:
             answer.begun = True
@@ -320,11 +307,6 @@ class ImageCalls:
         return None
 
 
-def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
-    """Of pictures whose request has no end."""
-    return ImageTiming(e2e_s=seconds, s_per_image=seconds / len(answer.pictures))
-
-
 def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
     """Raise what a request has failed of, with the prompt's name where there are several."""
     failure = asked.exception()
@@ -334,65 +316,3 @@ def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
         raise failure
     failure.message = failure.message.removeprefix("prompt: ")
     raise failure.of(prompt)
-
-
-def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:
-    times = end.times
-    return ImageTiming(
-        queue_s=times.queue_s,
-        model_s=times.text_encode_s + times.steps_s + times.vae_s,
-        e2e_s=e2e_s,
-        text_encode_s=times.text_encode_s,
-        steps_s=times.steps_s,
-        vae_s=times.vae_s,
-        picture_s=times.picture_s,
-        s_per_image=e2e_s / count,
-    )
-
-
-def _warnings(end: ImagesEnd) -> Iterable[str]:
-    for name, cut in (("prompt", end.cut), ("negative_prompt", end.negative_cut)):
-        if cut:
-            shown = cut if len(cut) <= _SHOWN else cut[: _SHOWN - 1] + "…"
-            yield f"{name}: too long for the model, which did not read its end: {shown!r}"
-
-
-def _row(
-    request: ImagesRequest,
-    answer: _Answer,
-    error: MiinbError | None,
-    e2e_s: float,
-) -> dict[str, Any]:
-    """The row of the requests table; a field that does not apply is left out."""
-    params, pictures, end = request.params, answer.pictures, answer.end if answer.complete else None
-    cancelled = end is None and (error is None or isinstance(error, Cancelled))
-    failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
-    row: dict[str, Any] = {
-        "status": "ok" if end else failed,
-        "e2e_s": e2e_s,
-        "steps": steps_of(params),
-        "guidance": params.guidance_scale,
-        "seed": pictures[0].seed if pictures else params.seed,
-    }
-    if error is not None:
-        row["error"] = type(error).__name__
-    if end is None:
-        return row
-    times = end.times
-    return row | {
-        "images": len(pictures),
-        "image_s": e2e_s / len(pictures),
-        "width_px": pictures[0].width,
-        "height_px": pictures[0].height,
-        "prompt_tokens": end.prompt_tokens,
-        "queue_s": times.queue_s,
-        "preprocess_s": times.text_encode_s,
-        "text_encode_s": times.text_encode_s,
-        "steps_s": times.steps_s,
-        "step_s": times.steps_s / steps_of(params),
-        "vae_s": times.vae_s,
-        "model_s": times.text_encode_s + times.steps_s + times.vae_s,
-        "postprocess_s": times.picture_s,
-        "finish_reason": "stop",
-        "output_sha256": answer.sha256,
-    }

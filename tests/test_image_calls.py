@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -201,6 +202,63 @@ def test_of_several_that_fail_at_once_it_is_said_that_none_is_done(monkeypatch: 
         calls.run([asked()] * 2, 10.0)
     assert late.value.result is None
     assert late.value.hint == "No picture of this call is done."
+
+
+def test_a_picture_is_kept_though_one_before_it_did_not_come() -> None:
+    calls, _, _ = answering([picture(3, 8), picture(0, 5), picture(2, 7), KeyboardInterrupt()])
+    with pytest.raises(Interrupted, match="with 3 of 4 pictures done") as stopped:
+        calls.run([asked(4)], 10.0)
+    assert stopped.value.result.seeds == (5, 7, 8)
+
+
+def test_a_task_that_is_canceled_keeps_the_pictures_that_were_done() -> None:
+    cancelled, waits = threading.Event(), threading.Event()
+
+    def script() -> Iterator[Any]:
+        yield picture(0, 5)
+        yield picture(1, 6)
+        waits.set()
+        assert cancelled.wait(10)
+        raise Cancelled("")
+
+    call = Call(script())
+    call.cancel = cancelled.set  # type: ignore[method-assign]
+    calls = ImageCalls(lambda data, left_s: call, lambda row: row)
+
+    async def stop() -> None:
+        task = asyncio.create_task(calls.awaited(lambda: calls.run([asked(4)], 10.0)))
+        while not waits.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as stopped:
+            await task
+        cause = stopped.value.__cause__
+        assert isinstance(cause, Cancelled)
+        assert cause.result.seeds == (5, 6)
+
+    asyncio.run(stop())
+    assert cancelled.is_set()
+
+
+def test_a_task_that_is_canceled_before_it_begins_has_nothing() -> None:
+    calls, _, _ = answering(DONE)
+    begin = threading.Event()
+
+    def work() -> ImageResult:
+        assert begin.wait(10)
+        return calls.run([asked()], 10.0)
+
+    async def stop() -> None:
+        task = asyncio.create_task(calls.awaited(work))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as stopped:
+            await task
+        begin.set()
+        assert isinstance(stopped.value.__cause__, Cancelled)
+        assert stopped.value.__cause__.result is None
+
+    asyncio.run(stop())
 
 
 @pytest.mark.parametrize(("images", "together"), [(1, 16), (32, 16), (64, 8)])
