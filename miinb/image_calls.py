@@ -246,11 +246,13 @@ class ImageCalls:
                 try:
                     return self._read(call, place, answer)
                 except (QueueFull, Unavailable) as failure:
-                    before = tries[type(failure)]
+                    before, left_s = tries[type(failure)], end - time.monotonic()
                     wait_s = RETRY_WAIT_S * 2 ** min(before, _DOUBLED)
-                    more = several if isinstance(failure, QueueFull) else before < RETRIES
-                    late = self._cancelled.is_set() or time.monotonic() + wait_s >= end
-                    if answer.begun or late or not more:
+                    if isinstance(failure, QueueFull):  # until the end: what runs meanwhile is kept
+                        again, wait_s = several and left_s > RETRY_WAIT_S, min(wait_s, left_s / 2)
+                    else:
+                        again = before < RETRIES and left_s > wait_s
+                    if answer.begun or self._cancelled.is_set() or not again:
                         raise
                     tries[type(failure)] += 1
             self._cancelled.wait(wait_s)

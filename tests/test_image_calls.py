@@ -176,8 +176,10 @@ def test_a_queue_that_stays_full_ends_the_call_at_its_limit_and_keeps_what_is_do
 ) -> None:
     monkeypatch.setattr(image_calls, "MAX_CALLS", 1)
     calls, rows, _ = answering([picture(0, 5), picture(1, 6), END], *[[FULL]] * 9)
+    begin = time.monotonic()
     with pytest.raises(QueueFull, match=r"^prompts\[1\]: 1024 requests") as refused:
-        calls.run([asked(2), asked(2, "b"), asked(2, "c")], 0.25)
+        calls.run([asked(2), asked(2, "b"), asked(2, "c")], 0.6)
+    assert 0.45 < time.monotonic() - begin < 5
     assert "Try again later. 2 of 6 pictures done. What is done is in this error's .result" in str(refused.value)
     assert refused.value.result.seeds == (5, 6)
     assert [row["status"] for row in rows][:2] == ["ok", "error"]
