@@ -183,7 +183,7 @@ class Client:
 
         Args:
             prompts: one prompt or several.
-            on_progress: called with how far they are (`ImagesProgress`), at most some five times a second a prompt;
+            on_progress: called with how far they are (`ImagesProgress`), at most five times a second, and at last;
                 while a call of it runs, newer progress replaces older.
             timeout_s: limit of the whole call, seconds.
             parameters: those of `image_asking.image_requests`.
@@ -197,9 +197,9 @@ class Client:
     async def agenerate_images(
         self, prompts: Any, on_progress: OnProgress | None = None, *, timeout_s: float | None = None, **parameters: Any
     ) -> ImageResult:
-        """`generate_images`, awaitable; canceling the task cancels the requests. `on_progress` runs in a thread."""
+        """`generate_images`, awaitable: see `ImageCalls.awaited`. `on_progress` runs in a thread."""
         limit_s, calls = self._limit(timeout_s), self._image_calls(on_progress)
-        return await awaiting.in_thread(lambda: calls.run(image_requests(prompts, parameters), limit_s), calls)
+        return await calls.awaited(lambda: calls.run(image_requests(prompts, parameters), limit_s))
 
     def _image_calls(self, on_progress: OnProgress | None = None) -> ImageCalls:
         def call(data: bytes, left_s: float) -> ImagesCall:

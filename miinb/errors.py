@@ -43,10 +43,12 @@ class MiinbError(Exception):
         message: what happened, in one sentence.
         hint: what to do about it, or "".
         details: longer text (a log's tail, a rank's traceback), shown only in full tracebacks and by `str(error)`.
+        result: of a call for pictures, those that were complete by then (an `ImageResult`); else None.
     """
 
     #: `%config MiiMagics.short_errors = False` turns the one-line rendering off.
     short = True
+    result: Any = None
 
     def __init__(self, message: str, *, hint: str = "", details: str = "") -> None:
         self.message = message

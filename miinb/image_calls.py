@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
-import hashlib
+import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 import grpc
 
-from miinb.errors import Cancelled, DeadlineExceeded, Interrupted, InvalidRequest, MiinbError, Unavailable
+from miinb import awaiting
+from miinb.errors import Cancelled, Interrupted, InvalidRequest, MiinbError, QueueFull, Unavailable
+from miinb.image_answers import Answer, row_of, so_far, timing_of, warnings_of
 from miinb.image_messages import ImagesEnd, ImagesProgress, ImagesRequest, Picture
 from miinb.image_params import steps_of
-from miinb.image_results import ImageResult, ImageTiming, merge_images, pictures_result
+from miinb.image_results import KEPT, ImageResult, merge_images, pictures_result
 from miinb.messages import Usage
 from miinb.rpc import failures, image_codec
 from miinb.streams import RETRIES, RETRY_WAIT_S
 
-#: Requests of one call at the same time; the others wait here.
-MAX_CALLS = 16
-#: Of what a prompt was cut, so much is told.
-_SHOWN = 60
-#: Where pictures are that were done when the Stop button was pressed.
-_KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
-
+#: Requests of one call at the same time, and their pictures, half of what a replica lets wait; the others wait here.
+MAX_CALLS, MAX_PICTURES = 16, 512
+#: Seconds from one call of on_progress to the next.
+PACE_S = 0.2
+#: How often the wait between the tries of a request that a full queue has refused is doubled.
+_DOUBLED = 4
 #: Takes the progress of a call: its prompts' steps on average, and a preview of the first prompt's first picture.
 OnProgress = Callable[[ImagesProgress], object]
 
@@ -74,46 +77,17 @@ class GrpcStream:
     close = cancel
 
 
-class _Answer:
-    """What has come of one. Pictures are hashed as they come, while the server makes others or its end."""
-
-    def __init__(self) -> None:
-        self.pictures: list[Picture] = []  # in order
-        self.begun = False  # something has come
-        self.end: ImagesEnd | None = None
-        self.result: ImageResult | None = None  # once all is there
-        self._sha256 = hashlib.sha256()
-        self._early: dict[int, Picture] = {}
-
-    def add(self, picture: Picture) -> None:
-        """A picture, in any order."""
-        self._early[picture.index] = picture
-        while (following := self._early.pop(len(self.pictures), None)) is not None:
-            self.pictures.append(following)
-            self._sha256.update(following.data)
-
-    @property
-    def complete(self) -> bool:
-        """Whether its end has come, and all pictures up to the last."""
-        return self.end is not None and bool(self.pictures) and not self._early
-
-    @property
-    def sha256(self) -> str:
-        """Of the pictures' files one after another."""
-        return self._sha256.hexdigest()
-
-
 class ImageCalls:
     """The calls of one request for pictures.
 
     Args:
         call: begins one: (bytes of the request, timeout in seconds).
         done: called at the end of each with its row of the requests table; returns the row that is kept.
-        on_progress: called while they run, in the thread that called `run`. One that takes long misses what was
+        on_progress: called while they run, in the thread that called `run`, at most each `PACE_S`. It misses what was
             replaced by newer progress meanwhile; the last is always told, and then the result given.
 
     Raises:
-        InvalidRequest: on_progress cannot be called.
+        InvalidRequest: on_progress cannot be called, or would have to be awaited.
     """
 
     def __init__(
@@ -122,23 +96,29 @@ class ImageCalls:
         done: Callable[[dict[str, Any]], Mapping[str, Any]],
         on_progress: OnProgress | None = None,
     ) -> None:
-        if not (on_progress is None or callable(on_progress)):
-            raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
+        if on_progress is not None:
+            if not callable(on_progress):
+                raise InvalidRequest(f"on_progress: {type(on_progress).__name__} is no function.")
+            if any(inspect.iscoroutinefunction(one) for one in (on_progress, type(on_progress).__call__)):
+                raise InvalidRequest("on_progress: nobody would await an async function.", hint="Give a plain one.")
         self._call = call
         self._done = done
         self._on_progress = on_progress
         self._running: set[ImagesCall] = set()
+        self._requests: Sequence[ImagesRequest] = ()
         self._steps: list[int] = []  # of each request
-        self._answers: list[_Answer] = []  # the same
+        self._answers: list[Answer] = []  # the same
+        self._begun_at = 0.0
         self._latest = self._shown = ImagesProgress(0, 0)
         self._lock = threading.Lock()
         self._news = threading.Event()  # progress, or the end of a request
-        self._cancelled = False
+        self._cancelled = threading.Event()
+        self._not_before = 0.0  # on_progress is called again
 
     def cancel(self) -> None:
         """End the calls that run, and those that would come; the server hears it within a step."""
         with self._lock:
-            self._cancelled = True
+            self._cancelled.set()
             calls = tuple(self._running)
         for call in calls:
             call.cancel()
@@ -148,50 +128,84 @@ class ImageCalls:
 
         Raises:
             RequestError: a request was refused or failed; the others are ended, and the message says which prompt's.
-            Interrupted: the Stop button was pressed; `result` has the pictures that were complete.
+                One of several that a full queue refuses is asked again until the time is up.
+            Interrupted: the Stop button was pressed.
+                Of both, `result` has the pictures that were complete.
         """
-        begin = time.monotonic()
-        end = begin + limit_s
-        self._steps, self._answers = [0] * len(requests), [_Answer() for _ in requests]
+        self._begun_at = time.monotonic()
+        end = self._begun_at + limit_s
+        self._steps, self._answers = [0] * len(requests), [Answer() for _ in requests]
+        self._requests = requests
         try:
             if len(requests) == 1 and self._on_progress is None:
                 return self._ask(requests[0], 0, end, 1)
             return self._together(requests, end)
         except KeyboardInterrupt:
             self.cancel()
-            raise self._interrupted(requests, time.monotonic() - begin) from None
+            raise self._interrupted() from None
+        except MiinbError as failure:
+            self._keep(failure)
+            raise
 
-    def _interrupted(self, requests: Sequence[ImagesRequest], seconds: float) -> Interrupted:
-        """What the Stop button leaves: pictures that were complete are kept, whatever became of the others."""
-        kept = [
-            answer.result or pictures_result(request.prompt, answer.pictures, _so_far(seconds, answer), usage=Usage())
-            for request, answer in zip(requests, self._answers, strict=True)
-            if answer.pictures
-        ]
-        done, count = sum(len(one.images) for one in kept), sum(one.params.num_images_per_prompt for one in requests)
-        words = f"stopped at step {sum(self._steps) // len(requests)} of {steps_of(requests[0].params)}"
-        if len(requests) > 1:
+    async def awaited(self, work: Callable[[], ImageResult]) -> ImageResult:
+        """The result of `work`, which calls `run`, in a thread; canceling the task cancels the requests.
+
+        Raises:
+            asyncio.CancelledError: its `__cause__` is a `Cancelled`, whose `result` has what was complete.
+        """
+        try:
+            return await awaiting.in_thread(work, self)
+        except asyncio.CancelledError as stopped:
+            failure = Cancelled("The request was given up.")
+            self._keep(failure)
+            raise stopped from failure
+
+    def _kept(self) -> tuple[ImageResult | None, str]:
+        """The pictures that are complete, whatever became of the others; "3 of 8 pictures", "" where one was asked."""
+        seconds = time.monotonic() - self._begun_at
+        each = zip(self._requests, self._answers, strict=False)  # `run` may only just begin
+        all_kept = (answer.result or so_far(request.prompt, answer, seconds) for request, answer in each)
+        kept = [one for one in all_kept if one is not None]
+        done = sum(len(one.images) for one in kept)
+        count = sum(request.params.num_images_per_prompt for request in self._requests)
+        return merge_images(kept) if kept else None, f"{done} of {count} pictures" if count > 1 else ""
+
+    def _interrupted(self) -> Interrupted:
+        """What the Stop button leaves."""
+        kept, pictures = self._kept()
+        words = f"stopped at step {sum(self._steps) // len(self._requests)} of {steps_of(self._requests[0].params)}"
+        if len(self._requests) > 1:
             words += " on average"
-        if count > 1:
-            words += f", with {done} of {count} pictures done"
+        if pictures:
+            words += f", with {pictures} done"
         words += "; the deployment lives on."
-        return Interrupted(words, result=merge_images(kept), hint=_KEPT) if kept else Interrupted(words)
+        return Interrupted(words, result=kept, hint=KEPT if kept else "")
+
+    def _keep(self, failure: MiinbError) -> None:
+        """Give an error the pictures that were complete, and say so in its hint."""
+        failure.result, pictures = self._kept()
+        if failure.result is not None:
+            failure.hint = f"{failure.hint} {pictures or 'The picture'} done. {KEPT}".lstrip()
+        elif len(self._requests) > 1:
+            failure.hint = f"{failure.hint} No picture of this call is done.".lstrip()
 
     def _together(self, requests: Sequence[ImagesRequest], end: float) -> ImageResult:
         """Ask in threads. This one tells the progress: while it does, answers come in, and only the newest is told."""
         count = len(requests)
-        with ThreadPoolExecutor(min(count, MAX_CALLS), "miinb-images") as pool:
+        room = MAX_PICTURES // max(request.params.num_images_per_prompt for request in requests)
+        with ThreadPoolExecutor(max(1, min(count, MAX_CALLS, room)), "miinb-images") as pool:
             futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
             for future in futures:
                 future.add_done_callback(lambda done: self._news.set())
+            wait_s: float | None = None
             try:
                 while True:
-                    self._news.wait()
+                    self._news.wait(wait_s)
                     self._news.clear()
                     done = [place for place, future in enumerate(futures) if future.done()]
                     for place in done:
                         _raise_failure(futures[place], f"prompts[{place}]" if count > 1 else "")
-                    self._show()  # what came before the last end, too
+                    wait_s = self._show(last=len(done) == count)  # what came before the last end, too
                     if len(done) == count:
                         break
             finally:
@@ -207,33 +221,41 @@ class ImageCalls:
         answer = self._answers[place]
         error: MiinbError | None = None
         try:
-            finish = self._patiently(data, place, answer, end)
+            finish = self._patiently(data, place, end, several=batch_size > 1)
         except MiinbError as failure:
-            error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled else failure
+            error = failures.stopped() if isinstance(failure, Cancelled) and not self._cancelled.is_set() else failure
             raise error from None
         finally:
             e2e_s = time.perf_counter() - begin
             row = {"batch_size": batch_size, "t_submit": submitted}
-            kept = self._done(row | _row(request, answer, error, e2e_s))
-        times, usage = _timing(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
+            kept = self._done(row | row_of(request, answer, error, e2e_s))
+        times, usage = timing_of(finish, e2e_s, len(answer.pictures)), Usage(prompt_tokens=finish.prompt_tokens)
         answer.result = pictures_result(
-            request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(_warnings(finish))
+            request.prompt, answer.pictures, times, usage=usage, rows=(kept,), warnings=tuple(warnings_of(finish))
         )
         return answer.result
 
-    def _patiently(self, data: bytes, place: int, answer: _Answer, end: float) -> ImagesEnd:
-        """Read all of an answer; a server that is away before it says anything is asked again, as for texts."""
-        wait_s = RETRY_WAIT_S
+    def _patiently(self, data: bytes, place: int, end: float, *, several: bool) -> ImagesEnd:
+        """Read all of an answer; a server that is away before it says anything is asked again, as for texts.
+
+        So is one whose queue is full, where the request is one of several: perhaps of their pictures.
+        """
+        answer, tries = self._answers[place], Counter[type[MiinbError]]()
         while True:
             with self._begun(data, end) as call:
                 try:
                     return self._read(call, place, answer)
-                except Unavailable:
-                    often = wait_s >= RETRY_WAIT_S * 2**RETRIES
-                    if answer.begun or often or self._cancelled or time.monotonic() + wait_s >= end:
+                except (QueueFull, Unavailable) as failure:
+                    before, left_s = tries[type(failure)], end - time.monotonic()
+                    wait_s = RETRY_WAIT_S * 2 ** min(before, _DOUBLED)
+                    if isinstance(failure, QueueFull):  # until the end: what runs meanwhile is kept
+                        again, wait_s = several and left_s > RETRY_WAIT_S, min(wait_s, left_s / 2)
+                    else:
+                        again = before < RETRIES and left_s > wait_s
+                    if answer.begun or self._cancelled.is_set() or not again:
                         raise
-            time.sleep(wait_s)
-            wait_s *= 2
+                    tries[type(failure)] += 1
+            self._cancelled.wait(wait_s)
 
     @contextlib.contextmanager
     def _begun(self, data: bytes, end: float) -> Iterator[ImagesCall]:
@@ -241,7 +263,7 @@ class ImageCalls:
         with contextlib.closing(self._call(data, max(end - time.monotonic(), 0.001))) as call:
             with self._lock:
                 self._running.add(call)
-                late = self._cancelled
+                late = self._cancelled.is_set()
             if late:
                 call.cancel()
             try:
@@ -250,7 +272,7 @@ class ImageCalls:
                 with self._lock:
                     self._running.discard(call)
 
-    def _read(self, call: ImagesCall, place: int, answer: _Answer) -> ImagesEnd:
+    def _read(self, call: ImagesCall, place: int, answer: Answer) -> ImagesEnd:
         """Read all of an answer; returns its end. Raises MiinbError."""
         for message, file in call:
             answer.begun = True
@@ -273,18 +295,18 @@ class ImageCalls:
             self._latest = ImagesProgress(step, progress.total, preview)
         self._news.set()
 
-    def _show(self) -> None:
-        """Tell how far they are, if there is something new."""
+    def _show(self, *, last: bool) -> float | None:
+        """Tell how far they are, if there is something new; returns for how long it is held back, None if it is not."""
         with self._lock:
             latest, shown = self._latest, self._shown
+            if latest == shown or self._on_progress is None:
+                return None
+            if (early_s := self._not_before - time.monotonic()) > 0 and not last:
+                return early_s
             self._shown = self._latest = ImagesProgress(latest.step, latest.total)
-        if latest != shown and self._on_progress is not None:
-            self._on_progress(latest)
-
-
-def _so_far(seconds: float, answer: _Answer) -> ImageTiming:
-    """Of pictures whose request has no end."""
-    return ImageTiming(e2e_s=seconds, s_per_image=seconds / len(answer.pictures))
+        self._not_before = time.monotonic() + PACE_S
+        self._on_progress(latest)
+        return None
 
 
 def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
@@ -295,66 +317,4 @@ def _raise_failure(asked: Future[ImageResult], prompt: str) -> None:
     if not (prompt and isinstance(failure, MiinbError)):
         raise failure
     failure.message = failure.message.removeprefix("prompt: ")
-    raise failure.of(prompt, hint="No picture of this call is kept.")
-
-
-def _timing(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:
-    times = end.times
-    return ImageTiming(
-        queue_s=times.queue_s,
-        model_s=times.text_encode_s + times.steps_s + times.vae_s,
-        e2e_s=e2e_s,
-        text_encode_s=times.text_encode_s,
-        steps_s=times.steps_s,
-        vae_s=times.vae_s,
-        picture_s=times.picture_s,
-        s_per_image=e2e_s / count,
-    )
-
-
-def _warnings(end: ImagesEnd) -> Iterable[str]:
-    for name, cut in (("prompt", end.cut), ("negative_prompt", end.negative_cut)):
-        if cut:
-            shown = cut if len(cut) <= _SHOWN else cut[: _SHOWN - 1] + "…"
-            yield f"{name}: too long for the model, which did not read its end: {shown!r}"
-
-
-def _row(
-    request: ImagesRequest,
-    answer: _Answer,
-    error: MiinbError | None,
-    e2e_s: float,
-) -> dict[str, Any]:
-    """The row of the requests table; a field that does not apply is left out."""
-    params, pictures, end = request.params, answer.pictures, answer.end if answer.complete else None
-    cancelled = end is None and (error is None or isinstance(error, Cancelled))
-    failed = "cancelled" if cancelled else "timeout" if isinstance(error, DeadlineExceeded) else "error"
-    row: dict[str, Any] = {
-        "status": "ok" if end else failed,
-        "e2e_s": e2e_s,
-        "steps": steps_of(params),
-        "guidance": params.guidance_scale,
-        "seed": pictures[0].seed if pictures else params.seed,
-    }
-    if error is not None:
-        row["error"] = type(error).__name__
-    if end is None:
-        return row
-    times = end.times
-    return row | {
-        "images": len(pictures),
-        "image_s": e2e_s / len(pictures),
-        "width_px": pictures[0].width,
-        "height_px": pictures[0].height,
-        "prompt_tokens": end.prompt_tokens,
-        "queue_s": times.queue_s,
-        "preprocess_s": times.text_encode_s,
-        "text_encode_s": times.text_encode_s,
-        "steps_s": times.steps_s,
-        "step_s": times.steps_s / steps_of(params),
-        "vae_s": times.vae_s,
-        "model_s": times.text_encode_s + times.steps_s + times.vae_s,
-        "postprocess_s": times.picture_s,
-        "finish_reason": "stop",
-        "output_sha256": answer.sha256,
-    }
+    raise failure.of(prompt)

@@ -15,6 +15,9 @@ from miinb.image_messages import Picture
 from miinb.messages import Timing, Usage
 from miinb.results import Result
 
+#: Hint of the error of a call that ended early: where the pictures are that were done.
+KEPT = "What is done is in this error's .result (in a notebook: sys.last_value.result)."
+
 
 @dataclass(frozen=True, slots=True)
 class ImageTiming(Timing):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from typing import Any, Self
 import pytest
 from PIL import Image
 
-from miinb import errors
+from miinb import errors, image_calls
 from miinb.image_calls import ImageCalls, OnProgress
 from miinb.image_messages import ImagesEnd, ImagesEvent, ImagesProgress, ImagesRequest, ImageTimes, Picture
 from miinb.image_params import ImageParams
@@ -137,3 +139,54 @@ def test_a_failure_names_its_prompt_where_there_are_several(tell: Callable[[Imag
         calls([Call(failing())], tell, []).run(asked(), 20.0)
     with pytest.raises(errors.InvalidRequest, match=r"^prompts\[1\]: it is too long"):
         calls([Call(endless()), Call(failing())], tell, []).run(asked(2), 20.0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_progress_is_told_five_times_a_second_at_most_and_at_last(count: int) -> None:
+    def events() -> Iterator[ImagesEvent]:
+        for step in range(1, 61):
+            yield ImagesProgress(step, 60)
+            time.sleep(0.01)
+        yield from PICTURES
+
+    told: list[tuple[float, int]] = []
+    answers = [Call(events()) for _ in range(count)]
+    calls(answers, lambda progress: told.append((time.monotonic(), progress.step)), []).run(asked(count), 20.0)
+    apart = [after[0] - before[0] for before, after in itertools.pairwise(told)]
+    assert len(told) >= 3
+    assert min(apart[:-1]) > image_calls.PACE_S - 0.02
+    assert told[-1][1] == 60
+
+
+def test_what_is_held_back_is_told_before_more_comes() -> None:
+    told: list[int] = []
+    heard = threading.Event()
+
+    def tell(progress: ImagesProgress) -> None:
+        told.append(progress.step)
+        if progress.step == 2:
+            heard.set()
+
+    def events() -> Iterator[ImagesEvent]:
+        yield from steps()[:1]
+        time.sleep(0.05)
+        yield from steps()[1:2]
+        assert heard.wait(5)
+        yield from PICTURES
+
+    calls([Call(events())], tell, []).run(asked(), 20.0)
+    assert told == [1, 2]
+
+
+class Awaited:
+    async def __call__(self, progress: ImagesProgress) -> None: ...
+
+
+async def awaited(progress: ImagesProgress) -> None: ...
+
+
+@pytest.mark.parametrize("on_progress", [awaited, Awaited(), functools.partial(awaited)])
+def test_an_async_function_is_refused_before_anything_is_sent(on_progress: Any) -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"^on_progress: nobody would await an async") as refused:
+        calls([], on_progress, [])
+    assert refused.value.hint

@@ -22,8 +22,8 @@ from PIL import Image
 
 import miinb
 from miinb import Session, commands
-from miinb.errors import Interrupted, InvalidRequest, InvalidValue, Unavailable
-from miinb.image_results import ImageReply, ImageResult
+from miinb.errors import Interrupted, InvalidRequest, InvalidValue, QueueFull, Unavailable
+from miinb.image_results import KEPT, ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
 
@@ -340,18 +340,26 @@ class Full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_gen_that_is_stopped_writes_what_is_done(
-    served: tuple[Session, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", [Interrupted, QueueFull])
+def test_gen_that_ends_early_writes_what_is_done(
+    served: tuple[Session, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[Interrupted] | type[QueueFull],
 ) -> None:
     session = served[0]
     done = session.generate("a cat", num_inference_steps=1, seed=3)
 
     def stopped(*_: object, **parameters: object) -> None:
-        raise Interrupted("stopped, with 1 of 2 pictures done.", result=done, hint="In .result.")
+        ended = error("ended.", hint=f"1 of 2 pictures done. {KEPT}")
+        ended.result = done
+        raise ended
 
     monkeypatch.setattr(session, "generate", stopped)
-    with pytest.raises(Interrupted, match=r"with 1 of 2 pictures done\. What is done was written to .*out\.$"):
+    with pytest.raises(error) as told:
         command(session, "a cat", "--out", str(tmp_path / "out"))
+    assert str(told.value) == f"ended. 1 of 2 pictures done. What is done was written to {tmp_path / 'out'}."
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["3.png"]
     assert str(tmp_path / "out" / "3.png") in capsys.readouterr().out
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
-from miinb.errors import Interrupted, InvalidRequest
-from miinb.image_results import writable
+from miinb.errors import Interrupted, InvalidRequest, MiinbError
+from miinb.image_results import KEPT, writable
 from miinb.tasks import find_task
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
 
     Raises:
         InvalidRequest: an option is one of texts, or nothing can be written to the folder.
-        Interrupted: the Stop button was pressed; pictures that were complete are shown and written all the same.
+        RequestError: a request failed.
+        Interrupted: the Stop button was pressed. Pictures that were complete are shown and written all the same.
     """
     options = given(values, (*GENERATION, *IMAGES, TIMEOUT))
     for name in _OF_TEXTS:
@@ -50,10 +51,11 @@ def pictures(context: Context, values: Mapping[str, Any], session: Session, prom
     shown = not (values.get("quiet") or values["format"] == "json")
     try:
         result: Any = session.generate(list(prompts) if len(prompts) > 1 else prompts[0], **options)
-    except Interrupted as stopped:
+    except (Interrupted, MiinbError) as stopped:
         if stopped.result is not None:
             _show(context, stopped.result, folder, shown=shown)
-            stopped.hint = f"What is done was written to {Path(folder).resolve()}." if folder else stopped.hint
+            if folder:
+                stopped.hint = stopped.hint.replace(KEPT, f"What is done was written to {Path(folder).resolve()}.")
         raise
     _show(context, result, folder, shown=shown)
     pictured: Result = result

@@ -44,14 +44,14 @@ def images_text(result: ImageResult) -> str:
 
 
 def images_line(result: ImageResult) -> str:
-    """ "4 images · 2.61 s · 0.65 s an image · text 12 ms, steps 2.3 s, VAE 44 ms"."""
+    """ "4 images · 2.61 s in all · 0.65 s an image · text 12 ms, steps 2.3 s, VAE 44 ms", as far as it was measured."""
     count, timing = len(result.images), result.timing
     parts = [f"{count} image{'s' * (count != 1)}", f"{duration(timing.e2e_s)} in all"]
     if count > 1:
         parts.append(f"{duration(timing.s_per_image)} an image")
-    parts.append(
-        f"text {duration(timing.text_encode_s)}, steps {duration(timing.steps_s)}, VAE {duration(timing.vae_s)}"
-    )
+    measured = (("text", timing.text_encode_s), ("steps", timing.steps_s), ("VAE", timing.vae_s))
+    if shares := ", ".join(f"{name} {duration(seconds)}" for name, seconds in measured if seconds):
+        parts.append(shares)
     return " · ".join(parts)
 
 

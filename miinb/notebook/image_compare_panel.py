@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from miinb.image_results import ImageResult
+from miinb.errors import MiinbError
+from miinb.image_results import KEPT, ImageResult
 from miinb.notebook import cards
 from miinb.notebook.controls import PICTURING, control, named, prompt_area
 from miinb.notebook.image_cards import GRID, figure
@@ -160,7 +161,11 @@ class ImageComparePanel(PairPanel):
             with self._lock:
                 self._progress.begin(pair.parameters["num_inference_steps"])
             options["on_progress"] = self._progress.taking(self._lock, told)
-        result: Any = self._awaited(lambda: session.agenerate(pair.request, **options))
+        try:
+            result: Any = self._awaited(lambda: session.agenerate(pair.request, **options))
+        except MiinbError as error:  # half a side is not compared
+            error.hint = error.hint.replace(KEPT, "").rstrip()
+            raise
         side.result = dataclasses.replace(result, images=())  # the files hold them
         if not pair.blind:
             with self._lock:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as W
 
 from miinb.config import MAX_SEED
-from miinb.errors import InvalidRequest, MiinbError
+from miinb.errors import Cancelled, InvalidRequest, MiinbError
 from miinb.image_difference import difference
 from miinb.image_metadata import converted, read_parameters
 from miinb.image_params import MAX_IMAGES
@@ -72,7 +72,7 @@ class ImagePanel(WorkPanel):
         self.prompt = prompt_area("What the picture shows", example="a lighthouse at dusk, oil painting", rows=3)
         self.controls = ImageControls()
         self.run = button("Generate", "generate", "Make pictures", self.generate, button_style="primary", icon="play")
-        self.halt = self._halt("End the request; nothing of it is kept")
+        self.halt = self._halt("End the request; pictures that are done are kept")
         self.upload = named(
             W.FileUpload(
                 description="Load from a picture",
@@ -241,10 +241,17 @@ class ImagePanel(WorkPanel):
     def _make(self, prompt: str, parameters: dict[str, Any], deployment: str, previews: Mapping[str, Any]) -> str:
         session, began = self._session(deployment), time.monotonic()
         told = self._progress.taking(self._lock, self._told(began))
+        count = parameters.get("num_images_per_prompt", 1)
         options: dict[str, Any] = {**parameters, **previews, "on_progress": told, "timeout_s": TIMEOUT_S}
-        result: Any = self._awaited(lambda: session.agenerate(prompt, **options))
+        ended: list[str] = []
+        try:
+            result: Any = self._awaited(lambda: session.agenerate(prompt, **options))
+        except MiinbError as error:
+            if error.result is None:
+                raise
+            result, ended = error.result, [_ended(error), f"{len(error.result.images)} of {count} pictures kept"]
         pictures = pictures_of(result, parameters, deployment, self.gallery.next_number)
-        said = [images_line(result), *result.warnings]
+        said = [*ended, images_line(result), *result.warnings]
         if self._of is not None:
             said.insert(0, _sameness(pictures[0], self._of))
         with self._lock:
@@ -308,6 +315,11 @@ class ImagePanel(WorkPanel):
 
     def __repr__(self) -> str:
         return f"ImagePanel({self.deployment.value!r}, pictures={len(self.gallery.pictures)})"
+
+
+def _ended(error: MiinbError) -> str:
+    """Why a request ended before all of its pictures were there."""
+    return "Stopped" if isinstance(error, Cancelled) else f"{type(error).__name__}: {error.message}"
 
 
 def _sameness(made: GalleryPicture, of: GalleryPicture) -> str:

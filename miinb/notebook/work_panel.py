@@ -245,7 +245,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         """The answer to an awaitable call of a session, which Stop gives up. Of the worker: without the lock.
 
         Raises:
-            Cancelled: it was given up.
+            Cancelled: it was given up; `result` has what of it was complete, where the call says so.
         """
 
         async def answer() -> _T:
@@ -257,12 +257,14 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
                     loop.call_soon_threadsafe(task.cancel)
 
             self._cancel_with(cancel)
-            return await ask()
+            try:
+                return await ask()
+            except asyncio.CancelledError as stopped:
+                given_up = Cancelled("The request was given up.")
+                given_up.result = getattr(stopped.__cause__, "result", None)
+                raise given_up from None
 
-        try:
-            return asyncio.run(answer())
-        except asyncio.CancelledError:
-            raise Cancelled("The request was given up.") from None
+        return asyncio.run(answer())
 
     def _session(self, name: str) -> Session:
         """The session of a deployment; joins it if it is not known yet. Of the worker: without the lock."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from miinb.errors import QueueFull, Unavailable
+from miinb.errors import InvalidRequest, QueueFull, Unavailable
 from miinb.image_messages import PaintedEvent, PaintProgress, PaintRequest
 from miinb.messages import (
     EncodedEvent,
@@ -154,6 +154,7 @@ class Balancer:
         Raises:
             Unavailable: no replica is ready.
             QueueFull: too many rows wait already.
+            InvalidRequest: there is never room for so many.
         """
         if not self._first.is_set():
             with contextlib.suppress(TimeoutError):
@@ -164,8 +165,11 @@ class Balancer:
         staying = [candidate for candidate in self._replicas.values() if candidate.leave_by is None]
         candidates = staying or self._replicas.values()
         replica = min(candidates, key=lambda candidate: (candidate.tokens, len(candidate.rows)))
-        room = replica.info.max_batch + self._max_queue - len(replica.rows)
-        if rows > room:
+        most = replica.info.max_batch + self._max_queue
+        if rows > most:  # nobody should wait for what never comes
+            hint = "Ask for fewer at once, or raise options.max_queue."
+            raise InvalidRequest(f"The deployment takes {most} at once, fewer than these {rows}.", hint=hint)
+        if rows > most - len(replica.rows):
             raise QueueFull(
                 f"{len(replica.rows)} requests run or wait already; {rows} more would not fit.",
                 hint="Try again later, or raise options.max_queue.",

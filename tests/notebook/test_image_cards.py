@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from base64 import b64decode
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miinb.image_results import ImageResult
+from miinb.image_results import ImageResult, ImageTiming
 from miinb.messages import Usage
-from miinb.notebook.image_cards import MOST_BYTES, images_card
+from miinb.notebook.image_cards import MOST_BYTES, images_card, images_line
 from miinb.notebook.inline import fitted, shown, shown_width
 
 
@@ -55,3 +56,10 @@ def test_pictures_are_shown_as_wide_as_they_are_and_tiny_ones_enlarged(
     assert ("pixelated" in html) == (max(size) <= 64)
     (data,) = re.findall(r"base64,([^\"]*)", html)
     assert Image.open(io.BytesIO(b64decode(data))).format == "WEBP"
+
+
+def test_of_times_what_was_measured_is_told() -> None:
+    timing = ImageTiming(e2e_s=2.0, s_per_image=2.0, steps_s=1.5, vae_s=0.044)
+    assert images_line(dataclasses.replace(result(noise(8, 8), 1), timing=timing)) == (
+        "1 image · 2.00 s in all · steps 1.50 s, VAE 44 ms"
+    )

@@ -17,6 +17,7 @@ from standin import StandIn
 
 import miinb
 from miinb.errors import QueueFull
+from miinb.image_results import KEPT
 from miinb.notebook import image_compare_panel, viewer
 from miinb.notebook.compare_panel import ComparePanel
 from miinb.notebook.image_compare_panel import ImageComparePanel
@@ -173,11 +174,12 @@ def test_an_error_of_one_side_leaves_the_other(make: Make, monkeypatch: pytest.M
     _, second, shown = make()
 
     async def refuse(*_: Any, **__: Any) -> None:
-        raise QueueFull("1024 <requests> wait.")
+        raise QueueFull("1024 <requests> wait.", hint=f"1 of 2 pictures done. {KEPT}")
 
     monkeypatch.setattr(second, "agenerate", refuse, raising=False)
     compared(shown)
-    assert "QueueFull: 1024 &lt;requests&gt; wait." in shown.right.value
+    assert "QueueFull: 1024 &lt;requests&gt; wait. 1 of 2 pictures done." in shown.right.value
+    assert ".result" not in shown.right.value
     assert shown.left.value.count("<img ") == 1
     assert "an answer is missing" in shown.status.value
     assert shown.ballot["tie"].disabled

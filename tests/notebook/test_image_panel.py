@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -19,9 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 from standin import StandIn
 
 import miinb
-from miinb.errors import InvalidRequest, InvalidValue, QueueFull
+from miinb.errors import Cancelled, DeadlineExceeded, InvalidRequest, InvalidValue, QueueFull
 from miinb.image_messages import ImagesProgress
 from miinb.image_metadata import encoded
+from miinb.image_results import KEPT
 from miinb.notebook import gallery, work_panel
 from miinb.notebook.image_panel import ImagePanel
 from miinb.notebook.panels import panel
@@ -216,7 +218,7 @@ def test_late_progress_of_a_request_that_was_given_up_is_not_shown_as_that_of_th
     assert "1 image" in shown.status.value
 
 
-def test_stop_keeps_nothing_and_frees_the_panel(make: Make) -> None:
+def test_stop_before_a_picture_is_done_keeps_nothing_and_frees_the_panel(make: Make) -> None:
     session, shown = make(gate=threading.Event())
     shown.prompt.value = "a cat"
     shown.run.click()
@@ -230,6 +232,39 @@ def test_stop_keeps_nothing_and_frees_the_panel(make: Make) -> None:
     assert not shown.run.disabled
     shown.pin()
     assert "nothing to pin" in shown.status.value
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_pictures_that_were_done_come_into_the_gallery_though_the_request_ended(
+    make: Make, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    _, shown = make()
+    ask, waits = ImageStandIn.agenerate, threading.Event()
+
+    async def ending(self: ImageStandIn, prompt: str, **options: Any) -> None:
+        cause = Cancelled("") if stopped else DeadlineExceeded("The time is up.", hint=KEPT)
+        cause.result = await ask(self, prompt, **options | {"num_images_per_prompt": 2})
+        if not stopped:
+            raise cause
+        try:
+            waits.set()
+            await asyncio.sleep(20)
+        except asyncio.CancelledError as end:
+            raise end from cause
+
+    monkeypatch.setattr(ImageStandIn, "agenerate", ending)
+    shown.prompt.value, shown.controls.num_images_per_prompt.value = "a cat", 8
+    shown.run.click()
+    if stopped:
+        assert waits.wait(10)
+        shown.halt.click()
+    assert shown.wait(10)
+    said = "Stopped" if stopped else "DeadlineExceeded: The time is up."
+    assert f"{said} · 2 of 8 pictures kept · 2 images" in shown.status.value
+    assert ".result" not in shown.status.value
+    assert len(shown.pictures) == 2
+    assert shown.result is not None
+    assert not shown.run.disabled
 
 
 def test_a_panel_without_pictures_and_what_it_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
