@@ -157,6 +157,7 @@ class PaintedEvent:
         pixels: RGB, three bytes a pixel, row after row.
         facts: the fields of `ImagesEnd` of this picture alone: `cut`, `negative_cut`, `prompt_tokens`, `batch`.
         times: those of `ImageTimes` that rank 0 measures.
+        schedule: of noise, by A1111's name, where the model's settings have one: "Karras".
     """
 
     row_id: int
@@ -168,3 +169,4 @@ class PaintedEvent:
     facts: Mapping[str, Any]
     times: Mapping[str, float]
     pixels: bytes | memoryview
+    schedule: str = ""

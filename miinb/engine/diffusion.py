@@ -222,7 +222,8 @@ class ImageExecutor:
         facts = {"prompt_tokens": prompt.tokens, "cut": prompt.cut, "negative_cut": negative.cut, "batch": batch}
         seed = request.params.seed or 0
         size = (work.width, work.height)
-        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, times, pixels))
+        schedule = self.painter.noise_schedule(work.scheduler)
+        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, times, pixels, schedule))
         self._end(row)
 
     def _tell(self, batch: Sequence[Row], step: int, latents: Tensor, emit: Emit) -> None:

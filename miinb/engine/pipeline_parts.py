@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -160,6 +161,13 @@ class PipelineParts:
             f"num_inference_steps: {work.scheduler} cannot do {work.steps}.",
             hint=f"Ask for {least} or more." if least else "Ask for 20 to 50.",
         )
+
+    def noise_schedule(self, scheduler: str) -> str:
+        """See `Painter.noise_schedule`."""
+        own = inspect.signature(self._classes[scheduler].__init__).parameters
+        words = ("karras", "exponential", "beta")
+        names = {f"use_{word}_sigmas": word.capitalize() for word in words}
+        return next((word for name, word in names.items() if name in own and self._config.get(name)), "")
 
     def _fits(self, work: Work) -> bool:
         """Whether the work's scheduler can do so many steps."""

@@ -28,7 +28,7 @@ from miinb.image_params import ImageParams, parse_images
 from miinb.messages import FinishedEvent
 from miinb.samplers import SAMPLERS
 from tests.engine import tiny_images
-from tests.engine.image_rows import latents_of, picture, psnr, start, work
+from tests.engine.image_rows import latents_of, painted, picture, psnr, request, run, start, work
 from tests.engine.recomputing import Recomputing
 from tests.engine.tiny_images import distance
 from tests.tiny_pipeline import SIZE, make_pipeline
@@ -231,6 +231,18 @@ def test_a_hint_names_the_least_steps_that_work(
             check(work(steps=steps))
         assert caught.value.hint == hint
     check(work(steps=4))
+
+
+def test_a_schedule_of_the_models_settings_is_told(
+    arms: tuple[ImageExecutor, ImageExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter: Any = arms[0].painter
+    assert painter.noise_schedule("DPMSolverMultistepScheduler") == ""
+    monkeypatch.setattr(painter, "_config", {**painter._config, "use_karras_sigmas": True})
+    assert painter.noise_schedule("DPMSolverMultistepScheduler") == "Karras"
+    assert painter.noise_schedule("DDIMScheduler") == ""  # which has none
+    (event,) = painted(run(arms[0], request(0, scheduler="EulerDiscreteScheduler"))).values()
+    assert event.schedule == "Karras"
 
 
 def test_progress_previews_and_cancels(

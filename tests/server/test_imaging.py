@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import hashlib
 import io
@@ -119,7 +120,7 @@ def test_files_keep_what_made_them(client: Client) -> None:
     assert (told["prompt"], told["seed"], told["negative_prompt"], told["width"]) == (prompt, 4, "dogs", 16)
     assert png.info["parameters"].splitlines()[1:] == [
         "Negative prompt: dogs",
-        f"Steps: 3, Sampler: PNDMScheduler, CFG scale: 2.0, Seed: 4, Size: 16x8, Model: stand-in, "
+        f"Steps: 3, Sampler: PLMS, CFG scale: 2.0, Seed: 4, Size: 16x8, Model: stand-in, "
         f"Version: miinb {told['version']}",
     ]
     webp = client.generate_images(prompt, **parameters, image_format="webp").images[0]
@@ -135,6 +136,8 @@ def test_a_folders_path_is_not_told() -> None:
     assert facts(event, request, "/home/me/models/sd")["model"] == "sd"
     assert facts(event, request, "org/name")["model"] == "org/name"
     assert "Negative" not in parameters_text(facts(event, request, "m"))
+    spaced = facts(dataclasses.replace(event, schedule="Karras"), request, "m")
+    assert "Sampler: PLMS, Schedule type: Karras, CFG scale" in parameters_text(spaced)
     assert b"/home/me" not in picture_file(event, request, "/home/me/models/sd")
 
 
