@@ -140,7 +140,7 @@ class PaintRequest:
 
 @dataclass(frozen=True, slots=True)
 class PaintProgress:
-    """How far a picture is; `preview` is RGB, three bytes a pixel, `width` of them a row."""
+    """How far a picture is, step 0 when it is begun; `preview` is RGB, three bytes a pixel, `width` of them a row."""
 
     row_id: int
     step: int

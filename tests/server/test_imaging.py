@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -101,6 +102,34 @@ def test_a_drawn_seed_is_told_and_makes_the_picture_again(client: Client) -> Non
     again = client.generate_images("a", num_inference_steps=1, seed=first.seeds[0])
     assert again.files == first.files
     assert client.generate_images("a", num_inference_steps=1).seeds != first.seeds
+
+
+def test_a_request_waits_until_its_computing_begins(tmp_path: Path) -> None:
+    """Not until its first step is done; of what has begun alone nothing is told."""
+    frontend = make(tmp_path / "frontend")
+    frontend.rank(task="text-to-image", step_s=30.0)
+    told: list[ImagesProgress] = []
+
+    def ask() -> None:
+        with frontend.client() as client, contextlib.suppress(errors.MiinbError):
+            client.generate_images("a", told.append, num_inference_steps=3)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    try:
+        with frontend.client() as client:
+
+            def counted() -> tuple[int, int]:
+                counters = client.description()["counters"]
+                return counters["in_flight"], counters["queued"]
+
+            for number, asker in enumerate(askers, 1):  # the stand-in does a step of the first at once
+                asker.start()
+                wait_for(lambda: counted() == (number, 0), f"the beginning of request {number}", 8.0)  # noqa: B023
+        assert [one.step for one in told] == [1]
+    finally:
+        frontend.close()
+        for asker in askers:
+            asker.join(10)
 
 
 def test_previews_are_small_pictures_of_the_first(client: Client) -> None:
