@@ -99,7 +99,7 @@ class Deployment:
             check_port(config.port)
         folder = registry.folder_of(name)
         order = {
-            "config": {**config.model_dump(mode="json"), "name": name},
+            "config": {**config.model_dump(mode="json"), "name": name, "task": task},
             "name": name,
             "folder": str(folder),
             "kernel_pid": os.getpid(),

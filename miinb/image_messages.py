@@ -140,7 +140,7 @@ class PaintRequest:
 
 @dataclass(frozen=True, slots=True)
 class PaintProgress:
-    """How far a picture is; `preview` is RGB, three bytes a pixel, `width` of them a row."""
+    """How far a picture is, step 0 when it is begun; `preview` is RGB, three bytes a pixel, `width` of them a row."""
 
     row_id: int
     step: int
@@ -157,6 +157,7 @@ class PaintedEvent:
         pixels: RGB, three bytes a pixel, row after row.
         facts: the fields of `ImagesEnd` of this picture alone: `cut`, `negative_cut`, `prompt_tokens`, `batch`.
         times: those of `ImageTimes` that rank 0 measures.
+        schedule: of noise, by A1111's name, where the model's settings have one: "Karras".
     """
 
     row_id: int
@@ -168,3 +169,4 @@ class PaintedEvent:
     facts: Mapping[str, Any]
     times: Mapping[str, float]
     pixels: bytes | memoryview
+    schedule: str = ""

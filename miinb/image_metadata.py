@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from miinb.errors import InvalidRequest
 from miinb.image_params import MAX_PROMPT, ImageParams
 from miinb.png_files import png_file
-from miinb.samplers import scheduler_of
+from miinb.samplers import sampler_of, scheduler_of
 
 #: Bytes of a file that is read.
 MAX_FILE = 64 << 20
@@ -33,6 +33,20 @@ _NAMES = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "w
 _LAST_LINE = re.compile(r"^Steps: \d+, ", re.MULTILINE)
 _PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
+#: Names of that line that are taken over, have a note of their own, or say nothing of how the picture came about.
+_TAKEN = frozenset(
+    (
+        *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash"),
+        *("Denoising strength", "Source hash", "Mask", "Version", "VAE hash", "Lora hashes", "User"),
+        *("Batch size", "Batch pos", "Created Date", "Civitai resources", "Civitai metadata"),
+    )
+)
+#: Values that change nothing: what is done here as well.
+_NEUTRAL = {("Clip skip", "1"), ("ENSD", "0"), ("RNG", "CPU"), ("VAE", "Automatic"), ("VAE", "None")}
+_MOST_NAMED, _MOST_LETTERS = 12, 40
+#: Networks that a prompt names, and what weighs or divides it: a bracket that is not escaped, or a word alone.
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
+_WEIGHED = re.compile(r"(?<!\\)[(\[]|\b(?:AND|BREAK)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,8 @@ def parameters_text(values: Mapping[str, Any]) -> str:
     negative = f"{_NEGATIVE} {values['negative_prompt']}\n" if values["negative_prompt"] else ""
     named = {
         "Steps": values["num_inference_steps"],
-        "Sampler": values["scheduler"],
+        "Sampler": sampler_of(values["scheduler"]),
+        **({"Schedule type": values["schedule"]} if values.get("schedule") else {}),
         "CFG scale": values["guidance_scale"],
         "Seed": values["seed"],
         "Size": f"{values['width']}x{values['height']}",
@@ -170,6 +185,7 @@ def _from_json(told: str) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         return None
+    values.pop("untaken", None)  # notes of a text of A1111, which this is not
     return {name: value for name, value in values.items() if value not in ("", None) or name == "prompt"}
 
 
@@ -195,8 +211,32 @@ def _from_a1111(text: str) -> dict[str, Any] | None:
         "model": pairs.get("Model", ""),
         "source": "Denoising strength" in pairs or None,
         "enlarged": any(name.startswith("Hires") for name in pairs) or None,
+        "untaken": _untaken(pairs, f"{prompt}\n{negative}"),
     }
     return {"prompt": prompt.strip()} | {name: value for name, value in found.items() if value not in ("", None)}
+
+
+def _untaken(pairs: Mapping[str, str], prompts: str) -> list[str]:
+    """Notes on what else the picture of a text of A1111 depends on, and is not done here."""
+    if pairs.get("Version", "").startswith("miinb "):  # where brackets are text
+        return []
+    if _number(pairs.get("Variation seed strength", "")) == 0:
+        pairs = {name: value for name, value in pairs.items() if not name.startswith("Variation seed")}
+    left = [
+        f"{name[:_MOST_LETTERS]} {value[:_MOST_LETTERS]}".strip()
+        for name, value in pairs.items()
+        if name not in _TAKEN and not name.startswith("Hires") and (name, value) not in _NEUTRAL
+    ]
+    more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+    notes = [f"Not taken over: {', '.join(left[:_MOST_NAMED])}{more}."] if left else []
+    if networks := list(dict.fromkeys(_NETWORK.findall(prompts))):
+        named = ", ".join(network[:_MOST_LETTERS] for network in networks[:_MOST_NAMED])
+        notes.append(f"Networks of the prompt are not loaded, their names are read as text: {named}.")
+    elif "Lora hashes" in pairs:
+        notes.append(f"Not taken over: Lora {pairs['Lora hashes'][:_MOST_LETTERS]}.")
+    if _WEIGHED.search(_NETWORK.sub("", prompts)):
+        notes.append("Weights and parts of the prompt, like (word:1.3), [word] and BREAK, are read as plain text.")
+    return notes
 
 
 def _number(text: str) -> int | float | str:
@@ -212,7 +252,7 @@ def _number(text: str) -> int | float | str:
 def _checked(values: Mapping[str, Any]) -> MadeWith:
     """What of the values is valid, and notes on the rest."""
     kept: dict[str, Any] = {}
-    notes: list[str] = []
+    notes: list[str] = list(values.get("untaken", ()))
     if values.get("enlarged"):
         notes.append("It was enlarged by a second pass, which is not done here.")
     elif values.get("source"):

@@ -15,7 +15,8 @@ SAMPLERS = {
     "dpm2": "KDPM2DiscreteScheduler",
     "dpm2 a": "KDPM2AncestralDiscreteScheduler",
     "dpm++ 2m": "DPMSolverMultistepScheduler",
-    "dpm++ sde": "DPMSolverSinglestepScheduler",
+    "dpm++ 2s": "DPMSolverSinglestepScheduler",
+    "dpm++ sde": "DPMSolverSDEScheduler",
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
@@ -26,12 +27,32 @@ _WITHOUT = {
     "dpm++ 3m sde": "DPMSolverMultistepScheduler",
     "dpm++ 2s a": "DPMSolverSinglestepScheduler",
     "ddim cfg++": "DDIMScheduler",
+    "euler cfg++": "EulerDiscreteScheduler",
+    "euler a cfg++": "EulerAncestralDiscreteScheduler",
     "dpm fast": "",
     "dpm adaptive": "",
     "restart": "",
     "lcm": "",
 }
-_SCHEDULES = (" karras", " exponential", " polyexponential", " automatic", " uniform", " sgm uniform")
+#: A1111's own names of diffusers' classes.
+_A1111 = {
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "DDIMScheduler": "DDIM",
+    "PNDMScheduler": "PLMS",
+    "LMSDiscreteScheduler": "LMS",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "UniPCMultistepScheduler": "UniPC",
+}
+_SCHEDULES = (
+    *("karras", "exponential", "polyexponential", "automatic", "uniform", "sgm uniform", "beta", "simple", "normal"),
+    *("kl optimal", "align your steps", "align your steps gits", "align your steps 11", "align your steps 32", "ays"),
+    *("ddim", "ddim uniform", "turbo", "linear quadratic"),
+)
 #: Schedules that are a class's own; "Automatic" is, but for the DPM family.
 _OWN_SCHEDULES = ("", "uniform", "automatic")
 
@@ -46,9 +67,14 @@ def scheduler_of(name: str, schedule: str = "") -> tuple[str, list[str]]:
     if name.endswith("Scheduler"):
         return name, []
     plain = " ".join(name.lower().split())
-    ending = next((end for end in sorted(_SCHEDULES, key=len, reverse=True) if plain.endswith(end)), "")
-    short, own = plain.removesuffix(ending), (ending.strip() or schedule.strip().lower())
-    told = repr(name[:40])
+    known = sorted((*SAMPLERS, *_WITHOUT), key=len, reverse=True)
+    short = next((one for one in known if plain == one or plain.startswith(one + " ")), "")
+    ending = plain.removeprefix(short).strip()
+    told, notes = repr(name[:40]), []
+    if ending and ending not in _SCHEDULES:
+        notes = [f"Of the sampler {told} only {name.strip()[: len(short)]!r} is known here."]
+        ending = ""
+    own = ending or schedule.strip().lower()
     if short in _WITHOUT:
         hint = f"; {_WITHOUT[short]} is most like it" if _WITHOUT[short] else ""
         return "", [f"No scheduler here computes what the sampler {told} does: the model's own is taken{hint}."]
@@ -56,5 +82,10 @@ def scheduler_of(name: str, schedule: str = "") -> tuple[str, list[str]]:
         return "", [f"The sampler {told} is not known here: the model's own is taken."]
     if own not in _OWN_SCHEDULES or (own == "automatic" and short.startswith("dpm")):
         which = f" ({schedule.strip()[:40]})" if not ending else ""
-        return SAMPLERS[short], [f"Of the sampler {told} the noise schedule{which} is not taken over."]
-    return SAMPLERS[short], []
+        notes.append(f"Of the sampler {told} the noise schedule{which} is not taken over.")
+    return SAMPLERS[short], notes
+
+
+def sampler_of(scheduler: str) -> str:
+    """What A1111 calls a class of diffusers; the class's own name where it has none."""
+    return _A1111.get(scheduler, scheduler)

@@ -102,8 +102,8 @@ class Session:
     def _of(cls, deployment: Deployment) -> Self:
         """A session that joins a running deployment."""
         self = cls.__new__(cls)
-        self._task = ""  # asked for when it is needed
         self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
+        self._task = self._config.task or ""
         self._connect(deployment)
         return self
 
@@ -149,7 +149,8 @@ class Session:
     @property
     def task(self) -> str:
         """Hugging Face's name of the task."""
-        return self._describe().task
+        self._task = self._task or self._describe().task
+        return self._task
 
     @property
     def engine(self) -> str:
@@ -376,9 +377,7 @@ class Session:
         return bundle(session_card(self))
 
     def _makes_images(self) -> bool:
-        with contextlib.suppress(MiinbError):  # no replica is ready: the request itself waits, and says so
-            self._task = self._task or self.task
-        return self._task in TASKS and TASKS[self._task].image
+        return self.task in TASKS and TASKS[self.task].image
 
     def _describe(self) -> EngineInfo:
         if self._info is None:

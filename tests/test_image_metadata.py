@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from miinb.errors import InvalidRequest
 from miinb.image_metadata import MadeWith, converted, encoded, parameters_text, read_parameters
+from miinb.samplers import SAMPLERS, sampler_of
 
 VALUES: dict[str, Any] = {
     "prompt": "a cat,\nNegative prompt: not this 😀",
@@ -25,12 +26,12 @@ VALUES: dict[str, Any] = {
     "model": "tiny",
     "version": "1.0",
 }
-A1111 = """a castle, <lora:x:1>
+A1111 = """a castle, \\(old\\)
 second line
 Negative prompt: blurry,
 text
 Steps: 28, Sampler: {sampler}, CFG scale: 7, Seed: 4294967295, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, \
-Lora hashes: "x: abc, Seed: 9", Version: v1.9.4"""
+Civitai resources: "x: abc, Seed: 9", Version: v1.9.4"""
 
 
 def plain_png(**texts: str) -> bytes:
@@ -81,7 +82,14 @@ NO_SUCH = "No scheduler here computes"
         ("UniPC", "UniPCMultistepScheduler", ""),
         ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", "noise schedule is not"),
         ("DPM++ 2M SGM Uniform", "DPMSolverMultistepScheduler", "noise schedule is not"),
-        ("DPM++ SDE", "DPMSolverSinglestepScheduler", ""),
+        ("DPM++ SDE", "DPMSolverSDEScheduler", ""),
+        ("DPM++ SDE Karras", "DPMSolverSDEScheduler", "noise schedule is not"),
+        ("Euler Beta", "EulerDiscreteScheduler", "noise schedule is not"),
+        ("DPM++ 2M Align Your Steps", "DPMSolverMultistepScheduler", "noise schedule is not"),
+        ("Euler a, Schedule type: Beta", "EulerAncestralDiscreteScheduler", "schedule (Beta) is not"),
+        ("Euler a Foo", "EulerAncestralDiscreteScheduler", "Of the sampler 'Euler a Foo' only 'Euler a' is known"),
+        ("Euler a CFG++", None, NO_SUCH),
+        ("Eulerish", None, "'Eulerish' is not known here"),
         ("DPM++ 2M, Schedule type: Karras", "DPMSolverMultistepScheduler", "schedule (Karras) is not"),
         ("DPM++ 2M, Schedule type: Automatic", "DPMSolverMultistepScheduler", "schedule (Automatic) is not"),
         ("Euler, Schedule type: Automatic", "EulerDiscreteScheduler", ""),
@@ -96,7 +104,7 @@ NO_SUCH = "No scheduler here computes"
 )
 def test_files_of_a1111_are_read(sampler: str, scheduler: str | None, note: str) -> None:
     made = read_parameters(plain_png(parameters=A1111.format(sampler=sampler)))
-    assert made.prompt == "a castle, <lora:x:1>\nsecond line"
+    assert made.prompt == "a castle, \\(old\\)\nsecond line"
     assert made.model == "v1-5"
     assert made.parameters == {
         "negative_prompt": "blurry,\ntext",
@@ -133,6 +141,79 @@ def test_what_more_it_took_is_told(more: str, note: str) -> None:
     assert note in made.notes[0]
     ours = read_parameters(plain_png(miinb=json.dumps({**VALUES, "source": {"name": "a.png"}})))
     assert "made from another picture" in ours.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("Clip skip: 2", ["Clip skip 2"]),
+        ("Clip skip: 1", []),
+        ("Variation seed: 5, Variation seed strength: 0.2", ["Variation seed 5", "Variation seed strength 0.2"]),
+        ("Variation seed: 5, Variation seed strength: 0", []),
+        ("Refiner: xl_refiner [7440042bbd], Refiner switch at: 0.8", ["Refiner xl_refiner", "Refiner switch at 0.8"]),
+        ("ENSD: 31337", ["ENSD 31337"]),
+        ("Eta: 0.5", ["Eta 0.5"]),
+        ("VAE hash: 735e4c3a44, VAE: ft-mse.safetensors", ["VAE ft-mse.safetensors"]),
+        ("RNG: CPU, VAE: Automatic", []),
+        ("Something new: yes", ["Something new yes"]),
+        ('Lora hashes: "x: abc"', ["Lora x: abc"]),
+    ],
+)
+def test_what_else_a_picture_of_a1111_depends_on_is_told(more: str, named: list[str]) -> None:
+    made = read_parameters(plain_png(parameters=A1111.format(sampler=f"Euler, {more}")))
+    assert made.parameters["scheduler"] == "EulerDiscreteScheduler"
+    assert len(made.notes) == bool(named)
+    for name in named:
+        assert made.notes[0].startswith("Not taken over: ")
+        assert name in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "note"),
+    [
+        ("a cat <lora:ink_v2:0.8>, <lyco:b:1>", "are not loaded, their names are read as text: <lora:ink_v2:0.8>, <ly"),
+        ("a (cat:1.3)", "Weights and parts of the prompt, like (word:1.3)"),
+        ("a [cat]", "Weights and parts of the prompt"),
+        ("a cat BREAK a dog", "Weights and parts of the prompt"),
+        ("a cat\nNegative prompt: (blurry:1.2)", "Weights and parts of the prompt"),
+        ("a BREAKFAST \\(oil\\)", ""),
+    ],
+)
+def test_what_a1111_does_with_words_of_a_prompt_is_told(prompt: str, note: str) -> None:
+    line = "Steps: 28, Sampler: Euler, CFG scale: 7, Seed: 4, Size: 512x768, Version: v1.9.4"
+    made = read_parameters(plain_png(parameters=f"{prompt}\n{line}"))
+    assert made.prompt == prompt.split("\n")[0]
+    assert len(made.notes) == bool(note)
+    assert note in "".join(made.notes)
+    ours = read_parameters(plain_png(parameters=f"{prompt}\n{line.replace('v1.9.4', 'miinb 1.0')}"))
+    assert ours.notes == ()
+
+
+@pytest.mark.parametrize("schedule", ["", "Karras"])
+@pytest.mark.parametrize("scheduler", [*sorted(set(SAMPLERS.values())), "EDMEulerScheduler"])
+def test_the_text_names_samplers_as_a1111_does_and_gives_the_same_back(scheduler: str, schedule: str) -> None:
+    values = VALUES | {"scheduler": scheduler, "prompt": "a cat"} | ({"schedule": schedule} if schedule else {})
+    text = parameters_text(values)
+    named = sampler_of(scheduler)
+    told = f"Sampler: {named}, Schedule type: Karras, CFG" if schedule else f"Sampler: {named}, CFG"
+    assert told in text
+    from_text = read_parameters(plain_png(parameters=text))
+    from_json = read_parameters(plain_png(miinb=json.dumps(values), parameters=text))
+    assert from_text.parameters == from_json.parameters
+    assert from_json.parameters["scheduler"] == scheduler
+    assert from_json.notes == ()
+
+
+def test_a1111s_own_names_of_samplers() -> None:
+    named = {"EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "PNDMScheduler": "PLMS"}
+    named |= {"DPMSolverMultistepScheduler": "DPM++ 2M", "DPMSolverSDEScheduler": "DPM++ SDE"}
+    assert {scheduler: sampler_of(scheduler) for scheduler in named} == named
+    assert sampler_of("EDMEulerScheduler") == "EDMEulerScheduler"
+
+
+def test_notes_of_a_text_come_of_a_text_alone() -> None:
+    made = read_parameters(plain_png(miinb=json.dumps({**VALUES, "untaken": ["x", 3]})))
+    assert made.notes == ()
 
 
 def test_what_cannot_be_set_here_is_named_and_left_out() -> None:

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 import miinb
-from miinb import Session, commands
-from miinb.errors import Interrupted, InvalidRequest, InvalidValue, QueueFull, Unavailable
+from miinb import Session, commands, registry
+from miinb.deployment import Deployment
+from miinb.errors import Interrupted, InvalidRequest, InvalidValue, MiinbError, QueueFull, Unavailable
 from miinb.image_results import KEPT, ImageReply, ImageResult
 from tests.frontend_process import wait_for
 from tests.tiny_pipeline import SIZE, make_pipeline
@@ -379,6 +380,29 @@ def test_half_a_file_does_not_stay(
     with pytest.raises(InvalidRequest, match="No space left"):
         result.save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_joins_while_a_rank_starts_again_asks_for_pictures(served: tuple[Session, Any]) -> None:
+    """What a deployment serves is known before any replica says so: its parameters are not taken for those of texts."""
+    (victim,) = served[0].status().ranks
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_for(lambda: not served[0]._client.health(), "the end of the rank")
+    joined = Session._of(Deployment(registry.find(served[0].name)))  # as another process has it
+    failures: list[BaseException] = []
+
+    def pictures() -> ImageResult | None:
+        try:
+            return joined.generate("a", width=SIZE, height=SIZE, num_inference_steps=1)  # type: ignore[return-value]
+        except MiinbError as error:
+            failures.append(error)
+            return None
+
+    deadline = time.monotonic() + 60
+    while (result := pictures()) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert isinstance(result, ImageResult)
+    assert {type(error) for error in failures} == {Unavailable}
+    assert joined.task == "text-to-image"
 
 
 def test_a_rank_that_is_killed_fails_its_pictures_and_comes_back(served: tuple[Session, Any]) -> None:

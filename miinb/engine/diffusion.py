@@ -159,12 +159,14 @@ class ImageExecutor:
     def _paint(self, batch: list[Row], emit: Emit, between: Poll) -> None:
         work, painter = batch[0].work, self.painter
         begin = time.monotonic()
+        self._begun(batch, emit)
         conditions = self._embedded(batch)
         between()
         while self._coming:
             between()
         if late := self._waiting.take(self._most, batch):  # lists come one by one; to read texts takes next to no time
             batch += late
+            self._begun(late, emit)
             conditions = self._embedded(batch)
         embedded = time.monotonic()
 
@@ -222,8 +224,14 @@ class ImageExecutor:
         facts = {"prompt_tokens": prompt.tokens, "cut": prompt.cut, "negative_cut": negative.cut, "batch": batch}
         seed = request.params.seed or 0
         size = (work.width, work.height)
-        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, times, pixels))
+        schedule = self.painter.noise_schedule(work.scheduler)
+        emit(PaintedEvent(request.row_id, *size, seed, flagged, work.scheduler, facts, times, pixels, schedule))
         self._end(row)
+
+    def _begun(self, rows: Sequence[Row], emit: Emit) -> None:
+        """Pictures are computed from now on, though their first step may take minutes."""
+        for row in rows:
+            emit(PaintProgress(row.request.row_id, 0, row.work.done))
 
     def _tell(self, batch: Sequence[Row], step: int, latents: Tensor, emit: Emit) -> None:
         """Progress of every picture, with a preview of those for which one is due."""

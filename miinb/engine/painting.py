@@ -82,6 +82,9 @@ class Painter(Protocol):
     def check(self, work: Work) -> None:
         """Refuse what its scheduler cannot do. Raises InvalidRequest."""
 
+    def noise_schedule(self, scheduler: str) -> str:
+        """A1111's name of what spaces its noise, where the model's settings name it: "Karras"; else ""."""
+
     def read(self, text: str) -> Reading:
         """What the text encoder reads of a text."""
 

@@ -95,7 +95,7 @@ class PipelinePainter(PipelineParts):
     ) -> Tensor:
         """See `Painter`."""
         pipe = pipe_of(self._pipe, work.kind)
-        pipe.scheduler = self.new_scheduler(work)
+        pipe.scheduler = self.new_scheduler(work, starts)
 
         def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             # some schedulers take more timesteps than steps: PNDM's first costs two

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from miinb.models import ModelInfo
 from miinb.pipelines import Pipeline, is_sdxl
 
 _REMEMBERED = 256  # texts and kinds of work
+_USUAL_STEPS = 50  # a hint names the least number of steps that works up to here
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
 
@@ -150,17 +153,31 @@ class PipelineParts:
 
     def _check(self, work: Work) -> None:
         """See `Painter.check`."""
+        if self._fits(work):
+            return
+        more = (steps for steps in range(work.steps + 1, _USUAL_STEPS + 1) if self._fits(replace(work, steps=steps)))
+        least = next(more, None)
+        raise InvalidRequest(
+            f"num_inference_steps: {work.scheduler} cannot do {work.steps}.",
+            hint=f"Ask for {least} or more." if least else "Ask for 20 to 50.",
+        )
+
+    def noise_schedule(self, scheduler: str) -> str:
+        """See `Painter.noise_schedule`."""
+        own = inspect.signature(self._classes[scheduler].__init__).parameters
+        words = ("karras", "exponential", "beta")
+        names = {f"use_{word}_sigmas": word.capitalize() for word in words}
+        return next((word for name, word in names.items() if name in own and self._config.get(name)), "")
+
+    def _fits(self, work: Work) -> bool:
+        """Whether the work's scheduler can do so many steps."""
         scheduler = self._classes[work.scheduler].from_config(self._config)  # the pipeline's may be at work
         try:
             scheduler.set_timesteps(work.steps)
             left = scheduler.timesteps[(work.steps - work.done) * scheduler.order :]
-            fits = len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
+            return len(left) > 0 and bool(max(scheduler.timesteps) < scheduler.config.num_train_timesteps)
         except (ValueError, IndexError, RuntimeError, ZeroDivisionError):
-            fits = False
-        if not fits:
-            raise InvalidRequest(
-                f"num_inference_steps: {work.scheduler} cannot do {work.steps}.", hint="Ask for 20 to 50."
-            )
+            return False
 
     def _read(self, text: str) -> Reading:
         """See `Painter.read`."""
@@ -181,10 +198,13 @@ class PipelineParts:
         )
         return found
 
-    def new_scheduler(self, work: Work) -> Any:
+    def new_scheduler(self, work: Work, starts: Sequence[Start]) -> Any:
         """A scheduler of the work's class with the model's settings, without timesteps; the pipeline's from now on."""
-        self._pipe.scheduler = self._classes[work.scheduler].from_config(self._config)
-        return self._pipe.scheduler
+        scheduler = self._classes[work.scheduler].from_config(self._config)
+        if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE draws from Brownian trees, not from generators
+            scheduler.noise_sampler_seed = [start.seed for start in starts]  # a tree for each picture
+        self._pipe.scheduler = scheduler
+        return scheduler
 
     def pixels(self, images: Tensor) -> list[Decoded]:
         """RGB of pictures [N, 3, height, width], about -1 to 1, as diffusers' image processor rounds them."""

@@ -78,7 +78,7 @@ class UnetPainter(PipelineParts):
         """See `Painter`."""
         prompts, negatives = conditions
         text = prompts if negatives is None else torch.cat((negatives, prompts))
-        scheduler, noise = self.new_scheduler(work), generators(starts)
+        scheduler, noise = self.new_scheduler(work, starts), generators(starts)
         scheduler.set_timesteps(work.steps)  # on the host
         if work.kind == "text":
             shape = (len(starts), self._channels, work.height, work.width)

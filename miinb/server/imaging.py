@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from miinb.config import MAX_SEED
@@ -43,9 +43,11 @@ class Imaging:
     Args:
         request: what was asked.
         replica: that computes it.
+        on_begin: see `start`.
     """
 
-    def __init__(self, request: ImagesRequest, replica: Replica) -> None:
+    def __init__(self, request: ImagesRequest, replica: Replica, on_begin: Callable[[], None] = lambda: None) -> None:
+        self._on_begin = on_begin
         self._request = request
         self._replica = replica
         self._places: dict[int, int] = {}  # of rows that run: which picture each is
@@ -57,8 +59,16 @@ class Imaging:
         self._not_before = 0.0
 
     @classmethod
-    async def start(cls, request: ImagesRequest, balancer: Balancer, *, t_submit: float, deadline: float) -> Imaging:
-        """Hand its rows to the least loaded replica.
+    async def start(
+        cls,
+        request: ImagesRequest,
+        balancer: Balancer,
+        *,
+        t_submit: float,
+        deadline: float,
+        on_begin: Callable[[], None] = lambda: None,
+    ) -> Imaging:
+        """Hand its rows to the least loaded replica; `on_begin` is called with each event of theirs.
 
         Raises:
             InvalidRequest, QueueFull, Unavailable: it cannot be served; nothing was started.
@@ -74,7 +84,7 @@ class Imaging:
             size, source = await loop.run_in_executor(_READER, pixels, request.image, request.mask, params)
             params = params.model_copy(update={"width": size[0], "height": size[1]})
             replica = await balancer.pick(count)  # it may have gone or filled meanwhile
-        self = cls(dataclasses.replace(request, params=params), replica)
+        self = cls(dataclasses.replace(request, params=params), replica, on_begin)
         asked, request_id = request.params.seed, request.request_id or secrets.token_hex(16)
         first = secrets.randbits(SEED_BITS) if asked is None else asked
         try:
@@ -92,6 +102,7 @@ class Imaging:
 
     def _take(self, event: RowEvent) -> None:
         """A row's event; of a picture the file is begun at once, while the next one is decoded."""
+        self._on_begin()
         if not isinstance(event, PaintedEvent):
             self._events.put_nowait(event)
             return

@@ -55,6 +55,8 @@ def facts(event: PaintedEvent, request: ImagesRequest, model: str) -> dict[str, 
         "model": Path(model).name if model.startswith(("/", ".", "~")) else model,
         "version": miinb.__version__,
     }
+    if event.schedule:
+        values["schedule"] = event.schedule
     if request.image is None:
         return values
     data = request.image.data

@@ -49,7 +49,7 @@ class Counters:
 
     requests: int = 0
     in_flight: int = 0  # whose clients wait
-    queued: int = 0  # of those in flight: no token yet
+    queued: int = 0  # of those in flight: no token yet, no picture begun
     failed: int = 0
     cancelled: int = 0
     output_tokens: int = 0
@@ -241,18 +241,22 @@ class Inference:
         imaging: Imaging | None = None
         self.counters.queued += 1
         waiting = True
+
+        def begun() -> None:
+            nonlocal waiting
+            self.counters.queued -= waiting
+            waiting = False
+
         try:
-            imaging = await Imaging.start(request, self._balancer, t_submit=t_submit, deadline=deadline)
+            imaging = await Imaging.start(request, self._balancer, t_submit=t_submit, deadline=deadline, on_begin=begun)
             async for event in imaging.events():
-                self.counters.queued -= waiting
-                waiting = False
                 message, file = image_codec.encode_images_event(event)
                 if isinstance(event, ImagesEnd):
                     return message
                 await writer.write(message, file)
             raise RequestError("The pictures have no end.")
         finally:
-            self.counters.queued -= waiting
+            begun()
             if imaging is not None:
                 imaging.cancel()
 

@@ -100,6 +100,7 @@ class StandIn:
                 self.socket.send(FinishedEvent(message.row_id, message.reason, 0.0, 0.0, 0.0, 0, 0))
         elif isinstance(message, PaintRequest):
             self.painting[message.row_id] = [message, 0]
+            self.socket.send(PaintProgress(message.row_id, 0, steps_of(message.params)))
         elif isinstance(message, EncodeRequest):
             self.encode(message)
         else:

@@ -167,7 +167,7 @@ def test_progress_and_previews(executor: ImageExecutor, monkeypatch: pytest.Monk
     events = run(executor, request(0, num_inference_steps=6, preview_steps=3), request(1, num_inference_steps=6))
     progress = [event for event in events if isinstance(event, PaintProgress) and event.row_id == 0]
     assert [event.step for event in progress] == sorted(event.step for event in progress)
-    assert (progress[0].step, progress[-1].step, progress[-1].total) == (1, 6, 6)
+    assert (progress[0].step, progress[-1].step, progress[-1].total) == (0, 6, 6)  # the first: it has begun
     shown = [event for event in progress if event.preview]
     assert [event.step for event in shown] == [3, 6]
     assert all(len(event.preview) == 3 * event.width * event.width == 3 * (SIZE // 2) ** 2 for event in shown)

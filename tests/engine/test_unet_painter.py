@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,21 @@ from miinb.image_params import ImageParams, parse_images
 from miinb.messages import FinishedEvent
 from miinb.samplers import SAMPLERS
 from tests.engine import tiny_images
-from tests.engine.image_rows import latents_of, picture, psnr, start, work
+from tests.engine.image_rows import latents_of, painted, picture, psnr, request, run, start, work
 from tests.engine.recomputing import Recomputing
 from tests.engine.tiny_images import distance
 from tests.tiny_pipeline import SIZE, make_pipeline
 
-#: All that PNDM can be replaced by, but those that need scipy (LMS) and torchsde.
+#: All that PNDM can be replaced by; LMS needs scipy, and DPMSolverSDE torchsde, which are dependencies.
 SCHEDULERS = (
     *("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
-    *("DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+    *(
+        "DPMSolverSDEScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EDMEulerScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+    ),
     *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
     *("LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
 )
@@ -76,7 +81,9 @@ def test_every_scheduler_ends_at_the_same_latents(arms: tuple[ImageExecutor, Ima
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("kind", ["image", "inpaint"])
-@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["PNDMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverSDEScheduler"]
+)
 def test_pictures_from_pictures_end_at_the_same_latents(
     arms: tuple[ImageExecutor, ImageExecutor], scheduler: str, kind: Kind, strength: float
 ) -> None:
@@ -111,8 +118,7 @@ def test_no_scheduler_is_left_out(arms: tuple[ImageExecutor, ImageExecutor]) -> 
     assert offered[0] == offered[1]
     assert set(offered[0]) >= set(SCHEDULERS) | set(SAMPLERS.values())
     assert [arm.info.plan.schedulers for arm in arms] == [tuple(names) for names in offered]
-    more = {"DPMSolverSDEScheduler"} if find_spec("torchsde") else set()
-    assert set(offered[0]) - set(SCHEDULERS) == more
+    assert set(offered[0]) == set(SCHEDULERS)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
@@ -193,6 +199,50 @@ def test_a_batch_gives_what_each_gives_alone(arms: tuple[ImageExecutor, ImageExe
     for place, prompt in enumerate(prompts):
         alone = latents_of(arms[0], work(), [3 + place], prompt)
         assert distance(together[place : place + 1], alone) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("scheduler", ["DPMSolverSDEScheduler", "DDPMScheduler"])
+def test_noise_between_steps_is_of_each_pictures_seed(
+    arms: tuple[ImageExecutor, ImageExecutor], scheduler: str, kind: Kind
+) -> None:
+    """Of two runs, in batches of every size and at every place, on both engines."""
+    image = np.full((SIZE, SIZE, 3), 90, np.uint8).tobytes() if kind == "image" else b""
+    asked, seeds = work(scheduler=scheduler, kind=kind, strength=0.8, steps=6), (3, 2**63 - 1, 5)
+    starts = [Start(seed, image) for seed in seeds]
+    for arm in arms:
+        together, pair = latents_of(arm, asked, starts), latents_of(arm, asked, starts[:0:-1])
+        assert torch.equal(together, latents_of(arm, asked, starts))
+        assert distance(pair, together[1:].flip(0)) < 1e-4
+        for place, one in enumerate(starts):
+            assert distance(together[place : place + 1], latents_of(arm, asked, [one])) < 1e-4
+        assert distance(together[:1], together[1:2]) > 1e-2
+
+
+def test_a_hint_names_the_least_steps_that_work(
+    arms: tuple[ImageExecutor, ImageExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PNDM with its Runge-Kutta steps does 4 and more."""
+    painter: Any = arms[0].painter
+    monkeypatch.setattr(painter, "_config", {**painter._config, "skip_prk_steps": False})
+    check = painter._check  # which remembers nothing
+    for steps, hint in ((1, "Ask for 4 or more."), (3, "Ask for 4 or more."), (1000, "Ask for 20 to 50.")):
+        with pytest.raises(InvalidRequest) as caught:
+            check(work(steps=steps))
+        assert caught.value.hint == hint
+    check(work(steps=4))
+
+
+def test_a_schedule_of_the_models_settings_is_told(
+    arms: tuple[ImageExecutor, ImageExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter: Any = arms[0].painter
+    assert painter.noise_schedule("DPMSolverMultistepScheduler") == ""
+    monkeypatch.setattr(painter, "_config", {**painter._config, "use_karras_sigmas": True})
+    assert painter.noise_schedule("DPMSolverMultistepScheduler") == "Karras"
+    assert painter.noise_schedule("DDIMScheduler") == ""  # which has none
+    (event,) = painted(run(arms[0], request(0, scheduler="EulerDiscreteScheduler"))).values()
+    assert event.schedule == "Karras"
 
 
 def test_progress_previews_and_cancels(
@@ -279,7 +329,7 @@ def test_a_loop_may_begin_later(arms: tuple[ImageExecutor, ImageExecutor]) -> No
     text = torch.cat(painter.embed(["a"], ["b"], 7.5)[::-1])
 
     def scheduler() -> Any:
-        made = painter.new_scheduler(work(scheduler="DDIMScheduler"))
+        made = painter.new_scheduler(work(scheduler="DDIMScheduler"), [Start(1)])
         made.set_timesteps(5)
         return made
 

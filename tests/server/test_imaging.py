@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -102,6 +104,34 @@ def test_a_drawn_seed_is_told_and_makes_the_picture_again(client: Client) -> Non
     assert client.generate_images("a", num_inference_steps=1).seeds != first.seeds
 
 
+def test_a_request_waits_until_its_computing_begins(tmp_path: Path) -> None:
+    """Not until its first step is done; of what has begun alone nothing is told."""
+    frontend = make(tmp_path / "frontend")
+    frontend.rank(task="text-to-image", step_s=30.0)
+    told: list[ImagesProgress] = []
+
+    def ask() -> None:
+        with frontend.client() as client, contextlib.suppress(errors.MiinbError):
+            client.generate_images("a", told.append, num_inference_steps=3)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    try:
+        with frontend.client() as client:
+
+            def counted() -> tuple[int, int]:
+                counters = client.description()["counters"]
+                return counters["in_flight"], counters["queued"]
+
+            for number, asker in enumerate(askers, 1):  # the stand-in does a step of the first at once
+                asker.start()
+                wait_for(lambda: counted() == (number, 0), f"the beginning of request {number}", 8.0)  # noqa: B023
+        assert [one.step for one in told] == [1]
+    finally:
+        frontend.close()
+        for asker in askers:
+            asker.join(10)
+
+
 def test_previews_are_small_pictures_of_the_first(client: Client) -> None:
     told: list[ImagesProgress] = []
     client.generate_images("a", told.append, num_inference_steps=100, preview_steps=50, num_images_per_prompt=2)
@@ -119,7 +149,7 @@ def test_files_keep_what_made_them(client: Client) -> None:
     assert (told["prompt"], told["seed"], told["negative_prompt"], told["width"]) == (prompt, 4, "dogs", 16)
     assert png.info["parameters"].splitlines()[1:] == [
         "Negative prompt: dogs",
-        f"Steps: 3, Sampler: PNDMScheduler, CFG scale: 2.0, Seed: 4, Size: 16x8, Model: stand-in, "
+        f"Steps: 3, Sampler: PLMS, CFG scale: 2.0, Seed: 4, Size: 16x8, Model: stand-in, "
         f"Version: miinb {told['version']}",
     ]
     webp = client.generate_images(prompt, **parameters, image_format="webp").images[0]
@@ -135,6 +165,8 @@ def test_a_folders_path_is_not_told() -> None:
     assert facts(event, request, "/home/me/models/sd")["model"] == "sd"
     assert facts(event, request, "org/name")["model"] == "org/name"
     assert "Negative" not in parameters_text(facts(event, request, "m"))
+    spaced = facts(dataclasses.replace(event, schedule="Karras"), request, "m")
+    assert "Sampler: PLMS, Schedule type: Karras, CFG scale" in parameters_text(spaced)
     assert b"/home/me" not in picture_file(event, request, "/home/me/models/sd")
 
 
