@@ -59,10 +59,14 @@ class Answer:
 
 
 def so_far(prompt: str, answer: Answer, seconds: float) -> ImageResult | None:
-    """The pictures that have come of a request without an end; None: none has."""
+    """The pictures that have come of a request without an end; None: none has, or a file cannot be read."""
     if not (done := answer.done):
         return None
-    return pictures_result(prompt, done, ImageTiming(e2e_s=seconds, s_per_image=seconds / len(done)), usage=Usage())
+    timing = ImageTiming(e2e_s=seconds, s_per_image=seconds / len(done))
+    try:
+        return pictures_result(prompt, done, timing, usage=Usage())
+    except OSError:  # PIL's, of a file that is none; what the request failed of is to be told
+        return None
 
 
 def timing_of(end: ImagesEnd, e2e_s: float, count: int) -> ImageTiming:

@@ -87,7 +87,10 @@ def lose_a_follower(two: Session, fault: signal.Signals) -> None:
 def _await_others(two: Session, before: set[int]) -> None:
     """Until other ranks than those serve."""
     deadline = time.monotonic() + 120
-    while two.state != "ready" or before & {rank.pid for rank in two.status().ranks}:
+    while True:
+        status = two.status()  # one look: the state before a death goes with ranks after it nowhere
+        if status.state == "ready" and status.ranks and not before & {rank.pid for rank in status.ranks}:
+            break
         assert time.monotonic() < deadline, two.logs()
         time.sleep(0.2)
     assert not any(psutil.pid_exists(pid) for pid in before)
