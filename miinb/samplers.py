@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-#: The words of their names without the noise schedule, in small letters.
-SAMPLERS = {
-    "euler": "EulerDiscreteScheduler",
-    "euler a": "EulerAncestralDiscreteScheduler",
-    "ddim": "DDIMScheduler",
+#: A1111's own names, without the noise schedule.
+_A1111 = {
+    "Euler": "EulerDiscreteScheduler",
+    "Euler a": "EulerAncestralDiscreteScheduler",
+    "DDIM": "DDIMScheduler",
+    "PLMS": "PNDMScheduler",
+    "LMS": "LMSDiscreteScheduler",
+    "Heun": "HeunDiscreteScheduler",
+    "DPM2": "KDPM2DiscreteScheduler",
+    "DPM2 a": "KDPM2AncestralDiscreteScheduler",
+    "DPM++ 2M": "DPMSolverMultistepScheduler",
+    "DPM++ SDE": "DPMSolverSDEScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+}
+#: All names that are known, in small letters.
+SAMPLERS = {name.lower(): scheduler for name, scheduler in _A1111.items()} | {
     "ddpm": "DDPMScheduler",
-    "plms": "PNDMScheduler",
     "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpm2 a": "KDPM2AncestralDiscreteScheduler",
-    "dpm++ 2m": "DPMSolverMultistepScheduler",
     "dpm++ 2s": "DPMSolverSinglestepScheduler",
-    "dpm++ sde": "DPMSolverSDEScheduler",
-    "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
 #: Samplers that none of the offered classes computes, and the class that is most like them; "": none is.
@@ -33,20 +36,6 @@ _WITHOUT = {
     "dpm adaptive": "",
     "restart": "",
     "lcm": "",
-}
-#: A1111's own names of diffusers' classes.
-_A1111 = {
-    "EulerDiscreteScheduler": "Euler",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "DDIMScheduler": "DDIM",
-    "PNDMScheduler": "PLMS",
-    "LMSDiscreteScheduler": "LMS",
-    "HeunDiscreteScheduler": "Heun",
-    "KDPM2DiscreteScheduler": "DPM2",
-    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "DPMSolverSDEScheduler": "DPM++ SDE",
-    "UniPCMultistepScheduler": "UniPC",
 }
 _SCHEDULES = (
     *("karras", "exponential", "polyexponential", "automatic", "uniform", "sgm uniform", "beta", "simple", "normal"),
@@ -88,4 +77,4 @@ def scheduler_of(name: str, schedule: str = "") -> tuple[str, list[str]]:
 
 def sampler_of(scheduler: str) -> str:
     """What A1111 calls a class of diffusers; the class's own name where it has none."""
-    return _A1111.get(scheduler, scheduler)
+    return next((name for name, one in _A1111.items() if one == scheduler), scheduler)

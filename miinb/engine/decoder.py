@@ -190,7 +190,7 @@ class Decoder:
         device = weights.embed.device
         self.alibi = alibi_slopes(spec, group, device) if spec.alibi else None
         self._windows = spec.windows or (None,) * spec.layers
-        self._angles = layers_angles(spec, device)
+        self._angles = layers_angles(spec, self._windows, device)
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=weights.dtype))
         self._rope = {
             "heads": spec.heads,

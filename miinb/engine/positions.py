@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from miinb.engine.spec import DecoderSpec, Rotary
 Angles = tuple[Tensor, Tensor] | tuple[None, None]
 
 
-def layers_angles(spec: DecoderSpec, device: torch.device) -> list[Angles]:
-    """Each layer's cos and sin; layers share them."""
-    length, windows = spec.max_length, spec.windows or (None,) * spec.layers
+def layers_angles(spec: DecoderSpec, windows: Sequence[int | None], device: torch.device) -> list[Angles]:
+    """Each layer's cos and sin, by its window; layers share them."""
+    length = spec.max_length
     wide: Angles = rotary_tables(spec.rotary, length, device) if spec.rotary else (None, None)
     near = rotary_tables(spec.windowed_rotary, length, device) if spec.windowed_rotary else wide
     return [near if window else wide for window in windows]
