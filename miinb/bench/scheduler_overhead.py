@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from miinb.config import EngineOptions, GenerationParams
-from miinb.engine.decoder import StepBatch
 from miinb.engine.executor import StepExecutor
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.spec import DecoderSpec
+from miinb.engine.step_batch import StepBatch
 from miinb.messages import EngineInfo, Plan, SequenceRequest
 
 VOCAB = 1000

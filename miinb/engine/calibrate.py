@@ -17,12 +17,13 @@ from torch import Tensor
 
 from miinb.calibration import calibration_text, is_given
 from miinb.config import DeploymentConfig
-from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, StepBatch, StepRow, Stream
+from miinb.engine.decoder import Decoder, DecoderWeights, LayerWeights, Operators, Stream
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.parity import one_layer_cache
 from miinb.engine.place import Place, free_bytes
 from miinb.engine.quantize import Account
 from miinb.engine.spec import DecoderSpec
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.errors import OutOfMemory
 from miinb.kernels.activation import gated
 from miinb.kernels.linear import PackedLinear, linear

@@ -18,12 +18,13 @@ import torch
 
 from miinb import models
 from miinb.config import DeploymentConfig
-from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.decoder import Decoder
 from miinb.engine.encoder_comparison import compare_encoder
 from miinb.engine.kv_cache import CacheSize, KVCache, cache_dtype
 from miinb.engine.loading import operators_of
 from miinb.engine.place import Place
 from miinb.engine.policies import POLICIES
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.traces import Trace, errors, trace_plain, transformers_model
 from miinb.engine.weights import load_weights
 from miinb.errors import MiinbError, OutOfMemory, UnsupportedModel

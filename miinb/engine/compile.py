@@ -36,7 +36,7 @@ from torch import Tensor
 from miinb import models
 from miinb.config import DeploymentConfig, EngineOptions
 from miinb.engine import parity, symmetric
-from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.decoder import Decoder
 from miinb.engine.encoder import Encoder, EncoderBatch
 from miinb.engine.encoder_graphs import graph_sizes
 from miinb.engine.encoder_inputs import Sizes
@@ -50,6 +50,7 @@ from miinb.engine.policies import ENCODERS, POLICIES, encoder_spec
 from miinb.engine.recording import META, Kernel, compiling_for, recording
 from miinb.engine.reduction import usual_reduction
 from miinb.engine.sampling import Needs, Sampler
+from miinb.engine.step_batch import StepBatch
 from miinb.engine.weights import activation_dtype, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels.all_reduce import PROGRAMS, Boards

@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.decoder import Decoder
 from miinb.engine.inputs import StepInputs
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group, PeerLost
 from miinb.engine.rows import Row, StepPlan
 from miinb.engine.sampling import Needs, Sampled, Sampler
+from miinb.engine.step_batch import StepBatch
 from miinb.errors import MiinbError, OutOfMemory
 
 OnError = Callable[[Exception], None]

@@ -6,10 +6,9 @@ synchronization and no shape that depends on data, so that it can be captured in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,74 +18,15 @@ from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
 from miinb.engine.positions import alibi_slopes, layers_angles
 from miinb.engine.spec import DecoderSpec
+from miinb.engine.step_batch import StepBatch
 from miinb.kernels.attention import paged_attention
+from miinb.kernels.decode_attention import decode_attention
 from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.head import argmax, greedy_head, largest
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
-from miinb.kernels.parallel_block import early_memory, early_product, last_products
+from miinb.kernels.parallel_block import early_memory, early_product, last_products, late_product
 from miinb.kernels.rope import rope_append
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """One sequence's part in a step: its new tokens, how many came before them, and its pages in order."""
-
-    token_ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-
-
-@dataclass(slots=True)
-class StepBatch:
-    """The inputs of one step, on the device.
-
-    Attributes:
-        token_ids: [T] int64, the rows' tokens one after another.
-        positions: [T] int64, their places in their sequences.
-        query_start: [R + 1] int32, where each row's tokens begin.
-        lengths: [R] int32, each row's context after this step.
-        block_table: [R, B] int32, each row's pages in order.
-        slots: [T] int64, page * page_tokens + offset: where each token's key and value go.
-        logit_rows: [L] int64, the tokens (indexes into T) whose logits are wanted.
-        max_query: at least the most tokens of a row; 1 for pure decoding.
-        bucket: what the memory behind these views is padded to for a CUDA graph: rows in pure decoding, else tokens; 0:
-            it is not padded.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    query_start: Tensor
-    lengths: Tensor
-    block_table: Tensor
-    slots: Tensor
-    logit_rows: Tensor
-    max_query: int
-    bucket: int = 0
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[StepRow], page_tokens: int, device: torch.device | str = "cpu") -> StepBatch:
-        """The batch of these rows; logits are wanted for the last token of each."""
-        counts = [len(row.token_ids) for row in rows]
-        ends = list(accumulate(counts))
-        width = max(len(row.pages) for row in rows)
-        positions = [p for row in rows for p in range(row.start, row.start + len(row.token_ids))]
-        pages = [row.pages[p // page_tokens] for row in rows for p in range(row.start, row.start + len(row.token_ids))]
-        slots = [page * page_tokens + p % page_tokens for page, p in zip(pages, positions, strict=True)]
-
-        def tensor(values: object, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        return cls(
-            token_ids=tensor([token for row in rows for token in row.token_ids], torch.int64),
-            positions=tensor(positions, torch.int64),
-            query_start=tensor([0, *ends], torch.int32),
-            lengths=tensor([row.start + len(row.token_ids) for row in rows], torch.int32),
-            block_table=tensor([[*row.pages, *[0] * (width - len(row.pages))] for row in rows], torch.int32),
-            slots=tensor(slots, torch.int64),
-            logit_rows=tensor([end - 1 for end in ends], torch.int64),
-            max_query=max(counts),
-        )
 
 
 @dataclass(slots=True)
@@ -164,6 +104,7 @@ class Operators(NamedTuple):
     layer_norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm
     rope_append: Callable[..., Tensor] = rope_append
     paged_attention: Callable[..., Tensor] = paged_attention
+    decode_attention: Callable[..., Tensor] | None = decode_attention  # both, of one token; None: there is none
     linear: Callable[..., Tensor] = linear
     gated_linear: Callable[..., Tensor] = gated_linear
     early_memory: Callable[..., Tensor | None] = early_memory
@@ -317,10 +258,10 @@ class Decoder:
     def _both(self, index: int, x: Tensor, y: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
         """Attention of `x` and the MLP of `y`, in one sum."""
         w = self.weights.layers[index]
-        early = self.ops.early_memory(y, w.up, gated=self.spec.gated)
+        early = self.ops.early_memory(y, w.qkv, w.up, gated=self.spec.gated)
         if early is None:
             return self._mlp(w, y, residual=self._attention(index, x, batch, cache))
-        attended = self._attend(index, x, batch, cache)
+        attended = self._attend(index, batch, cache, late_product(x, w.qkv))
         inner = early_product(y, w.up, self.spec.activation, early, gated=self.spec.gated)
         return last_products(inner, w.down, attended, w.out)
 
@@ -345,32 +286,30 @@ class Decoder:
         return x if w.project_out is None else self.ops.linear(x, w.project_out)
 
     def _attention(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
-        return self.ops.linear(self._attend(index, x, batch, cache), self.weights.layers[index].out)
-
-    def _attend(self, index: int, x: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
-        """[T, heads * head_size]: attention before its last product."""
         w = self.weights.layers[index]
-        k, v, kv_scale = cache.k[index], cache.v[index], cache.scale[index]
-        cos, sin = self._angles[index]
-        qkv = self.ops.linear(x, w.qkv)
-        norms = {"q_norm": w.q_norm, "k_norm": w.k_norm}
-        q = self.ops.rope_append(
-            qkv, batch.positions, cos, sin, k, v, batch.slots, kv_scale=kv_scale, **norms, **self._rope
-        )
-        out = self.ops.paged_attention(
-            q,
-            k,
-            v,
-            batch.block_table,
-            batch.query_start,
-            batch.lengths,
-            scale=self.spec.scale,
-            window=self._windows[index],
-            alibi=self.alibi,
-            softcap=self.spec.softcap,
-            kv_scale=kv_scale,
-            max_query=batch.max_query,
-        )
+        return self.ops.linear(self._attend(index, batch, cache, self.ops.linear(x, w.qkv)), w.out)
+
+    def _attend(self, index: int, batch: StepBatch, cache: KVCache, qkv: Tensor) -> Tensor:
+        """[T, heads * head_size]: attention between its products."""
+        w = self.weights.layers[index]
+        k, v, cos_sin = cache.k[index], cache.v[index], self._angles[index]
+        kv_scale = cache.scale[index]
+        rope: dict[str, Any] = {**self._rope, "q_norm": w.q_norm, "k_norm": w.k_norm}
+        attention: dict[str, Any] = {
+            "scale": self.spec.scale,
+            "window": self._windows[index],
+            "alibi": self.alibi,
+            "softcap": self.spec.softcap,
+        }
+        if len(batch.lengths) == batch.max_query == 1 and self.ops.decode_attention is not None:
+            row = (batch.block_table, batch.lengths)
+            out = self.ops.decode_attention(
+                qkv, *cos_sin, k, v, *row, rope=rope, attention=attention, kv_scale=kv_scale
+            )
+            return out.flatten(1)
+        q = self.ops.rope_append(qkv, batch.positions, *cos_sin, k, v, batch.slots, kv_scale=kv_scale, **rope)
+        rows = (batch.block_table, batch.query_start, batch.lengths)
+        out = self.ops.paged_attention(q, k, v, *rows, kv_scale=kv_scale, max_query=batch.max_query, **attention)
         return out.flatten(1)
 
     def _mlp(self, w: LayerWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:

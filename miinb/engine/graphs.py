@@ -16,10 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from miinb.engine.decoder import Decoder, StepBatch, Stream
+from miinb.engine.decoder import Decoder, Stream
 from miinb.engine.inputs import SMALL_STEP, StepInputs
 from miinb.engine.kv_cache import KVCache
 from miinb.engine.parallel import Group
+from miinb.engine.step_batch import StepBatch
 from miinb.wording import size_words
 
 #: Captures end when they have taken so long or so much memory; steps without a graph are padded to the next or eager.

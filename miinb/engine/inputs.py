@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from miinb.engine.decoder import StepBatch
 from miinb.engine.rows import Row, StepPlan
+from miinb.engine.step_batch import StepBatch
 
 #: Rows of the block table are as wide as the longest row of the step, in such steps: few shapes, so few kernels.
 TABLE_STEP = 16

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
+from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.kernels import reference
 from miinb.kernels.dispatch import use_triton
 from miinb.kernels.formats import FP8
@@ -51,6 +52,7 @@ REFERENCE = Operators(
     layer_norm=reference.layer_norm,
     rope_append=reference.rope_append,
     paged_attention=reference.paged_attention,
+    decode_attention=None,
     linear=_linear,
     gated_linear=_gated_linear,
     greedy_head=_greedy_head,

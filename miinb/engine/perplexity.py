@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.decoder import Decoder
 from miinb.engine.kv_cache import CacheSize, KVCache
+from miinb.engine.step_batch import StepBatch, StepRow
 
 #: Of the cache on a GPU; on a CPU a page is a whole window.
 PAGE_TOKENS = 16

@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from miinb.kernels import reference
-from miinb.kernels.dispatch import (
-    INTERPRETED,
-    arrival_counters,
-    jit,
-    launch_options,
-    power_of_2,
-    tl,
-    use_triton,
-    wait_for_inputs,
+from miinb.kernels.dispatch import jit, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.online_softmax import (
+    LOG2E,
+    blocks,
+    decode_parts,
+    finish,
+    for_scores,
+    parts_of,
+    read_keys,
+    softmax_step,
 )
 
-_LOG2E = 1.4426950408889634
-_BLOCK_BYTES = 16384  # of the keys in one step of a program, and as many values
-_ROW_PROGRAMS = 256  # decode: at most so many for one row, about two for each multiprocessor of an H100,
-_DECODE_PROGRAMS = 1024  # and so many for all rows, as far as there are keys for them
-_LEAST_KEYS = 64  # of one part of a context; more in longer ones, as merging many parts costs more than it gains
 _MIXED_SPLITS = 4  # of each row of a mixed step, which may have few rows of one query among many
 _PREFILL_ROWS = 64
 
@@ -94,25 +90,19 @@ def paged_attention(
 
 def _launch_decode(tensors: tuple[Any, ...], scale: float, settings: dict[str, Any], *, mixed: bool) -> None:
     q, block_table, lengths = tensors[0], tensors[4], tensors[6]
-    heads, kv_heads, rows = settings["HEADS"], settings["KV_HEADS"], lengths.shape[0]
     fewest = _MIXED_SPLITS if mixed else 1
-    splits = min(max(min(_ROW_PROGRAMS // kv_heads, _DECODE_PROGRAMS // (rows * kv_heads)), fewest), 32)
-    block_g = max(power_of_2(heads // kv_heads), 16)
-    parts = rows * kv_heads * splits
-    _decode[(kv_heads, rows, splits)](  # rows in their order, which begins with the longest contexts
+    grid, memory, numbers = decode_parts(q, lengths.shape[0], settings, fewest)
+    _decode[grid](
         *tensors,
-        torch.empty((parts, block_g, settings["HEAD_SIZE"]), dtype=torch.float32, device=q.device),
-        torch.empty((parts, 2, block_g), dtype=torch.float32, device=q.device),
-        arrival_counters(q.device),
+        *memory,
         q.stride(0),
         *block_table.stride(),
-        scale * _LOG2E,
-        splits,
-        _LEAST_KEYS,
+        scale * LOG2E,
+        *numbers,
         MIXED=mixed,
-        BLOCK_G=block_g,
+        BLOCK_G=memory[0].shape[1],
         **settings,
-        **_blocks(q, most=64, stages=2, warps=2 if settings["FP8"] else 4),
+        **blocks(q, settings["HEAD_SIZE"], most=64, stages=2, warps=2 if settings["FP8"] else 4),
     )
 
 
@@ -125,109 +115,15 @@ def _launch_prefill(tensors: tuple[Any, ...], scale: float, settings: dict[str, 
         rows,
         q.stride(0),
         *block_table.stride(),
-        scale * _LOG2E,
+        scale * LOG2E,
         BLOCK_M=block_m,
         **settings,
-        **_blocks(q, most=32, stages=3, warps=4),
+        **blocks(q, settings["HEAD_SIZE"], most=32, stages=3, warps=4),
     )
-
-
-def _blocks(q: Tensor, most: int, stages: int, warps: int) -> dict[str, Any]:
-    """Keys in a step, at most so many and few enough for the shared memory of any head size, and steps in flight."""
-    block_d = max(power_of_2(q.shape[2]), 16)
-    block_n = min(max(_BLOCK_BYTES // (block_d * q.element_size()), 16), most)
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages, **launch_options(q)}
 
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
-@jit
-def _softmax_step(
-    query, top, total, acc, k_cache, v_cache, kv_scale, table, page_stride, key, key_end, position, slope, kv_head,
-    scale, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, FP8: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """One block of keys in the online softmax (Dao et al., 2022): new maxima [M], sums [M] and outputs [M, D].
-
-    `scale` holds log2(e), as 2**x is what the hardware computes. The products of an fp8 cache are made with the
-    numbers as they are stored; the scales of keys go to the scores, and those of values into the weights.
-    """
-    d = tl.arange(0, BLOCK_D)
-    there = key < key_end
-    number, offset = key.to(tl.uint32) // PAGE, key.to(tl.uint32) % PAGE  # a division of signed numbers takes longer
-    page = tl.load(table + number * page_stride, mask=there, other=0).to(tl.int64)
-    at = ((page * PAGE + offset) * KV_HEADS + kv_head)[:, None] * HEAD_SIZE + d[None, :]
-    mask = there[:, None] & (d < HEAD_SIZE)[None, :]
-    k = tl.load(k_cache + at, mask=mask, other=0.0)
-    v = tl.load(v_cache + at, mask=mask, other=0.0)
-    if FP8:
-        k, v = _widen(k, query.dtype), _widen(v, query.dtype)
-        both = (page * KV_HEADS + kv_head) * PAGE + offset  # a key's and a value's scale are read as one number
-        both = tl.load(kv_scale.to(tl.pointer_type(tl.uint32)) + both, mask=there, other=0)
-    scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-    if FP8:
-        scores *= (both << 16).to(tl.float32, bitcast=True)[None, :]
-    if SOFTCAP > 0:
-        # softcap * tanh(score / softcap) with tanh(u) = 2 * sigmoid(2 * u) - 1
-        scores = (2 * tl.sigmoid(scores * (2 * 0.6931471805599453 / SOFTCAP)) - 1) * (SOFTCAP * 1.4426950408889634)
-    distance = key[None, :] - position[:, None]
-    if HAS_ALIBI:
-        scores += slope[:, None] * distance.to(tl.float32)
-    seen = there[None, :] & (distance <= 0)
-    if WINDOW > 0:
-        seen = seen & (distance > -WINDOW)
-    scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that sees no key of this block
-    weight = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    added = tl.sum(weight, 1)
-    if FP8:  # times the largest fp8 number in sum and output alike: the weights are then far from fp16's least ones
-        added *= 448.0
-        weight *= (both & 0xFFFF0000).to(tl.float32, bitcast=True)[None, :] * 448.0
-    total = total * shrink + added
-    acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-    return new_top, total, acc
-
-
-@jit
-def _widen_in_place(x, dtype: tl.constexpr):
-    """fp8 as `dtype`, in the layout in which it was loaded.
-
-    The move does nothing, but the compiler cannot turn it and the conversion around. It would have every thread gather
-    the bytes that it needs for the product one by one: shared memory transposes numbers of 16 bits, not of 8.
-    """
-    x = x.to(dtype)
-    if dtype == tl.float16:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
-    return x
-
-
-@jit
-def _convert(x, dtype: tl.constexpr):
-    return x.to(dtype)
-
-
-# Chosen here: a kernel that reads a global number has another key in Triton's cache for each order of first use.
-_widen = _convert if INTERPRETED else _widen_in_place
-
-
-@jit
-def _query(q, at, mask, scale, FP8: tl.constexpr):
-    """Queries [M, D], and what their scores are multiplied by.
-
-    fp8 becomes fp16 in one instruction and bf16 in several, so those of an fp8 cache are fp16, each with its largest
-    number at 1, as bf16 goes further than fp16 does.
-    """
-    query = tl.load(q + at, mask=mask, other=0.0)
-    if FP8:
-        largest = tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30)
-        wide = query.to(tl.float32) / largest[:, None]
-        query = wide if query.dtype == tl.float32 else wide.to(tl.float16)
-        scale = scale * largest[:, None]
-    return query, scale
-
-
 @jit(plain=("table_stride", "page_stride", "splits", "least"))
 def _decode(
     q, k_cache, v_cache, kv_scale, block_table, query_start, lengths, alibi, out, partial, weights, counters,
@@ -260,62 +156,26 @@ def _decode(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    span, parts = _parts(length - first, splits, least, BLOCK_N)
+    span, parts = parts_of(length - first, splits, least, BLOCK_N)
     begin, end = first + split * span, tl.minimum(first + (split + 1) * span, length)
-    query, by = _query(q + token.to(tl.int64) * q_stride, head[:, None] * HEAD_SIZE + d[None, :], mask, scale, FP8)
+    at = q + token.to(tl.int64) * q_stride + head[:, None] * HEAD_SIZE + d[None, :]
+    query, by = for_scores(tl.load(at, mask=mask, other=0.0), scale, FP8)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     position = tl.zeros([BLOCK_G], tl.int32) + length - 1
     table = block_table + row.to(tl.int64) * table_stride
     for start in range(begin, end, BLOCK_N):
-        top, total, acc = _softmax_step(
-            query, top, total, acc, k_cache, v_cache, kv_scale, table, page_stride, start + tl.arange(0, BLOCK_N), end,
-            position, slope, kv_head, by, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, FP8, BLOCK_D,
+        key = start + tl.arange(0, BLOCK_N)
+        read = read_keys(
+            k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8, BLOCK_D
+        )
+        top, total, acc = softmax_step(
+            query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
         )
     to = out + (token.to(tl.int64) * HEADS + head[:, None]) * HEAD_SIZE + d[None, :]
     unit = row * KV_HEADS + kv_head
-    if parts <= 1:
-        if split == 0:
-            tl.store(to, (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=mask)
-    elif split < parts:
-        at = (unit * splits + split).to(tl.int64) * BLOCK_G
-        tl.store(partial + (at + g)[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
-        tl.store(weights + at * 2 + g, top)
-        tl.store(weights + at * 2 + BLOCK_G + g, total)
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(counters + unit, 1, sem="acq_rel") == parts - 1:
-            tl.store(counters + unit, 0)
-            base = (unit * splits).to(tl.int64) * BLOCK_G
-            result = _merge(partial + base * HEAD_SIZE, weights + base * 2, parts, g, d, mask, HEAD_SIZE, BLOCK_G)
-            tl.store(to, result.to(out.dtype.element_ty), mask=mask)
-
-
-@jit
-def _parts(keys, splits, least, BLOCK_N: tl.constexpr):
-    """Keys in a part of a context, and the parts that there are."""
-    fewest = tl.minimum(tl.maximum(keys // 16, least), 4 * least)
-    span = tl.cdiv(tl.maximum(tl.cdiv(keys, splits), fewest), BLOCK_N) * BLOCK_N
-    return span, tl.cdiv(keys, span)
-
-
-@jit
-def _merge(partial, weights, parts, g, d, mask, HEAD_SIZE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The attention [BLOCK_G, BLOCK_D] of all parts, always summed in the same order.
-
-    Loads go past the first-level cache, which does not see the writes of other multiprocessors.
-    """
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    for part in range(parts):
-        top = tl.maximum(top, tl.load(weights + part * 2 * BLOCK_G + g, cache_modifier=".cg"))
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, d.shape[0]], tl.float32)
-    for part in tl.range(parts, loop_unroll_factor=4):
-        share = tl.exp2(tl.load(weights + part * 2 * BLOCK_G + g, cache_modifier=".cg") - top)
-        total += share * tl.load(weights + (part * 2 + 1) * BLOCK_G + g, cache_modifier=".cg")
-        at = partial + (part * BLOCK_G + g)[:, None] * HEAD_SIZE + d[None, :]
-        acc += share[:, None] * tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    return acc / total[:, None]
+    finish(to, mask, top, total, acc, partial, weights, counters, unit, split, splits, parts, g, d, HEAD_SIZE, BLOCK_G)
 
 
 @jit(plain=("rows", "table_stride", "page_stride"))
@@ -356,7 +216,8 @@ def _prefill(
     position = before + token
     if (begin < stop - start) & (stop - start > 1):
         at = (start + token).to(tl.int64)[:, None]
-        query, by = _query(q, at * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask, scale, FP8)
+        query = tl.load(q + at * q_stride + head[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+        query, by = for_scores(query, scale, FP8)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -365,11 +226,14 @@ def _prefill(
             first = tl.maximum(before + begin - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(before + begin + TOKENS, length)
         table = block_table + row.to(tl.int64) * table_stride
-        for key in range(first, end, BLOCK_N):
-            top, total, acc = _softmax_step(
-                query, top, total, acc, k_cache, v_cache, kv_scale, table, page_stride,
-                key + tl.arange(0, BLOCK_N), end, position, slope, kv_head, by, KV_HEADS, HEAD_SIZE, PAGE, WINDOW,
-                SOFTCAP, HAS_ALIBI, FP8, BLOCK_D,
+        for begin_key in range(first, end, BLOCK_N):
+            key = begin_key + tl.arange(0, BLOCK_N)
+            read = read_keys(
+                k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8,
+                BLOCK_D,
+            )
+            top, total, acc = softmax_step(
+                query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
             )
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         to = out + at * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]

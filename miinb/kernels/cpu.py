@@ -191,7 +191,7 @@ class CpuKernels:
         self._library.miinb_argmax(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), rows, n, self._half)
         return ids, finite
 
-    def early_memory(self, x: Tensor, up: PackedLinear, *, gated: bool) -> None:
+    def early_memory(self, x: Tensor, qkv: PackedLinear, up: PackedLinear, *, gated: bool) -> None:
         """See `parallel_block.early_memory`: here one comes after the other."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -296,6 +296,8 @@ class CpuKernels:
             self._half,
         )
         return q
+
+    decode_attention = None  # a thread does one after the other anyway
 
     def paged_attention(
         self,

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class PackedLinear:
     bias: Tensor | None = None
     scale: Tensor | None = None
 
+
+Start = Literal["", "after", "beside"]
 
 #: Activations that cuBLAS applies to a product with a bias before it is written, and whether each is its gelu.
 _EPILOGUES = {"relu": False, "gelu_tanh": True}
@@ -193,7 +195,7 @@ def gemv(
     *,
     gated_pair: bool,
     out: Tensor | None = None,
-    early: bool = False,
+    start: Start = "",
 ) -> Tensor:
     """`linear` of x [1, K], or `gated_linear` for a pair, by the matrix-vector kernel.
 
@@ -204,7 +206,8 @@ def gemv(
         residual: see `linear`; None for a pair.
         gated_pair: whether the first half of the rows is the gate's.
         out: [1, outputs], where it is written, or None.
-        early: see `parallel_block.py`.
+        start: when the next kernel may start. "": with this one; "after": when what was before this one has ended;
+            "beside": with this one, which waits for nothing but at its end (see `parallel_block.py`).
     """
     rows, k = packed.weight.shape
     n = rows // 2 if gated_pair else rows
@@ -222,7 +225,7 @@ def gemv(
         GATED=gated_pair,
         HAS_BIAS=packed.bias is not None,
         HAS_RESIDUAL=residual is not None,
-        EARLY=early,
+        START=start,
         **tile,
         **launch_options(x),
     )
@@ -255,7 +258,7 @@ def gemv_tile(n: int, k: int, gated_pair: bool) -> dict[str, Any]:
 @jit
 def _gemv(
     x, weight, bias, residual, y, n, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, START: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """Each program computes BLOCK_N outputs (BLOCK_N of the gate and their partners of the other half if GATED).
@@ -271,7 +274,10 @@ def _gemv(
     if GATED:
         other = n * K  # below 2**31 elements in any gate that fits a GPU
         partner = tl.load(at + other, mask=mask, other=0.0)
-    if EARLY:
+    if START == "beside":
+        let_next_start(PDL)
+    elif START == "after":
+        wait_for_all(PDL)
         let_next_start(PDL)
     else:
         wait_for_inputs(PDL)
@@ -298,5 +304,5 @@ def _gemv(
     if HAS_RESIDUAL:
         result += tl.load(residual + row, mask=there, other=0.0).to(tl.float32)
     tl.store(y + row, result.to(y.dtype.element_ty), mask=there)
-    if EARLY and tl.program_id(0) == tl.num_programs(0) - 1:
+    if START == "beside" and tl.program_id(0) == tl.num_programs(0) - 1:
         wait_for_all(PDL)

@@ -1,11 +1,11 @@
 """One token through a block whose MLP does not need its attention: both at a time.
 
 Attention leaves most of a GPU's memory idle, and the MLP's first product needs nothing of it but time. A layer's
-kernels are launched in this order: norm; queries, keys and values; their rotation; attention; `early_product`;
+kernels are launched in this order: norm; `late_product` (queries, keys and values); attention; `early_product`;
 `last_products`. The early product does not wait for those between it and the norm, whose result it reads:
 
-* It starts when every program of attention runs, which start when every program of the rotation has waited for what is
-  before it (`rope.py` lets the next kernel start after it waited). So the norm has been written.
+* It starts when every program of attention runs, which start when every program of the late product has waited for what
+  is before it. So the norm has been written.
 * It writes to `early_memory`, which is taken before these kernels are launched: none of their memory is the same.
 * Its last program waits for attention. So whoever waits for this kernel has waited for both.
 """
@@ -23,16 +23,22 @@ from miinb.kernels.dispatch import jit, launch_options, tl, use_triton, wait_for
 from miinb.kernels.linear import PackedLinear, gemv, gemv_tile
 
 
-def early_memory(x: Tensor, up: PackedLinear, *, gated: bool) -> Tensor | None:
+def early_memory(x: Tensor, qkv: PackedLinear, up: PackedLinear, *, gated: bool) -> Tensor | None:
     """Where `early_product` of x [T, K] is to write, [1, I]; None: these layers go in their order."""
-    early = x.shape[0] == 1 and up.scale is None and use_triton(x) and launch_options(x)["PDL"]
+    plain = qkv.scale is None and up.scale is None
+    early = x.shape[0] == 1 and plain and use_triton(x) and launch_options(x)["PDL"]
     width = up.weight.shape[0] // 2 if gated else up.weight.shape[0]
     return torch.empty((1, width), dtype=x.dtype, device=x.device) if early else None
 
 
+def late_product(x: Tensor, packed: PackedLinear) -> Tensor:
+    """`linear.linear` of x [1, K]; it lets the next kernel start late."""
+    return gemv(x, packed, None, None, gated_pair=False, start="after")
+
+
 def early_product(x: Tensor, up: PackedLinear, activation: str, out: Tensor, *, gated: bool) -> Tensor:
     """`linear.linear`, or `linear.gated_linear`, of x [1, K] into `early_memory`, beside the kernel before it."""
-    return gemv(x, up, activation, None, gated_pair=gated, out=out, early=True)
+    return gemv(x, up, activation, None, gated_pair=gated, out=out, start="beside")
 
 
 def last_products(x: Tensor, down: PackedLinear, attended: Tensor, out: PackedLinear) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miinb.kernels import reference
-from miinb.kernels.dispatch import jit, launch_options, let_next_start, power_of_2, tl, use_triton, wait_for_all
+from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
 
 _HEADS_A_PROGRAM = 4
 
@@ -101,15 +101,52 @@ def _launch(tensors: tuple[Any, ...], eps: float, **settings: Any) -> Tensor:
 # Kernels' long parameter lists stay in rows.
 # fmt: off
 @jit
-def _norm_weight(q_norm, k_norm, d, HEAD_SIZE: tl.constexpr, is_q):
-    """Weights [heads, D] of the norms: the queries' or the keys' for each head."""
-    q_weight = tl.load(q_norm + d, mask=d < HEAD_SIZE, other=0.0).to(tl.float32)[None, :]
-    k_weight = tl.load(k_norm + d, mask=d < HEAD_SIZE, other=0.0).to(tl.float32)[None, :]
-    return tl.where(is_q[:, None], q_weight, k_weight)
+def angles(cos, sin, position, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[D] each: which element each element of a head is paired with, and what itself and that one are multiplied by."""
+    other, c, s = d, 1.0, 0.0
+    if HALF > 0:
+        if INTERLEAVED:
+            pair, other, sign = d // 2, d ^ 1, tl.where(d % 2 == 0, -1.0, 1.0)
+        else:
+            pair, other = d % HALF, tl.where(d < HALF, d + HALF, d - HALF)
+            sign = tl.where(d < HALF, -1.0, 1.0)
+        rotary = d < 2 * HALF
+        c = tl.load(cos + position * HALF + pair, mask=rotary, other=1.0)
+        s = tl.load(sin + position * HALF + pair, mask=rotary, other=0.0) * sign
+    return other, c, s
 
 
 @jit
-def _to_fp8(value):
+def norm_weight(weight, at, HEAD_SIZE: tl.constexpr, NORM: tl.constexpr):
+    """The weights [1, D] of a norm of a head's elements `at`, if there is one."""
+    value = 1.0
+    if NORM:
+        value = tl.load(weight + at, mask=at < HEAD_SIZE, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
+@jit
+def turned(
+    value, heads, inside, d, other, c, s, weight, partner_weight, eps, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Heads [H, D], normalized where asked, then rotated. `heads` points to them, and has what they are paired with."""
+    dtype: tl.constexpr = value.dtype
+    if NORM:
+        wide = value.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_SIZE + eps)[:, None]
+        value = ((wide * inverse).to(dtype).to(tl.float32) * weight).to(dtype)
+    if HALF > 0:
+        partner = tl.load(heads + other[None, :], mask=inside & (d < 2 * HALF)[None, :], other=0.0)
+        if NORM:
+            partner = ((partner.to(tl.float32) * inverse).to(dtype).to(tl.float32) * partner_weight).to(dtype)
+        rotated = (value.to(tl.float32) * c[None, :] + partner.to(tl.float32) * s[None, :]).to(dtype)
+        value = tl.where((d < 2 * HALF)[None, :], rotated, value)
+    return value
+
+
+@jit
+def to_fp8(value):
     """Rows [heads, D] as fp8, the largest number of each as fp8's largest, and their scales [heads]."""
     wide = value.to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(wide), 1) / 448.0, 1e-30).to(tl.bfloat16)
@@ -130,34 +167,21 @@ def _rope_append(
     is_q = head < HEADS
     is_v = head >= HEADS + KV_HEADS
     inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < HEAD_SIZE)[None, :]
-    wait_for_all(PDL)
-    let_next_start(PDL)  # not before: `parallel_block.py` says who needs that, and no other model is slower by it
+    wait_for_inputs(PDL)
     at = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_SIZE + head[:, None] * HEAD_SIZE
     value = tl.load(at + d[None, :], mask=inside, other=0.0)
-    if NORM:
-        wide = value.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_SIZE + eps)[:, None]
-        normed = (wide * inverse).to(value.dtype).to(tl.float32) * _norm_weight(q_norm, k_norm, d, HEAD_SIZE, is_q)
-        value = tl.where(is_v[:, None], value, normed.to(value.dtype))
+    position = 0
     if HALF > 0:
         position = tl.load(positions + token)
-        rotary = d < 2 * HALF
-        if INTERLEAVED:
-            pair = d // 2
-            other = d ^ 1
-            sign = tl.where(d % 2 == 0, -1.0, 1.0)
-        else:
-            pair = d % HALF
-            other = tl.where(d < HALF, d + HALF, d - HALF)
-            sign = tl.where(d < HALF, -1.0, 1.0)
-        partner = tl.load(at + other[None, :], mask=inside & rotary[None, :], other=0.0)
-        if NORM:
-            partner = (partner.to(tl.float32) * inverse).to(value.dtype).to(tl.float32)
-            partner = (partner * _norm_weight(q_norm, k_norm, other, HEAD_SIZE, is_q)).to(value.dtype)
-        c = tl.load(cos + position * HALF + pair, mask=rotary, other=1.0)[None, :]
-        s = (tl.load(sin + position * HALF + pair, mask=rotary, other=0.0) * sign)[None, :]
-        turned = (value.to(tl.float32) * c + partner.to(tl.float32) * s).to(value.dtype)
-        value = tl.where(is_v[:, None] | (d >= 2 * HALF)[None, :], value, turned)
+    other, c, s = angles(cos, sin, position, d, HALF, INTERLEAVED)
+    weight, partner_weight = 1.0, 1.0
+    if NORM:
+        own = is_q[:, None]
+        weight = tl.where(own, norm_weight(q_norm, d, HEAD_SIZE, NORM), norm_weight(k_norm, d, HEAD_SIZE, NORM))
+        partner_weight = norm_weight(q_norm, other, HEAD_SIZE, NORM)
+        partner_weight = tl.where(own, partner_weight, norm_weight(k_norm, other, HEAD_SIZE, NORM))
+    new = turned(value, at, inside, d, other, c, s, weight, partner_weight, eps, HEAD_SIZE, HALF, NORM)
+    value = tl.where(is_v[:, None], value, new)
     if FIRST == 0:
         tl.store(q + token * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :], value, inside & is_q[:, None])
     slot = tl.load(slots + token)
@@ -165,7 +189,7 @@ def _rope_append(
     k_head, v_head = head - HEADS, head - HEADS - KV_HEADS
     stored = inside & (slot >= 0)
     if FP8:
-        value, scale = _to_fp8(value)
+        value, scale = to_fp8(value)
         to = kv_scale + 2 * ((slot // PAGE) * KV_HEADS * PAGE + slot % PAGE)
         tl.store(to + 2 * PAGE * k_head, scale, is_k & (slot >= 0))
         tl.store(to + 2 * PAGE * v_head + 1, scale, is_v & (v_head < KV_HEADS) & (slot >= 0))

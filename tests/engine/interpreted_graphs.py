@@ -14,11 +14,12 @@ import torch
 import tests.kernels.interpreter  # noqa: F401
 from miinb import models
 from miinb.config import EngineOptions
-from miinb.engine.decoder import Decoder, StepBatch
+from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
+from miinb.engine.step_batch import StepBatch
 from miinb.engine.weights import load_weights
 from miinb.messages import EngineInfo, Plan
 from tests.engine.recomputing import Recomputing

@@ -22,12 +22,13 @@ from miinb.engine.calibrate import (
     calibration_tokens,
     with_calibration,
 )
-from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.decoder import Decoder
 from miinb.engine.gptq import round_by_inputs
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.perplexity import perplexity
 from miinb.engine.place import Place
 from miinb.engine.quantize import Account, Quantizer
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import tensors
 from miinb.errors import InvalidValue, OutOfMemory
 from miinb.kernels.formats import dequantize

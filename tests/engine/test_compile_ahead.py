@@ -34,6 +34,7 @@ from miinb.kernels import (
     all_reduce,
     attention,
     best_of_ranks,
+    decode_attention,
     dequantize,
     dispatch,
     fp8_gemv,
@@ -42,6 +43,7 @@ from miinb.kernels import (
     head,
     linear,
     norm,
+    online_softmax,
     parallel_block,
     product,
     quantized_gemv,
@@ -53,8 +55,20 @@ from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
-    *(activation, all_reduce, attention, best_of_ranks, dequantize, fp8_gemv, fp8_many, fp8_product, head, linear),
-    *(norm, parallel_block, product, quantized_gemv, quantized_product, rope, sample),
+    *(
+        activation,
+        all_reduce,
+        attention,
+        best_of_ranks,
+        decode_attention,
+        dequantize,
+        fp8_gemv,
+        fp8_many,
+        fp8_product,
+        head,
+        linear,
+    ),
+    *(norm, online_softmax, parallel_block, product, quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {

@@ -14,12 +14,13 @@ from miinb import models
 from miinb.bench import presets
 from miinb.config import EngineOptions, GenerationParams
 from miinb.engine import parity
-from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.decoder import Decoder
 from miinb.engine.executor import StepExecutor
 from miinb.engine.graphs import GraphRunner
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.parameters import QUANTIZED
 from miinb.engine.policies import POLICIES
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import DTYPES, load_weights, weights_bytes
 from miinb.messages import EngineInfo, Plan, SequenceRequest, TokensEvent
 from tests.engine.conftest import CONFIGS

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from miinb import models
 from miinb.config import DeploymentConfig
-from miinb.engine.decoder import Decoder, StepBatch, StepRow
+from miinb.engine.decoder import Decoder
 from miinb.engine.kv_cache import CacheSize, KVCache, size_cache
 from miinb.engine.policies import POLICIES
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import InvalidValue, OutOfMemory
 from tests.engine.conftest import build

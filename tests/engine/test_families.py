@@ -22,11 +22,12 @@ from transformers import AutoConfig
 
 from miinb import models
 from miinb.config import EngineOptions, GenerationParams
-from miinb.engine.decoder import Decoder, Operators, StepBatch, StepRow
+from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.executor import StepExecutor
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.policies import POLICIES
 from miinb.engine.positions import rotary_tables
+from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels import reference

@@ -15,6 +15,7 @@ from miinb.kernels import (
     all_reduce,
     attention,
     best_of_ranks,
+    decode_attention,
     dequantize,
     dispatch,
     embedding,
@@ -120,6 +121,19 @@ def attention_call(heads: int, kv_heads: int, size: int, max_query: int, **optio
     )
 
 
+def decode_call(heads: int, kv_heads: int, size: int, rows: int = 1, **options: Any) -> Callable[[], Any]:
+    cache, table = kv_cache(kv_heads, size, options), t(64, size // 2, dtype=torch.float32)
+    tables = (None, None) if options.pop("plain", False) else (table, table)
+    rope = {"rotary_dim": size, "interleaved": False, "q_norm": None, "k_norm": None, "eps": 1e-6}
+    rope |= {"heads": heads, "kv_heads": kv_heads, "head_size": size}
+    attention = {"scale": 0.1, "window": None, "alibi": None, "softcap": None}
+    scales = {name: value for name, value in options.items() if name == "kv_scale"}
+    rope |= {name: value for name, value in options.items() if name in rope}
+    attention |= {name: value for name, value in options.items() if name in attention}
+    inputs = (t(rows, (heads + 2 * kv_heads) * size), *tables, cache, cache, ids(4, rows).t(), ids(rows))
+    return lambda: decode_attention.decode_attention(*inputs, rope=rope, attention=attention, **scales)
+
+
 def boards(ranks: int, rank: int = 0) -> all_reduce.Boards:
     return all_reduce.Boards(
         ids(ranks, dtype=torch.int64),
@@ -184,6 +198,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rope interleaved": rope_call(16, 16, 256, interleaved=True, rotary_dim=64),
     "append": rope_call(12, 12, 64, plain=True),
     "append fp8": rope_call(32, 8, 128, fp8=True),
+    "rotate and attend": decode_call(32, 8, 128),
+    "rotate and attend, one key head": decode_call(71, 1, 64, interleaved=True, rotary_dim=32),
+    "rotate and attend, norms": decode_call(16, 8, 256, 3, q_norm=t(256), k_norm=t(256), window=100, softcap=5.0),
+    "rotate and attend, fp8": decode_call(32, 8, 128, fp8=True),
+    "append and attend": decode_call(16, 16, 64, plain=True, alibi=t(16, dtype=torch.float32)),
+    "late": lambda: parallel_block.late_product(t(1, 4096), packed(9216, 4096, True)),
     "decode": attention_call(32, 8, 128, 1),
     "decode window": attention_call(9, 3, 80, 1, window=100),
     "decode alibi": attention_call(16, 16, 64, 1, alibi=t(16, dtype=torch.float32)),
@@ -334,14 +354,24 @@ def test_a_short_product_asks_for_its_weights_before_it_waits() -> None:
 
 
 def test_what_begins_early_waits_at_its_end() -> None:
-    """And the rotation lets the next kernel start when what came before it has been written."""
+    """And the product before attention lets the next kernel start when what came before it has been written."""
     (ptx,) = [kernel.asm["ptx"] for kernel in compiled(CALLS["early"], (9, 0))]
     wait = ptx.index("griddepcontrol.wait")
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global") < wait
     assert ptx.count("griddepcontrol.wait") == 1
     assert "ld.global" not in ptx[wait:]
-    (ptx,) = [kernel.asm["ptx"] for kernel in compiled(CALLS["rope"], (9, 0))]
+    (ptx,) = [kernel.asm["ptx"] for kernel in compiled(CALLS["late"], (9, 0))]
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("st.global")
+
+
+@pytest.mark.parametrize("name", ["rotate and attend", "rotate and attend, fp8"])
+def test_attention_of_one_token_asks_for_earlier_keys_before_it_waits_and_writes_after_it(name: str) -> None:
+    (kernel,) = compiled(CALLS[name], (9, 0))
+    ptx = kernel.asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.count("ld.global.v4.b32") >= 8
+    assert "st.global" not in before
+    assert "st.global" in after
 
 
 def test_an_fp8_cache_is_read_16_bytes_at_a_time_and_widened_by_pairs() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tests.kernels.interpreter  # noqa: F401
-from miinb.kernels import attention, norm, reference
+from miinb.kernels import norm, online_softmax, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dispatch import INTERPRETED, plain_operators, power_of_2
@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # a program takes it 30 ms
-        monkeypatch.setattr(attention, "_DECODE_PROGRAMS", 20)
-    monkeypatch.setattr(attention, "_LEAST_KEYS", 32)  # so that contexts of tests have parts
+        monkeypatch.setattr(online_softmax, "_DECODE_PROGRAMS", 20)
+    monkeypatch.setattr(online_softmax, "_LEAST_KEYS", 32)  # so that contexts of tests have parts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,10 +81,12 @@ def test_a_parallel_block_of_one_token(dtype: torch.dtype, gated_pair: bool) -> 
 
 def test_only_one_token_of_plain_weights_goes_early() -> None:
     up = PackedLinear(rand(8, 4))
-    assert early_memory(rand(2, 4), up, gated=False) is None
-    assert early_memory(rand(1, 4), PackedLinear(up.weight, scale=rand(8)), gated=False) is None
+    assert early_memory(rand(2, 4), up, up, gated=False) is None
+    quantized = PackedLinear(up.weight, scale=rand(8))
+    assert early_memory(rand(1, 4), up, quantized, gated=False) is None
+    assert early_memory(rand(1, 4), quantized, up, gated=False) is None
     with plain_operators():
-        assert early_memory(rand(1, 4), up, gated=True) is None
+        assert early_memory(rand(1, 4), up, up, gated=True) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
