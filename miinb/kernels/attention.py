@@ -18,8 +18,7 @@ from miinb.kernels.online_softmax import (
     finish,
     for_scores,
     parts_of,
-    read_keys,
-    softmax_step,
+    softmax_over,
 )
 
 _MIXED_SPLITS = 4  # of each row of a mixed step, which may have few rows of one query among many
@@ -165,14 +164,10 @@ def _decode(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     position = tl.zeros([BLOCK_G], tl.int32) + length - 1
     table = block_table + row.to(tl.int64) * table_stride
-    for start in range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        read = read_keys(
-            k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8, BLOCK_D
-        )
-        top, total, acc = softmax_step(
-            query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
-        )
+    top, total, acc = softmax_over(
+        query, top, total, acc, begin, end, k_cache, v_cache, kv_scale, table, page_stride, position, slope, kv_head,
+        by, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, FP8, BLOCK_N, BLOCK_D,
+    )
     to = out + (token.to(tl.int64) * HEADS + head[:, None]) * HEAD_SIZE + d[None, :]
     unit = row * KV_HEADS + kv_head
     finish(to, mask, top, total, acc, partial, weights, counters, unit, split, splits, parts, g, d, HEAD_SIZE, BLOCK_G)
@@ -226,15 +221,10 @@ def _prefill(
             first = tl.maximum(before + begin - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(before + begin + TOKENS, length)
         table = block_table + row.to(tl.int64) * table_stride
-        for begin_key in range(first, end, BLOCK_N):
-            key = begin_key + tl.arange(0, BLOCK_N)
-            read = read_keys(
-                k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8,
-                BLOCK_D,
-            )
-            top, total, acc = softmax_step(
-                query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
-            )
+        top, total, acc = softmax_over(
+            query, top, total, acc, first, end, k_cache, v_cache, kv_scale, table, page_stride, position, slope,
+            kv_head, by, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, FP8, BLOCK_N, BLOCK_D,
+        )
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         to = out + at * HEADS * HEAD_SIZE + head[:, None] * HEAD_SIZE + d[None, :]
         tl.store(to, result.to(out.dtype.element_ty), mask=mask)

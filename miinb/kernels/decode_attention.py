@@ -29,6 +29,7 @@ from miinb.kernels.online_softmax import (
     for_scores,
     parts_of,
     read_keys,
+    softmax_over,
     softmax_step,
 )
 from miinb.kernels.rope import angles, norm_weight, to_fp8, turned
@@ -138,11 +139,9 @@ def _decode_attention(
     """One program a row, KV head and part of the keys that were there before; the first part's has the new one too."""
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    g = tl.arange(0, BLOCK_G)
-    d = tl.arange(0, BLOCK_D)
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + g
-    inside = (d < HEAD_SIZE)[None, :]
-    mask = (g < GROUP)[:, None] & inside
+    mask = (g < GROUP)[:, None] & (d < HEAD_SIZE)[None, :]
     let_next_start(PDL)
     slope = g.to(tl.float32)
     if HAS_ALIBI:
@@ -164,49 +163,60 @@ def _decode_attention(
     page = tl.load(table + (last // PAGE) * page_stride).to(tl.int64)
     wait_for_all(PDL)
     token = qkv + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
-    heads = token + head[:, None] * HEAD_SIZE
-    query = tl.load(heads + d[None, :], mask=mask, other=0.0)
-    query = turned(query, heads, mask, d, other, c, s, q_weight, q_partner, eps, HEAD_SIZE, HALF, NORM)
+    at = token + head[:, None] * HEAD_SIZE
+    query = tl.load(at + d[None, :], mask=mask, other=0.0)
+    query = turned(query, at, mask, d, other, c, s, q_weight, q_partner, eps, HEAD_SIZE, HALF, NORM)
     query, by = for_scores(query, scale, FP8)
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    top, total = tl.full([BLOCK_G], float("-inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if (split == 0) & (length > 0):
-        at = token + (HEADS + kv_head) * HEAD_SIZE + tl.zeros([1, 1], tl.int32)
-        k_weight, k_partner = norm_weight(k_norm, d, HEAD_SIZE, NORM), norm_weight(k_norm, other, HEAD_SIZE, NORM)
-        k = tl.load(at + d[None, :], mask=inside, other=0.0)
-        k = turned(k, at, inside, d, other, c, s, k_weight, k_partner, eps, HEAD_SIZE, HALF, NORM)
-        v = tl.load(at + KV_HEADS * HEAD_SIZE + d[None, :], mask=inside, other=0.0)
-        if FP8:
-            k, k_scale = to_fp8(k)
-            v, v_scale = to_fp8(v)
-            to = kv_scale + 2 * ((page * KV_HEADS + kv_head) * PAGE + last % PAGE) + tl.zeros([1], tl.int32)
-            tl.store(to, k_scale)
-            tl.store(to + 1, v_scale)
-        to = ((page * PAGE + last % PAGE) * KV_HEADS + kv_head) * HEAD_SIZE + d[None, :]
-        tl.store(k_cache + to, k, mask=inside)
-        tl.store(v_cache + to, v, mask=inside)
-        top = tl.sum(tl.sum(query.to(tl.float32) * k.to(tl.float32), 1)[:, None] * by, 1)
-        acc += v.to(tl.float32)
-        total += 1.0
-        if FP8:  # the sum and the outputs 448 times as large, as in `softmax_step`
-            top *= tl.sum(k_scale.to(tl.float32), 0)
-            acc *= v_scale.to(tl.float32)[:, None] * 448.0
-            total *= 448.0
-        if SOFTCAP > 0:
-            top = capped(top, SOFTCAP)
-    position = tl.zeros([BLOCK_G], tl.int32) + last
+        k_at = token + (HEADS + kv_head) * HEAD_SIZE + tl.zeros([1, 1], tl.int32)
+        top, acc = _newest(
+            query, by, k_at, k_cache, v_cache, kv_scale, page, last % PAGE, kv_head, d, other, c, s, k_norm, eps,
+            KV_HEADS, HEAD_SIZE, HALF, NORM, PAGE, SOFTCAP, FP8, BLOCK_G,
+        )
+        total += 448.0 if FP8 else 1.0
+    position = last + g * 0
     top, total, acc = softmax_step(
         query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
     )
-    for start in range(begin + BLOCK_N, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        read = read_keys(
-            k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8, BLOCK_D
-        )
-        top, total, acc = softmax_step(
-            query, top, total, acc, read, key, end, position, slope, by, WINDOW, SOFTCAP, HAS_ALIBI, FP8
-        )
+    top, total, acc = softmax_over(
+        query, top, total, acc, begin + BLOCK_N, end, k_cache, v_cache, kv_scale, table, page_stride, position, slope,
+        kv_head, by, KV_HEADS, HEAD_SIZE, PAGE, WINDOW, SOFTCAP, HAS_ALIBI, FP8, BLOCK_N, BLOCK_D,
+    )
     to = out + (row.to(tl.int64) * HEADS + head[:, None]) * HEAD_SIZE + d[None, :]
-    unit = row * KV_HEADS + kv_head
-    finish(to, mask, top, total, acc, partial, weights, counters, unit, split, splits, parts, g, d, HEAD_SIZE, BLOCK_G)
+    finish(
+        to, mask, top, total, acc, partial, weights, counters, row * KV_HEADS + kv_head, split, splits, parts, g, d,
+        HEAD_SIZE, BLOCK_G,
+    )
+
+
+@jit
+def _newest(
+    query, by, at, k_cache, v_cache, kv_scale, page, offset, kv_head, d, other, c, s, k_norm, eps,
+    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PAGE: tl.constexpr,
+    SOFTCAP: tl.constexpr, FP8: tl.constexpr, BLOCK_G: tl.constexpr,
+):
+    """Put a row's newest key and value, `at` and behind, into the cache: scores [G] of it alone, and outputs [G, D]."""
+    inside = (d < HEAD_SIZE)[None, :]
+    weight, partner_weight = norm_weight(k_norm, d, HEAD_SIZE, NORM), norm_weight(k_norm, other, HEAD_SIZE, NORM)
+    k = tl.load(at + d[None, :], mask=inside, other=0.0)
+    k = turned(k, at, inside, d, other, c, s, weight, partner_weight, eps, HEAD_SIZE, HALF, NORM)
+    v = tl.load(at + KV_HEADS * HEAD_SIZE + d[None, :], mask=inside, other=0.0)
+    if FP8:
+        k, k_scale = to_fp8(k)
+        v, v_scale = to_fp8(v)
+        to = kv_scale + 2 * ((page * KV_HEADS + kv_head) * PAGE + offset) + tl.zeros([1], tl.int32)
+        tl.store(to, k_scale)
+        tl.store(to + 1, v_scale)
+    to = ((page * PAGE + offset) * KV_HEADS + kv_head) * HEAD_SIZE + d[None, :]
+    tl.store(k_cache + to, k, mask=inside)
+    tl.store(v_cache + to, v, mask=inside)
+    scores = tl.sum(tl.sum(query.to(tl.float32) * k.to(tl.float32), 1)[:, None] * by, 1)
+    outputs = tl.zeros([BLOCK_G, d.shape[0]], tl.float32) + v.to(tl.float32)
+    if FP8:  # the outputs 448 times as large, as in `softmax_step`
+        scores *= tl.sum(k_scale.to(tl.float32), 0)
+        outputs *= v_scale.to(tl.float32)[:, None] * 448.0
+    if SOFTCAP > 0:
+        scores = capped(scores, SOFTCAP)
+    return scores, outputs

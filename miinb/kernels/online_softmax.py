@@ -111,6 +111,24 @@ def softmax_step(
 
 
 @jit
+def softmax_over(
+    query, top, total, acc, begin, end, k_cache, v_cache, kv_scale, table, page_stride, position, slope, kv_head, scale,
+    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """`softmax_step` of the keys from `begin` to `end`."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        read = read_keys(
+            k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8, BLOCK_D
+        )
+        top, total, acc = softmax_step(
+            query, top, total, acc, read, key, end, position, slope, scale, WINDOW, SOFTCAP, HAS_ALIBI, FP8
+        )
+    return top, total, acc
+
+
+@jit
 def capped(scores, SOFTCAP: tl.constexpr):
     """softcap * tanh(score / softcap), of scores that are multiplied by log2(e); tanh(u) = 2 * sigmoid(2 * u) - 1."""
     return (2 * tl.sigmoid(scores * (2 * 0.6931471805599453 / SOFTCAP)) - 1) * (SOFTCAP * 1.4426950408889634)

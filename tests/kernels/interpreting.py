@@ -11,6 +11,6 @@ def passes_interpreted(name: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     tests = str(Path(__file__).with_name(name))
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
     assert "passed" in done.stdout

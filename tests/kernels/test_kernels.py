@@ -17,7 +17,7 @@ from miinb.kernels.dispatch import INTERPRETED, plain_operators, power_of_2
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, post_norm, rms_norm
-from miinb.kernels.parallel_block import early_memory, early_product, last_products
+from miinb.kernels.parallel_block import early_memory, early_product, last_products, late_product
 from miinb.kernels.rope import rope_append
 from miinb.kernels.sample import sample
 from miinb.kernels.shares import MOST, best_shares
@@ -67,16 +67,17 @@ def test_norms(
 def test_a_parallel_block_of_one_token(dtype: torch.dtype, gated_pair: bool) -> None:
     """Both of its last kernels, at sizes that no tile divides."""
     x, attended, inner, bias = (rand(1, n, dtype=dtype) for n in (72, 40, 3001, 72))
-    up = PackedLinear(rand(6002 if gated_pair else 3001, 72, dtype=dtype, scale=0.2))
+    up = PackedLinear(rand(202 if gated_pair else 101, 72, dtype=dtype, scale=0.2))
     down = PackedLinear(rand(72, 3001, dtype=dtype, scale=0.02), bias[0])
     out = PackedLinear(rand(72, 40, dtype=dtype, scale=0.2), rand(72, dtype=dtype))
-    early = torch.empty_like(inner)
+    early = torch.empty(1, 101, dtype=dtype, device=DEVICE)
     found = early_product(x, up, "gelu", early, gated=gated_pair)
     assert found is early
     same(found, gated_linear(x, up, "gelu") if gated_pair else linear(x, up, activation="gelu"))
     wanted = reference.linear(wide(inner), wide(down.weight), wide(bias[0]))
     wanted += reference.linear(wide(attended), wide(out.weight), wide(out.bias))
     same(last_products(inner, down, attended, out), wanted)
+    same(late_product(attended, out), linear(attended, out))
 
 
 def test_only_one_token_of_plain_weights_goes_early() -> None:
