@@ -54,6 +54,7 @@ from miinb.engine.step_batch import StepBatch
 from miinb.engine.weights import activation_dtype, load_weights
 from miinb.errors import UnsupportedModel
 from miinb.kernels.all_reduce import PROGRAMS, Boards
+from miinb.kernels.embedding import fill_newest
 from miinb.kernels.head import argmax
 from miinb.kernels.shares import best_shares
 from miinb.messages import from_dict
@@ -114,6 +115,7 @@ def kernels_of(config: DeploymentConfig, model: ModelInfo) -> list[Kernel]:
     rows = min(config.max_batch or DEFAULT_BATCH["cuda"], config.options.step_tokens("cuda"))
     with recording() as kernels:
         for batch in [*parity.batches(decoder, page_tokens).values(), *_steps(config, rows)]:
+            fill_newest(batch.token_ids, batch.token_ids, batch.token_ids)
             argmax(decoder.forward(batch, cache))
             decoder.greedy(batch, cache)
         sampler = Sampler(2, spec.vocab_size, META)

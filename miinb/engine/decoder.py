@@ -22,6 +22,7 @@ from miinb.engine.step_batch import StepBatch
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.decode_attention import decode_attention
 from miinb.kernels.dequantize import embedding_rows
+from miinb.kernels.embedding import token_embedding
 from miinb.kernels.head import argmax, greedy_head, largest
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, rms_norm
@@ -221,15 +222,18 @@ class Decoder:
 
     def embed(self, batch: StepBatch) -> Tensor:
         """[T, hidden]: the tokens' embeddings with their positions'."""
-        w = self.weights
-        width = self.spec.embed_size or self.spec.hidden_size
-        x = embedding_rows(batch.token_ids, w.embed, w.embed_scale, width, w.dtype)
-        if self._embed_scale != 1.0:
-            x = x * self._embed_scale
-        if w.project_in is not None:
-            x = self.ops.linear(x, w.project_in)
-        if w.positions is not None:
-            x = x + F.embedding(batch.positions + self.spec.position_offset, w.positions)
+        w, positions, offset = self.weights, batch.positions, self.spec.position_offset
+        if w.embed_scale is None and w.project_in is None:
+            x = token_embedding(batch.token_ids, w.embed, self._embed_scale, positions, w.positions, offset)
+        else:
+            width = self.spec.embed_size or self.spec.hidden_size
+            x = embedding_rows(batch.token_ids, w.embed, w.embed_scale, width, w.dtype)
+            if self._embed_scale != 1.0:
+                x = x * self._embed_scale
+            if w.project_in is not None:
+                x = self.ops.linear(x, w.project_in)
+            if w.positions is not None:
+                x = x + F.embedding(positions + offset, w.positions)
         return self._norm(w.embed_norm, x)[0] if w.embed_norm is not None else x
 
     def layer(

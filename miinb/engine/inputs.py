@@ -17,6 +17,7 @@ import torch
 
 from miinb.engine.rows import Row, StepPlan
 from miinb.engine.step_batch import StepBatch
+from miinb.kernels.embedding import fill_newest
 
 #: Rows of the block table are as wide as the longest row of the step, in such steps: few shapes, so few kernels.
 TABLE_STEP = 16
@@ -219,7 +220,7 @@ class StepInputs:
         """Put each slot's newest token in the place of the leading `count` tokens that the host does not know."""
         ids = self._device.fields["token_ids"][:count]
         slots = self._device.fields["row_slots"][:count]
-        torch.where(ids < 0, self.last_tokens[slots], ids, out=ids)
+        fill_newest(ids, self.last_tokens, slots)
 
     def _write_tables(self, rows: Sequence[Row]) -> tuple[np.ndarray, int]:
         """Bring the rows' page tables up to date. Returns the rows' slots and the width that the step needs."""

@@ -1,14 +1,76 @@
-"""Embeddings of encoders: token, position and type rows summed and normalized in one pass."""
+"""Embeddings in one pass: of decoders token and position rows, of encoders those and type rows, normalized."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miinb.kernels import reference
 from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+
+_BLOCK = 2048
+
+
+def fill_newest(token_ids: Tensor, newest: Tensor, slots: Tensor) -> None:
+    """Put `newest[slots]` where a token is below 0, which stands for its row's newest one.
+
+    Args:
+        token_ids: [T] int64, written.
+        newest: [S] int64, the newest token of each slot.
+        slots: [T] int64.
+    """
+    if not use_triton(token_ids):
+        torch.where(token_ids < 0, newest[slots], token_ids, out=token_ids)
+        return
+    count = token_ids.shape[0]
+    block = 128
+    _fill_newest[(-(-count // block),)](
+        token_ids, newest, slots, count, BLOCK=block, num_warps=4, **launch_options(token_ids)
+    )
+
+
+def token_embedding(
+    token_ids: Tensor, table: Tensor, scale: float, positions: Tensor, position_table: Tensor | None, offset: int
+) -> Tensor:
+    """table[token_ids] * scale + position_table[positions + offset], rounded after each.
+
+    Args:
+        token_ids: [T] int64.
+        table: [vocab, hidden].
+        scale: of the tokens' rows.
+        positions: [T] int64; not read without a table.
+        position_table: [rows, hidden], or None.
+        offset: of the positions' rows.
+
+    Returns:
+        [T, hidden] in the tables' dtype.
+    """
+    if not use_triton(table):
+        x = F.embedding(token_ids, table)
+        x = x if scale == 1.0 else x * scale
+        return x if position_table is None else x + F.embedding(positions + offset, position_table)
+    tokens, hidden = token_ids.shape[0], table.shape[1]
+    y = torch.empty((tokens, hidden), dtype=table.dtype, device=table.device)
+    block = min(power_of_2(hidden), _BLOCK)
+    _token_embedding[(tokens, -(-hidden // block))](
+        token_ids,
+        positions,
+        table,
+        position_table,
+        y,
+        hidden,
+        scale,
+        offset,
+        SCALED=scale != 1.0,
+        HAS_POSITIONS=position_table is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 8),
+        **launch_options(table),
+    )
+    return y
 
 
 def embedding_norm(
@@ -68,6 +130,35 @@ def embedding_norm(
 
 # Kernels' long parameter lists stay in rows.
 # fmt: off
+@jit(plain=("count",))
+def _fill_newest(token_ids, newest, slots, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program BLOCK tokens."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
+    unknown = (token < count) & (tl.load(token_ids + token, mask=token < count, other=0) < 0)
+    slot = tl.load(slots + token, mask=unknown, other=0)
+    tl.store(token_ids + token, tl.load(newest + slot, mask=unknown, other=0), mask=unknown)
+
+
+@jit(plain=("offset",))
+def _token_embedding(
+    token_ids, positions, table, position_table, y, hidden, scale, offset, SCALED: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program a token and BLOCK of its numbers."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    wait_for_inputs(PDL)
+    value = tl.load(table + tl.load(token_ids + token) * hidden + column, mask=inside, other=0.0)
+    if SCALED:
+        value = (value.to(tl.float32) * scale).to(value.dtype)
+    if HAS_POSITIONS:
+        row = tl.load(positions + token) + offset
+        value = value.to(tl.float32) + tl.load(position_table + row * hidden + column, mask=inside, other=0.0)
+    tl.store(y + token * hidden + column, value.to(y.dtype.element_ty), mask=inside)
+
+
 @jit
 def _embedding_norm(
     token_ids, positions, type_ids, token_table, position_table, type_table, weight, bias, y, hidden, eps,

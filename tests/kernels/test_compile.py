@@ -230,6 +230,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "packed attention": encoder_attention_call(16384, 12, 64, 128),
     "packed attention long": encoder_attention_call(16384, 16, 64, 512),
     "packed attention wide": encoder_attention_call(16384, 8, 128, 512),
+    "token embedding": lambda: embedding.token_embedding(
+        ids(7, dtype=torch.int64), t(50257, 768), 1.0, ids(7, dtype=torch.int64), t(1024, 768), 2
+    ),
+    "token embedding scaled": lambda: embedding.token_embedding(
+        ids(1, dtype=torch.int64), t(1000, 3584), 59.75, ids(1, dtype=torch.int64), None, 0
+    ),
+    "newest": lambda: embedding.fill_newest(*(ids(9, dtype=torch.int64) for _ in range(3))),
     "embedding_norm": lambda: embedding.embedding_norm(
         *(ids(4, dtype=torch.int64),) * 3, t(30522, 768), t(512, 768), t(2, 768), t(768), t(768), 1e-12
     ),

@@ -14,6 +14,7 @@ from miinb.kernels import norm, online_softmax, reference
 from miinb.kernels.activation import KINDS, activate, gated
 from miinb.kernels.attention import paged_attention
 from miinb.kernels.dispatch import INTERPRETED, plain_operators, power_of_2
+from miinb.kernels.embedding import fill_newest, token_embedding
 from miinb.kernels.head import argmax, greedy_head
 from miinb.kernels.linear import PackedLinear, gated_linear, linear
 from miinb.kernels.norm import layer_norm, post_norm, rms_norm
@@ -317,6 +318,35 @@ def test_mixed_steps_are_padded_with_rows_of_no_queries() -> None:
     out = paged_attention(q, *tensors[1:], scale=0.3, max_query=len(q))
     expected = reference.paged_attention(*(wide(t) for t in tensors[:3]), *(t.cpu() for t in tensors[3:]), scale=0.3)
     same(out[:8], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [40, 2500])
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("offset", [None, 0, 2])
+def test_token_embedding(dtype: torch.dtype, hidden: int, scale: float, offset: int | None) -> None:
+    table, places = rand(9, hidden, dtype=dtype), None if offset is None else rand(8, hidden, dtype=dtype)
+    token_ids, positions = torch.tensor([8, 0, 3, 3]), torch.tensor([0, 5, 1, 4])
+    inputs = (token_ids.to(DEVICE), table, scale, positions.to(DEVICE), places, offset or 0)
+    with plain_operators():
+        wanted = token_embedding(*inputs)
+    found = token_embedding(*inputs)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts off what a GPU rounds
+        same(found, wanted)
+    else:
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 5, 300])
+def test_what_stands_for_a_rows_newest_token(count: int) -> None:
+    token_ids = torch.arange(count) % 7
+    token_ids[::3] = -1
+    slots, newest = torch.randint(11, (count,)), torch.randint(1000, 2000, (11,))
+    wanted = torch.where(token_ids < 0, newest[slots], token_ids)
+    found = token_ids.to(DEVICE)
+    fill_newest(found, newest.to(DEVICE), slots.to(DEVICE))
+    assert torch.equal(found.cpu(), wanted)
+    assert (found >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
