@@ -20,7 +20,7 @@ from miinb.engine.positions import alibi_slopes, layers_angles
 from miinb.engine.spec import DecoderSpec
 from miinb.engine.step_batch import StepBatch
 from miinb.kernels.attention import paged_attention
-from miinb.kernels.decode_attention import decode_attention
+from miinb.kernels.decode_attention import decode_attention, is_apt
 from miinb.kernels.dequantize import embedding_rows
 from miinb.kernels.embedding import token_embedding
 from miinb.kernels.head import argmax, greedy_head, largest
@@ -305,12 +305,10 @@ class Decoder:
             "alibi": self.alibi,
             "softcap": self.spec.softcap,
         }
-        if len(batch.lengths) == batch.max_query == 1 and self.ops.decode_attention is not None:
+        both = self.ops.decode_attention
+        if both is not None and batch.max_query == 1 and is_apt(len(batch.lengths), self.spec.head_size):
             row = (batch.block_table, batch.lengths)
-            out = self.ops.decode_attention(
-                qkv, *cos_sin, k, v, *row, rope=rope, attention=attention, kv_scale=kv_scale
-            )
-            return out.flatten(1)
+            return both(qkv, *cos_sin, k, v, *row, rope=rope, attention=attention, kv_scale=kv_scale).flatten(1)
         q = self.ops.rope_append(qkv, batch.positions, *cos_sin, k, v, batch.slots, kv_scale=kv_scale, **rope)
         rows = (batch.block_table, batch.query_start, batch.lengths)
         out = self.ops.paged_attention(q, k, v, *rows, kv_scale=kv_scale, max_query=batch.max_query, **attention)

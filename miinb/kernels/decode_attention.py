@@ -5,7 +5,7 @@ kernel before it: pages, angles, and the keys and values of earlier tokens are a
 because the step's inputs were copied, and earlier steps' keys and values written, before the step's first kernel, which
 is not launched early.
 
-Of two rows or more the GPU is busy with either of those kernels, and both are faster than this one.
+Of two rows or more, and of small heads, both of those kernels are faster than this one: `is_apt` tells.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -33,6 +33,13 @@ from miinb.kernels.online_softmax import (
     softmax_step,
 )
 from miinb.kernels.rope import angles, norm_weight, to_fp8, turned
+
+_LEAST_HEAD = 96
+
+
+def is_apt(rows: int, head_size: int) -> bool:
+    """Whether this was the faster one on an H200: of LLaMA-8B's and GPT-NeoX-20B's heads, not of GPT-2's."""
+    return rows == 1 and head_size >= _LEAST_HEAD
 
 
 def decode_attention(

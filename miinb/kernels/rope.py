@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miinb.kernels import reference
-from miinb.kernels.dispatch import jit, launch_options, power_of_2, tl, use_triton, wait_for_inputs
+from miinb.kernels.dispatch import jit, launch_options, let_next_start, power_of_2, tl, use_triton, wait_for_all
 
 _HEADS_A_PROGRAM = 4
 
@@ -167,7 +167,8 @@ def _rope_append(
     is_q = head < HEADS
     is_v = head >= HEADS + KV_HEADS
     inside = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < HEAD_SIZE)[None, :]
-    wait_for_inputs(PDL)
+    wait_for_all(PDL)
+    let_next_start(PDL)  # not before: attention's programs would wait beside the product, which takes 1% of a token
     at = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_SIZE + head[:, None] * HEAD_SIZE
     value = tl.load(at + d[None, :], mask=inside, other=0.0)
     position = 0

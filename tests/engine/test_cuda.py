@@ -22,6 +22,7 @@ from miinb.engine.parameters import QUANTIZED
 from miinb.engine.policies import POLICIES
 from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import DTYPES, load_weights, weights_bytes
+from miinb.kernels import decode_attention
 from miinb.messages import EngineInfo, Plan, SequenceRequest, TokensEvent
 from tests.engine.conftest import CONFIGS
 
@@ -76,8 +77,11 @@ def leaves_at_a_tie(model: Any, prompt: list[int], tokens: list[int], wanted: li
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("least_head", [1, 1000], ids=["one kernel", "two kernels"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tokens_equal_transformers(tiny: Tiny, name: str) -> None:
+def test_tokens_equal_transformers(tiny: Tiny, name: str, least_head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rotation and attention of a row alone in one kernel, and in two."""
+    monkeypatch.setattr(decode_attention, "_LEAST_HEAD", least_head)
     model, folder = tiny(name)
     decoder, cache = load(folder, "fp32")
     expected = []

@@ -331,7 +331,8 @@ def test_token_embedding(dtype: torch.dtype, hidden: int, scale: float, offset: 
     with plain_operators():
         wanted = token_embedding(*inputs)
     found = token_embedding(*inputs)
-    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts off what a GPU rounds
+    cut = INTERPRETED and dtype == torch.bfloat16  # the interpreter cuts off what a GPU rounds
+    if cut or (dtype == torch.float32 and scale != 1.0):  # and a GPU adds a product that it has not rounded
         same(found, wanted)
     else:
         assert torch.equal(found, wanted)
