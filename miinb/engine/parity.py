@@ -126,13 +126,14 @@ def _head_input(decoder: Decoder) -> Tensor:
 
 
 def batches(decoder: Decoder, page_tokens: int) -> dict[str, StepBatch]:
-    """The steps of the check: a chunk of a prompt, and the token after it."""
+    """The steps of the check: a chunk of a prompt, and the token after it, alone and as two rows."""
     device = decoder.weights.embed.device
     pages = list(range(-(-(PROMPT_TOKENS + 1) // page_tokens)))
     tokens = [(7 * i + 3) % decoder.weights.embed.shape[0] for i in range(PROMPT_TOKENS + 1)]
     count = min(PROMPT_TOKENS, decoder.spec.max_length - 1)
-    steps = {"prefill": StepRow(tokens[:count], 0, pages), "decode": StepRow(tokens[count : count + 1], count, pages)}
-    return {name: StepBatch.of_rows([row], page_tokens, device) for name, row in steps.items()}
+    chunk, token = StepRow(tokens[:count], 0, pages), StepRow(tokens[count : count + 1], count, pages)
+    steps = {"prefill": [chunk], "decode": [token], "decode of two rows": [token, token]}
+    return {name: StepBatch.of_rows(rows, page_tokens, device) for name, rows in steps.items()}
 
 
 def _layer_outputs(

@@ -15,6 +15,7 @@ from miinb.engine import parity
 from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.policies import POLICIES
 from miinb.engine.weights import load_weights
+from miinb.kernels import decode_attention
 
 Tiny = Callable[[str], tuple[Any, Path]]
 
@@ -33,9 +34,12 @@ def test_right_operators_pass(tiny: Tiny, name: str, dtype: str) -> None:
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope_append", "paged_attention", "linear", "gated_linear"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "rope_append", "paged_attention", "decode_attention", "linear", "gated_linear"]
+)
 @pytest.mark.parametrize("fault", [1.01, float("nan")])
-def test_a_wrong_operator_is_found(tiny: Tiny, name: str, fault: float) -> None:
+def test_a_wrong_operator_is_found(tiny: Tiny, name: str, fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_attention, "_LEAST_HEAD", 1)
     right = getattr(Operators(), name)
 
     def wrong(*given: Any, **options: Any) -> Any:
