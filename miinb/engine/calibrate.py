@@ -177,7 +177,8 @@ class Calibration:
             self._rounded[at] = decoder.layer(index, *self._rounded[at], batch, self._cache)
 
     def _begin(self, weights: DecoderWeights) -> Decoder:
-        operators = Operators(linear=self._linear, gated_linear=self._gated)
+        # every product is seen, so none may go another way
+        operators = Operators(linear=self._linear, gated_linear=self._gated, early_memory=lambda *_, **__: None)
         decoder = self._decoder = Decoder(self._spec, weights, ops=operators)
         device = weights.embed.device
         page_tokens = _PAGE_TOKENS if device.type == "cuda" else self._window

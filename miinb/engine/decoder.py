@@ -110,6 +110,7 @@ class Operators(NamedTuple):
     gated_linear: Callable[..., Tensor] = gated_linear
     early_memory: Callable[..., Tensor | None] = early_memory
     greedy_head: Callable[..., tuple[Tensor, Tensor]] = greedy_head
+    token_embedding: Callable[..., Tensor] = token_embedding
 
 
 class Decoder:
@@ -224,7 +225,7 @@ class Decoder:
         """[T, hidden]: the tokens' embeddings with their positions'."""
         w, positions, offset = self.weights, batch.positions, self.spec.position_offset
         if w.embed_scale is None and w.project_in is None:
-            x = token_embedding(batch.token_ids, w.embed, self._embed_scale, positions, w.positions, offset)
+            x = self.ops.token_embedding(batch.token_ids, w.embed, self._embed_scale, positions, w.positions, offset)
         else:
             width = self.spec.embed_size or self.spec.hidden_size
             x = embedding_rows(batch.token_ids, w.embed, w.embed_scale, width, w.dtype)

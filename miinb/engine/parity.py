@@ -1,7 +1,8 @@
 """The check at start-up: fused layers against plain references, on the weights that were loaded.
 
-First, middle and last layer and the head compute a prompt's chunk and a decode step twice. It finds kernels that are
-wrong on this device or for these shapes; that the loaded weights are the right ones is for `miinb check` to say.
+First, middle and last layer and the head compute a prompt's chunk and steps of single tokens twice. It finds kernels
+that are wrong on this device or for these shapes; that the loaded weights are the right ones is for `miinb check` to
+say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from miinb.engine.decoder import Decoder, Operators
 from miinb.engine.kv_cache import CacheSize, KVCache
 from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.kernels import reference
-from miinb.kernels.dispatch import use_triton
+from miinb.kernels.dispatch import plain_operators, use_triton
+from miinb.kernels.embedding import token_embedding
 from miinb.kernels.formats import FP8
 from miinb.kernels.fp8_many import makes_rows_fp8
 from miinb.kernels.linear import PackedLinear
@@ -43,6 +45,11 @@ def _greedy_head(x: Tensor, packed: PackedLinear) -> tuple[Tensor, Tensor]:
     return reference.argmax(_linear(x, packed))
 
 
+def _token_embedding(*inputs: Any) -> Tensor:
+    with plain_operators():
+        return token_embedding(*inputs)
+
+
 def _gated_linear(x: Tensor, packed: PackedLinear, kind: str) -> Tensor:
     return reference.gated(_linear(x, packed), kind)
 
@@ -57,6 +64,7 @@ REFERENCE = Operators(
     gated_linear=_gated_linear,
     greedy_head=_greedy_head,
     early_memory=lambda *_, **__: None,
+    token_embedding=_token_embedding,
 )
 
 
@@ -148,7 +156,9 @@ def _layer_outputs(
         cache = one_layer_cache(model, pages, page_tokens, kv_dtype)
         for name, batch in steps.items():
             x, residual = model.layer(index, model.embed(batch), None, batch, cache)
-            outputs[name].append(x if residual is None else x + residual)
+            outputs[name].append(
+                x.clone() if residual is None else x + residual
+            )  # either ends the step (`dispatch.py`)
     return [(name, ours, theirs) for name, (ours, theirs) in outputs.items()]
 
 

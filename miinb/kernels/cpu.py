@@ -16,6 +16,7 @@ from miinb.kernels import reference
 from miinb.kernels.cpu_blocks import BlockedLinear, blocked
 from miinb.kernels.cpu_library import load_library
 from miinb.kernels.cpu_trial import NEVER, torch_rows
+from miinb.kernels.embedding import token_embedding
 from miinb.kernels.formats import FP8, bits_of, part_columns
 from miinb.kernels.linear import PackedLinear
 
@@ -298,6 +299,7 @@ class CpuKernels:
         return q
 
     decode_attention = None  # a thread does one after the other anyway
+    token_embedding = staticmethod(token_embedding)
 
     def paged_attention(
         self,

@@ -1,9 +1,8 @@
 """One new token a row: from the fused QKV projection to attention, in one kernel.
 
 It does what `rope.py` and `attention.py` do one after the other. Of that only the new token's numbers come from the
-kernel before it: pages, angles, and the keys and values of earlier tokens are asked for before it waits. That is safe
-because the step's inputs were copied, and earlier steps' keys and values written, before the step's first kernel, which
-is not launched early.
+kernel before it: pages, angles, and the keys and values of earlier steps are asked for before it waits. `dispatch.py`
+says why they are there.
 
 Of two rows or more, and of small heads, both of those kernels are faster than this one: `is_apt` tells.
 """
@@ -38,7 +37,11 @@ _LEAST_HEAD = 96
 
 
 def is_apt(rows: int, head_size: int) -> bool:
-    """Whether this was the faster one on an H200: of LLaMA-8B's and GPT-NeoX-20B's heads, not of GPT-2's."""
+    """Whether to compute so: it was faster on an H200 with LLaMA-8B's and GPT-NeoX-20B's heads, not with GPT-2's.
+
+    Rows of a draft are of one sequence, and each attends to the keys that those before it write in the same step, which
+    only the two kernels wait for. A row alone has no such.
+    """
     return rows == 1 and head_size >= _LEAST_HEAD
 
 
@@ -55,15 +58,17 @@ def decode_attention(
     attention: Mapping[str, Any],
     kv_scale: Tensor | None = None,
 ) -> Tensor:
-    """`rope_append`, then `paged_attention`, of rows that have one new token each, their last; made for one row.
+    """`rope_append`, then `paged_attention`, of rows that have one new token each, their last.
+
+    No row may attend to what another row of the call writes: see `is_apt`.
 
     Args:
         qkv: [R, (heads + 2 * kv_heads) * head_size], as in `rope.rope_append`.
         cos, sin: [max_length, rotary_dim / 2] fp32, one row a position; None is no rotation.
         k_cache, v_cache: [pages, page_tokens, kv_heads, head_size]; written at each row's last position.
         block_table: [R, B] int32, the pages of each row in order; any strides.
-        lengths: [R] int32, context of each row with its new token. A row of length 0 is padding: nothing is written to
-            the cache for it, and its output is 0.
+        lengths: [R] int32, context of each row with its new token. On a GPU a row may have length 0 (padding of a
+            graph): nothing is written to the cache for it, and its output is 0.
         rope: the heads, the rotation and the norms, by the names that `rope.rope_append` has for them.
         attention: the scale, the window, the slopes and the cap, by the names that `attention.paged_attention` has.
         kv_scale: [pages, kv_heads, page_tokens, 2] bf16, the scales of an fp8 cache, read and written; or None.
@@ -161,13 +166,13 @@ def _decode_attention(
     span, parts = parts_of(last - first, splits, least, BLOCK_N)
     begin, end = first + split * span, tl.minimum(first + (split + 1) * span, last)
     table = block_table + row.to(tl.int64) * table_stride
+    other, c, s = angles(cos, sin, last.to(tl.int64), d, HALF, INTERLEAVED)
+    q_weight, q_partner = norm_weight(q_norm, d, HEAD_SIZE, NORM), norm_weight(q_norm, other, HEAD_SIZE, NORM)
+    page = tl.load(table + (last // PAGE) * page_stride).to(tl.int64)
     key = begin + tl.arange(0, BLOCK_N)
     read = read_keys(
         k_cache, v_cache, kv_scale, table, page_stride, key, end, kv_head, KV_HEADS, HEAD_SIZE, PAGE, FP8, BLOCK_D
     )
-    other, c, s = angles(cos, sin, last.to(tl.int64), d, HALF, INTERLEAVED)
-    q_weight, q_partner = norm_weight(q_norm, d, HEAD_SIZE, NORM), norm_weight(q_norm, other, HEAD_SIZE, NORM)
-    page = tl.load(table + (last // PAGE) * page_stride).to(tl.int64)
     wait_for_all(PDL)
     token = qkv + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
     at = token + head[:, None] * HEAD_SIZE

@@ -6,8 +6,10 @@ Wrappers take meta tensors for tensors of a GPU that is not asked: `engine/compi
 model launches. Nothing runs then.
 
 On Hopper and later every kernel is launched with programmatic dependent launch: it starts while the kernel before it
-still runs, fetches what no kernel writes (weights), and waits in `wait_for_inputs`. So every kernel calls that before
-it reads anything that another kernel wrote, and before it writes. `parallel_block.py` has the one exception.
+still runs, fetches what no kernel of the step writes (weights), and waits in `wait_for_inputs` or `wait_for_all`. So
+every kernel calls one of them before it reads anything that another kernel of the step wrote, and before it writes.
+`parallel_block.py` has the one exception. `decode_attention.py` fetches what earlier steps wrote, too: between two
+steps there is always something that nothing overtakes (a copy of inputs, a graph's start, a kernel of PyTorch's).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

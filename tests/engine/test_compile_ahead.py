@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from miinb import models
 from miinb.bench import presets
 from miinb.config import DeploymentConfig, GenerationParams
-from miinb.engine import compile_job
+from miinb.engine import compile_job, parity
 from miinb.engine import weights as weights_module
 from miinb.engine.compile import NoPeers, kernels_of
 from miinb.engine.compile_job import CompileJob, log_late_compilation
@@ -37,6 +37,7 @@ from miinb.kernels import (
     decode_attention,
     dequantize,
     dispatch,
+    embedding,
     fp8_gemv,
     fp8_many,
     fp8_product,
@@ -62,6 +63,7 @@ OPERATORS = (
         best_of_ranks,
         decode_attention,
         dequantize,
+        embedding,
         fp8_gemv,
         fp8_many,
         fp8_product,
@@ -156,6 +158,7 @@ def test_an_executor_launches_nothing_else(
         serve(engine)
         for rows in capture_order(20):
             batch = engine.compute.inputs.decode_batch(rows)
+            engine.compute.inputs.look_up(rows)
             batch.logit_rows.zero_()  # what the steps before left there is not for so few rows
             argmax(decoder.forward(batch, cache))
         for tokens in mixed_sizes(config.options.step_tokens("cuda")):
@@ -181,6 +184,29 @@ def run(engine: StepExecutor) -> None:
     while engine.busy:
         engine.step(events.append, lambda: None)
     assert not [event for event in events if isinstance(event, FailedEvent)], events
+
+
+@pytest.mark.parametrize("least_head", [1, 1000])
+def test_a_parallel_blocks_kernels_are_launched_in_their_order(
+    least_head: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`parallel_block.py` says what depends on it."""
+    monkeypatch.setattr(decode_attention, "_LEAST_HEAD", least_head)
+    changes = {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 512}
+    _, model = of_folder(presets.write("gpt-neox-20b", tmp_path, vocab_size=1003, **changes))
+    spec, meta = model.spec, torch.device("meta")
+    assert spec is not None
+    with compiling_for(H100):
+        weights = load_weights(model, POLICIES[model.family], spec, dtype="bf16", device=meta, dummy=True)
+        decoder = Decoder(spec, weights)
+        cache = KVCache(spec, CacheSize(4, 16, 64, 1, 0), torch.bfloat16, meta)
+        with recording() as kernels:
+            decoder.body(parity.batches(decoder, 16)["decode"], cache)
+    launched = [
+        next((f"{k.name} {s}" for s in ("after", "beside") if f'"{s}"' in k.specialization), k.name) for k in kernels
+    ]
+    attention = ["_decode_attention"] if least_head == 1 else ["_rope_append", "_decode"]
+    assert launched == ["_token_embedding", "_norm", "_gemv after", *attention, "_gemv beside", "_gemv_of_two"]
 
 
 def test_every_family_is_known(tiny: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from miinb.engine.policies import POLICIES
 from miinb.engine.step_batch import StepBatch, StepRow
 from miinb.engine.weights import DTYPES, load_weights
 from miinb.errors import InvalidValue, OutOfMemory
+from miinb.kernels import decode_attention
 from tests.engine.conftest import build
 
 Tiny = Callable[[str], tuple[Any, Path]]
@@ -52,6 +53,30 @@ def test_chunked_prompts_share_steps_with_decoding(tiny: Tiny, name: str) -> Non
     step(decoder, cache, [StepRow(second[11:12], 11, [2])])
     mixed = step(decoder, cache, [StepRow(first[-1:], len(first) - 1, [3]), StepRow(second[12:], 12, [2])])
     assert torch.allclose(mixed, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_one_sequence_are_not_computed_by_the_kernel_that_waits_for_none_of_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft's tokens are rows of one token each, and see each other's keys."""
+    monkeypatch.setattr(decode_attention, "_LEAST_HEAD", 1)
+    decoder, cache = load(tiny("mistral")[1])
+    taken: list[int] = []
+
+    def counted(qkv: Tensor, *given: Any, **options: Any) -> Tensor:
+        taken.append(len(qkv))
+        return decode_attention.decode_attention(qkv, *given, **options)
+
+    decoder.ops = decoder.ops._replace(decode_attention=counted)
+    tokens = prompts()[0]
+    one_by_one = [step(decoder, cache, [StepRow([token], at, [0])])[0] for at, token in enumerate(tokens)]
+    assert set(taken) == {1}
+    del taken[:]
+    step(decoder, cache, [StepRow(tokens[:-3], 0, [1])])
+    last = [StepRow([tokens[at]], at, [1]) for at in range(len(tokens) - 3, len(tokens))]
+    together = step(decoder, cache, last)
+    assert not taken
+    assert torch.allclose(together, torch.stack(one_by_one[-3:]), rtol=1e-4, atol=1e-5)
 
 
 def test_cache_is_sized_by_memory_and_wishes(tiny: Tiny) -> None:

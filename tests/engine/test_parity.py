@@ -35,7 +35,8 @@ def test_right_operators_pass(tiny: Tiny, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "rope_append", "paged_attention", "decode_attention", "linear", "gated_linear"]
+    "name",
+    ["rms_norm", "rope_append", "paged_attention", "decode_attention", "linear", "gated_linear", "token_embedding"],
 )
 @pytest.mark.parametrize("fault", [1.01, float("nan")])
 def test_a_wrong_operator_is_found(tiny: Tiny, name: str, fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
