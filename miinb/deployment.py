@@ -246,13 +246,14 @@ class Deployment:
             pids.update(registry.ask(self.entry, "stop", drain_s=drain_s)["pids"])
         except Unavailable:
             pids.update(self._end_without_answer(drain_s + _HANG_S))
-        self._drop_lifeline()
+            self._drop_lifeline()
         deadline = time.monotonic() + drain_s + timeout_s
         self._reap(deadline)
         while left := _left(pids):
             if time.monotonic() > deadline:
                 raise MiinbError(f"Deployment {self.entry.name!r} is not gone: {left}.", hint="Try stop() again.")
             time.sleep(0.02)
+        self._drop_lifeline()  # not before: to the supervisor it is this process's death, and nothing drains for that
         registry.entries()  # sweeps what a supervisor that died could not
         self._last, self.stopped = _over(last, "stopped"), True
         return self._last

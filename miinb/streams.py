@@ -83,7 +83,7 @@ class Stream(Iterator[Chunk]):
                 self._finish(None if self._end or self._cancelled else Unavailable("The answer ended too early."))
             except grpc.RpcError as failure:
                 if not self._again(failure):
-                    self._finish(failures.error_of(failure))
+                    self._finish(failures.error_of(failure, cancelled=self._cancelled))
             except KeyboardInterrupt:
                 self.cancel()
                 self._finish(None)

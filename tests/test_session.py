@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,24 @@ def test_restart_and_stop(session: miinb.Session) -> None:
     assert last.state == session.state == session.status().state == "stopped"
     assert session.stop() is None
     assert not miinb.deployments()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_stop_that_drains_lets_requests_end(state: Path, joined: bool) -> None:
+    """By who started it, whose end the supervisor watches for, and by who joined; others are refused meanwhile."""
+    with miinb.Session(tiny_model(), name="drained", **TINY) as session, ThreadPoolExecutor(5) as pool:
+        stopping = miinb.attach("drained") if joined else session
+        asked = {"max_new_tokens": 450, "ignore_eos": True}
+        running = [pool.submit(session.generate, PROMPT, **asked) for _ in range(4)]
+        until(lambda: session.status().in_flight == 4)
+        stopped = pool.submit(stopping.stop, drain_s=60.0)
+        until(lambda: session.state != "ready")
+        with pytest.raises(Unavailable):
+            session.generate(PROMPT)
+        for request in running:
+            result = request.result(60)
+            assert (result.finish_reasons, len(result.token_ids[0])) == (("length",), 450)
+        assert stopped.result(60).state == "stopped"
 
 
 def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) -> None:

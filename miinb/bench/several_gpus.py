@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from miinb import models
 from miinb.bench import charts, device_map, presets
 from miinb.bench.killing import free_bytes, kill_one
 from miinb.bench.records import Runs
@@ -31,7 +32,7 @@ from miinb.session import Session
 
 ROWS = ("equal", "split", "replicas", "death")
 MODELS = ("llama-8b", "gpt-neox-20b")
-#: Of each stream that runs when a replica is killed: it must not be complete by then.
+#: Of each stream that runs when a replica is killed, if the model has as many: it must not be complete by then.
 DEATH_TOKENS = 4000
 
 
@@ -187,22 +188,32 @@ def replicas_words(runs: Runs) -> Iterator[str]:
 def death(place: Place, name: str) -> Iterator[str]:
     """Two replicas under load; one is killed."""
     gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
-    fields: dict[str, Any] = {"max_batch": 8, "max_length": DEATH_TOKENS + 64}
+    model = place.model(name)
+    spec = models.inspect(model, load_format="dummy").spec
+    length = min(DEATH_TOKENS + 64, spec.max_length if spec else DEATH_TOKENS + 64)
     free_before = free_bytes()
-    with place.session(place.model(name), replicas=2, **fields, **gpus) as session:
-        return kill_one(session, streams=8, new_tokens=DEATH_TOKENS, free_before=free_before).words()
+    with place.session(model, replicas=2, max_batch=8, max_length=length, **gpus) as session:
+        return kill_one(session, streams=8, new_tokens=length - 64, free_before=free_before).words()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print as it goes, and store the runs if asked."""
+    """Measure, print as it goes, and store the runs if asked. Raises SystemExit where a row failed."""
     parser = argparse.ArgumentParser(prog="python -m miinb.bench.several_gpus", description=__doc__)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--models", nargs="+", choices=presets.DECODERS, default=list(MODELS), help="of split")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=presets.DECODERS,
+        default=list(MODELS),
+        help="of split; replicas and death take the first",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: shows that everything runs")
     parser.add_argument("--out", type=Path, help="folder to append the runs to (miinb.load_runs reads it), with charts")
     options = parser.parse_args(arguments)
+    if options.out is not None and (why := _unwritable(options.out)):
+        parser.error(f"--out: {options.out} cannot be written: {why}")
     sizes = TINY if options.tiny else Sizes()
     with tempfile.TemporaryDirectory(prefix="miinb-several-gpus-") as folder:
         place = Place(options.device, options.dtype, Path(folder), options.tiny)
@@ -221,18 +232,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         if "death" in options.rows:
             work.append((f"kill -9, {first}", partial(death, place, first)))
-        for title, row in work:
-            _say(title, row)
+        failed = [title for title, row in work if not _say(title, row)]
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
-def _say(title: str, row: Callable[[], Iterable[str]]) -> None:
-    """Do one row's work; a row that fails says so, and the others are measured."""
-    begin = time.monotonic()
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be written to a folder, which is made; "" if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _say(title: str, row: Callable[[], Iterable[str]]) -> bool:
+    """Do one row's work; a row that fails says so (and it is False), and the others are measured."""
+    begin, done = time.monotonic(), True
     try:
         lines = list(row())
     except MiinbError as error:
-        lines = [f"failed: {type(error).__name__}: {error.line()}"]
+        lines, done = [f"failed: {type(error).__name__}: {error.line()}"], False
     print(f"{title}  [{time.monotonic() - begin:.0f} s]", *lines, sep="\n  ", flush=True)
+    return done
 
 
 def _told(

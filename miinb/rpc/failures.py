@@ -85,8 +85,12 @@ def failure_of(error: BaseException, log: Callable[[str, BaseException], None] |
     return Failure(code, error.message[:MAX_TEXT].encode("utf-8", "replace").decode(), tuple(metadata))
 
 
-def error_of(call: Any) -> MiinbError:
-    """The error of a failed call (a `grpc.RpcError` that is a `grpc.Call`); nothing of gRPC in it."""
+def error_of(call: Any, *, cancelled: bool = True) -> MiinbError:
+    """The error of a failed call (a `grpc.RpcError` that is a `grpc.Call`); nothing of gRPC in it.
+
+    `cancelled`: whether its caller may have canceled it. Else a call that is canceled without a word was by the end of
+    the server, or of the way to it.
+    """
     code, text = call.code(), call.details() or ""
     metadata = dict(call.trailing_metadata() or ())
     hint = metadata.get(HINT_KEY, b"")
@@ -95,6 +99,8 @@ def error_of(call: Any) -> MiinbError:
         named = errors.from_name(str(name), text)
         named.hint = hint
         return named
+    if code is Code.CANCELLED and not cancelled:
+        return stopped()
     return _error_of_code(code, text)
 
 

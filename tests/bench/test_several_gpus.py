@@ -81,8 +81,25 @@ def test_a_row_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> list[str]:
         raise OutOfMemory("Too large.", hint="Take int8.")
 
-    several_gpus._say("a row", fail)
+    assert not several_gpus._say("a row", fail)
     assert re.search(r"a row  \[0 s\]\n  failed: OutOfMemory: Too large\.", capsys.readouterr().out)
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        several_gpus.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "file")])
+    assert ended.value.code == 2
+    assert "cannot be written: File exists" in capsys.readouterr().err
+
+
+def test_it_fails_where_a_row_failed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(place: several_gpus.Place) -> list[str]:
+        raise OutOfMemory("Too large.")
+
+    monkeypatch.setattr(several_gpus, "equal", fail)
+    with pytest.raises(SystemExit, match="failed: greedy tokens"):
+        several_gpus.main(["--tiny", "--device", "cpu", "--rows", "equal"])
 
 
 @pytest.mark.slow

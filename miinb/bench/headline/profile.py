@@ -79,14 +79,18 @@ def profiled(executor: StepExecutor, label: str, steps: int) -> StepTimes:
 def name_operators(decoder: Decoder) -> None:
     """Let the profiler see the decoder's operators: on a CPU they are not PyTorch's."""
 
-    def named(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    def named(name: str, operator: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        if operator is None:
+            return None
+
         def call(*args: Any, **options: Any) -> Any:
             with record_function(name):
                 return operator(*args, **options)
 
         return call
 
-    decoder.ops = Operators(*(named(name, getattr(decoder.ops, name)) for name in Operators._fields))
+    operators: dict[str, Any] = {name: named(name, getattr(decoder.ops, name)) for name in Operators._fields}
+    decoder.ops = Operators(**operators)
 
 
 def submit(executor: StepExecutor, rows: int, prompt_tokens: int, new_tokens: int, seed: int = 0) -> None:
