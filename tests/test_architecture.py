@@ -162,6 +162,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.image_folder": ("bench", "engine.clip_tokenizer"),
     "bench.image_arms": ("bench", "engine"),
     "bench.several_gpus": ("bench", "demo", "errors", "models", "session"),
+    "bench.layer_time": ("bench", "engine", "models"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
     ),
@@ -199,6 +200,7 @@ MAY_BE_HEAVY = (
     "bench.encoders.plain_side",
     "bench.images",
     "bench.image_arms",
+    "bench.layer_time",
     "bench.image_folder",
     "bench.headline.arms",
     "bench.headline.floors",
