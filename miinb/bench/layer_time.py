@@ -2,9 +2,9 @@
 
 `python -m miinb.bench.layer_time --models llama-8b --ranks 1 2` builds one rank's share of shapes of public models with
 random weights, puts all layers of a step into a CUDA graph, and replays it behind itself. Each round measures every
-shape once, so that a GPU whose clock falls is seen in all. Sums over ranks are not in it. A line a shape: microseconds a
-layer (median, least and most of the rounds) and the rate at which weights are read. On a CPU PyTorch computes the step:
-that shows that it runs, and is not what serving takes there.
+shape once, so that a GPU whose clock falls is seen in all. Sums over ranks are not in it. A line a shape: microseconds
+a layer (median, least and most of the rounds) and the rate at which weights are read. On a CPU PyTorch computes the
+step: that shows that it runs, and is not what serving takes there.
 """
 
 from __future__ import annotations
