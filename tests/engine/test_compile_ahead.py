@@ -56,21 +56,9 @@ from miinb.kernels.head import argmax
 from miinb.messages import EngineInfo, FailedEvent, Plan, SequenceRequest
 
 OPERATORS = (
-    *(
-        activation,
-        all_reduce,
-        attention,
-        best_of_ranks,
-        decode_attention,
-        dequantize,
-        embedding,
-        fp8_gemv,
-        fp8_many,
-        fp8_product,
-        head,
-        linear,
-    ),
-    *(norm, online_softmax, parallel_block, product, quantized_gemv, quantized_product, rope, sample),
+    *(activation, all_reduce, attention, best_of_ranks, decode_attention, dequantize, embedding),
+    *(fp8_gemv, fp8_many, fp8_product, head, linear, norm, online_softmax),
+    *(parallel_block, product, quantized_gemv, quantized_product, rope, sample),
 )
 H100 = (9, 0)
 SMALL: dict[str, dict[str, int]] = {

@@ -136,9 +136,8 @@ def test_decode_attention_to_fp8(
     out = inputs.run()
     for held, wanted in zip(inputs.numbers(), exact, strict=True):
         largest = wanted.abs().amax(-1, keepdim=True)
-        before = (
-            0.0 if dtype == torch.float32 else largest / 64
-        )  # the norm's and the rotation's numbers are rounded too
+        # of bf16 the norm's and the rotation's numbers are rounded too
+        before = 0.0 if dtype == torch.float32 else largest / 64
         assert ((held - wanted).abs() <= 1.01 * (wanted.abs() / 16).clamp(min=largest / 448 / 1024) + before).all()
     same(out, inputs.attended(q, inputs.numbers()))
 
