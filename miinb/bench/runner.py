@@ -223,7 +223,8 @@ class _Run:
         return min(int(1.25 * rounds * in_flight) + in_flight, MOST_RESERVED)
 
     def _worker(self, turn: Turn) -> None:
-        while not (self.stop.is_set() or turn.ended.is_set()) and time.perf_counter() < turn.ends_at:
+        """Send jobs until there are none or the time is up; one at least, however late this thread was started."""
+        while not (self.stop.is_set() or turn.ended.is_set()):
             with self.lock:
                 job = next(turn.queue, None)
             if job is None:
@@ -245,6 +246,8 @@ class _Run:
                 done = len(self.records)
                 if self.progress is not None:
                     self.progress(done, self.total, record)
+            if time.perf_counter() >= turn.ends_at:
+                return
 
     def _record(self, turn: Turn, job: Job) -> Record:
         point = turn.point

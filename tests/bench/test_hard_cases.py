@@ -35,9 +35,10 @@ def test_one_of_two_arms_fails_and_the_other_is_shown_and_drawn() -> None:
     assert "baseline at concurrency 1: all 4 requests failed" in drawn
 
 
+@pytest.mark.parametrize("duration_s", [0.02, 1e-9])  # threads start later than the second one
 @pytest.mark.parametrize("load", [{}, {"rate": 100.0}, {"concurrency": 2}])
-def test_a_duration_shorter_than_a_request_waits_for_it(load: dict[str, Any]) -> None:
-    row = bench(StandIn(token_s=0.05), duration_s=0.02, warmup=0, **load, **QUIET).summary.iloc[0]
+def test_a_duration_shorter_than_a_request_waits_for_it(load: dict[str, Any], duration_s: float) -> None:
+    row = bench(StandIn(token_s=0.05), duration_s=duration_s, warmup=0, **load, **QUIET).summary.iloc[0]
     assert row["n"] >= 1
     assert row["duration_s"] >= 0.1
     assert row["req_s"] <= row["n"] / 0.1
