@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -72,8 +71,7 @@ def shape(name: str, *, ranks: int, rows: int, context: int, layers: int, dtype:
     """
     place = torch.device(device)
     with tempfile.TemporaryDirectory(prefix="miinb-layer-time-") as folder:
-        changes = presets.tiny(name) if tiny else {}
-        info = models.inspect(presets.write(name, Path(folder) / name, **changes), load_format="dummy")
+        info = models.inspect(presets.write_into(folder, name, small=tiny), load_format="dummy")
         spec, policy = info.spec, POLICIES[info.family]
         if spec is None:
             raise RuntimeError(f"{name} is no decoder")

@@ -242,6 +242,15 @@ def config(name: str) -> dict[str, Any]:
     return {"torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **PRESETS[name]}
 
 
+def write_into(place: str | Path, name: str, *, small: bool = False) -> Path:
+    """`write` into a folder of the preset's name below `place`; a tiny one's is "tiny-NAME", and so it says in records.
+
+    Raises:
+        InvalidValue: there is no such preset.
+    """
+    return write(name, Path(place) / f"tiny-{name}", **tiny(name)) if small else write(name, Path(place) / name)
+
+
 def write(name: str, folder: str | Path, **changes: Any) -> Path:
     """Make a folder of a preset that `Session(folder, load_format="dummy")` takes.
 

@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder to append the run to (miinb.load_runs reads it)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="miinb-ranks-") as place:
-        changes = presets.tiny(options.model) if options.tiny else {}
-        folder = presets.write(options.model, Path(place) / options.model, **changes)
+        folder = presets.write_into(place, options.model, small=options.tiny)
         write_checkpoint(folder)
         runs = measure(
             folder,

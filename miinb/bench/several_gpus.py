@@ -5,6 +5,8 @@ the same requests, and prints one table: time per token of one GPU, of two ranks
 `device_map="auto"` over all); tokens a second of one replica and two, saturated; whether two ranks give one rank's
 greedy tokens; what the death of a replica costs. `miinb.bench.collectives` has the sums alone. Rows can be chosen
 (`--rows`), so that a short loan of a machine is enough; `--tiny --device cpu` shows anywhere that everything runs.
+
+With `--out` runs are stored with their charts, and what is no run (the tokens, the death) as lines of `outcomes.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from typing import Any
 
 from miinb import models
 from miinb.bench import charts, device_map, presets
-from miinb.bench.killing import free_bytes, kill_one
-from miinb.bench.records import Runs
+from miinb.bench.environment import environment
+from miinb.bench.killing import Death, free_bytes, kill_one
+from miinb.bench.records import Runs, utc_now
 from miinb.bench.runner import compare
+from miinb.bench.store import append_rows
 from miinb.bench.workload import STORY_PROMPTS
 from miinb.demo import tiny_model
-from miinb.errors import MiinbError
+from miinb.errors import InvalidValue, MiinbError
 from miinb.session import Session
+from miinb.writing import check_folder, writing
 
+OUTCOMES = "outcomes.jsonl"
 ROWS = ("equal", "split", "replicas", "death")
 MODELS = ("llama-8b", "gpt-neox-20b")
 #: Of each stream that runs when a replica is killed, if the model has as many: it must not be complete by then.
@@ -69,7 +75,7 @@ class Place:
 
     def model(self, name: str) -> Path:
         """A folder with a preset's configuration."""
-        return presets.write(name, self.folder / name, **(presets.tiny(name) if self.tiny else {}))
+        return presets.write_into(self.folder, name, small=self.tiny)
 
     def session(self, model: Path, **fields: Any) -> Session:
         """A deployment of random weights, or of a checkpoint's (`load_format="auto"`)."""
@@ -95,18 +101,31 @@ def started(stack: ExitStack, starts: Mapping[str, Callable[[], Session]]) -> di
     return {name: future.result() for name, future in futures.items()}
 
 
-def equal(place: Place) -> list[str]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Equality:
+    """Of so many prompts those whose greedy tokens were the same on one rank and on two, `tokens` each."""
+
+    equal: int
+    prompts: int
+    tokens: int
+
+    def words(self) -> Iterator[str]:
+        """In words."""
+        yield f"{self.equal} of {self.prompts} prompts, {self.tokens} greedy tokens each: equal on 1 and 2 ranks"
+
+
+def equal(place: Place, tokens: int = 64) -> Equality:
     """Whether two ranks give the greedy tokens of one, with trained weights, in fp32."""
     fields: dict[str, Any] = {"dtype": "fp32", "load_format": "auto", "max_length": 512}
     start = partial(place.session, tiny_model(), **fields)
     with ExitStack() as stack:
         one, two = started(stack, {"1 rank": start, "2 ranks": partial(start, tensor_parallel=2)}).values()
-        asked = {"max_new_tokens": 64, "ignore_eos": True}
+        asked = {"max_new_tokens": tokens, "ignore_eos": True}
         alike = [
             one.generate(prompt, **asked).token_ids == two.generate(prompt, **asked).token_ids
             for prompt in STORY_PROMPTS
         ]
-    return [f"{sum(alike)} of {len(alike)} prompts, 64 greedy tokens each: equal on 1 and 2 ranks"]
+    return Equality(sum(alike), len(alike), tokens)
 
 
 def split(place: Place, name: str, sizes: Sizes) -> Runs:
@@ -185,7 +204,7 @@ def replicas_words(runs: Runs) -> Iterator[str]:
     yield f"{flight} requests in flight: {one:,.0f} tokens/s by 1 replica, {two:,.0f} by 2 ({two / one:.2f}x)"
 
 
-def death(place: Place, name: str) -> Iterator[str]:
+def death(place: Place, name: str) -> Death:
     """Two replicas under load; one is killed."""
     gpus = {} if place.device == "cpu" else {"gpus": [[0], [1]]}
     model = place.model(name)
@@ -193,7 +212,7 @@ def death(place: Place, name: str) -> Iterator[str]:
     length = min(DEATH_TOKENS + 64, spec.max_length if spec else DEATH_TOKENS + 64)
     free_before = free_bytes()
     with place.session(model, replicas=2, max_batch=8, max_length=length, **gpus) as session:
-        return kill_one(session, streams=8, new_tokens=length - 64, free_before=free_before).words()
+        return kill_one(session, streams=8, new_tokens=length - 64, free_before=free_before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,15 +231,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: shows that everything runs")
     parser.add_argument("--out", type=Path, help="folder to append the runs to (miinb.load_runs reads it), with charts")
     options = parser.parse_args(arguments)
-    if options.out is not None and (why := _unwritable(options.out)):
-        parser.error(f"--out: {options.out} cannot be written: {why}")
+    if options.out is not None:
+        try:
+            check_folder(options.out)
+        except InvalidValue as error:
+            parser.error(f"--out: {error.message}")
     sizes = TINY if options.tiny else Sizes()
     with tempfile.TemporaryDirectory(prefix="miinb-several-gpus-") as folder:
         place = Place(options.device, options.dtype, Path(folder), options.tiny)
         first = options.models[0]
         work: list[tuple[str, Callable[[], Iterable[str]]]] = []
         if "equal" in options.rows:
-            work.append(("greedy tokens", partial(equal, place)))
+            work.append(("greedy tokens", partial(_kept, partial(equal, place), tiny_model().name, options.out)))
         if "split" in options.rows:
             for name in options.models:
                 work.append(
@@ -231,20 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 (f"replicas, {first}", partial(_told, replicas, replicas_words, place, first, sizes, options.out))
             )
         if "death" in options.rows:
-            work.append((f"kill -9, {first}", partial(death, place, first)))
+            killed = place.model(first).name
+            work.append((f"kill -9, {first}", partial(_kept, partial(death, place, first), killed, options.out)))
         failed = [title for title, row in work if not _say(title, row)]
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
-
-
-def _unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder, which is made; "" if it can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def _say(title: str, row: Callable[[], Iterable[str]]) -> bool:
@@ -256,6 +269,17 @@ def _say(title: str, row: Callable[[], Iterable[str]]) -> bool:
         lines, done = [f"failed: {type(error).__name__}: {error.line()}"], False
     print(f"{title}  [{time.monotonic() - begin:.0f} s]", *lines, sep="\n  ", flush=True)
     return done
+
+
+def _kept(measure: Callable[[], Equality | Death], model: str, out: Path | None) -> Iterable[str]:
+    """The words of a row that is no run; where it is to be stored it is a line of `OUTCOMES`, less what is no number."""
+    outcome = measure()
+    if out is not None:
+        facts = {"created": utc_now(), "what": type(outcome).__name__.lower(), "model": model}
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            append_rows(out / OUTCOMES, [facts | dataclasses.asdict(outcome) | {"environment": environment()}])
+    return outcome.words()
 
 
 def _told(

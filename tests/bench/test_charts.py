@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,9 @@ def test_parallel_scaling_over_runs() -> None:
     one, two = make({"optimized": 2.0}), make({"optimized": 1.2}, tp=2, run_id="r2")
     ax = charts.parallel_scaling(one + two)
     assert list(ax.lines[0].get_xdata()) == [1, 2]
-    assert "tokens/s, 1.7x of 2x" in charts.alt_text(ax)
+    assert "tokens/s, 1.67x of 2x" in charts.alt_text(ax)
+    first, last = re.search(r"([\d.]+) ([\d.]+) \(1\.67x of 2x\)", words(ax)).groups()
+    assert float(last) == pytest.approx(float(first) * 5 / 3, rel=0.01)
 
 
 def test_arms_that_differ_in_their_devices_are_points_of_one_line() -> None:

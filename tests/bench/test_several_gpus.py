@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_what_a_death_cost_is_told() -> None:
     assert next(iter(Death(8, {}, 1.0, 0, 0).words())) == "8 streams complete, none failed"
 
 
+def test_what_is_no_run_is_stored(tmp_path: Path) -> None:
+    found = several_gpus.Equality(7, 8, 64), Death(4, {"Unavailable: gone.": 4}, float("inf"), 0, 32 << 30)
+    for outcome in found:
+        assert list(several_gpus._kept(lambda outcome=outcome: outcome, "a", tmp_path / "new")) == [*outcome.words()]
+    equality, death = map(json.loads, (tmp_path / "new/outcomes.jsonl").read_text().splitlines())
+    assert (equality["what"], equality["equal"], equality["prompts"], equality["tokens"]) == ("equality", 7, 8, 64)
+    assert (death["what"], death["complete"], death["failures"]) == ("death", 4, {"Unavailable: gone.": 4})
+    assert "back_s" not in death  # it was not back
+    assert death["environment"]["versions"]["torch"]
+
+
 def test_a_row_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> list[str]:
         raise OutOfMemory("Too large.", hint="Take int8.")
@@ -90,11 +102,11 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, capsys
     with pytest.raises(SystemExit) as ended:
         several_gpus.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "file")])
     assert ended.value.code == 2
-    assert "cannot be written: File exists" in capsys.readouterr().err
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
 
 
 def test_it_fails_where_a_row_failed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(place: several_gpus.Place) -> list[str]:
+    def fail(place: several_gpus.Place) -> several_gpus.Equality:
         raise OutOfMemory("Too large.")
 
     monkeypatch.setattr(several_gpus, "equal", fail)
@@ -113,4 +125,7 @@ def test_every_row_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "4 streams complete, 4 failed: Unavailable" in told
     arms = set(miinb.load_runs(tmp_path / "runs").summary["arm"])
     assert arms == {"1 rank", "2 ranks", "Hugging Face", "1 replica", "2 replicas"}
+    assert set(miinb.load_runs(tmp_path / "runs").summary["model"]) == {"tiny-llama-8b"}
     assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {"split-llama-8b.png", "replicas-llama-8b.png"}
+    stored = [json.loads(line) for line in (tmp_path / "runs/outcomes.jsonl").read_text().splitlines()]
+    assert [(one["what"], one["model"]) for one in stored] == [("equality", "tiny"), ("death", "tiny-llama-8b")]

@@ -113,13 +113,15 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     rows = frames.require(rows, [rate], "scaling", "No answers came.", RATES[rate].axis.lower())
     lines = list(lines_of(rows, by))
     ax = new_axes(ax, height_for([name for name, _, _ in lines], 4.6))
-    ends = []
+    begins, ends = [], []
     for name, style, line in lines:
         x, y = line[by].to_numpy(dtype=float), line[rate].to_numpy(dtype=float)
         ax.plot(x, y, label=legend_name(name), **style)
         ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         gain, ideal = y[-1] / y[0], x[-1] / x[0]
-        scaled = f" ({gain:.1f}x of {ideal:.3g}x)" if len(line) > 1 else ""
+        scaled = f" ({gain:.3g}x of {ideal:.3g}x)" if len(line) > 1 else ""
+        if len(line) > 1:
+            begins.append((x[0], y[0], number(y[0]), style["color"]))
         ends.append((x[-1], y[-1], f"{number(y[-1])}{scaled}", style["color"]))
         to = f" to {number(y[-1])}" if len(line) > 1 else ""
         told = f", {scaled.strip(' ()')}" if scaled else ""
@@ -128,7 +130,8 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     if log:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
-        ax.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.4)
+        span = ticks[-1] / ticks[0]
+        ax.set_xlim(ticks[0] / span**0.15, ticks[-1] * span**0.4)
     else:
         ax.set_xlim(0, ticks[-1] * 1.4)
         ax.set_ylim(0)
@@ -141,22 +144,25 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     axis = " (log axis)" * log
     ax.set_xlabel(f"{words}{axis}", fontsize=9, color=INK)
     ax.set_ylabel(f"{RATES[rate].axis}{axis}", fontsize=9, color=INK)
-    _label_ends(ax, ends)
+    if log:  # elsewhere the first points are at the axis
+        _label(ax, begins, -7, "right")
+    _label(ax, ends, 7, "left")
     legend(ax)
     return finished(ax, rows, title, "Dotted: ideal scaling from each line's first point")
 
 
-def _label_ends(ax: Any, ends: list[tuple[float, float, str, Any]]) -> None:
-    """What each line reaches, beside its last point; those at one place in x keep apart."""
-    for last in dict.fromkeys(x for x, *_ in ends):
-        here = [end for end in ends if end[0] == last]
+def _label(ax: Any, points: list[tuple[float, float, str, Any]], aside: float, ha: str) -> None:
+    """Texts beside points of lines, so many points `aside`; those at one place in x keep apart."""
+    for place in dict.fromkeys(x for x, *_ in points):
+        here = [point for point in points if point[0] == place]
         moved = kept_apart([float(in_points(ax, x, y)[1]) for x, y, *_ in here], 10.5, points_size(ax)[1])
         for (x, y, text, color), up in zip(here, moved, strict=True):
             ax.annotate(
                 *(text, (x, y)),
-                xytext=(7, up),
+                xytext=(aside, up),
                 textcoords="offset points",
                 fontsize=8.5,
+                ha=ha,
                 va="center",
                 color=color,
             )

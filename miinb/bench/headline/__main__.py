@@ -53,9 +53,7 @@ def measure(choice: Choice, *, out: Path, budget_s: float = float("inf"), tiny: 
         yield from served(job)
 
     with tempfile.TemporaryDirectory(prefix="miinb-headline-") as place:
-        folders = {}
-        for name in models_of(choice):
-            folders[name] = str(presets.write(name, Path(place) / name, **(presets.tiny(name) if tiny else {})))
+        folders = {name: str(presets.write_into(place, name, small=tiny)) for name in models_of(choice)}
         return run_jobs(
             *(jobs(choice, folders), worker, run),
             dtype=choice.dtype,

@@ -116,8 +116,7 @@ def drain(executor: StepExecutor, prompts: int = 0) -> None:
 
 def load(options: argparse.Namespace, place: Path) -> StepExecutor:
     """The model as the optimized engine runs it."""
-    changes = presets.tiny(options.model) if options.tiny else {}
-    folder = presets.write(options.model, place / options.model, **changes)
+    folder = presets.write_into(place, options.model, small=options.tiny)
     fields = {"model": str(folder), "load_format": "dummy", "dtype": options.dtype, "device": options.device}
     fields |= {"kv_dtype": options.kv_dtype}
     fields |= {"max_batch": max(options.rows), "max_length": options.context + 2 * options.steps + 16}
