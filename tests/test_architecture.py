@@ -161,7 +161,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.images": ("bench", "engine"),
     "bench.image_folder": ("bench", "engine.clip_tokenizer"),
     "bench.image_arms": ("bench", "engine"),
-    "bench.several_gpus": ("bench", "demo", "errors", "models", "session"),
+    "bench.several_gpus": ("bench", "demo", "errors", "models", "session", "writing"),
     "bench.layer_time": ("bench", "engine", "models"),
     "bench.headline": (
         *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),

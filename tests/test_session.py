@@ -222,13 +222,13 @@ def test_a_stop_that_drains_lets_requests_end(state: Path, joined: bool) -> None
     """By who started it, whose end the supervisor watches for, and by who joined; others are refused meanwhile."""
     with miinb.Session(tiny_model(), name="drained", **TINY) as session, ThreadPoolExecutor(5) as pool:
         stopping = miinb.attach("drained") if joined else session
-        asked = {"max_new_tokens": 450, "ignore_eos": True}
-        running = [pool.submit(session.generate, PROMPT, **asked) for _ in range(4)]
-        until(lambda: session.status().in_flight == 4)
+        running = [session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(4)]
+        for stream in running:
+            next(stream)
+        results = [pool.submit(lambda stream=stream: stream.result) for stream in running]
         stopped = pool.submit(stopping.stop, drain_s=60.0)
         until(lambda: refused(session))
-        for request in running:
-            result = request.result(60)
+        for result in (one.result(60) for one in results):
             assert (result.finish_reasons, len(result.token_ids[0])) == (("length",), 450)
         assert stopped.result(60).state == "stopped"
 
