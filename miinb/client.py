@@ -17,8 +17,7 @@ import grpc
 
 from miinb import awaiting
 from miinb.asking import Messages, chat_request, session_name, task_inputs, text_requests
-from miinb.errors import Interrupted, InvalidRequest, MiinbError, Unavailable
-from miinb.frozen import plain
+from miinb.errors import Interrupted, MiinbError, Unavailable
 from miinb.image_asking import image_requests
 from miinb.image_calls import GrpcStream, ImageCalls, ImagesCall, OnProgress
 from miinb.image_results import ImageResult
@@ -30,6 +29,7 @@ from miinb.rpc import codec, failures, image_codec
 from miinb.rpc.address import file_at, socket_path
 from miinb.rpc.channel import close_channel, open_channel
 from miinb.rpc.direct import Connections, Method, socket_beside
+from miinb.seconds import time_limit
 from miinb.spinning import spin_s
 from miinb.streams import Stream, StreamGroup
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import pandas
 
 TIMEOUT_S = 300.0
-LONGEST_S = 1e8  # three years: sockets take no more
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
 MAX_RECORDS = 100_000
 
@@ -128,10 +127,7 @@ class Client:
         return self._open(request, self._limit(timeout_s), 1)
 
     def _limit(self, timeout_s: float | None) -> float:
-        limit = plain(self._timeout_s if timeout_s is None else timeout_s)
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
-            raise InvalidRequest(f"timeout_s: {timeout_s!r} is no positive number of seconds.")
-        return min(limit, LONGEST_S)
+        return time_limit(self._timeout_s if timeout_s is None else timeout_s)
 
     def _open(self, request: GenerateRequest, timeout_s: float, batch_size: int) -> Stream:
         def call(data: bytes, left_s: float) -> Any:

@@ -20,6 +20,7 @@ from miinb.deployment import Deployment
 from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, StartError
 from miinb.messages import Chunk, EngineInfo, Plan, Status
 from miinb.preparation import Preparation, prepare
+from miinb.seconds import drain_limit
 from miinb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -321,18 +322,16 @@ class Session:
     def stop(self, *, drain_s: float = 0.0) -> Status | None:
         """End the deployment; returns when every process is gone and the GPU memory is back.
 
-        Args:
-            drain_s: seconds for the requests in flight; no new ones are taken.
-
-        Raises:
-            MiinbError: something is left; the message names it.
+        `drain_s`: seconds for the requests in flight; no new ones are taken. Raises InvalidValue where it is no number
+        of seconds, MiinbError where something is left, which the message names.
         """
+        limit_s = drain_limit(drain_s)
         if self._deployment.stopped:
             return None
-        if not drain_s:
+        if limit_s == 0:
             self._client.close()
         try:
-            return self._deployment.stop(drain_s=drain_s)
+            return self._deployment.stop(drain_s=limit_s)
         finally:
             self._client.close()
 
@@ -346,7 +345,7 @@ class Session:
         with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
             prepare(config)
         if rolling:
-            self._deployment.roll(drain_s=drain_s)
+            self._deployment.roll(drain_s=drain_limit(drain_s))
             return self
         self.stop()
         try:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "miinb"
 
 CORE = (
     *("errors", "bench_fields", "config", "image_params", "messages", "image_messages", "tasks", "models", "pipelines"),
-    *("wording", "writing", "image_metadata", "png_files", "image_difference", "image_sources", "samplers"),
+    *("seconds", "wording", "writing", "image_metadata", "png_files", "image_difference", "image_sources", "samplers"),
 )
 KERNEL_SIDE = (
     "client",
@@ -61,6 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
     "frozen": ("errors",),
+    "seconds": ("errors", "frozen"),
     "bench_fields": ("errors", "frozen"),
     "config": ("errors", "frozen", "bench_fields", "offloading"),
     "image_params": ("errors", "frozen", "config", "samplers"),

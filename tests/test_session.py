@@ -233,6 +233,29 @@ def test_a_stop_that_drains_lets_requests_end(state: Path, joined: bool) -> None
         assert stopped.result(60).state == "stopped"
 
 
+def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
+    def end(stream: miinb.streams.Stream) -> str:
+        try:
+            return stream.result.finish_reasons[0]
+        except Unavailable as error:
+            return error.message
+
+    with miinb.Session(tiny_model(), **TINY) as session, ThreadPoolExecutor(32) as pool:
+        for wrong in (float("nan"), -1, "1", None, True):
+            with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
+                session.stop(drain_s=wrong)  # type: ignore[arg-type]
+            with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
+                session.restart(rolling=True, drain_s=wrong)  # type: ignore[arg-type]
+        streams = [session.stream(PROMPT, max_new_tokens=490, ignore_eos=True) for _ in range(32)]
+        for stream in streams:
+            next(stream)
+        ends = [pool.submit(end, stream) for stream in streams]
+        session.stop(drain_s=0.01)
+        told = {one.result(60) for one in ends}
+    assert "The deployment was stopped while this request ran." in told
+    assert told <= {"The deployment was stopped while this request ran.", "length"}
+
+
 def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     shutil.copytree(tiny_model(), folder)

@@ -41,11 +41,17 @@ class Death:
     left_bytes: int
     used_bytes: int
 
+    @property
+    def wrong(self) -> str:
+        """What is not as it must be, if anything."""
+        return "" if self.back_s < LIMIT_S else "The replica did not come back."
+
     def words(self) -> Iterator[str]:
         """In words."""
         failed = "; ".join(f"{count} failed: {error}" for error, count in self.failures.items()) or "none failed"
         yield f"{self.complete} streams complete, {failed}"
-        yield f"the replica was back after {self.back_s:.1f} s"
+        back = f"was back after {self.back_s:.1f} s" if self.back_s < LIMIT_S else f"was not back after {LIMIT_S:.0f} s"
+        yield f"the replica {back}"
         yield f"after stop {size_words(self.left_bytes)} of {size_words(self.used_bytes)} of GPU memory are not free"
 
 

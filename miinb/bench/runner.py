@@ -36,8 +36,9 @@ Progress = Callable[[int, int, Record], None]
 OnPoint = Callable[[Runs], object]
 
 JOIN_S = 10.0
-#: Most jobs that are made before a block of `duration_s` begins.
+#: Most jobs that are made before a block of `duration_s` begins, and most seconds of making them.
 MOST_RESERVED = 20_000
+RESERVE_S = 5.0
 
 
 def bench(
@@ -99,10 +100,13 @@ def compare(
     try:
         run.measure()
     except KeyboardInterrupt:
-        if not run.records:
+        if not run.measured:
             raise  # nothing to keep
         run.interrupted = True
-    if run.stop.is_set() and not run.records:
+    except Cancelled:  # as requests were being made
+        if not run.stop.is_set():
+            raise
+    if run.stop.is_set() and not run.measured:
         raise Cancelled("The benchmark was stopped before its first request was done.")
     run.interrupted |= run.stop.is_set() and (not run.total or len(run.records) < run.total)
     return run.result()
@@ -126,6 +130,11 @@ class _Run:
     total: int = 0  # 0: not known (a sweep, or a closed loop by the clock)
     sweep: Sweep | None = None
     gone: Gone = field(default_factory=Gone)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a request has ended that is no warm-up."""
+        return not all(record.warmup for record in self.records)
 
     @property
     def _there(self) -> list[Arm]:
@@ -166,7 +175,7 @@ class _Run:
 
     def _points(self) -> Iterable[Point]:
         """The points that the configuration names, or those of its sweep; sets `total` where it is known."""
-        config, sizing = self.config, (self.kind.offsets, self.kind.make)
+        config, sizing = self.config, (self.kind.offsets, self.kind.make, self.stop)
         if config.sweep:
             start = (config.rate or [1.0])[0] if config.sweep == "rate" else float(config.concurrency[0])
             self.sweep = Sweep(config.sweep, start, config.sweep_limit, [arm.label for arm in self.arms])
@@ -193,7 +202,8 @@ class _Run:
         """Send the jobs of a block and wait for all of them; an interrupt cancels those in flight."""
         point, jobs = turn.point, turn.jobs
         if isinstance(jobs, Endless):
-            jobs.reserve(self._expected(turn))
+            late = time.perf_counter() + RESERVE_S
+            jobs.reserve(self._expected(turn), lambda: self.stop.is_set() or time.perf_counter() > late)
             workers = point.concurrency or 1
         else:
             workers = min((point.concurrency or len(jobs)) if turn.closed else 1024, len(jobs))

@@ -109,6 +109,11 @@ class Equality:
     prompts: int
     tokens: int
 
+    @property
+    def wrong(self) -> str:
+        """What is not as it must be, if anything."""
+        return "" if self.equal == self.prompts else "Two ranks give other tokens than one."
+
     def words(self) -> Iterator[str]:
         """In words."""
         yield f"{self.equal} of {self.prompts} prompts, {self.tokens} greedy tokens each: equal on 1 and 2 ranks"
@@ -153,7 +158,7 @@ def split(place: Place, name: str, sizes: Sizes) -> Runs:
         )
         (line,) = [line for line in arms["2 ranks"].plan().lines if line.what == "all-reduce"]
     (env,) = runs.env.values()
-    env |= {"preset": name, "all_reduce": line.choice}
+    env |= {"preset": model.name, "all_reduce": line.choice}
     try:
         env["device_map_token_s"] = device_map.measure(
             model, place.dtype, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens
@@ -192,7 +197,7 @@ def replicas(place: Place, name: str, sizes: Sizes) -> Runs:
             requests=flight * sizes.passes,
         )
     (env,) = runs.env.values()
-    env["preset"] = name
+    env["preset"] = model.name
     return runs
 
 
@@ -262,24 +267,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _say(title: str, row: Callable[[], Iterable[str]]) -> bool:
     """Do one row's work; a row that fails says so (and it is False), and the others are measured."""
-    begin, done = time.monotonic(), True
+    begin, lines, done = time.monotonic(), list[str](), True
     try:
-        lines = list(row())
+        lines.extend(row())  # which keeps those before an error
     except MiinbError as error:
-        lines, done = [f"failed: {type(error).__name__}: {error.line()}"], False
+        lines.append(f"failed: {type(error).__name__}: {error.line()}")
+        done = False
     print(f"{title}  [{time.monotonic() - begin:.0f} s]", *lines, sep="\n  ", flush=True)
     return done
 
 
-def _kept(measure: Callable[[], Equality | Death], model: str, out: Path | None) -> Iterable[str]:
-    """The words of a row that is no run; where it is to be stored it is a line of `OUTCOMES`, less what is no number."""
+def _kept(measure: Callable[[], Equality | Death], model: str, out: Path | None) -> Iterator[str]:
+    """The words of a row that is no run; it is a line of `OUTCOMES` where it is to be stored.
+
+    Raises:
+        MiinbError: it could not be stored, or is not as it must be.
+    """
     outcome = measure()
+    yield from outcome.words()
     if out is not None:
         facts = {"created": utc_now(), "what": type(outcome).__name__.lower(), "model": model}
-        with writing(out):
+        facts |= dataclasses.asdict(outcome) | {"right": not outcome.wrong, "environment": environment()}
+        with writing(out / OUTCOMES):
             out.mkdir(parents=True, exist_ok=True)
-            append_rows(out / OUTCOMES, [facts | dataclasses.asdict(outcome) | {"environment": environment()}])
-    return outcome.words()
+            append_rows(out / OUTCOMES, [facts])
+    if outcome.wrong:
+        raise MiinbError(outcome.wrong)
 
 
 def _told(
@@ -289,13 +302,13 @@ def _told(
     name: str,
     sizes: Sizes,
     out: Path | None,
-) -> Iterable[str]:
+) -> Iterator[str]:
     """A row's words; its run is stored where it is to be."""
     runs = measure(place, name, sizes)
+    yield from words(runs)
     if out is not None:
         runs.save(out)
         draw(runs, out)
-    return words(runs)
 
 
 def draw(runs: Runs, folder: Path) -> Path:

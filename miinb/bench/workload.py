@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from miinb.bench.prompts import fields_of, prompts_of
 from miinb.bench_fields import Tokens
 from miinb.config import BenchConfig, GenerationParams
-from miinb.errors import InvalidValue
+from miinb.errors import Cancelled, InvalidValue
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +44,8 @@ WORDS = " ".join(
     )
 ).split()
 
+#: Most requests that arrive at a rate; all are made before the first is sent.
+MOST_ARRIVALS = 1_000_000
 #: Fewest requests of a load in a sweep by default: whether one gains 5 % on another cannot be told from a few.
 SWEPT = 16
 
@@ -74,9 +78,9 @@ class Endless(Sequence[Job]):
         self._make = make
         self._made: list[Job] = []
 
-    def reserve(self, count: int) -> None:
-        """Make so many now: a tokenizer that sizes prompts must not work while the clock runs."""
-        while len(self._made) < count:
+    def reserve(self, count: int, enough: Callable[[], bool] = lambda: False) -> None:
+        """Make so many now, or until it is `enough`: a tokenizer is not to size prompts while the clock runs."""
+        while len(self._made) < count and not enough():
             self._made.append(self._make())
 
     def __iter__(self) -> Iterator[Job]:
@@ -176,6 +180,12 @@ def _check_loads(config: BenchConfig) -> None:
         raise InvalidValue("rate and concurrency exclude each other.", hint="rate is an open loop; leave one out.")
     if config.duration_s is not None and "requests" in given:
         raise InvalidValue("duration_s and requests exclude each other.", hint="Give the time or the number.")
+    arrivals = max(config.rate or [0.0]) * (config.duration_s or 0.0)
+    if arrivals > MOST_ARRIVALS:
+        raise InvalidValue(
+            f"rate: {arrivals:,.0f} requests would arrive in duration_s, more than {MOST_ARRIVALS:,}.",
+            hint="Give a lower rate or a shorter time.",
+        )
     if not config.sweep:
         if "sweep_limit" in given:
             raise InvalidValue("sweep_limit: acts only with sweep=True.")
@@ -192,19 +202,28 @@ def _check_loads(config: BenchConfig) -> None:
         raise InvalidValue(f"sweep_limit: {config.sweep_limit:g} is below the first load ({loads[0]:g}).")
 
 
-def points(config: BenchConfig, offsets: Offsets | None = None, make: Maker | None = None) -> list[Point]:
+def points(
+    config: BenchConfig,
+    offsets: Offsets | None = None,
+    make: Maker | None = None,
+    stop: threading.Event | None = None,
+) -> list[Point]:
     """The loads of a configuration with their requests; the same for every arm, and for every run of the same seed.
 
     Args:
         config: the benchmark.
         offsets: the model's tokenizer for synthetic prompts; None sizes them by words.
         make: makes an input of an encoder task: requests are then lists of `config.batch_size` inputs.
+        stop: once it is set no more requests are made.
+
+    Raises:
+        Cancelled: `stop` was set before all were made.
     """
     loads: list[tuple[str, float]] = [("rate", rate) for rate in config.rate or ()]
     loads = loads or [("concurrency", concurrency) for concurrency in config.concurrency]
     every = [(kind, load, images) for images in config.num_images_per_prompt for kind, load in loads]
     return [
-        point_at(config, index, kind, load, offsets, make, images=images)
+        point_at(config, index, kind, load, offsets, make, stop, images=images)
         for index, (kind, load, images) in enumerate(every)
     ]
 
@@ -216,6 +235,7 @@ def point_at(
     load: float,
     offsets: Offsets | None = None,
     make: Maker | None = None,
+    stop: threading.Event | None = None,
     *,
     images: int | None = None,
 ) -> Point:
@@ -226,7 +246,7 @@ def point_at(
     the arrivals, are those of the seed at every load: loads then differ by the load alone.
     """
     concurrency, rate = (int(load), None) if kind == "concurrency" else (None, load)
-    source = _Source(config, index, rate, offsets, make)
+    source = _Source(config, index, rate, offsets, make, stop or threading.Event())
     source.images = images or config.num_images_per_prompt[0]
     n_warmup = max(config.warmup, concurrency or 1) if config.warmup else 0
     warmup = tuple(source.job(warm=True) for _ in range(n_warmup))
@@ -246,10 +266,10 @@ def _blocks(config: BenchConfig, source: _Source, in_flight: int) -> list[Sequen
     if config.duration_s is not None and source.rate is None:
         return [Endless(source.job)]
     if config.duration_s is not None:
-        jobs = [source.job()]
+        jobs = []
         while (job := source.job()).offset_s < config.duration_s:
             jobs.append(job)
-        return [tuple(jobs)]
+        return [tuple(jobs) or (dataclasses.replace(job, offset_s=0.0),)]  # one at least
     count = config.requests
     if config.sweep:  # the same time for every load, about; a closed loop ramps up and down once
         count = max(count, math.ceil(4 * (source.rate or in_flight)))
@@ -264,10 +284,16 @@ class _Source:
     """Makes the jobs of a point, one after another."""
 
     def __init__(
-        self, config: BenchConfig, index: int, rate: float | None, offsets: Offsets | None, make: Maker | None
+        self,
+        config: BenchConfig,
+        index: int,
+        rate: float | None,
+        offsets: Offsets | None,
+        make: Maker | None,
+        stop: threading.Event,
     ) -> None:
         self.config, self.index, self.rate = config, index, rate
-        self._offsets, self._make = offsets, make
+        self._offsets, self._make, self._stop = offsets, make, stop
         self._texts = random.Random(f"{config.seed}/{index}")
         self._lengths = random.Random(f"{config.seed}/lengths")
         self._arrivals = random.Random(f"{config.seed}/arrivals")
@@ -285,7 +311,9 @@ class _Source:
         self._place, self._at = 0, 0.0
 
     def job(self, *, warm: bool = False) -> Job:
-        """The next one."""
+        """The next one. Raises Cancelled where the benchmark has been stopped."""
+        if self._stop.is_set():
+            raise Cancelled("The benchmark was stopped.")
         given = self.config.prompts
         new_tokens = _drawn(self.config.new_tokens, self._lengths)
         prompt = self._prompt()

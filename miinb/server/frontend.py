@@ -37,6 +37,7 @@ from miinb.server.service import Inference, TokenCheck
 from miinb.server.text import TextCodec
 from miinb.tasks import find_task
 
+LAST_WORDS_S = 0.5  # less than a child has between SIGTERM and SIGKILL
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
 TICK_S = 1.0
 #: What changes as requests come and go is told so much later, together.
@@ -174,11 +175,12 @@ class Frontend:
         second = asyncio.ensure_future(signals.get())
         drained = asyncio.ensure_future(asyncio.wait(stops))
         await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
+        self._balancer.close()  # what still runs is told why it ends
+        await asyncio.wait({drained}, timeout=LAST_WORDS_S)
         for server in (*self._servers, self._direct):
             await server.stop(0)
         activity.cancel()
         second.cancel()
-        self._balancer.close()
         if self._for_ranks is not None:
             self._for_ranks.close()
         for file in ("rpc.sock", "direct.sock", "engine.sock"):

@@ -14,7 +14,7 @@ from stand_in import Predicting, StandIn
 
 from miinb.bench import charts
 from miinb.bench.runner import bench, compare
-from miinb.errors import DeadlineExceeded, InvalidValue, MiinbError
+from miinb.errors import Cancelled, DeadlineExceeded, InvalidValue, MiinbError
 
 QUIET: dict[str, Any] = {"progress": lambda *_: None, "new_tokens": 2}
 
@@ -42,6 +42,29 @@ def test_a_duration_shorter_than_a_request_waits_for_it(load: dict[str, Any], du
     assert row["n"] >= 1
     assert row["duration_s"] >= 0.1
     assert row["req_s"] <= row["n"] / 0.1
+
+
+def test_the_first_arrival_is_not_waited_for_beyond_the_duration() -> None:
+    row = bench(StandIn(), rate=0.001, duration_s=0.1, warmup=0, **QUIET).summary.iloc[0]
+    assert row["n"] == 1
+    assert row["duration_s"] < 60  # the first of this seed arrives after minutes
+
+
+@pytest.mark.parametrize("load", [{"requests": 1_000_000}, {"rate": 250.0, "duration_s": 4000}])
+def test_stop_ends_the_making_of_requests(load: dict[str, Any]) -> None:
+    stop, session = threading.Event(), StandIn()
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(Cancelled, match="before its first request was done"):
+        bench(session, **load, prompt_tokens=2000, warmup=0, stop=stop, **QUIET)
+    assert not session.calls
+
+
+def test_stop_before_the_clock_ends_the_making_of_requests() -> None:
+    """A block by the clock: a warm-up tells that about 20,000 requests are needed."""
+    stop, session = threading.Event(), StandIn()
+    with pytest.raises(Cancelled, match="before its first request was done"):
+        bench(session, duration_s=600, new_tokens=2, progress=lambda *_: stop.set(), stop=stop)
+    assert len(session.calls) == 1
 
 
 def test_a_rate_far_above_what_is_served_is_measured_as_it_arrives() -> None:
@@ -121,6 +144,7 @@ def test_numbers_of_a_frame_are_texts() -> None:
         ({"rate": [0.0]}, "greater than 0"),
         ({"rate": [math.nan]}, "finite"),
         ({"duration_s": 0}, "greater than 0"),
+        ({"rate": [10.0, 1e6], "duration_s": 3600}, r"3,600,000,000 requests would arrive in duration_s"),
     ],
 )
 def test_loads_and_limits_that_cannot_be_are_refused(fields: dict[str, Any], says: str) -> None:

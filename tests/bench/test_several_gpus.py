@@ -78,15 +78,41 @@ def test_what_a_death_cost_is_told() -> None:
     assert next(iter(Death(8, {}, 1.0, 0, 0).words())) == "8 streams complete, none failed"
 
 
+RIGHT = several_gpus.Equality(8, 8, 64), Death(4, {"Unavailable: gone.": 4}, 5.0, 0, 32 << 30)
+WRONG = several_gpus.Equality(7, 8, 64), Death(0, {"Unavailable: gone.": 8}, float("inf"), 0, 32 << 30)
+
+
 def test_what_is_no_run_is_stored(tmp_path: Path) -> None:
-    found = several_gpus.Equality(7, 8, 64), Death(4, {"Unavailable: gone.": 4}, float("inf"), 0, 32 << 30)
-    for outcome in found:
+    for outcome in RIGHT:
         assert list(several_gpus._kept(lambda outcome=outcome: outcome, "a", tmp_path / "new")) == [*outcome.words()]
     equality, death = map(json.loads, (tmp_path / "new/outcomes.jsonl").read_text().splitlines())
-    assert (equality["what"], equality["equal"], equality["prompts"], equality["tokens"]) == ("equality", 7, 8, 64)
-    assert (death["what"], death["complete"], death["failures"]) == ("death", 4, {"Unavailable: gone.": 4})
-    assert "back_s" not in death  # it was not back
+    assert (equality["what"], equality["equal"], equality["prompts"], equality["tokens"]) == ("equality", 8, 8, 64)
+    assert (death["what"], death["complete"], death["back_s"]) == ("death", 4, 5.0)
+    assert equality["right"]
+    assert death["right"]
     assert death["environment"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("outcome", WRONG)
+def test_what_is_wrong_is_told_stored_and_an_error(
+    outcome: several_gpus.Equality | Death, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not several_gpus._say("a row", lambda: several_gpus._kept(lambda: outcome, "a", tmp_path))
+    told = capsys.readouterr().out
+    assert "7 of 8" in told or "was not back after 180 s" in told
+    assert f"failed: MiinbError: {outcome.wrong}" in told
+    (line,) = (tmp_path / "outcomes.jsonl").read_text().splitlines()
+    assert json.loads(line)["right"] is False
+
+
+def test_what_was_measured_is_told_where_it_cannot_be_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outcomes.jsonl").mkdir()
+    assert not several_gpus._say("a row", lambda: several_gpus._kept(lambda: RIGHT[0], "a", tmp_path))
+    told = capsys.readouterr().out
+    assert "8 of 8 prompts" in told
+    assert "outcomes.jsonl cannot be written: Is a directory" in told
 
 
 def test_a_row_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +152,9 @@ def test_every_row_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arms = set(miinb.load_runs(tmp_path / "runs").summary["arm"])
     assert arms == {"1 rank", "2 ranks", "Hugging Face", "1 replica", "2 replicas"}
     assert set(miinb.load_runs(tmp_path / "runs").summary["model"]) == {"tiny-llama-8b"}
-    assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {"split-llama-8b.png", "replicas-llama-8b.png"}
+    assert {path.name for path in (tmp_path / "runs").glob("*.png")} == {
+        "split-tiny-llama-8b.png",
+        "replicas-tiny-llama-8b.png",
+    }
     stored = [json.loads(line) for line in (tmp_path / "runs/outcomes.jsonl").read_text().splitlines()]
     assert [(one["what"], one["model"]) for one in stored] == [("equality", "tiny"), ("death", "tiny-llama-8b")]
