@@ -17,7 +17,7 @@ from miinb.commands import keeping
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
-from miinb.errors import Interrupted
+from miinb.errors import Interrupted, InvalidValue
 from tests.bench.test_records import make as made
 
 
@@ -54,6 +54,8 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert (values["tensor_parallel"], values["idle_timeout_s"], values["prefix_cache"]) == (2, 5.0, False)
     values = commands.parse(commands.find("bench"), ["-s", "a,b", "--concurrency", "1,4"], prog="miinb")
     assert (values["deployments"], values["concurrency"]) == (["a", "b"], [1, 4])
+    with pytest.raises(InvalidValue, match=r"--concurrency: '1,,4' is not of the right form"):
+        commands.parse(commands.find("bench"), ["--concurrency", "1,,4"], prog="miinb")
     values = commands.parse(commands.find("plot"), ["--run", "a,b", "ecdf"], prog="miinb")
     assert (values["kind"], values["run"]) == ("ecdf", ["a", "b"])
     words = ["--stop", r"\n", "--stop", r"a\\n", "--logit-bias", "5=-1", "--presence-penalty", "-0.5"]

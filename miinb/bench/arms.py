@@ -101,6 +101,11 @@ def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
     if not sessions:
         raise InvalidValue("sessions: give at least one running session.")
     found = [_attach(session) if isinstance(session, str) else session for session in sessions]
+    for session in found:
+        if not hasattr(session, "plan"):
+            raise InvalidValue(
+                f"sessions: {session!r} is no running session.", hint="Session(...), attach(...), a name."
+            )
     names = [session.name for session in found]
     if len(set(names)) < len(names):
         raise InvalidValue(f"sessions: one is named twice in {', '.join(names)}.")

@@ -190,9 +190,7 @@ def notes(runs: Runs) -> list[str]:
         lines.append("Rates and percentiles are medians over the passes, with half of their spread.")
     if runs.summary["psnr_db"].notna().any():
         lines.append("pictures: PSNR to the baseline's of the same prompt and seed, of the picture that differs most")
-    reference = reference_arm(runs.summary)
-    if reference != "baseline" and runs.summary["speedup"].notna().any():
-        lines.append(f"speed-up: against {reference}")
+    lines += _speedup_words(runs.summary)
     for run_id, env in runs.env.items():
         hardware = hardware_words(env.get("host", {}))
         lines.append(" · ".join(part for part in (f"run {run_id}", env.get("name") or "", hardware) if part))
@@ -203,6 +201,16 @@ def notes(runs: Runs) -> list[str]:
     named = zip(run_labels(runs.summary), runs.summary["run_id"], strict=True)
     hosts = {run: runs.env.get(run_id, {}).get("host") or {} for run, run_id in named}
     return [one_line(line) for line in (*lines, *(f"note: {text}" for text in differences(hosts)))]
+
+
+def _speedup_words(summary: pd.DataFrame) -> list[str]:
+    """Of what the speed-ups are, and against which arms."""
+    known = summary["run_id"][summary["speedup"].notna()].unique()
+    against: dict[str, list[str]] = {}
+    for run_id in known:
+        against.setdefault(reference_arm(summary, run_id), []).append(str(run_id))
+    where = {arm: f" (run {', '.join(ids)})" if len(against) > 1 else "" for arm, ids in against.items()}
+    return [f"speed-up: of the median total time, against {arm}{where[arm]}" for arm in against]
 
 
 def runs_text(runs: Runs) -> str:

@@ -82,12 +82,12 @@ def words(text: str) -> list[str]:
 
 def integers(text: str) -> list[int]:
     """[1, 4] of "1,4"."""
-    return [int(part) for part in words(text)]
+    return [int(part) for part in text.split(",")] if text else []
 
 
 def floats(text: str) -> list[float]:
     """[0.5, 2.0] of "0.5,2"."""
-    return [float(part) for part in words(text)]
+    return [float(part) for part in text.split(",")] if text else []
 
 
 def gpu_groups(text: str) -> list[int] | list[list[int]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,27 @@ def test_scaling_has_its_ideal_line_and_frontier_its_loads() -> None:
         charts.batch_scaling(make(TWO))
     with pytest.raises(InvalidValue, match="same tensor_parallel"):
         charts.parallel_scaling(runs)
+
+
+def test_labels_of_lines_that_begin_together_stay_above_the_axis_and_beside_it() -> None:
+    ax = charts.batch_scaling(make({f"arm {i}": 1e-6 * (1 + i / 100) for i in range(6)}, loads=(1, 4, 16)))
+    ax.figure.canvas.draw()
+    labels = [text for text in ax.texts if re.fullmatch(r"[\d,]+", text.get_text())]
+    assert len(labels) == 6
+    inside = ax.get_window_extent()
+    for label in labels:
+        box = label.get_window_extent()
+        assert inside.x0 <= box.x0
+        assert inside.y0 <= box.y0
+
+
+def test_one_load_that_was_measured_is_drawn_without_a_warning() -> None:
+    summary = make(TWO, loads=(1, 4)).summary
+    summary.loc[summary["concurrency"] == 4, "output_tok_s"] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = charts.batch_scaling(summary)
+    assert list(ax.lines[0].get_xdata()) == [1]
 
 
 def test_a_logarithmic_axis_always_has_several_numbers() -> None:

@@ -127,6 +127,12 @@ def test_what_is_no_prompt_is_named(wrong: Any, says: str) -> None:
     assert not session.calls
 
 
+@pytest.mark.parametrize("wrong", [None, 5, object()])
+def test_what_is_no_session_is_named(wrong: Any) -> None:
+    with pytest.raises(InvalidValue, match=r"sessions: .* is no running session"):
+        compare([StandIn(), wrong], **QUIET)
+
+
 def test_numbers_of_a_frame_are_texts() -> None:
     session = StandIn()
     bench(session, pd.DataFrame({"prompt": [1, 2]}), requests=2, warmup=0, **QUIET)

@@ -100,13 +100,14 @@ def legend(ax: Any, *, beside: float = 1.0, inside: int = MOST_INSIDE) -> Any:
 
 
 def kept_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """How far to move each of some labels, so that none is nearer than `gap` to another, nor above `top`."""
+    """How far to move each of some labels, so that none is nearer than `gap` to another, above `top` or on the axis."""
     order = np.argsort(heights)
     placed = np.array(heights, dtype=float)
     for lower, upper in itertools.pairwise(order):
         placed[upper] = max(placed[upper], placed[lower] + gap)
     moved = placed - np.array(heights, dtype=float)
     moved -= max(float(moved.mean()), float(placed.max()) - top)
+    moved += max(0.0, 0.7 * gap - float((moved + np.array(heights, dtype=float)).min()))
     return list(moved)
 
 

@@ -23,6 +23,8 @@ from miinb.bench.charts.style import INK, near_ticks, new_axes, plain_numbers
 from miinb.errors import InvalidValue, did_you_mean
 from miinb.wording import number
 
+#: Width of a letter of a label, points.
+_LETTER = 5.0
 #: What throughput can scale with: the axis of each.
 LOADS = {
     "concurrency": "Requests in flight",
@@ -119,7 +121,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
         ax.plot(x, y, label=legend_name(name), **style)
         ax.plot(x, y[0] * x / x[0], color=style["color"], linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         gain, ideal = y[-1] / y[0], x[-1] / x[0]
-        scaled = f" ({gain:.3g}x of {ideal:.3g}x)" if len(line) > 1 else ""
+        scaled = f" ({_factor(gain)} of {_factor(ideal)})" if len(line) > 1 else ""
         if len(line) > 1:
             begins.append((x[0], y[0], number(y[0]), style["color"]))
         ends.append((x[-1], y[-1], f"{number(y[-1])}{scaled}", style["color"]))
@@ -130,8 +132,7 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     if log:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
-        span = ticks[-1] / ticks[0]
-        ax.set_xlim(ticks[0] / span**0.15, ticks[-1] * span**0.4)
+        ax.set_xlim(*_log_limits(ticks, [_room(ax, begins), _room(ax, ends)]))
     else:
         ax.set_xlim(0, ticks[-1] * 1.4)
         ax.set_ylim(0)
@@ -144,11 +145,30 @@ def _scaling(rows: pd.DataFrame, by: str, words: str, rate: str, title: str, ax:
     axis = " (log axis)" * log
     ax.set_xlabel(f"{words}{axis}", fontsize=9, color=INK)
     ax.set_ylabel(f"{RATES[rate].axis}{axis}", fontsize=9, color=INK)
-    if log:  # elsewhere the first points are at the axis
+    if log:  # elsewhere they may be at the axis
         _label(ax, begins, -7, "right")
     _label(ax, ends, 7, "left")
     legend(ax)
     return finished(ax, rows, title, "Dotted: ideal scaling from each line's first point")
+
+
+def _factor(value: float) -> str:
+    """ "1.94x", "2x", "4,096x"."""
+    text = number(value)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}x"
+
+
+def _room(ax: Any, labels: list[tuple[float, float, str, Any]]) -> float:
+    """The share of the plot's width that labels beside points take, about."""
+    letters = max((len(text) for _, _, text, _ in labels), default=0)
+    return min((letters * _LETTER + 14) / points_size(ax)[0], 0.35)
+
+
+def _log_limits(ticks: list[float], rooms: list[float]) -> tuple[float, float]:
+    """Limits of a logarithmic axis with `rooms` left and right of its ticks, as shares of the whole."""
+    span = ticks[-1] / ticks[0] if ticks[-1] > ticks[0] else 2.0
+    left, right = (room / (1 - sum(rooms)) for room in rooms)
+    return ticks[0] / span**left, ticks[-1] * span**right
 
 
 def _label(ax: Any, points: list[tuple[float, float, str, Any]], aside: float, ha: str) -> None:
