@@ -85,11 +85,11 @@ def test_a_deployment_is_ready_when_every_replica_takes_requests() -> None:
 def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_comes_back() -> None:
     """The streams of the other go on; what was in flight on the dead one fails as `Unavailable`."""
     with miinb.Session(tiny_model(), replicas=2, device="cpu", options={"threads": 1}, max_length=512) as session:
+        before = session.status()
+        victim = next(rank for rank in before.ranks if rank.replica == 1)
         streams = [session.stream(f"number {i}", max_new_tokens=450, ignore_eos=True) for i in range(4)]
         for stream in streams:
             next(stream)
-        before = until(session, lambda now: now.in_flight == 4)
-        victim = next(rank for rank in before.ranks if rank.replica == 1)
         os.kill(victim.pid, signal.SIGKILL)
         ends = []
         for stream in streams:
