@@ -125,6 +125,7 @@ def test_a_request_waits_until_its_computing_begins(tmp_path: Path) -> None:
             for number, asker in enumerate(askers, 1):  # the stand-in does a step of the first at once
                 asker.start()
                 wait_for(lambda: counted() == (number, 0), f"the beginning of request {number}", 8.0)  # noqa: B023
+        wait_for(lambda: told, "the first request's step")
         assert [one.step for one in told] == [1]
     finally:
         frontend.close()
