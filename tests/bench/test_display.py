@@ -61,6 +61,18 @@ def test_the_answers_stand_before_the_times() -> None:
     assert columns[:6] == ["arm", "dtype", "load", "speed-up", "same answers", "n"]
 
 
+def test_the_notes_say_of_what_speedups_are_and_against_which_arm() -> None:
+    plain, ranks = make(TWO), make({"1 rank": 2.0, "2 ranks": 1.0}, run_id="r2")
+    replicas = make({"1 replica": 2.0, "2 replicas": 1.0}, run_id="r3")
+    assert "speed-up: of the median total time, against baseline" in notes(plain)
+    assert "speed-up: of the median total time, against 1 rank" in notes(ranks)
+    told = [line for line in notes(ranks + replicas) if line.startswith("speed-up")]
+    assert told == [
+        "speed-up: of the median total time, against 1 rank (run r2)",
+        "speed-up: of the median total time, against 1 replica (run r3)",
+    ]
+
+
 def test_a_report_is_for_light_and_dark_and_asks_no_network(tmp_path: Path) -> None:
     text = make(TWO, loads=(1, 4)).report(tmp_path / "report.html").read_text()
     assert "prefers-color-scheme:dark" in text
