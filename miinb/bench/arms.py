@@ -103,9 +103,7 @@ def label(sessions: Sequence[Any] | Mapping[str, Any]) -> list[Arm]:
     found = [_attach(session) if isinstance(session, str) else session for session in sessions]
     for session in found:
         if not hasattr(session, "plan"):
-            raise InvalidValue(
-                f"sessions: {session!r} is no running session.", hint="Session(...), attach(...), a name."
-            )
+            raise InvalidValue(f"sessions: {session!r} is no running session.", hint="Start one, or attach it.")
     names = [session.name for session in found]
     if len(set(names)) < len(names):
         raise InvalidValue(f"sessions: one is named twice in {', '.join(names)}.")

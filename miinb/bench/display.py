@@ -205,12 +205,14 @@ def notes(runs: Runs) -> list[str]:
 
 def _speedup_words(summary: pd.DataFrame) -> list[str]:
     """Of what the speed-ups are, and against which arms."""
-    known = summary["run_id"][summary["speedup"].notna()].unique()
     against: dict[str, list[str]] = {}
-    for run_id in known:
+    for run_id in summary["run_id"][summary["speedup"].notna()].unique():
         against.setdefault(reference_arm(summary, run_id), []).append(str(run_id))
-    where = {arm: f" (run {', '.join(ids)})" if len(against) > 1 else "" for arm, ids in against.items()}
-    return [f"speed-up: of the median total time, against {arm}{where[arm]}" for arm in against]
+    several = len(against) > 1
+    return [
+        f"speed-up: of the median total time, against {arm}" + f" (run {', '.join(ids)})" * several
+        for arm, ids in against.items()
+    ]
 
 
 def runs_text(runs: Runs) -> str:

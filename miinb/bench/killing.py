@@ -50,7 +50,7 @@ class Death:
         """In words."""
         failed = "; ".join(f"{count} failed: {error}" for error, count in self.failures.items()) or "none failed"
         yield f"{self.complete} streams complete, {failed}"
-        back = f"was back after {self.back_s:.1f} s" if self.back_s < LIMIT_S else f"was not back after {LIMIT_S:.0f} s"
+        back = f"was not back after {LIMIT_S:.0f} s" if self.wrong else f"was back after {self.back_s:.1f} s"
         yield f"the replica {back}"
         yield f"after stop {size_words(self.left_bytes)} of {size_words(self.used_bytes)} of GPU memory are not free"
 

@@ -202,8 +202,7 @@ class _Run:
         """Send the jobs of a block and wait for all of them; an interrupt cancels those in flight."""
         point, jobs = turn.point, turn.jobs
         if isinstance(jobs, Endless):
-            late = time.perf_counter() + RESERVE_S
-            jobs.reserve(self._expected(turn), lambda: self.stop.is_set() or time.perf_counter() > late)
+            jobs.reserve(self._expected(turn), time.perf_counter() + RESERVE_S)
             workers = point.concurrency or 1
         else:
             workers = min((point.concurrency or len(jobs)) if turn.closed else 1024, len(jobs))

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,9 @@ class Endless(Sequence[Job]):
         self._make = make
         self._made: list[Job] = []
 
-    def reserve(self, count: int, enough: Callable[[], bool] = lambda: False) -> None:
-        """Make so many now, or until it is `enough`: a tokenizer is not to size prompts while the clock runs."""
-        while len(self._made) < count and not enough():
+    def reserve(self, count: int, until: float = math.inf) -> None:
+        """Make so many, until that time of `perf_counter`: a tokenizer is not to size prompts while the clock runs."""
+        while len(self._made) < count and time.perf_counter() < until:
             self._made.append(self._make())
 
     def __iter__(self) -> Iterator[Job]:

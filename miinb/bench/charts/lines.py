@@ -101,14 +101,13 @@ def legend(ax: Any, *, beside: float = 1.0, inside: int = MOST_INSIDE) -> Any:
 
 def kept_apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
     """How far to move each of some labels, so that none is nearer than `gap` to another, above `top` or on the axis."""
-    order = np.argsort(heights)
-    placed = np.array(heights, dtype=float)
-    for lower, upper in itertools.pairwise(order):
+    wanted = np.array(heights, dtype=float)
+    placed = wanted.copy()
+    for lower, upper in itertools.pairwise(np.argsort(wanted)):
         placed[upper] = max(placed[upper], placed[lower] + gap)
-    moved = placed - np.array(heights, dtype=float)
-    moved -= max(float(moved.mean()), float(placed.max()) - top)
-    moved += max(0.0, 0.7 * gap - float((moved + np.array(heights, dtype=float)).min()))
-    return list(moved)
+    placed -= max(float((placed - wanted).mean()), float(placed.max()) - top)
+    placed += max(0.0, 0.7 * gap - float(placed.min()))  # half of the text's height above the axis, and a little
+    return list(placed - wanted)
 
 
 def points_size(ax: Any) -> tuple[float, float]:
