@@ -72,18 +72,20 @@ class Client:
         self._asking = threading.Lock()
         self._closed: Unavailable | None = None  # what a call is told
 
-    def close(self, *, because: MiinbError | None = None) -> None:
-        """Close the channel; calls that still run end as canceled.
+    def close(self, *, because: MiinbError | None = None, drained: bool = False) -> None:
+        """Take no new calls; those that still run end as canceled.
 
         Args:
             because: why the deployment could not be started again, for those that ask all the same.
+            drained: the server has ended; what it still said is read, and the channel ends with its last reader.
         """
         hint = "Start it again with restart(); if another process has done that, join it with miinb.attach(name)."
         self._closed = Unavailable("The deployment was stopped.", hint=hint)
         if because is not None:
             self._closed = Unavailable(f"The deployment did not start again: {because.message}", hint=because.hint)
-        self._direct.close()
-        close_channel(self._channel)
+        if not drained:
+            self._direct.close()
+            close_channel(self._channel)
 
     def _check_open(self) -> None:
         if self._closed is not None:

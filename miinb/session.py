@@ -333,7 +333,7 @@ class Session:
         try:
             return self._deployment.stop(drain_s=limit_s)
         finally:
-            self._client.close()
+            self._client.close(drained=self._deployment.stopped)
 
     def restart(self, *, rolling: bool = False, drain_s: float = 10.0) -> Self:
         """End it and start it again with the same configuration and name; what a start would refuse is refused first.

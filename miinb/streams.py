@@ -82,8 +82,8 @@ class Stream(Iterator[Chunk]):
             except StopIteration:
                 self._finish(None if self._end or self._cancelled else Unavailable("The answer ended too early."))
             except grpc.RpcError as failure:
-                if not self._again(failure):
-                    self._finish(failures.error_of(failure, cancelled=self._cancelled))
+                if (error := self._again(failure)) is not None:
+                    self._finish(error)
             except KeyboardInterrupt:
                 self.cancel()
                 self._finish(None)
@@ -155,19 +155,22 @@ class Stream(Iterator[Chunk]):
         else:
             self._end = event
 
-    def _again(self, failure: Any) -> bool:
-        """Open the call again if the server was away and nothing has been shown yet."""
+    def _again(self, failure: Any) -> MiinbError | None:
+        """Open the call again if the server was away and nothing has been shown yet; else the error."""
         wait_s = RETRY_WAIT_S * 2**self._attempts
         left_s = self._deadline - time.perf_counter() - wait_s
         away = failure.code() is grpc.StatusCode.UNAVAILABLE
         if not away or self._cancelled or self._chunks or self._attempts >= RETRIES or left_s <= 0:
-            return False
+            return failures.error_of(failure, cancelled=self._cancelled)
         self._attempts += 1
         time.sleep(wait_s)
-        self._call = self._open(self._data, left_s)
+        try:
+            self._call = self._open(self._data, left_s)
+        except MiinbError as error:  # the deployment was stopped meanwhile
+            return error
         if self.cancelled:  # by another thread, while there was no call
             self._call.cancel()
-        return True
+        return None
 
     def _finish(self, error: MiinbError | None) -> None:
         with self._finishing:

@@ -229,6 +229,16 @@ def test_a_closed_client_says_so(frontend: FrontendProcess) -> None:
             ask()
 
 
+def test_a_request_that_waits_for_a_server_hears_of_its_end_and_is_recorded(tmp_path: Path) -> None:
+    client = Client(f"unix:{tmp_path}/none.sock")
+    stream = client.stream("abc")
+    client.close(drained=True)
+    for _ in range(2):
+        with pytest.raises(errors.Unavailable, match="was stopped"):
+            _ = stream.result
+    assert list(client.records["error"]) == ["Unavailable"]
+
+
 def test_a_stop_button_that_hits_the_begin_of_a_call_does_not_keep_a_client_from_closing(
     frontend: FrontendProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

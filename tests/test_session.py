@@ -233,6 +233,18 @@ def test_a_stop_that_drains_lets_requests_end(state: Path, joined: bool) -> None
         assert stopped.result(60).state == "stopped"
 
 
+def test_what_a_stop_that_drains_lets_end_can_be_read_after_it(state: Path) -> None:
+    with miinb.Session(tiny_model(), **TINY) as session:
+        streams = [session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+        session.stop(drain_s=60.0)
+        assert [stream.result.finish_reasons for stream in streams] == [("length",)] * 8
+        assert [len(stream.result.token_ids[0]) for stream in streams] == [450] * 8
+        with pytest.raises(Unavailable, match="was stopped"):
+            session.generate(PROMPT)
+
+
 def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
     def end(stream: miinb.streams.Stream) -> str:
         try:
@@ -249,9 +261,9 @@ def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
         streams = [session.stream(PROMPT, max_new_tokens=490, ignore_eos=True) for _ in range(32)]
         for stream in streams:
             next(stream)
-        ends = [pool.submit(end, stream) for stream in streams]
+        ends = [pool.submit(end, stream) for stream in streams[:16]]
         session.stop(drain_s=0.01)
-        told = {one.result(60) for one in ends}
+        told = {one.result(60) for one in ends} | {end(stream) for stream in streams[16:]}
     assert "The deployment was stopped while this request ran." in told
     assert told <= {"The deployment was stopped while this request ran.", "length"}
 
