@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +23,8 @@ from miinb.image_results import ImageResult
 from miinb.messages import Chunk, EngineInfo, GenerateRequest, PredictedEvent
 from miinb.predicting import GrpcCall, PredictCall, PredictCalls
 from miinb.predictions import Predictions, predictions_of
-from miinb.results import Result, frame_of, merge
+from miinb.request_log import RequestLog
+from miinb.results import Result, merge
 from miinb.rpc import codec, failures, image_codec
 from miinb.rpc.address import file_at, socket_path
 from miinb.rpc.channel import close_channel, open_channel
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 300.0
 MAX_STREAMS = 64  # of one generate call at the same time; the others wait here
-MAX_RECORDS = 100_000
 
 _T = TypeVar("_T")
 
@@ -50,9 +49,12 @@ class Client:
         address: the frontend's: "unix:/path" or "127.0.0.1:port".
         token: bearer token of a TCP address.
         timeout_s: limit of a request that gives none, seconds.
+        log: where its requests are recorded; default one of its own.
     """
 
-    def __init__(self, address: str, token: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, address: str, token: str | None = None, *, timeout_s: float = TIMEOUT_S, log: RequestLog | None = None
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -66,9 +68,8 @@ class Client:
         self._file = file_at(self._supervisor)
         self._direct = Connections(None if self._socket is None else socket_beside(self._socket))
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
-        self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
+        self._log = RequestLog() if log is None else log
         self._columns: dict[str, Any] | None = None
-        self._lock = threading.Lock()
         self._asking = threading.Lock()
         self._closed: Unavailable | None = None  # what a call is told
 
@@ -359,14 +360,10 @@ class Client:
     @property
     def records(self) -> pandas.DataFrame:
         """One row for each request of this client."""
-        return frame_of(tuple(self._rows))
+        return self._log.frame
 
     def _record(self, row: dict[str, Any]) -> dict[str, Any]:
-        known = self._known()
-        with self._lock:
-            row = {**known, "seq": self._rows[-1]["seq"] + 1 if self._rows else 0, **row}
-            self._rows.append(row)
-        return row
+        return self._log.add({**self._known(), **row})
 
     def _known(self) -> dict[str, Any]:
         """Columns that are the same for all requests; asked once."""

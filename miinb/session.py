@@ -20,6 +20,7 @@ from miinb.deployment import Deployment
 from miinb.errors import DeploymentExists, InvalidRequest, MiinbError, OutOfMemory, StartError
 from miinb.messages import Chunk, EngineInfo, Plan, Status
 from miinb.preparation import Preparation, prepare
+from miinb.request_log import RequestLog
 from miinb.seconds import drain_limit
 from miinb.tasks import TASKS
 
@@ -97,12 +98,14 @@ class Session:
         values = {**locals(), **more}
         for word in ("self", "more", "__class__"):
             values.pop(word, None)
+        self._log = RequestLog()
         self._begin(prepare(DeploymentConfig.parse(values)))
 
     @classmethod
     def _of(cls, deployment: Deployment) -> Self:
         """A session that joins a running deployment."""
         self = cls.__new__(cls)
+        self._log = RequestLog()
         self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
         self._task = self._config.task or ""
         self._connect(deployment)
@@ -131,7 +134,7 @@ class Session:
 
     def _connect(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._client = Client(deployment.entry.address)
+        self._client = Client(deployment.entry.address, log=self._log)
         self._info: EngineInfo | None = None
         _sessions[deployment.entry.instance_id] = self
 
@@ -201,8 +204,8 @@ class Session:
 
     @property
     def records(self) -> pandas.DataFrame:
-        """One row for each request of this session."""
-        return self._client.records
+        """One row for each request of this session, through its restarts."""
+        return self._log.frame
 
     # Asking the model
 
@@ -266,11 +269,7 @@ class Session:
         self._client.create_session(session_id)
 
     def destroy_session(self, session_id: str) -> None:
-        """Forget a conversation.
-
-        Raises:
-            InvalidRequest: there is none of that id.
-        """
+        """Forget a conversation. Raises InvalidRequest where there is none of that id."""
         self._client.destroy_session(session_id)
 
     def agenerate(self, prompts: str | Sequence[str], **parameters: Any) -> Awaitable[Result]:
@@ -338,22 +337,23 @@ class Session:
     def restart(self, *, rolling: bool = False, drain_s: float = 10.0) -> Self:
         """End it and start it again with the same configuration and name; what a start would refuse is refused first.
 
-        `rolling`: one replica after another while the others serve, each with `drain_s` seconds for its requests.
+        `rolling`: one replica after another while the others serve. `drain_s`: seconds for the requests in flight.
         Raises ConfigError or ModelError where it cannot (it still runs), StartError where it has ended.
         """
+        limit_s = drain_limit(drain_s)
         config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
         with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
             prepare(config)
         if rolling:
-            self._deployment.roll(drain_s=drain_limit(drain_s))
+            self._deployment.roll(drain_s=limit_s)
             return self
-        self.stop()
+        self.stop(drain_s=limit_s)
         try:
             self._begin(prepare(config))
         except MiinbError as error:
             if not isinstance(error, DeploymentExists):  # by another process: it is to be joined, not started
                 error.hint = f"{error.hint} {self.name} has ended; restart() tries to start it once more.".strip()
-            self._client.close(because=error)
+            self._client.close(because=error, drained=True)
             raise
         return self
 

@@ -245,6 +245,24 @@ def test_what_a_stop_that_drains_lets_end_can_be_read_after_it(state: Path) -> N
             session.generate(PROMPT)
 
 
+def test_a_restart_lets_requests_end_and_keeps_the_records(state: Path) -> None:
+    with miinb.Session(tiny_model(), **TINY) as session, ThreadPoolExecutor(1) as pool:
+        read, unread = (session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(2))
+        next(read), next(unread)
+        result = pool.submit(lambda: read.result)
+        session.restart(drain_s=60.0)
+        assert len(result.result(60).token_ids[0]) == len(unread.result.token_ids[0]) == 450
+        session.generate(PROMPT, max_new_tokens=3)
+        assert list(session.records["output_tokens"]) == [450, 450, 3]
+        assert list(session.records["seq"]) == [0, 1, 2]
+        cut_off = session.stream(PROMPT, max_new_tokens=450, ignore_eos=True)
+        next(cut_off)
+        session.restart(drain_s=0)
+        with pytest.raises(Unavailable, match="was stopped while this request ran"):
+            _ = cut_off.result
+        assert list(session.records["status"]) == ["ok"] * 3 + ["error"]
+
+
 def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
     def end(stream: miinb.streams.Stream) -> str:
         try:
@@ -256,8 +274,9 @@ def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
         for wrong in (float("nan"), -1, "1", None, True):
             with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
                 session.stop(drain_s=wrong)  # type: ignore[arg-type]
-            with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
-                session.restart(rolling=True, drain_s=wrong)  # type: ignore[arg-type]
+            for rolling in (False, True):
+                with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
+                    session.restart(rolling=rolling, drain_s=wrong)  # type: ignore[arg-type]
         streams = [session.stream(PROMPT, max_new_tokens=490, ignore_eos=True) for _ in range(32)]
         for stream in streams:
             next(stream)

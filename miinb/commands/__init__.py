@@ -153,7 +153,7 @@ COMMANDS: dict[str, Command] = {
                 _NAME,
                 _WHICH,
                 Option("rolling", "one replica after another, while the others serve", read=None),
-                Option("grace", "of a rolling restart: seconds for a replica's requests: 10 (default), 1m", seconds),
+                Option("grace", "seconds for the requests in flight: 10 (default), 1m", seconds),
             ),
             example="restart chat --rolling",
         ),

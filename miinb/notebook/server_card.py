@@ -156,7 +156,7 @@ class ServerCard(WorkPanel):
         def again() -> None:
             self._restarting = True
             try:
-                self._shown.restart()
+                self._shown.restart(drain_s=0.0)  # who has pressed Yes knows what is lost
             finally:
                 self._restarting = self._has_plan = False
 

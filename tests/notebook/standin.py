@@ -125,7 +125,7 @@ class StandIn:
             self.calls.append(("stop", None, limits))
         self.state = "stopped"
 
-    def restart(self) -> None:
+    def restart(self, **limits: float) -> None:
         self.calls.append(("restart", None, {}))
         if self.gate is not None:
             self.gate.wait(10)
