@@ -260,7 +260,7 @@ def test_a_time_limit_holds_whatever_the_server_does(tmp_path: Path) -> None:
                     begin = time.monotonic()
                     with pytest.raises(errors.DeadlineExceeded):
                         client.generate_images(prompts, lambda progress: None, timeout_s=0.5)
-                    assert 0.45 < time.monotonic() - begin < 2.0
+                    assert 0.45 < time.monotonic() - begin < 5.0
                 stopped.send_signal(signal.SIGCONT)
     finally:
         process.close()
