@@ -17,7 +17,7 @@ from miinb.engine.finite import check_finite
 from miinb.engine.quantize import Quantizer
 from miinb.engine.readers import DummyWeights, Reader, Region
 from miinb.engine.spec import rank_share
-from miinb.engine.weights import activation_dtype, open_reader, quantizers, tensors
+from miinb.engine.weights import activation_dtype, equal, open_reader, quantizers
 from miinb.errors import UnsupportedModel
 from miinb.kernels.linear import PackedLinear
 from miinb.messages import Phase
@@ -29,12 +29,6 @@ Pack = Callable[[PackedLinear], Matrix]
 
 def _as_it_is(packed: PackedLinear) -> PackedLinear:
     return packed
-
-
-def _equal(one: PackedLinear, other: PackedLinear) -> bool:
-    """Whether two matrices are the same to the byte (not all dtypes can be compared)."""
-    pairs = zip(tensors(one), tensors(other), strict=True)
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 @dataclass(slots=True)
@@ -167,7 +161,7 @@ class _Builder:
             packed = self.whole(weight, outputs, inputs, quantizer)
         elif weight in self.reader.names():  # transformers unties those that differ, whatever config.json says
             own = self.whole(weight, outputs, inputs, quantizer)
-            packed = words if _equal(own, words) else own
+            packed = words if equal(own, words) else own
         else:
             packed = words
         bias = self.vector(self._bias(layer, tied), outputs)

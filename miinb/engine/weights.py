@@ -126,7 +126,10 @@ class _Builder:
 
     def embedding(self, rows: int, width: int) -> PackedLinear:
         """The tokens' embedding, whole on every rank."""
-        (module,) = self.policy.weights["embed"].modules
+        (module,), (head,) = self.policy.weights["embed"].modules, self.policy.weights["head"].modules
+        names = self.reader.names()
+        if self.spec.tied and f"{module}.weight" not in names and f"{head}.weight" in names:
+            module = head  # one tensor under the other's name
         target = self.matrix(rows, width, self.tables)
         region = Region((rows, width), slice(0, rows), slice(0, width))
         self.fill_matrix(target, slice(0, rows), f"{module}.weight", region, self.tables)
@@ -196,14 +199,20 @@ class _Builder:
         )
 
     def head(self, embed: PackedLinear) -> PackedLinear:
+        """The rank's rows of the head: of the embedding, where they are tied."""
         if not self.spec.tied:
             return self.linear("head")
+        (module,) = self.policy.weights["head"].modules
         share, bias = self.vocabulary(), None
+        rows = PackedLinear(embed.weight[share], None, embed.scale[share] if embed.scale is not None else None)
+        if f"{module}.weight" in self.reader.names():
+            own = self.linear("head")
+            if not equal(PackedLinear(own.weight, None, own.scale), rows):
+                return own  # transformers unties those that differ, whatever config.json says
         if self.spec.head_bias:
             bias = self.empty(share.stop - share.start)
-            (module,) = self.policy.weights["head"].modules
             self.fill(bias, f"{module}.bias", Region((self.spec.vocab_size,), share))
-        return PackedLinear(embed.weight[share], bias, embed.scale[share] if embed.scale is not None else None)
+        return PackedLinear(rows.weight, bias, rows.scale)
 
 
 def _matrices(
@@ -328,6 +337,12 @@ def _check_left_over(left: set[str], policy: Policy, spec: DecoderSpec, source: 
         raise UnsupportedModel(
             f"{source} has {len(unknown)} tensors unknown to {policy.family}: {', '.join(unknown[:3])}."
         )
+
+
+def equal(one: PackedLinear, other: PackedLinear) -> bool:
+    """Whether two matrices are the same to the byte (not all dtypes can be compared)."""
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def weights_bytes(weights: Any) -> int:

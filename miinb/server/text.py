@@ -22,7 +22,9 @@ from miinb.errors import InvalidRequest, PromptTooLong
 
 #: Prompt tokens that the detokenizer sees before the new ones: SentencePiece strips a space where a text begins.
 CONTEXT_TOKENS = 6
-#: Tokens after which an incomplete character is given up (the longest in UTF-8 has four bytes).
+#: A character of UTF-8 has so many bytes, and tokens, at most.
+CHARACTER_TOKENS = 4
+#: Tokens after which an incomplete character is given up.
 MAX_HELD_TOKENS = 16
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -104,7 +106,11 @@ class TextCodec:
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A detokenizer of the tokens that follow a prompt."""
-        return Detokenizer(self._tokenizer, prompt_ids[-CONTEXT_TOKENS:])
+        for size in range(CONTEXT_TOKENS, CONTEXT_TOKENS + CHARACTER_TOKENS):
+            context = prompt_ids[-size:]
+            if not self._tokenizer.decode(context).startswith(REPLACEMENT):
+                break  # else it begins inside a character
+        return Detokenizer(self._tokenizer, context)
 
 
 class Detokenizer:
@@ -123,9 +129,12 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty."""
+        text = self._tokenizer.decode([*self._window, *ids])
+        incomplete = text.endswith(REPLACEMENT)
+        if incomplete and len(ids) > 1:  # to give up none of the characters before it
+            return "".join(self.add([one]) for one in ids)
         self._window += ids
-        text = self._tokenizer.decode(self._window)
-        if text.endswith(REPLACEMENT) and len(self._window) - self._read <= MAX_HELD_TOKENS:
+        if incomplete and len(self._window) - self._read <= MAX_HELD_TOKENS:
             return ""
         return self._release(text)
 

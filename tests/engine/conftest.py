@@ -125,6 +125,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 10,
             "sliding_window": 7,
             "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,  # of Gemma 2; transformers' Gemma 3 does not use it
             "attn_logit_softcapping": 5.0,
             "hidden_activation": "gelu",
         },

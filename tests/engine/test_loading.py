@@ -55,6 +55,44 @@ def answer(executor: Executor, prompt: list[int], new: int) -> list[int]:
     return tokens
 
 
+def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The folder, with other tensors, and a configuration that ties the head."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    stand_in_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gptj"])
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path, name: str) -> None:
+    """Whatever config.json says: transformers does it so."""
+    build(name, tmp_path / "model", {"tie_word_embeddings": False})
+    folder = edited(tmp_path / "model", lambda weights: None)
+    optimized, plain = (load(folder, tmp_path, engine=engine)[0] for engine in ("optimized", "baseline"))
+    assert answer(optimized, [5, 9, 33], 16) == answer(plain, [5, 9, 33], 16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_head_that_is_the_embedding_twice_is_kept_once(tmp_path: Path, dtype: str) -> None:
+    build("llama-tied-mqa", tmp_path / "model")
+    once, _ = load(edited(tmp_path / "model", lambda weights: None), tmp_path, dtype=dtype)
+    wanted = answer(once, [5, 9, 33], 6)
+
+    def twice(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    def other_name(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.embed_tokens.weight"]
+
+    for change in (twice, other_name):
+        executor, _ = load(edited(tmp_path / "model", change), tmp_path, dtype=dtype)
+        assert executor.info.plan.weights_bytes == once.info.plan.weights_bytes
+        assert answer(executor, [5, 9, 33], 6) == wanted
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_both_engines_give_the_same_tokens(tiny: Tiny, tmp_path: Path, name: str) -> None:
     folder = tiny(name)[1]

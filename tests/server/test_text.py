@@ -89,6 +89,26 @@ def test_detokenized_pieces_equal_the_whole(pair: tuple[TextCodec, Any]) -> None
         assert reference.decode(prompt, skip_special_tokens=True) + "".join(pieces) == whole
 
 
+def test_characters_of_several_tokens_come_whole_behind_any_prompt_and_in_pieces_of_any_size(
+    pair: tuple[TextCodec, Any],
+) -> None:
+    codec, reference = pair
+    draw = random.Random(1)
+    for _ in range(300):
+        prompt, answer = ("".join(draw.choices("中文字é👩👧 \u200da", k=draw.randrange(1, 12))) for _ in range(2))
+        context, ids = codec.encode("café" + prompt), codec.encode(answer + " ok", add_special_tokens=False)
+        detokenizer = codec.detokenizer(context)
+        pieces, at = [], 0
+        while at < len(ids):
+            size = draw.choice((1, 2, 17, 18, 19, 40))
+            pieces.append(detokenizer.add(ids[at : at + size]))
+            at += size
+        pieces.append(detokenizer.finish())
+        before = reference.decode(context, skip_special_tokens=True)
+        assert before + "".join(pieces) == reference.decode(context + ids, skip_special_tokens=True)
+        assert not any("�" in piece for piece in pieces)
+
+
 def test_no_piece_ends_inside_a_character(tmp_path: Path) -> None:
     codec = TextCodec.load(byte_level(tmp_path))
     text = "日本語😀é" * 5

@@ -29,7 +29,6 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         windowed_rotary=rotary_of(plain | {"rope_parameters": near}, head_size),
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
         qk_norm=True,
-        softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),
     )
 
