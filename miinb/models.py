@@ -269,8 +269,10 @@ def _no_weights(folder: Path) -> UnsupportedModel | BrokenCheckpoint:
 
 
 def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], entries: list[TensorEntry]) -> ModelInfo:
-    _check_numbers(config, source)
-    facts = {name: _first(config, keys) for name, keys in _KEYS.items()}
+    parts = config.get("text_config")
+    sizes = {**parts, **config} if isinstance(parts, dict) else config  # of a model of several kinds of input
+    _check_numbers(sizes, source)
+    facts = {name: _first(sizes, keys) for name, keys in _KEYS.items()}
     heads = facts["heads"]
     architecture = (config.get("architectures") or [""])[0]
     tasks = tasks_of(architecture) if architecture else ()
@@ -292,7 +294,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         tasks=tasks,
         config=config,
         tensors={entry.name: entry for entry in entries},
-        parameters=counted or sum(entry.elements for entry in entries) or estimate_parameters(config),
+        parameters=counted or sum(entry.elements for entry in entries) or estimate_parameters(sizes),
         dtype=main_dtype(config, entries),
         context_length=0 if longest == NO_LIMIT else longest,
         vocab_size=facts["vocab_size"],
@@ -300,7 +302,7 @@ def _describe(source: str, folder: Path, form: str, config: Mapping[str, Any], e
         hidden_size=facts["hidden_size"],
         heads=heads,
         kv_heads=facts["kv_heads"] or heads,
-        head_size=config.get("head_dim") or (facts["hidden_size"] // heads if heads else 0),
+        head_size=sizes.get("head_dim") or (facts["hidden_size"] // heads if heads else 0),
         spec=spec,
         encoder=encoder,
         unfused=unfused,
@@ -375,10 +377,7 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
 
 
 def estimate_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a transformer of which there are no files and no policy: a guess from the usual names.
-
-    Biases and norms are left out.
-    """
+    """Parameters, less biases and norms, where there are no files and no policy: a guess from the usual names."""
     layers, hidden, heads, kv_heads, _, vocab = (_first(config, keys) for keys in _KEYS.values())
     head_size = config.get("head_dim") or (hidden // heads if heads else 0)
     attention = hidden * head_size * (2 * heads + 2 * (kv_heads or heads))

@@ -20,7 +20,7 @@ from miinb.config import DeploymentConfig
 from miinb.engine import offload
 from miinb.engine.autotp import split
 from miinb.engine.beam_search import search
-from miinb.engine.caches import DYNAMIC, measure_caches, pads
+from miinb.engine.caches import DYNAMIC, measure_caches, mixes, pads
 from miinb.engine.compute import STEP_ERRORS
 from miinb.engine.executor import Emit, Executor, Poll
 from miinb.engine.finite import check_finite
@@ -103,9 +103,11 @@ def load_baseline(
         if ranks.link is not None:
             return BatchFollower(info, loaded, ranks.link)
         return load_encoding(loaded, config, info, lead, report)
-    padded = config.options.parity == "off" or pads(loaded, info.vocab_size)
+    mixed = mixes(loaded)
+    padded = not mixed and (config.options.parity == "off" or pads(loaded, info.vocab_size))
     if not padded:
-        plan = plan.with_line("batches", "equal lengths", f"{model.family} takes padding for a part of the prompt")
+        why = "turns by the longest prompt" if mixed else "takes padding for a part of the prompt"
+        plan = plan.with_line("batches", "equal lengths", f"{model.family} {why}")
     if info.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length: up to 0.1 s a token
     cache, batch_cache, plan = _choose_cache(loaded, config, info, plan, report)

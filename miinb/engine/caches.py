@@ -1,7 +1,8 @@
 """The KV caches of transformers' `generate`: which there are, which give the right answers, and how fast they are.
 
 Not every family works with every cache: GPT-Neo's local layers read the wrong rows of a static cache, RWKV takes
-padding for text. So a cache is compared before it is measured, and padding is tried before prompts share a batch.
+padding for text, and the angles of "longrope" are those of a batch's longest row. So a cache is compared before it is
+measured, and padding is tried before prompts of different lengths share a batch.
 """
 
 from __future__ import annotations
@@ -96,6 +97,15 @@ def pads(model: Any, vocab_size: int) -> bool:
     except STEP_ERRORS:
         return False
     return _close(among, alone, model.dtype)
+
+
+def mixes(model: Any) -> bool:
+    """Whether an answer depends on the longest row of its batch: rotary angles of kind "longrope" may."""
+    config = model.config.get_text_config()
+    values = getattr(config, "rope_parameters", None) or {}  # of all layers, or by the kind of layer
+    parts = [part for part in (values, *values.values()) if isinstance(part, dict)]
+    longrope = [part for part in parts if part.get("rope_type") == "longrope"]
+    return any(part["original_max_position_embeddings"] < config.max_position_embeddings for part in longrope)
 
 
 def _alike(model: Any, prompt: Sequence[int], name: str, length: int) -> bool:

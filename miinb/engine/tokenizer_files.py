@@ -168,7 +168,7 @@ def _stand_in(vocab_size: int, target: Path) -> None:
 
 
 def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's, else config.json's."""
+    """The tokens that end an answer: generation_config.json's, else config.json's. What is no token ends none."""
     file = model.folder / "generation_config.json"
     values: dict[str, Any] = {}
     if file.exists():
@@ -177,7 +177,8 @@ def eos_token_ids(model: ModelInfo) -> tuple[int, ...]:
         except ValueError:
             values = {}  # transformers itself only warns about a damaged one
     ids = values.get("eos_token_id", model.config.get("eos_token_id"))
-    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
+    listed = ids if isinstance(ids, list) else [ids]
+    return tuple(one for one in listed if isinstance(one, int) and 0 <= one < model.vocab_size)
 
 
 def with_chat_template(info: EngineInfo, tokenizer: Path) -> EngineInfo:

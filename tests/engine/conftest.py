@@ -125,7 +125,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 10,
             "sliding_window": 7,
             "query_pre_attn_scalar": 20,
-            "attn_logit_softcapping": 5.0,  # of Gemma 2; transformers' Gemma 3 does not use it
             "attn_logit_softcapping": 5.0,
             "hidden_activation": "gelu",
         },
@@ -137,6 +136,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 12,
             "sliding_window": 7,
             "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,  # which transformers' Gemma 3 does not use
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
