@@ -39,7 +39,8 @@ def text_requests(prompts: str | Sequence[str], parameters: Mapping[str, Any]) -
             )
     if session_id and len(given) > 1:
         raise InvalidRequest("session_id: it goes with one prompt.")
-    return [GenerateRequest(prompt, params, request_id=uuid.uuid4().hex, session_id=session_id) for prompt in given]
+    request_id = uuid.uuid4().hex  # of the list, whose last ones may come while the server drains
+    return [GenerateRequest(prompt, params, request_id=request_id, session_id=session_id) for prompt in given]
 
 
 def chat_request(messages: Any, parameters: Mapping[str, Any]) -> GenerateRequest:

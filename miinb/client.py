@@ -70,6 +70,7 @@ class Client:
         self._describe = self._channel.unary_unary(codec.DESCRIBE)
         self._log = RequestLog() if log is None else log
         self._columns: dict[str, Any] | None = None
+        self._silent_until = 0.0  # it did not say them
         self._asking = threading.Lock()
         self._closed: Unavailable | None = None  # what a call is told
 
@@ -94,6 +95,14 @@ class Client:
         if file_at(self._supervisor) not in (None, self._file):  # gRPC would go on with whoever is there now
             hint = "Join it with miinb.attach(name)."
             raise Unavailable("Another process has started the deployment again.", hint=hint)
+
+    def _invoke(self, method: Callable[..., Any], data: bytes, left_s: float) -> Any:
+        self._check_open()
+        try:
+            return method(data, timeout=left_s, metadata=self._metadata)
+        except ValueError:  # gRPC's, of a channel that was closed since
+            self._check_open()
+            raise
 
     # Text
 
@@ -134,8 +143,7 @@ class Client:
 
     def _open(self, request: GenerateRequest, timeout_s: float, batch_size: int) -> Stream:
         def call(data: bytes, left_s: float) -> Any:
-            self._check_open()
-            return self._generate(data, timeout=left_s, metadata=self._metadata)
+            return self._invoke(self._generate, data, left_s)
 
         return Stream(call, request, timeout_s, lambda row: self._record({**row, "batch_size": batch_size}))
 
@@ -151,8 +159,8 @@ class Client:
         if len(requests) == 1:
             return run(requests[0])
         with ThreadPoolExecutor(min(len(requests), MAX_STREAMS), "miinb-generate") as pool:
-            futures = [pool.submit(run, request) for request in requests]
             try:
+                futures = [pool.submit(run, request) for request in requests]
                 while (state := wait(futures, timeout=0.5, return_when="FIRST_EXCEPTION")).not_done:
                     if any(future.exception() for future in state.done):
                         break
@@ -204,7 +212,7 @@ class Client:
         def call(data: bytes, left_s: float) -> ImagesCall:
             self._check_open()
             direct = self._direct.call(Method.IMAGES, data, left_s)
-            return direct or GrpcStream(self._generate_images(data, timeout=left_s, metadata=self._metadata))
+            return direct or GrpcStream(self._invoke(self._generate_images, data, left_s))
 
         return ImageCalls(call, self._record, on_progress)
 
@@ -242,7 +250,7 @@ class Client:
         def call(data: bytes, left_s: float) -> PredictCall:
             self._check_open()
             direct = self._direct.call(Method.PREDICT, data, left_s, spin_s=spin_s(self._served.device))
-            return direct or GrpcCall(self._predict.future(data, timeout=left_s, metadata=self._metadata))
+            return direct or GrpcCall(self._invoke(self._predict.future, data, left_s))
 
         return PredictCalls(call, self._record, advance)
 
@@ -276,18 +284,13 @@ class Client:
         self._change_session(codec.CREATE_SESSION, session_id)
 
     def destroy_session(self, session_id: str | int) -> None:
-        """Forget a conversation.
-
-        Raises:
-            InvalidRequest: there is none of that id.
-        """
+        """Forget a conversation. Raises InvalidRequest where there is none of that id."""
         self._change_session(codec.DESTROY_SESSION, session_id)
 
     def _change_session(self, method: str, session_id: str | int) -> None:
-        self._check_open()
         data = codec.encode_session(session_name(session_id))
         try:
-            self._channel.unary_unary(method)(data, timeout=self._timeout_s, metadata=self._metadata)
+            self._invoke(self._channel.unary_unary(method), data, self._timeout_s)
         except grpc.RpcError as failure:
             raise failures.error_of(failure) from None
 
@@ -340,9 +343,8 @@ class Client:
 
     def description(self, *, timeout_s: float = 10.0) -> dict[str, Any]:
         """Everything that Describe says: name, version, info, replicas, counters."""
-        self._check_open()
         try:
-            return codec.decode_description(self._describe(b"", timeout=timeout_s, metadata=self._metadata))
+            return codec.decode_description(self._invoke(self._describe, b"", timeout_s))
         except grpc.RpcError as failure:
             raise failures.error_of(failure) from None
 
@@ -369,9 +371,12 @@ class Client:
         """Columns that are the same for all requests; asked once."""
         with self._asking:  # of calls that end together one asks
             if self._columns is None:
+                if time.monotonic() < self._silent_until:
+                    return {}
                 try:
                     values = self.description(timeout_s=1.0)
-                except Exception:  # a record is no reason for a request to fail
+                except Exception:  # a record is no reason for a request to fail, nor each of many for a wait
+                    self._silent_until = time.monotonic() + 10.0
                     return {}
                 info = EngineInfo.from_dict(values["info"])
                 self._columns = {

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from miinb.errors import (
 )
 from miinb.hardware import gpu_processes
 from miinb.launching import check_port, spawn
+from miinb.log_files import last_lines
 from miinb.messages import Phase, Plan, Status, from_dict
 
 #: What the supervisor has for ending everything after its own time limit, before this side gives up on it.
@@ -57,17 +59,19 @@ class Deployment:
     Attributes:
         entry: what the registry knows of it.
         failure: why it ended by itself, once that is known.
+        ending: whether this process has ordered its end.
         stopped: whether this process has ended it.
     """
 
     def __init__(self, entry: registry.Entry, process: subprocess.Popen[bytes] | None = None, lifeline: int = -1):
         self.entry = entry
         self.failure: MiinbError | None = None
-        self.stopped = False
+        self.ending = self.stopped = False
         self._process = process
         self._lifeline = lifeline
         self._output = b""
         self._last: Status | None = None
+        self._lock = threading.RLock()  # of the process: several threads may end it
 
     # Starting and joining
 
@@ -194,7 +198,8 @@ class Deployment:
             answer = registry.ask(self.entry, "status", timeout_s=timeout_s)
         except Unavailable:
             self._look_for_failure()
-            in_order = self._process is not None and self._process.poll() == 0
+            process = self._process
+            in_order = process is not None and process.poll() == 0
             over = "failed" if self.failure else "stopped" if in_order else "lost"
             state = over if over != "lost" else registry.last_state(self.entry) or over
             return _over(self._last or registry.without_answer(self.entry, state), state)
@@ -202,9 +207,10 @@ class Deployment:
         return self._last
 
     def _look_for_failure(self) -> None:
-        for line in self._lines(time.monotonic()):
-            if "failed" in line:
-                self.failure = _error(line["failed"])
+        with self._lock:
+            for line in self._lines(time.monotonic()):
+                if "failed" in line:
+                    self.failure = _error(line["failed"])
 
     def keep(self) -> None:
         """Let it live on when this process ends, until it has been idle for its limit."""
@@ -218,17 +224,10 @@ class Deployment:
         Raises:
             InvalidValue: there is no such rank.
         """
-        files = sorted(Path(self.entry.folder, "logs").glob("*.log"))
-        if rank is not None:
-            ranks = [file for file in files if file.name.startswith("rank-")]
-            if ranks and not 0 <= rank < len(ranks):
-                raise InvalidValue(f"rank: there is no rank {rank}.", hint=f"Known: 0 to {len(ranks) - 1}.")
-            files = ranks[rank : rank + 1]
-        parts = [f"==> {file.name} <==\n{_tail(file, lines)}" for file in files]
-        if not parts:
+        text = last_lines(Path(self.entry.folder, "logs"), lines, rank)
+        if not text:
             self._look_for_failure()
-            return str(self.failure) if self.failure else ""
-        return "\n".join(parts)
+        return text or str(self.failure or "")
 
     # Ending
 
@@ -244,7 +243,9 @@ class Deployment:
             if last.state in ("failed", "lost"):
                 raise Unavailable("It does not answer.")
             pids.update(registry.ask(self.entry, "stop", drain_s=drain_s)["pids"])
+            self.ending = True
         except Unavailable:
+            self.ending = True
             pids.update(self._end_without_answer(drain_s + _HANG_S))
             self._drop_lifeline()
         deadline = time.monotonic() + drain_s + timeout_s
@@ -316,20 +317,23 @@ class Deployment:
         return set()
 
     def _reap(self, deadline: float) -> None:
-        if self in _owned:
+        with contextlib.suppress(ValueError):
             _owned.remove(self)
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(max(0.1, deadline - time.monotonic()))
-            if self._process.stdout is not None and self._process.poll() is not None:
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, deadline - time.monotonic()))
+        with self._lock:
+            if self._process is not None and process.stdout is not None and process.poll() is not None:
                 self._look_for_failure()
-                self._process.stdout.close()
+                process.stdout.close()
                 self._process = None
 
     def _drop_lifeline(self) -> None:
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        lifeline, self._lifeline = self._lifeline, -1
+        if lifeline >= 0:
+            os.close(lifeline)
 
     def forget(self) -> None:
         """In a forked child: this copy owns nothing."""
@@ -361,12 +365,6 @@ def _left(pids: set[int]) -> str:
         return f"processes {alive}"
     holding = pids & gpu_processes()
     return f"GPU memory of processes {sorted(holding)}" if holding else ""
-
-
-def _tail(file: Path, lines: int) -> str:
-    with file.open("rb") as stream:
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 500 * lines))
-        return "\n".join(stream.read().decode("utf-8", errors="replace").splitlines()[-lines:])
 
 
 def _at_exit() -> None:

@@ -194,22 +194,22 @@ class ImageCalls:
         count = len(requests)
         room = MAX_PICTURES // max(request.params.num_images_per_prompt for request in requests)
         with ThreadPoolExecutor(max(1, min(count, MAX_CALLS, room)), "miinb-images") as pool:
-            futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
-            for future in futures:
-                future.add_done_callback(lambda done: self._news.set())
             wait_s: float | None = None
+            ended = False
             try:
-                while True:
+                futures = [pool.submit(self._ask, request, place, end, count) for place, request in enumerate(requests)]
+                for future in futures:
+                    future.add_done_callback(lambda done: self._news.set())
+                while not ended:
                     self._news.wait(wait_s)
                     self._news.clear()
                     done = [place for place, future in enumerate(futures) if future.done()]
                     for place in done:
                         _raise_failure(futures[place], f"prompts[{place}]" if count > 1 else "")
-                    wait_s = self._show(last=len(done) == count)  # what came before the last end, too
-                    if len(done) == count:
-                        break
+                    ended = len(done) == count
+                    wait_s = self._show(last=ended)  # what came before the last end, too
             finally:
-                if not all(future.done() for future in futures):
+                if not ended:
                     pool.shutdown(wait=False, cancel_futures=True)
                     self.cancel()
         return merge_images([future.result() for future in futures]) if count > 1 else futures[0].result()
@@ -251,7 +251,7 @@ class ImageCalls:
                     if isinstance(failure, QueueFull):  # until the end: what runs meanwhile is kept
                         again, wait_s = several and left_s > RETRY_WAIT_S, min(wait_s, left_s / 2)
                     else:
-                        again = before < RETRIES and left_s > wait_s
+                        again = before < RETRIES and left_s > wait_s and not failures.final(failure)
                     if answer.begun or self._cancelled.is_set() or not again:
                         raise
                     tries[type(failure)] += 1

@@ -49,8 +49,12 @@ def spawn(order: Mapping[str, Any], errors: int, *, persist: bool) -> tuple[subp
         raise StartError(f"The supervisor could not be started: {error}.") from None
     finally:
         os.close(reader)
-    with contextlib.suppress(BrokenPipeError):
-        os.write(lifeline, json.dumps(order).encode() + b"\n")
+    try:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(lifeline), "wb") as line:
+            line.write(json.dumps(order).encode() + b"\n")
+    except BaseException:  # the Stop button: it ends as its line does
+        os.close(lifeline)
+        raise
     if persist:
         os.close(lifeline)
         lifeline = -1
@@ -73,6 +77,7 @@ def check_port(port: int) -> None:
         StartError: naming that process where the system tells it.
     """
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not hold it
         try:
             probe.bind(("127.0.0.1", port))
             return

@@ -135,16 +135,18 @@ class PredictCalls:
 
     def _together(self, ask: Callable[[range], PredictedEvent], parts: Sequence[range]) -> list[PredictedEvent]:
         with ThreadPoolExecutor(min(len(parts), MAX_CALLS), "miinb-predict") as pool:
-            futures = {pool.submit(ask, places): places for places in parts}
-            waiting: set[Future[PredictedEvent]] = set(futures)
+            ended = False
             try:
+                futures = {pool.submit(ask, places): places for places in parts}
+                waiting: set[Future[PredictedEvent]] = set(futures)
                 while waiting:
                     done, waiting = wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
                     for future in sorted(done, key=lambda one: futures[one].start):
                         future.result()  # raises its error; those of calls that are ended for it are not asked for
                         self._advance(len(futures[future]))
+                ended = True
             finally:
-                if waiting:
+                if not ended:
                     pool.shutdown(wait=False, cancel_futures=True)
                     self.cancel()
         return [future.result() for future in futures]

@@ -321,18 +321,19 @@ class Session:
     def stop(self, *, drain_s: float = 0.0) -> Status | None:
         """End the deployment; returns when every process is gone and the GPU memory is back.
 
-        `drain_s`: seconds for the requests in flight; no new ones are taken. Raises InvalidValue where it is no number
-        of seconds, MiinbError where something is left, which the message names.
+        `drain_s`: seconds for the requests in flight; no new ones are taken. Raises MiinbError where something is left.
         """
         limit_s = drain_limit(drain_s)
         if self._deployment.stopped:
             return None
-        if limit_s == 0:
-            self._client.close()
         try:
+            if limit_s == 0:
+                self._client.close()
             return self._deployment.stop(drain_s=limit_s)
         finally:
-            self._client.close(drained=self._deployment.stopped)
+            self._client.close(drained=True)
+            if not self._deployment.ending:  # the Stop button came before the order: it lives on
+                self._connect(self._deployment)
 
     def restart(self, *, rolling: bool = False, drain_s: float = 10.0) -> Self:
         """End it and start it again with the same configuration and name; what a start would refuse is refused first.
@@ -341,7 +342,8 @@ class Session:
         Raises ConfigError or ModelError where it cannot (it still runs), StartError where it has ended.
         """
         limit_s = drain_limit(drain_s)
-        config = self._config.model_copy(update={"name": self.name, "persist": self.persist})
+        kept = self.persist or self.status().persist  # by another process, perhaps
+        config = self._config.model_copy(update={"name": self.name, "persist": kept})
         with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
             prepare(config)
         if rolling:

@@ -159,9 +159,10 @@ class Stream(Iterator[Chunk]):
         """Open the call again if the server was away and nothing has been shown yet; else the error."""
         wait_s = RETRY_WAIT_S * 2**self._attempts
         left_s = self._deadline - time.perf_counter() - wait_s
-        away = failure.code() is grpc.StatusCode.UNAVAILABLE
+        error = failures.error_of(failure, cancelled=self._cancelled)
+        away = failure.code() is grpc.StatusCode.UNAVAILABLE and not failures.final(error)
         if not away or self._cancelled or self._chunks or self._attempts >= RETRIES or left_s <= 0:
-            return failures.error_of(failure, cancelled=self._cancelled)
+            return error
         self._attempts += 1
         time.sleep(wait_s)
         try:

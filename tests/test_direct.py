@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 import pytest
 
-from miinb import errors
+from miinb import errors, predicting
 from miinb.client import Client
 from miinb.rpc import codec, failures
 from miinb.rpc.address import socket_path
@@ -265,7 +265,7 @@ def serving(tmp_path: Path, **limits: int) -> Iterator[Callable[[], socket.socke
     try:
         yield connect
     finally:
-        run(server.stop(0))
+        run(server.stop())
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
@@ -425,46 +425,22 @@ def test_running_calls_end_while_the_frontend_drains_and_new_ones_are_refused(fr
     assert not path_of(frontend).exists()
 
 
-def test_all_calls_of_a_list_end_while_the_frontend_drains(tmp_path: Path) -> None:
-    begun: list[str] = []
-
-    async def run() -> None:
-        async def answer(data: bytes, left_s: float, send: Send) -> bytes:
-            begun.append(codec.request_id(data))
-            await asyncio.sleep(0.02)
-            return data
-
-        async def ask(*requests: str) -> list[bool]:
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "direct.sock"))
-            failed = []
-            for request in requests:
-                data = codec.encode_predict([{"query": "a"}], {}, request)
-                writer.write(REQUEST.pack(len(data), 10.0, Method.PREDICT) + data)
-                length, _, kind = ANSWER.unpack(await reader.readexactly(ANSWER.size))
-                await reader.readexactly(length)
-                failed.append(kind == Kind.FAILED)
-                if request == "first":
-                    connected.set()
-                    await stopping.wait()
-            writer.close()
-            return failed
-
-        server, connected, stopping = DirectServer({Method.PREDICT: answer}, most=9), asyncio.Event(), asyncio.Event()
-        await server.start(tmp_path / "direct.sock")
-        other = asyncio.ensure_future(ask("first", "new"))
-        await connected.wait()
-        calls = asyncio.ensure_future(ask("list", "list", "list"))
-        while "list" not in begun:
-            await asyncio.sleep(0)
-        stop = asyncio.ensure_future(server.stop(30.0))
-        await asyncio.sleep(0)
-        stopping.set()
-        assert await calls == [False, False, False]
-        assert await other == [False, True]
-        await stop
-
-    asyncio.run(run())
-    assert begun == ["first", "list", "list", "list"]
+def test_all_calls_of_a_list_end_while_the_frontend_drains(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predicting, "CALL_INPUTS", 1)
+    monkeypatch.setattr(predicting, "MAX_CALLS", 2)
+    frontend = fresh()
+    with frontend.client() as client, ThreadPoolExecutor(1) as pool:
+        assert client.predict("abc")
+        frontend.ranks[0].send_signal(signal.SIGSTOP)
+        calls = pool.submit(client.predict, ["abc"] * 7)
+        wait_for(lambda: frontend.running() == 2, "the first calls")
+        frontend.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not client.health(), "health while draining")
+        with pytest.raises(errors.Unavailable, match="takes no new requests"):
+            client.predict("abc")
+        frontend.ranks[0].send_signal(signal.SIGCONT)
+        assert len(calls.result(10)) == 7
+        assert frontend.process.wait(10) == 0
 
 
 def test_a_second_sigterm_tells_the_running_calls(fresh: Any) -> None:
@@ -496,7 +472,7 @@ def test_more_calls_than_are_taken_are_refused(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
         refused = await streams[2][0].readexactly(ANSWER.size)
         words = [await streams[2][0].readexactly(struct.unpack_from("<I", refused)[0])]
-        await server.stop(0)
+        await server.stop()
         for reader, _ in streams[:2]:
             words.append(await reader.read())
         for _, writer in streams:
@@ -530,7 +506,7 @@ def test_who_does_not_read_its_answer_gets_no_other_one(tmp_path: Path) -> None:
             await asyncio.sleep(0.1)
             seen.append(begun)
         writer.close()
-        await server.stop(0)
+        await server.stop()
         return seen
 
     assert asyncio.run(run()) == [1, 2, 2]

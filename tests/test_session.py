@@ -8,14 +8,18 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import miinb
 from miinb import registry
@@ -226,11 +230,11 @@ def test_a_stop_that_drains_lets_requests_end(state: Path, joined: bool) -> None
         for stream in running:
             next(stream)
         results = [pool.submit(lambda stream=stream: stream.result) for stream in running]
-        stopped = pool.submit(stopping.stop, drain_s=60.0)
+        stopped = pool.submit(stopping.stop, drain_s=300.0)
         until(lambda: refused(session))
-        for result in (one.result(60) for one in results):
+        for result in (one.result(300) for one in results):
             assert (result.finish_reasons, len(result.token_ids[0])) == (("length",), 450)
-        assert stopped.result(60).state == "stopped"
+        assert stopped.result(300).state == "stopped"
 
 
 def test_what_a_stop_that_drains_lets_end_can_be_read_after_it(state: Path) -> None:
@@ -238,7 +242,7 @@ def test_what_a_stop_that_drains_lets_end_can_be_read_after_it(state: Path) -> N
         streams = [session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(8)]
         for stream in streams:
             next(stream)
-        session.stop(drain_s=60.0)
+        session.stop(drain_s=300.0)
         assert [stream.result.finish_reasons for stream in streams] == [("length",)] * 8
         assert [len(stream.result.token_ids[0]) for stream in streams] == [450] * 8
         with pytest.raises(Unavailable, match="was stopped"):
@@ -250,8 +254,8 @@ def test_a_restart_lets_requests_end_and_keeps_the_records(state: Path) -> None:
         read, unread = (session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(2))
         next(read), next(unread)
         result = pool.submit(lambda: read.result)
-        session.restart(drain_s=60.0)
-        assert len(result.result(60).token_ids[0]) == len(unread.result.token_ids[0]) == 450
+        session.restart(drain_s=300.0)
+        assert len(result.result(300).token_ids[0]) == len(unread.result.token_ids[0]) == 450
         session.generate(PROMPT, max_new_tokens=3)
         assert list(session.records["output_tokens"]) == [450, 450, 3]
         assert list(session.records["seq"]) == [0, 1, 2]
@@ -264,12 +268,6 @@ def test_a_restart_lets_requests_end_and_keeps_the_records(state: Path) -> None:
 
 
 def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
-    def end(stream: miinb.streams.Stream) -> str:
-        try:
-            return stream.result.finish_reasons[0]
-        except Unavailable as error:
-            return error.message
-
     with miinb.Session(tiny_model(), **TINY) as session, ThreadPoolExecutor(32) as pool:
         for wrong in (float("nan"), -1, "1", None, True):
             with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
@@ -277,14 +275,106 @@ def test_who_is_cut_off_by_the_end_of_a_drain_is_told_so(state: Path) -> None:
             for rolling in (False, True):
                 with pytest.raises(InvalidValue, match=r"drain_s: .* is no number of seconds"):
                     session.restart(rolling=rolling, drain_s=wrong)  # type: ignore[arg-type]
-        streams = [session.stream(PROMPT, max_new_tokens=490, ignore_eos=True) for _ in range(32)]
-        for stream in streams:
+        streams = [session.stream(PROMPT, max_new_tokens=490, ignore_eos=True) for _ in range(64)]
+        for stream in streams[:8]:
             next(stream)
-        ends = [pool.submit(end, stream) for stream in streams[:16]]
+        ends = reading(pool, streams[:32])
         session.stop(drain_s=0.01)
-        told = {one.result(60) for one in ends} | {end(stream) for stream in streams[16:]}
+        told = {one.result(300) for one in (*ends, *reading(pool, streams[32:]))}
     assert "The deployment was stopped while this request ran." in told
     assert told <= {"The deployment was stopped while this request ran.", "length"}
+
+
+def reading(pool: ThreadPoolExecutor, streams: list[miinb.streams.Stream]) -> list[Any]:
+    """What their ends will be, told by threads: a reason or an error's message."""
+
+    def end(stream: miinb.streams.Stream) -> str:
+        try:
+            return stream.result.finish_reasons[0]
+        except MiinbError as error:
+            return error.message
+
+    return [pool.submit(end, stream) for stream in streams]
+
+
+def test_a_second_stop_cuts_nothing_off_that_the_first_lets_end(state: Path) -> None:
+    """From another thread of the same session, as a panel has, and from another process."""
+    with miinb.Session(tiny_model(), name="twice", **TINY) as session, ThreadPoolExecutor(15) as pool:
+        joined = miinb.Session._of(Deployment(registry.find("twice")))  # as another process has it
+        streams = [session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(12)]
+        until(lambda: session.status().in_flight == 12)
+        ends = reading(pool, streams)
+        stops = [pool.submit(one.stop, drain_s=300.0) for one in (session, session, joined)]
+        assert [one.result(300) for one in ends] == ["length"] * 12
+        assert {one.result(300).state for one in stops} == {"stopped"}
+
+
+def test_a_stop_that_drains_lets_all_prompts_of_a_list_end(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miinb.client, "MAX_STREAMS", 4)
+    with miinb.Session(tiny_model(), **TINY) as session, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(session.generate, [PROMPT] * 12, max_new_tokens=100, ignore_eos=True)
+        until(lambda: session.status().in_flight == 4)
+        session.stop(drain_s=300.0)
+        assert running.result(300).finish_reasons == ("length",) * 12
+
+
+def test_who_only_watches_or_is_connected_is_not_waited_for(state: Path) -> None:
+    with miinb.Session(tiny_model(), port=0, **TINY) as session, grpc.insecure_channel(session.address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        host, _, port = session.status().tcp_address.partition(":")
+        with socket.create_connection((host, int(port))):
+            begin = time.monotonic()
+            session.stop(drain_s=300.0)
+            assert time.monotonic() - begin < 20.0
+
+
+def test_the_port_of_a_deployment_can_be_had_again_at_once(state: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with miinb.Session(tiny_model(), port=port, **TINY) as session, socket.create_connection(("127.0.0.1", port)):
+        session.restart()
+        assert session.generate(PROMPT, max_new_tokens=3).text
+        with pytest.raises(StartError, match=f"Port {port} cannot be used"):
+            miinb.Session(tiny_model(), port=port, **TINY)
+
+
+def test_a_stop_that_is_interrupted_before_its_order_leaves_all_as_it_was(state: Path) -> None:
+    with miinb.Session(tiny_model(), name="lives", **TINY) as session:
+        os.kill(session.pid, signal.SIGSTOP)  # a supervisor that is busy
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            session.stop()
+        os.kill(session.pid, signal.SIGCONT)
+        until(lambda: session.state == "ready")
+        assert session.generate(PROMPT, max_new_tokens=3).text
+        assert miinb.attach("lives") is session
+
+
+def test_an_interrupt_of_a_drain_cuts_nothing_off(state: Path) -> None:
+    with miinb.Session(tiny_model(), **TINY) as session, ThreadPoolExecutor(8) as pool:
+        streams = [session.stream(PROMPT, max_new_tokens=450, ignore_eos=True) for _ in range(8)]
+        until(lambda: session.status().in_flight == 8)
+        ends = reading(pool, streams)
+        rank = session.status().ranks[0].pid
+        os.kill(rank, signal.SIGSTOP)  # so that the drain lasts
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            session.stop(drain_s=300.0)
+        os.kill(rank, signal.SIGCONT)
+        assert [one.result(300) for one in ends] == ["length"] * 8
+
+
+def test_a_restart_by_who_joined_before_it_was_kept_keeps_it(state: Path) -> None:
+    with miinb.Session(tiny_model(), name="kept", **TINY) as owner:
+        joined = miinb.Session._of(Deployment(registry.find("kept")))  # as another process has it
+        owner.keep()
+        assert not joined.persist
+        joined.restart()
+        assert joined.persist
+        assert joined.status().persist
+        joined.stop()
 
 
 def test_a_restart_that_cannot_work_ends_nothing(state: Path, tmp_path: Path) -> None:

@@ -139,15 +139,23 @@ def unavailable() -> errors.Unavailable:
     return errors.Unavailable("The deployment does not answer.", hint="See status() and logs(), or start it again.")
 
 
+DRAINING = "The deployment is being stopped; it takes no new requests."
+STOPPED = "The deployment was stopped while this request ran."
+
+
 def draining() -> errors.Unavailable:
     """Of a new request to a frontend that lets its running ones end."""
-    return errors.Unavailable("The deployment is being stopped; it takes no new requests.", hint="Start it again.")
+    return errors.Unavailable(DRAINING, hint="Start it again.")
 
 
 def stopped() -> errors.Unavailable:
     """Of a request that ended with its deployment."""
-    text = "The deployment was stopped while this request ran."
-    return errors.Unavailable(text, hint="Start it, then ask again.")
+    return errors.Unavailable(STOPPED, hint="Start it, then ask again.")
+
+
+def final(error: MiinbError) -> bool:
+    """Whether the server has said that it ends: to ask it again is no use."""
+    return error.message in (DRAINING, STOPPED)
 
 
 def encode_failure(error: BaseException, log: Callable[[str, BaseException], None] | None = None) -> bytes:

@@ -14,7 +14,7 @@ from pydantic import Field
 from miinb.errors import DeadlineExceeded, InvalidRequest, MiinbError, QueueFull
 from miinb.frozen import Frozen
 from miinb.rpc import codec, failures
-from miinb.rpc.direct import ANSWER, REQUEST, Kind, Method
+from miinb.rpc.direct import ANSWER, REQUEST, Kind
 from miinb.server.ipc import SEND_BYTES, listen
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ MAX_UNSENT_S = 30.0
 MAX_UNREAD_S = 60.0
 #: For clients to read why their calls have ended with the server.
 LAST_WORDS_S = 1.0
-#: In which the next call of a list comes, once those before it have ended.
-BETWEEN_CALLS_S = 0.1
 
 
 class Send(Protocol):
@@ -67,24 +65,23 @@ class DirectServer:
         self._listener: asyncio.Server | None = None  # held here: uvloop ends what nobody holds
         self._connections: set[_Connection] = set()
         self._idle: dict[_Connection, None] = {}  # of them, those that have no call; idle longest first
-        self._calls: dict[asyncio.Task[None], tuple[int, bytes]] = {}  # and what was asked
+        self._calls: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._running: set[str] = set()  # requests that run while it stops: their further calls are let in
 
     async def start(self, path: Path) -> None:
         """Listen there."""
         self._listener = await listen(path, self._connection)
 
-    async def stop(self, drain_s: float) -> None:
-        """Refuse new requests, wait for all calls of the running ones, and end those that are left."""
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs, or its answer is being read."""
+        return bool(self._calls)
+
+    async def stop(self) -> None:
+        """End the calls that run, tell their clients so, and close the connections."""
         self._stopping = True
         if self._listener is not None:
             self._listener.close()
-        self._running = {_request_id(*asked) for asked in self._calls.values()} - {""}
-        end = asyncio.get_running_loop().time() + drain_s
-        while self._calls and (left_s := end - asyncio.get_running_loop().time()) > 0:
-            await asyncio.wait(self._calls, timeout=left_s)
-            await asyncio.sleep(min(BETWEEN_CALLS_S, left_s))
         for call in tuple(self._calls):
             call.cancel()
         if self._calls:
@@ -118,14 +115,12 @@ class DirectServer:
 
     def _begin(self, connection: _Connection, method: int, left_s: float, data: bytes) -> asyncio.Task[None]:
         call = asyncio.ensure_future(self._answered(connection, method, left_s, data))
-        self._calls[call] = method, data
-        call.add_done_callback(self._calls.pop)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         return call
 
     async def _answered(self, connection: _Connection, method: int, left_s: float, data: bytes) -> None:
         try:
-            if self._stopping and _request_id(method, data) not in self._running:
-                raise failures.draining()
             if len(self._calls) > self._most:
                 raise QueueFull(f"{self._most} requests run or wait already.", hint="Try again later.")
             if method not in self._methods:
@@ -139,14 +134,6 @@ class DirectServer:
         except Exception as error:
             kind, found = Kind.FAILED, failures.encode_failure(error, _log)
         await connection.end(kind, found)
-
-
-def _request_id(method: int, data: bytes) -> str:
-    """Of a request whose calls come one after another; "": it has one."""
-    try:
-        return codec.request_id(data) if method == Method.PREDICT else ""
-    except InvalidRequest:
-        return ""
 
 
 def _log(number: str, cause: BaseException) -> None:

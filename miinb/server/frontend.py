@@ -39,6 +39,7 @@ from miinb.tasks import find_task
 
 LAST_WORDS_S = 0.5  # less than a child has between SIGTERM and SIGKILL
 DRAIN_S = 600.0  # the supervisor knows how long it waits; this only bounds a forgotten frontend
+BETWEEN_CALLS_S = 0.1  # in which the next call of a list comes, once those before it have ended
 TICK_S = 1.0
 #: What changes as requests come and go is told so much later, together.
 REPORT_S = 0.02
@@ -169,22 +170,24 @@ class Frontend:
         activity = asyncio.ensure_future(self._every_second())
         await signals.get()
         self._balancer.stopping = True
+        self._service.admission.drain()
         log.info("draining for at most %.0f s", self._drain_s)
         await self._health.enter_graceful_shutdown()
-        stops = [asyncio.ensure_future(server.stop(self._drain_s)) for server in (*self._servers, self._direct)]
-        second = asyncio.ensure_future(signals.get())
-        drained = asyncio.ensure_future(asyncio.wait(stops))
-        await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
+        second, rest = asyncio.ensure_future(signals.get()), asyncio.ensure_future(self._at_rest())
+        await asyncio.wait({rest, second}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
         self._balancer.close()  # what still runs is told why it ends
-        await asyncio.wait({drained}, timeout=LAST_WORDS_S)
-        for server in (*self._servers, self._direct):
-            await server.stop(0)
-        activity.cancel()
-        second.cancel()
+        await asyncio.gather(self._direct.stop(), *(server.stop(LAST_WORDS_S) for server in self._servers))
+        for task in (activity, second, rest):
+            task.cancel()
         if self._for_ranks is not None:
             self._for_ranks.close()
         for file in ("rpc.sock", "direct.sock", "engine.sock"):
             (self._folder / file).unlink(missing_ok=True)
+
+    async def _at_rest(self) -> None:
+        """Until no request has run for a moment. Who watches the health, or is connected and says nothing, is none."""
+        while self._direct.busy or self._service.admission.rest_s < BETWEEN_CALLS_S:
+            await asyncio.sleep(BETWEEN_CALLS_S / 10)
 
     def _told(self, loop: asyncio.AbstractEventLoop) -> None:
         """The supervisor has written a line: a replica is to leave. A line fits a pipe's buffer: it comes whole."""

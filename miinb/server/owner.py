@@ -33,10 +33,10 @@ class Order:
 
 
 def read_order() -> Order:
-    """The JSON line on stdin, read byte by byte so that nothing of the lifeline is buffered away."""
+    """The JSON line on stdin, which is a lifeline from then on: nothing else comes."""
     line = bytearray()
     while not line.endswith(b"\n"):
-        piece = os.read(0, 1)
+        piece = os.read(0, 1 << 16)
         if not piece:
             raise SystemExit("supervisor: stdin ended before its JSON line")
         line += piece
@@ -44,8 +44,9 @@ def read_order() -> Order:
 
 
 def tell(line: Mapping[str, Any]) -> None:
-    """One JSON line to the kernel, which may be gone."""
+    """One JSON line to the kernel, which may be gone, or may not read: then it is lost."""
     with contextlib.suppress(OSError):
+        os.set_blocking(1, False)
         os.write(1, json.dumps(line).encode() + b"\n")
 
 

@@ -17,12 +17,14 @@ import grpc.aio
 
 import miinb
 from miinb.errors import Cancelled, MiinbError, RequestError
-from miinb.image_messages import ImagesEnd
+from miinb.image_messages import ImagesEnd, ImagesRequest
 from miinb.messages import (
     GenerateRequest,
     RequestBegin,
 )
 from miinb.rpc import codec, failures, image_codec
+from miinb.seconds import LONGEST_S
+from miinb.server.admission import Admission
 from miinb.server.awake import Awake
 from miinb.server.balancer import Balancer
 from miinb.server.conversations import Conversations, Turn
@@ -88,6 +90,7 @@ class Inference:
 
     def __init__(self, balancer: Balancer, name: str, on_change: Callable[[], None] = lambda: None) -> None:
         self.counters = Counters()
+        self.admission = Admission()
         self._on_change = on_change
         self._balancer = balancer
         self._conversations = Conversations()
@@ -176,7 +179,7 @@ class Inference:
         counters.requests += 1
         counters.in_flight += 1
         self._on_change()
-        left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), MAX_DEADLINE_S)
+        left_s = MAX_DEADLINE_S if remaining_s is None else min(max(remaining_s, 0.0), LONGEST_S)
         try:
             async with asyncio.timeout(left_s):
                 return await run(time.monotonic() + left_s)
@@ -196,11 +199,12 @@ class Inference:
     async def _run_generate(self, data: bytes, writer: Writer, deadline: float) -> None:
         t_submit = time.monotonic()
         request = codec.decode_generate(data)
-        if not request.session_id:
-            await self._answer(request, writer, t_submit, deadline)
-            return
-        async with self._conversations.turn(request) as turn:
-            await self._answer(request, writer, t_submit, deadline, turn)
+        with self.admission.call(lambda: request.request_id):
+            if not request.session_id:
+                await self._answer(request, writer, t_submit, deadline)
+                return
+            async with self._conversations.turn(request) as turn:
+                await self._answer(request, writer, t_submit, deadline, turn)
 
     async def _answer(
         self, request: GenerateRequest, writer: Writer, t_submit: float, deadline: float, turn: Turn | None = None
@@ -238,6 +242,10 @@ class Inference:
         """Writes all messages but the last, which it returns."""
         t_submit = time.monotonic()
         request = image_codec.decode_images(data)
+        with self.admission.call(lambda: request.request_id):
+            return await self._paint(request, writer, t_submit, deadline)
+
+    async def _paint(self, request: ImagesRequest, writer: Writer, t_submit: float, deadline: float) -> bytes:
         imaging: Imaging | None = None
         self.counters.queued += 1
         waiting = True
@@ -267,7 +275,8 @@ class Inference:
     async def _run_predict(self, data: bytes, deadline: float) -> bytes:
         alone = self.counters.in_flight == 1
         now = time.monotonic()
-        return await predict(data, self._balancer, self._awake, t_submit=now, deadline=deadline, alone=alone)
+        with self.admission.call(functools.partial(codec.request_id, data)):
+            return await predict(data, self._balancer, self._awake, t_submit=now, deadline=deadline, alone=alone)
 
     async def _create_session(self, data: bytes, context: Any) -> bytes:
         return await self._change_sessions(self._conversations.create, data, context)
@@ -330,10 +339,10 @@ class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, misc, un
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
 
-        async def refuse(request: Any, context: Any) -> None:
+        async def refuse(requests: Any, context: Any) -> None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is missing or wrong.")
 
-        self._refuse = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refuse = grpc.stream_stream_rpc_method_handler(refuse)  # at once: other kinds wait for a message
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Called by gRPC for each call."""

@@ -124,8 +124,8 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until the next thing that depends on time."""
-        moments = [self.start_deadline, self.end_at, self.pulse.due, self.rolling.leave_by]
-        if self.persist:
+        moments = [self.end_at or self.start_deadline, self.pulse.due, self.rolling.leave_by]
+        if self.persist and self.state == "ready":
             moments.append(self.last_active + self.config.idle_timeout_s)
         due = [moment for moment in moments if moment is not None and math.isfinite(moment)]
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -295,13 +295,13 @@ class Supervisor:
 
     def end(self, drain_s: float) -> None:
         """Leave the loop when the requests in flight are done, after `drain_s` at the latest."""
-        self.end_at = min(self.end_at or math.inf, time.monotonic() + drain_s)
+        draining, self.end_at = self.end_at is not None, min(self.end_at or math.inf, time.monotonic() + drain_s)
         self.state = "draining" if self.state != "failed" else self.state
         self.entry = dataclasses.replace(self.entry, state=self.state)
         with contextlib.suppress(OSError):  # a full disk is no reason to live on
             self.entry.save(self.folder)
         frontend = self.children.frontend
-        if drain_s > 0 and frontend is not None:
+        if drain_s > 0 and frontend is not None and not draining:  # told twice, it ends at once
             frontend.signal_group(signal.SIGTERM)  # it refuses new requests, finishes the others and leaves
 
     def _fail(self, cause: Mapping[str, str]) -> None:
