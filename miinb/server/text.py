@@ -51,7 +51,7 @@ class TextCodec:
         """The codec of a folder that `save_pretrained` of a fast tokenizer wrote."""
         config = read_json(folder / "tokenizer_config.json")
         specials = special_tokens({**read_json(folder / "special_tokens_map.json"), **config})
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), specials)
+        return cls(read_tokenizer(folder, config), _chat_template(folder, config), specials)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Releases the interpreter lock, so that a long text can run in a thread.
@@ -184,6 +184,13 @@ class StopFinder:
             if any(stop.startswith(end) for stop in self._stops):
                 return size
         return 0
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The folder's tokenizer, with what tokenizer_config.json alone says of it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from miinb.errors import InvalidRequest
 from miinb.server.encoders.plain_text import PlainText
 from miinb.server.encoders.words import TokenIds, Words
-from miinb.server.text import read_json, special_tokens
+from miinb.server.text import read_json, read_tokenizer, special_tokens
 
 #: One text, or a pair.
 Text = str | tuple[str, str]
@@ -82,7 +82,7 @@ class EncoderText:
     def load(cls, folder: Path) -> EncoderText:
         """The tokenizer of a folder that rank 0 wrote."""
         config = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+        return cls(read_tokenizer(folder, config), config)
 
     def special_id(self, name: str) -> int | None:
         """The id of a special token such as "mask_token", if the model has it."""
