@@ -151,7 +151,7 @@ class EncoderInputs:
 def _leave_out(token: int, instead: int, step: EncodeStep, positions: Numbers) -> None:
     """Count the token in no sequence's positions, as transformers does; texts may have it."""
     found = step.token_ids == token
-    if found.any():
+    if np.count_nonzero(found):  # quicker than any()
         before = np.concatenate([[0], np.cumsum(found)])
         positions -= before[1:] - np.repeat(before[step.starts[:-1]], step.lengths)
         positions[found] = instead
