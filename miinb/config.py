@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from miinb.bench_fields import PictureFields, Tokens, number_list, read_slo, read_tokens
 from miinb.errors import InvalidRequest, near
@@ -220,6 +220,15 @@ _NOT_WITH_BEAMS = {"do_sample": False, "logprobs": None}
 _BEAMS_ONLY = ("length_penalty", "early_stopping")
 
 
+def _not_tiny(value: float) -> float:
+    if value < 1e-30:
+        raise InvalidValueError("temperature: logits divided by less than 1e-30 are not finite")
+    return value
+
+
+Temperature = Annotated[float, Field(gt=0, le=100), AfterValidator(_not_tiny)]
+
+
 class GenerationParams(Frozen):
     """Parameters of one text generation: transformers' names, meanings and (but for `do_sample`) defaults.
 
@@ -231,7 +240,7 @@ class GenerationParams(Frozen):
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 128
     min_new_tokens: Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)] = 0
     do_sample: bool = False
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    temperature: Temperature = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -377,7 +386,7 @@ class BenchConfig(PictureFields):
     check: Literal["exact", "close", "none"] = "exact"
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     do_sample: bool = False
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    temperature: Temperature = 1.0
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
 
     @model_validator(mode="before")

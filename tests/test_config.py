@@ -67,6 +67,7 @@ def test_config_survives_json() -> None:
         ({"max_new_tokens": True}, "max_new_tokens"),
         ({"temperature": "0.7"}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-39, "do_sample": True}, "temperature: logits divided by less than 1e-30"),
         ({"top_p": -1}, "top_p"),
         ({"seed": 2**64}, "seed"),
         ({"stop": ["x"] * 1000}, "stop"),

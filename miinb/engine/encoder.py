@@ -32,7 +32,7 @@ class EncoderBatch:
     Attributes:
         token_ids: [T] int64, the sequences' tokens one after another.
         type_ids: [T] int64, their token types.
-        positions: [T] int64, their places in their sequences, from 0.
+        positions: [T] int64, their places in their sequences, from 0; see `EncoderSpec.padding`.
         starts: [S + 1] int32, where each sequence begins, and the end.
         rows: [L] int64, the tokens (indexes into T) whose outputs are wanted.
         max_length: at least the longest sequence's tokens.
@@ -119,7 +119,7 @@ class EncoderWeights:
 
     Attributes:
         words: [vocab, embed]; quantized where there is a `words_scale`, as in a `PackedLinear`.
-        positions: [max_length, embed], from the first token's on.
+        positions: [max_length, embed], from the first token's on; behind them the padding token's, if it has a row.
         token_types: [types, embed]; None where there are not several: a single one is in `positions`.
         embed_norm: behind the sum of the three.
         head: its layers; the decoder of tokens may be `words` itself.

@@ -46,7 +46,7 @@ def fused_executor(
     length = min(info.max_length, spec.max_length)
     tokens = options.step_tokens(info.device, encoder=True)
     bounds = Bounds(length, spec.vocab_size, spec.token_types, tokens, max_sequences=config.max_batch or 0)
-    inputs = EncoderInputs(max(tokens, length), torch.device(info.device))
+    inputs = EncoderInputs(max(tokens, length), torch.device(info.device), spec.padding)
     model: EncoderModel = encoder
     graphed = None
     reason = "asked for" if options.max_step_tokens else "packed, without padding"

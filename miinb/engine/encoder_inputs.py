@@ -73,13 +73,15 @@ class EncoderInputs:
     Args:
         max_tokens: most tokens of a step.
         device: where it is computed.
+        padding: a token that has no place in its sequence, and what stands for it in the positions.
 
     Attributes:
         graphs: sizes that there are CUDA graphs for, ascending. A step is padded to the first that holds it, with
             tokens and sequences that nobody reads: sequences without tokens, and tokens of no sequence.
     """
 
-    def __init__(self, max_tokens: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, device: torch.device, padding: tuple[int, int] | None = None) -> None:
+        self._padding = padding
         most = Sizes(max_tokens, max_tokens, max_tokens, max_tokens)
         size = sum(_field_bytes(most))
         self._copies = device.type == "cuda"
@@ -115,6 +117,8 @@ class EncoderInputs:
             positions[:tokens] = self._counting[:tokens]
         else:
             np.subtract(self._counting[:tokens], np.repeat(step.starts[:-1], step.lengths), out=positions[:tokens])
+        if self._padding is not None:
+            _leave_out(*self._padding, step, positions[:tokens])
         rows[:count] = step.rows
         if sizes != own:  # what was here before may be of a larger step
             token_ids[tokens:] = type_ids[tokens:] = positions[tokens:] = rows[count:] = 0
@@ -142,6 +146,15 @@ class EncoderInputs:
             if sizes in self.graphs:
                 self._places[sizes] = found
         return found
+
+
+def _leave_out(token: int, instead: int, step: EncodeStep, positions: Numbers) -> None:
+    """Count the token in no sequence's positions, as transformers does; texts may have it."""
+    found = step.token_ids == token
+    if np.count_nonzero(found):  # quicker than any()
+        before = np.concatenate([[0], np.cumsum(found)])
+        positions -= before[1:] - np.repeat(before[step.starts[:-1]], step.lengths)
+        positions[found] = instead
 
 
 #: Of token_ids, type_ids, positions, rows and starts: in memory's order.

@@ -62,7 +62,8 @@ class EncoderSpec:
         max_length: most tokens of one sequence.
         eps: under the root of the norms.
         activation: of the MLP, a key of `kernels.activation.KINDS`.
-        position_offset: rows of the checkpoint's table of positions before the first token's (RoBERTa: 2).
+        position_offset: rows of the checkpoint's table of positions before the first token's (RoBERTa: 2). The last of
+            them is the padding token's, which has no place of its own.
         token_types: rows of the table of token types; 0: the family has none.
         embed_size: width of the embeddings; where it is not `hidden_size`, a projection leads there (ELECTRA).
         labels: outputs of a classifying head.
@@ -90,6 +91,11 @@ class EncoderSpec:
     def scale(self) -> float:
         """Of the attention scores."""
         return float(self.head_size**-0.5)
+
+    @property
+    def padding(self) -> tuple[int, int] | None:
+        """The padding token, and the row that it has in the table of positions; None: it has a place as all tokens."""
+        return (self.position_offset - 1, self.max_length) if self.position_offset else None
 
     @property
     def projected(self) -> bool:

@@ -69,11 +69,13 @@ class _Builder:
         return Norm(self.vector(f"{module}.weight", size), self.vector(f"{module}.bias", size))
 
     def table(self, part: str, rows: int, skipped: int = 0) -> Tensor:
-        """A table of embeddings, from a row on."""
+        """A table of embeddings, from a row on; the row before it, if there is one, is behind the others."""
         width = self.spec.embed_size
-        target = self.empty(rows, width)
-        region = Region((skipped + rows, width), slice(skipped, skipped + rows), slice(0, width))
-        self.fill(target, f"{self.module(part)}.weight", region)
+        target = self.empty(rows + bool(skipped), width)
+        places = {skipped: target[:rows]} | ({skipped - 1: target[rows:]} if skipped else {})
+        for first, found in places.items():
+            region = Region((skipped + rows, width), slice(first, first + len(found)), slice(0, width))
+            self.fill(found, f"{self.module(part)}.weight", region)
         return target
 
     def positions(self) -> Tensor:

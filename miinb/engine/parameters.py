@@ -173,7 +173,8 @@ def _encoder_numbers(spec: EncoderSpec) -> tuple[list[tuple[int, int]], int]:
     body = [spec.linear_shape(part) for part in (*_LAYER_LINEARS * spec.layers, *("project",) * spec.projected)]
     matrices = [(sum(sizes), columns) for sizes, columns, _ in body]
     others = 4 * spec.hidden_size * spec.layers + 2 * spec.embed_size  # norms
-    others += spec.embed_size * (spec.max_length + (spec.token_types if spec.token_types > 1 else 0))
+    places = spec.max_length + (spec.padding is not None)
+    others += spec.embed_size * (places + (spec.token_types if spec.token_types > 1 else 0))
     words = (spec.vocab_size, spec.embed_size)
     for layer, shape in zip(spec.head.layers, spec.head_shapes(), strict=True):
         others += 2 * shape[0] if layer.norm else 0

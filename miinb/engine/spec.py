@@ -273,7 +273,7 @@ def rotary_of(
     if kind in ("default", "dynamic"):  # dynamic is default up to max_position_embeddings, past which nothing is served
         return Rotary(dim, base)
     if kind not in ROTARY_SCALINGS:
-        if (known := _names_of_transformers("modeling_rope_utils.py", r'"(\w+)": _compute')) and kind not in known:
+        if (known := names_of_transformers("modeling_rope_utils.py", r'"(\w+)": _compute')) and kind not in known:
             raise ValueError(f"there is no rotary scaling of kind {kind!r}")
         raise UnsupportedModel(f"Rotary scaling of kind {kind!r} has no fused form.")
     if kind == "longrope" and longest > trained:
@@ -308,13 +308,13 @@ def activation_of(name: str) -> str:
     """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
-    if (known := _names_of_transformers("activations.py", r'"(\w+)":')) and name not in known:
+    if (known := names_of_transformers("activations.py", r'"(\w+)":')) and name not in known:
         raise ValueError(f"there is no activation {name!r}")
     raise UnsupportedModel(f"Activation {name!r} has no fused form.")
 
 
-def _names_of_transformers(file: str, pattern: str) -> set[str]:
+def names_of_transformers(file: str, pattern: str) -> set[str]:
     """The keys of a table of its, read from the source: importing it would import torch. Empty: it is not installed."""
     found = importlib.util.find_spec("transformers")
-    source = Path(found.origin).with_name(file) if found and found.origin else None
+    source = Path(found.origin).parent / file if found and found.origin else None
     return set(re.findall(pattern, source.read_text(encoding="utf-8"))) if source and source.exists() else set()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.engine import tokenizer_cache
+from miinb.engine.spec import names_of_transformers
 from miinb.errors import BrokenCheckpoint
 from miinb.messages import EngineInfo
 from miinb.models import ModelInfo
@@ -33,10 +34,10 @@ def ensure_chat_template(folder: Path) -> bool:
 def export_tokenizer(info: ModelInfo, target: Path, *, trust_remote_code: bool = False, dummy: bool = False) -> None:
     """Write the model's tokenizer to `target`, which is made if it is not there.
 
-    A tokenizer.json that transformers takes as it is gets copied. For every other tokenizer class (and GGUF)
-    transformers may build another pipeline than the file says, so it loads the tokenizer and saves what it has built:
-    the frontend's token ids are then those of AutoTokenizer. A configuration alone (`dummy`) gets a stand-in that turns
-    every byte of text into a token and every token into some text.
+    A tokenizer.json that transformers takes as it is gets copied. Of all others (and GGUF) transformers may build
+    another pipeline than the file says, so it loads the tokenizer and saves what it has built: the frontend's token ids
+    are then those of AutoTokenizer. A configuration alone (`dummy`) gets a stand-in that turns every byte of text into
+    a token and every token into some text.
 
     Raises:
         BrokenCheckpoint: there is no tokenizer, or transformers cannot read it.
@@ -60,10 +61,9 @@ def _check(file: Path, info: ModelInfo) -> None:
 
 
 def _write(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: bool) -> None:
-    if info.format != "gguf" and _taken_as_it_is(info.folder):
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (info.folder / name).exists():
-                shutil.copyfile(info.folder / name, target / name)
+    if info.format != "gguf" and _taken_as_it_is(info):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(info.folder / name, target / name)
         template = _chat_template(info.folder)
     else:
         template = _convert(info, target, trust_remote_code=trust_remote_code, dummy=dummy)
@@ -72,18 +72,64 @@ def _write(info: ModelInfo, target: Path, *, trust_remote_code: bool, dummy: boo
 
 
 _AGAIN = "Fetch the model again."
-#: Tokenizer classes that are their tokenizer.json and nothing else.
+#: Tokenizer classes that are their tokenizer.json and nothing else, where the configuration adds nothing to it.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_NAMED = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+#: What else tokenizer_config.json may say of a tokenizer.json without a change to its tokens and texts.
+_HARMLESS = {
+    *("added_tokens_decoder", "backend", "chat_template", "clean_up_tokenization_spaces", "is_local"),
+    *("local_files_only", "max_length", "model_input_names", "model_max_length", "name_or_path", "pad_to_multiple_of"),
+    *("pad_token_type_id", "padding_side", "processor_class", "stride", "tokenizer_class", "truncation_side"),
+    "truncation_strategy",
+}
+#: The source of transformers' choice of a class: families that have theirs whatever the configuration says.
+_CHOICE, _OWN_CLASS = "models/auto/tokenization_auto.py", r'(?m)^    "([\w.-]+)",$'
 
 
-def _taken_as_it_is(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    if not (folder / "tokenizer.json").exists() or not config.exists():
+def _taken_as_it_is(info: ModelInfo) -> bool:
+    """Whether AutoTokenizer is known to make of the folder just what its tokenizer.json says."""
+    file = info.folder / "tokenizer_config.json"
+    if not (info.folder / "tokenizer.json").exists() or not file.exists():
         return False
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in _GENERIC
+        config = json.loads(file.read_text(encoding="utf-8"))
+        generic = config.get("tokenizer_class") in _GENERIC
     except (ValueError, AttributeError) as error:
-        raise BrokenCheckpoint(f"{config} is damaged ({error}).", hint=_AGAIN) from None
+        raise BrokenCheckpoint(f"{file} is damaged ({error}).", hint=_AGAIN) from None
+    names = [str(info.config.get(key)) for key in ("model_type", "model_name")]
+    if not generic or not names_of_transformers(_CHOICE, _OWN_CLASS).isdisjoint(names):
+        return False
+    if "added_tokens_decoder" not in config and any((info.folder / name).exists() for name in _OLD_FILES):
+        return False
+    try:
+        return _adds_nothing(config, json.loads((info.folder / "tokenizer.json").read_text(encoding="utf-8")))
+    except ValueError:
+        return True  # damaged, which `_check` tells
+    except (KeyError, TypeError, AttributeError):
+        return False  # transformers has the word
+
+
+#: Where tokens stand in folders of before `added_tokens_decoder`.
+_OLD_FILES = ("special_tokens_map.json", "added_tokens.json")
+
+
+def _adds_nothing(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
+    """Whether tokenizer.json has all tokens that tokenizer_config.json names, and this says no more that counts."""
+    if not config.keys() <= {*_HARMLESS, *_NAMED, *_MORE_TOKENS}:
+        return False
+    if tokenizer.get("padding") and "pad_token" not in config:
+        return False  # its token would be added
+    added = {str(token["id"]): {**token, "id": None} for token in tokenizer["added_tokens"]}
+    decoder = config.get("added_tokens_decoder", {})
+    if any(added.get(number) != {**token, "id": None} for number, token in decoder.items()):
+        return False
+    tokens = [config.get(name) for name in _NAMED]
+    for name in _MORE_TOKENS:
+        more = config.get(name) or []
+        tokens += more if isinstance(more, list) else [more]
+    texts = {token["content"] for token in added.values()}
+    return all((token["content"] if isinstance(token, dict) else token) in texts for token in tokens if token)
 
 
 def _chat_template(folder: Path) -> str | None:

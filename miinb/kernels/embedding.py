@@ -91,7 +91,7 @@ def embedding_norm(
         positions: [T] int64, from 0 in each sequence.
         type_ids: [T] int64; not read without a table.
         token_table: [vocab, hidden].
-        position_table: [max_length, hidden].
+        position_table: [rows, hidden].
         type_table: [types, hidden], or None.
         weight: [hidden], of the norm.
         bias: [hidden] or None.

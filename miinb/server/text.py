@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,21 @@ class TextCodec:
         max_token_bytes: the longest token's length: no text has fewer tokens than its bytes divided by it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, special_tokens: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        special_tokens: Mapping[str, Any],
+        *,
+        cleans: bool = False,
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._template: jinja2.Template | None = None  # compiled when the first chat comes: it may be broken
         self._special_tokens = dict(special_tokens)
+        self._cleans = cleans
         self._texts: dict[int, str] = {}
         self.max_token_bytes = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
 
@@ -51,7 +60,8 @@ class TextCodec:
         """The codec of a folder that `save_pretrained` of a fast tokenizer wrote."""
         config = read_json(folder / "tokenizer_config.json")
         specials = special_tokens({**read_json(folder / "special_tokens_map.json"), **config})
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), _chat_template(folder, config), specials)
+        tokenizer = read_tokenizer(folder, config)
+        return cls(tokenizer, _chat_template(folder, config), specials, cleans=cleans_up(tokenizer, config))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Releases the interpreter lock, so that a long text can run in a thread.
@@ -110,7 +120,7 @@ class TextCodec:
             context = prompt_ids[-size:]
             if not self._tokenizer.decode(context).startswith(REPLACEMENT):
                 break  # else it begins inside a character
-        return Detokenizer(self._tokenizer, context)
+        return Detokenizer(self._tokenizer, context, cleans=self._cleans)
 
 
 class Detokenizer:
@@ -119,9 +129,11 @@ class Detokenizer:
     Two offsets slide over the tokens: text is released once the window since the last release decodes to more than what
     was released and does not end inside a character. All pieces together equal the decoded whole. (`DecodeStream` of
     the tokenizers library keeps its unfinished tokens to itself, so the end of a cut sequence could not be shown.)
+    With `cleans` the text is cleaned up, as `cleaned` does the whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, cleans: bool = False) -> None:
+        self._cleaner = Cleaner() if cleans else None
         self._tokenizer = tokenizer
         self._window = list(context)
         self._read = len(self._window)  # tokens of the window whose text is released
@@ -129,18 +141,23 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty."""
+        text = self._add(ids)
+        return self._cleaner.add(text) if self._cleaner else text
+
+    def finish(self) -> str:
+        """What is left: an incomplete character shows as U+FFFD."""
+        text = self._release(self._tokenizer.decode(self._window))
+        return self._cleaner.add(text) + self._cleaner.finish() if self._cleaner else text
+
+    def _add(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode([*self._window, *ids])
         incomplete = text.endswith(REPLACEMENT)
         if incomplete and len(ids) > 1:  # to give up none of the characters before it
-            return "".join(self.add([one]) for one in ids)
+            return "".join(self._add([one]) for one in ids)
         self._window += ids
         if incomplete and len(self._window) - self._read <= MAX_HELD_TOKENS:
             return ""
         return self._release(text)
-
-    def finish(self) -> str:
-        """What is left: an incomplete character shows as U+FFFD."""
-        return self._release(self._tokenizer.decode(self._window))
 
     def _release(self, text: str) -> str:
         new = text[len(self._released) :]
@@ -149,6 +166,49 @@ class Detokenizer:
             self._read = len(self._window)
             self._released = self._tokenizer.decode(self._window)
         return new
+
+
+#: What the clean-up of older tokenizers takes away, in this order: spaces before punctuation and English endings.
+_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"} | {
+    f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")
+}
+#: The end of a text that what follows may make one of these.
+_OPEN = re.compile(r" [ 'nvr.?!,]*\Z")
+#: Where such an end can be cut all the same: none of these has, before a space, another end than a space, "'" or " n".
+_CUT = re.compile(r"(?<=[^ '])(?<! n) ")
+
+
+def cleans_up(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool:
+    """Whether transformers cleans up the texts of a tokenizer: never those of BPE."""
+    return bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
+
+
+def cleaned(text: str) -> str:
+    """A text without the spaces that the clean-up takes away."""
+    for found, instead in _CLEANED.items():
+        text = text.replace(found, instead)
+    return text
+
+
+class Cleaner:
+    """Cleans up a text that comes in pieces; holds back what may still change."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """The text to show now."""
+        text = self._held + text
+        opened = _OPEN.search(text)
+        at = opened.start() if opened else len(text)
+        at = max((cut.start() for cut in _CUT.finditer(text, at)), default=at)
+        self._held = text[at:]
+        return cleaned(text[:at])
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return cleaned(held)
 
 
 class StopFinder:
@@ -184,6 +244,13 @@ class StopFinder:
             if any(stop.startswith(end) for stop in self._stops):
                 return size
         return 0
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The folder's tokenizer, with what tokenizer_config.json alone says of it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

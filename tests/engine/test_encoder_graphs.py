@@ -59,6 +59,32 @@ def test_padded_steps_give_the_answers_of_eager_ones(task: str, tmp_path: Path) 
     assert recorder.replays == len(loads) - 2
 
 
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("name", ["roberta", "roberta-untied", "xlm-roberta", "camembert", "bert"])
+def test_a_padding_token_in_a_text_has_no_place_where_transformers_gives_it_none(
+    name: str, graphed: bool, tmp_path: Path
+) -> None:
+    model = tiny_encoders.build(name, "feature-extraction", tmp_path)
+    executor = eager(tmp_path, "feature-extraction")
+    if graphed:
+        sizes = graph_sizes(96, LONGEST, "all")
+        usual, recorder = Reduction("feature-extraction"), Recomputing()
+        assert executor.model is not None
+        executor.model = executor.reducing = GraphedEncoder(executor.model, executor.inputs, usual, sizes, recorder)
+    pad = model.config.pad_token_id
+    texts = [[5, pad, 9, pad, pad, 7], [7, 8, 9], [pad, 5], [pad], [9, 8, 7, pad], [*range(3, 50), pad]]
+    for row, asked in enumerate(([texts[0]], texts, [texts[1]])):
+        executor.encode(ask(row, asked, pooling="none"))
+        found = values(run(executor)[row])
+        with torch.inference_mode():
+            ones = [torch.ones(1, len(text), dtype=torch.int64) for text in asked]
+            wanted = [
+                model(torch.tensor([text]), attention_mask=mask).last_hidden_state[0].numpy()
+                for text, mask in zip(asked, ones, strict=True)
+            ]
+        np.testing.assert_allclose(found, np.concatenate(wanted), rtol=1e-4, atol=1e-5)
+
+
 class Summing:
     """A model whose outputs tell what is in the batch."""
 

@@ -319,6 +319,14 @@ PUBLISHED: list[dict[str, Any]] = [
 ]
 
 
+WIDE = SMALL | {"num_attention_heads": 32, "hidden_size": 512}
+#: Where config.json does not say how many key/value heads there are.
+PUBLISHED += [
+    {"model_type": family, **WIDE}
+    for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "starcoder2")
+]
+
+
 @pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config["model_type"])
 def test_published_configurations_are_read_as_transformers_reads_them(config: dict[str, Any]) -> None:
     """The spec of a raw config.json is that of transformers' own reading, in which every default stands."""

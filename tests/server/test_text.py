@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miinb.errors import InvalidRequest, PromptTooLong
-from miinb.server.text import StopFinder, TextCodec
+from miinb.server.text import Cleaner, StopFinder, TextCodec, cleaned
 from tests.tiny_tokenizers import TEXT, byte_level, sentence_piece
 
 TEXTS = ["Once upon a time", "", " ", "日本語 😀 café\n\n", "a<s>b</s><|user|>", "\x00\t", "x" * 3000, *TEXT[:3]]
@@ -107,6 +107,61 @@ def test_characters_of_several_tokens_come_whole_behind_any_prompt_and_in_pieces
         before = reference.decode(context, skip_special_tokens=True)
         assert before + "".join(pieces) == reference.decode(context + ids, skip_special_tokens=True)
         assert not any("�" in piece for piece in pieces)
+
+
+def spaced(folder: Path, kind: str) -> Path:
+    """A tokenizer whose texts have spaces that the clean-up takes away."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["hello", "world", "do", "n", "n't", "'", "m", "'s", "'re", "'v", "e", "t", ",", ".", "?", "!", "<unk>"]
+    if kind == "word level":
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        pieces = [*(f"▁{word}" for word in words), "▁", *words]
+        tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=len(pieces) - 1))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    made.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["word level", "unigram"])
+def test_pieces_are_cleaned_up_as_the_whole(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = spaced(tmp_path, kind)
+    codec, reference = TextCodec.load(folder), AutoTokenizer.from_pretrained(folder)
+    start = codec.encode("hello world")
+    before = reference.decode(start)
+    detokenizer = codec.detokenizer(start)
+    shown = [detokenizer.add([one]) for one in codec.encode("hello , world . do n't")]
+    assert before + "".join(shown) + detokenizer.finish() == "hello world hello, world. don't"
+    draw = random.Random(2)
+    for _ in range(500):
+        ids = [draw.randrange(len(reference)) for _ in range(draw.randrange(1, 30))]
+        detokenizer, pieces, at = codec.detokenizer(start), [], 0
+        while at < len(ids):
+            size = draw.randrange(1, 4)
+            pieces.append(detokenizer.add(ids[at : at + size]))
+            at += size
+        pieces.append(detokenizer.finish())
+        assert before + "".join(pieces) == reference.decode(start + ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.sampled_from([*" 'ntmsvre.,?!ax", "n't", " n", " '", " ' ", "'s", "  "]), max_size=20))
+def test_a_text_is_cleaned_up_in_any_pieces(pieces: list[str]) -> None:
+    cleaner = Cleaner()
+    assert "".join(map(cleaner.add, pieces)) + cleaner.finish() == cleaned("".join(pieces))
+
+
+def test_an_ordinary_text_is_not_held_back() -> None:
+    cleaner = Cleaner()
+    assert [cleaner.add(piece) for piece in ("Hello", " world", " .", " No", " n", "ever")] == [
+        *("Hello", " world", "", ". No", "", " never")
+    ]
 
 
 def test_no_piece_ends_inside_a_character(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def spec(config: Mapping[str, Any], **changes: Any) -> DecoderSpec:
     values: dict[str, Any] = {
         "max_length": 8192,
         "head_size": 256,
+        "kv_heads": 16,
         "activation": activation_of("gelu_pytorch_tanh" if name == "gelu" else name),  # an early slip in its files
         "embed_scale": config["hidden_size"] ** 0.5,
         "mlp_bias": False,

@@ -15,6 +15,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     types = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
     return gemma.spec(
         config,
+        kv_heads=4,
         activation=activation_of(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),

@@ -23,6 +23,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return gemma.spec(
         plain,
         max_length=1 << 17,
+        kv_heads=4,
         activation=activation_of(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         rotary=rotary_of(plain | {"rope_parameters": wide}, head_size),

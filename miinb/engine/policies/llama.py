@@ -13,13 +13,14 @@ def spec(
     *,
     max_length: int = 2048,
     head_size: int | None = None,
+    kv_heads: int | None = None,
     part: float | None = None,
     **changes: Any,
 ) -> DecoderSpec:
     """The decoder of a LLaMA configuration.
 
     Its relatives give their `changes` to it, and what holds where config.json is silent: `max_length`, `head_size`
-    (None: the hidden size over the heads), and `part` as in `rotary_of`.
+    (None: the hidden size over the heads), `kv_heads` (None: the heads), and `part` as in `rotary_of`.
     """
     config = {"max_position_embeddings": max_length, **config}
     heads = config["num_attention_heads"]
@@ -30,7 +31,7 @@ def spec(
         "layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
+        "kv_heads": config.get("num_key_value_heads", kv_heads) or heads,
         "head_size": head_size,
         "inner_size": config["intermediate_size"],
         "max_length": config["max_position_embeddings"],

@@ -22,7 +22,7 @@ def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The decoder of a Qwen2 configuration."""
-    return llama.spec(config, max_length=1 << 15, windows=windows(config), qkv_bias=True, out_bias=False)
+    return llama.spec(config, max_length=1 << 15, kv_heads=32, windows=windows(config), qkv_bias=True, out_bias=False)
 
 
 POLICY = Policy("qwen2", spec, "model.", llama.WEIGHTS, ignored=llama.POLICY.ignored)

@@ -12,7 +12,7 @@ from miinb.engine.spec import DecoderSpec, Policy, whole
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The decoder of a Qwen3 configuration."""
-    return llama.spec(config, max_length=1 << 15, head_size=128, windows=windows(config), qk_norm=True)
+    return llama.spec(config, max_length=1 << 15, head_size=128, kv_heads=32, windows=windows(config), qk_norm=True)
 
 
 WEIGHTS = llama.WEIGHTS | {

@@ -17,6 +17,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return llama.spec(
         config,
         max_length=4096,
+        kv_heads=32,
         part=config.get("partial_rotary_factor", 0.25),
         norm="layer",
         eps=config.get("layer_norm_eps", 1e-5),

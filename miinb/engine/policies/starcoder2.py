@@ -15,6 +15,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return llama.spec(
         config,
         max_length=4096,
+        kv_heads=2,
         norm="layer",
         eps=config.get("norm_epsilon", 1e-5),
         activation=activation_of(config.get("hidden_act", "gelu_pytorch_tanh")),

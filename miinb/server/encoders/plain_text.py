@@ -31,6 +31,8 @@ class PlainText:
         """Of a tokenizer; None where it has no such normalizer, or added tokens that this way could miss or invent."""
         if type(tokenizer.normalizer).__name__ != "BertNormalizer":
             return None  # before a vocabulary of any size is written out
+        if tokenizer.encode_special_tokens:
+            return None
         values = json.loads(tokenizer.to_str())
         added, lowercase = values["added_tokens"], bool(values["normalizer"]["lowercase"])
         tokens = [token["content"] for token in added]

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from miinb.errors import InvalidRequest
 from miinb.server.encoders.plain_text import PlainText
 from miinb.server.encoders.words import TokenIds, Words
-from miinb.server.text import read_json, special_tokens
+from miinb.server.text import cleaned, cleans_up, read_json, read_tokenizer, special_tokens
 
 #: One text, or a pair.
 Text = str | tuple[str, str]
@@ -72,7 +72,7 @@ class EncoderText:
         self._words = Words.of(tokenizer, self.prefix, self.suffix)
         added_tokens = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
-        self._cleans = bool(config.get("clean_up_tokenization_spaces")) and type(tokenizer.model).__name__ != "BPE"
+        self._cleans = cleans_up(tokenizer, config)
         self.pieces: dict[int, Piece] = {}
         self._highest = max(vocab.values(), default=-1)  # ids may have gaps
         self._waiting: list[tuple[Sequence[Text], bool, asyncio.Future[list[Encoding]]]] = []
@@ -82,7 +82,7 @@ class EncoderText:
     def load(cls, folder: Path) -> EncoderText:
         """The tokenizer of a folder that rank 0 wrote."""
         config = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+        return cls(read_tokenizer(folder, config), config)
 
     def special_id(self, name: str) -> int | None:
         """The id of a special token such as "mask_token", if the model has it."""
@@ -210,7 +210,7 @@ class EncoderText:
 
     def cleaned(self, text: str) -> str:
         """What `decode` makes of the text that the tokenizer's decoder gives."""
-        return _cleaned(text) if self._cleans else text
+        return cleaned(text) if self._cleans else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens as one text, as the tokenizer's decoder joins them."""
@@ -230,15 +230,3 @@ def _parts(tokenizer: Tokenizer, vocab: Iterable[str]) -> tuple[list[int], list[
             begin, end = added.index(0), len(added) - added[::-1].index(0)
             return probe.ids[:begin], probe.ids[begin:end], probe.ids[end:]
     return tokenizer.encode("").ids, [], []
-
-
-#: What the clean-up of older tokenizers takes away, in this order: spaces before punctuation and English endings.
-_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"} | {
-    f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")
-}
-
-
-def _cleaned(text: str) -> str:
-    for found, instead in _CLEANED.items():
-        text = text.replace(found, instead)
-    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,17 @@ def test_fills_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"top_k: \d+ fills, each with its whole text") as caught:
             masks.prepare(request, encodings)
         assert "smaller top_k" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_a_tokenizer_may_split_special_tokens(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = encoder_tokenizer(kind, tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split_special_tokens": True}))
+    text, reference = EncoderText.load(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = ["once [MASK] upon <mask> a</s>time", "one[SEP]two"]
+    for offsets in (False, True):
+        encoded = asyncio.run(text.encode(inputs, offsets=offsets, alone=True))
+        assert [list(one.ids) for one in encoded] == reference(inputs).input_ids
