@@ -103,7 +103,9 @@ class Bars:
         ax.set_yticks(ticks, texts)
         ax.set_ylim(y - GAP - 1 + 0.6, -0.6 - (0.35 if order != [""] else 0.0))
         if self.dots:
-            plain_log_ticks(ax, float(self.values.min()) * scale / 3, float(self.values.max()) * scale * 12)
+            ends = pd.concat([self.values, self.ends, self.low, self.high])
+            ends = ends[ends > 0] * scale  # a whisker that ends at 0 has no place on the axis
+            plain_log_ticks(ax, float(ends.min()) / 3, float(ends.max()) * 12)
         else:
             leave_room(ax)
         ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
