@@ -11,6 +11,9 @@ from pathlib import Path
 
 from miinb.errors import InvalidValue
 
+#: How a file of HTML may end.
+HTML = (".html", ".htm")
+
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:

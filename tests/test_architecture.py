@@ -168,7 +168,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench.several_gpus": ("bench", "demo", "errors", "models", "session", "writing"),
     "bench.layer_time": ("bench", "engine", "models"),
     "bench.headline": (
-        *("bench", "config", "messages", "errors", "models", "session", "hardware", "spinning", "wording"),
+        *("bench", "config", "messages", "errors", "models", "session", "hardware", "launching", "spinning", "wording"),
     ),
     "bench.headline.arms": ("bench", "engine", "config", "messages", "errors", "models", "planner", "hardware"),
     "bench.quality": ("bench", "config", "errors", "models", "preparation", "quantized_planner", "wording"),

@@ -10,7 +10,7 @@ import pandas as pd
 
 from miinb.bench.environment import differences, hardware_words
 from miinb.bench.pixels import psnr_words
-from miinb.bench.summary import ratio_text, reference_arm, task_kind
+from miinb.bench.summary import is_worse, ratio_text, reference_arm, task_kind
 from miinb.bench.sweeping import saturation_words
 from miinb.bench_fields import slo_words
 from miinb.wording import number, one_line, size_words
@@ -152,7 +152,8 @@ def _speedup(row: pd.Series) -> str:
     if pd.isna(row["speedup"]):
         return ""
     interval = f" ({row['speedup_lo']:.2f}-{row['speedup_hi']:.2f})" if pd.notna(row["speedup_lo"]) else ""
-    return f"{ratio_text(row['speedup'])}{interval}{' slower' if row['speedup'] < 0.995 else ''}"
+    slower = " slower" if is_worse(row["speedup"], row["speedup_hi"]) else ""
+    return f"{ratio_text(row['speedup'])}{interval}{slower}"
 
 
 def _answers(row: pd.Series) -> str:

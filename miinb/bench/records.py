@@ -316,7 +316,11 @@ class Runs:
         return write_parquet(self, Path(path))
 
     def report(self, path: StrPath) -> Path:
-        """Write one self-contained HTML file: tables, charts, environment."""
+        """Write one self-contained HTML file: tables, charts, environment.
+
+        Raises:
+            InvalidValue: it cannot be written there, or has another ending than .html or .htm.
+        """
         from miinb.bench.report import write_report
 
         return write_report(self, Path(path))

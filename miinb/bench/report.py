@@ -20,6 +20,7 @@ from miinb.bench.thumbnails import without
 from miinb.bench.workload import load_words
 from miinb.errors import InvalidValue
 from miinb.wording import number, one_line, printable, size_words
+from miinb.writing import HTML, check_file
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -57,7 +58,12 @@ PAGE = (
 
 
 def write_report(runs: Runs, path: Path) -> Path:
-    """Write the report of `runs` to `path`."""
+    """Write the report of `runs` to `path`.
+
+    Raises:
+        InvalidValue: it cannot be written there, or has another ending than HTML's.
+    """
+    check_file(path, HTML)
     names = [one_line(str(facts.get("name") or run_id)) for run_id, facts in runs.env.items()]
     title = html.escape(f"Benchmark {', '.join(names)}" if len(names) <= 3 else f"{len(names)} benchmark runs")
     definitions = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in DEFINITIONS.items())

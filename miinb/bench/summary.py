@@ -22,6 +22,8 @@ from miinb.tasks import TASKS
 POINT = ["run_id", "arm", "point"]
 #: Fewest samples for which a percentile is given.
 FEWEST = {5: 20, 50: 1, 90: 10, 95: 20, 99: 100}
+#: A ratio between this and its inverse tells of no difference where it has no interval.
+CLEAR = 0.95
 #: Of what the passes' spread is told.
 SPREAD = ("req_s", "seq_s", "img_s", "output_tok_s", "e2e_p50_s", "ttft_p50_s", "tpot_p50_s")
 
@@ -350,13 +352,22 @@ def _ratio(above: float, below: float) -> float:
 
 
 def verdict(speedup: float, low: float = NAN, high: float = NAN) -> str:
-    """A speed-up in words: "1.8x faster", "0.90x: slower", "no difference shown" when the interval holds 1."""
+    """A speed-up in words: "1.8x faster", "0.90x: slower", "no difference shown" when the interval holds 1.
+
+    Without an interval there is no difference within 5 %.
+    """
     if not math.isfinite(speedup):
         return "not comparable"
     text = ratio_text(speedup)
-    if math.isfinite(low) and low <= 1 <= high:
-        return f"{text}: no difference shown"
-    return f"{text} faster" if speedup > 1 else f"{text}: slower"
+    if is_worse(speedup, high):
+        return f"{text}: slower"
+    faster = low > 1 if math.isfinite(low) else speedup > 1 / CLEAR
+    return f"{text} faster" if faster else f"{text}: no difference shown"
+
+
+def is_worse(ratio: float, high: float = NAN) -> bool:
+    """Whether a ratio tells of a loss: its interval, up to `high`, lies below 1; without one, it is clearly below."""
+    return high < 1 if math.isfinite(high) else ratio < CLEAR
 
 
 def ratio_text(ratio: float) -> str:

@@ -13,7 +13,7 @@ from miinb.commands.screen import Table
 from miinb.commands.settings import PREFIX, Settings, user_file
 from miinb.errors import InvalidValue, MiinbError
 from miinb.wording import size_words
-from miinb.writing import check_file, check_folder
+from miinb.writing import HTML, check_file, check_folder
 
 if TYPE_CHECKING:
     from miinb.bench.records import Runs
@@ -66,7 +66,7 @@ def _check_places(places: Sequence[tuple[str, str | None]]) -> None:
         if path and place == "save":
             check_folder(path)
         elif path:
-            check_file(path, (".html", ".htm"))
+            check_file(path, HTML)
 
 
 def _write(context: Context, values: Values, runs: Runs, places: Sequence[tuple[str, str | None]]) -> None:

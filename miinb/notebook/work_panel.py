@@ -93,7 +93,7 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
         return cards.card(type(self).__name__, foot="No answer yet.")
 
     def _summary(self) -> str:
-        """One line about what is shown."""
+        """One line about what is shown; asked where there is something."""
         return ""
 
     def _set_busy(self, busy: bool) -> None:
@@ -123,7 +123,8 @@ class WorkPanel(W.VBox):  # type: ignore[misc]
     def pin(self, _: Any = None) -> None:
         """Write what is shown as static output below the panel."""
         with self._lock:
-            self._pin(self._card(), self._summary())
+            card = self._card()
+            self._pin(card, self._summary() if card is not None else "")
 
     def _pin(self, card: cards.Card | None, summary: str) -> None:
         """Write a card below the panel. The lock is held."""

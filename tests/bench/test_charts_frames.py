@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from miinb.bench import charts
+from miinb.bench.charts.style import new_axes, plain_log_ticks
 from miinb.commands.keeping import CHARTS
 from miinb.errors import InvalidValue
 
@@ -52,6 +53,30 @@ def test_a_logarithmic_axis_has_some_ticks(slow: float, ticks: int) -> None:
     shown = [label.get_text() for at, label in zip(chart.get_xticks(), chart.get_xticklabels(), strict=True)]
     assert len(shown) >= ticks
     assert all(low <= at <= high for at in chart.get_xticks())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.024, 2.4, "0.05 0.1 0.2 0.5 1 2"),
+        (0.25, 95.0, "0.5 1 2 5 10 20 50"),
+        (0.008, 4.5, "0.01 0.03 0.1 0.3 1 3"),
+        (0.3, 40_000.0, "1 10 100 1,000 10,000"),
+        (7.0, 36.0, "12 18 24 30 36"),
+    ],
+)
+def test_a_logarithmic_axis_has_numbers_from_end_to_end(low: float, high: float, ticks: str) -> None:
+    ax = new_axes(None, 3)
+    plain_log_ticks(ax, low, high)
+    assert " ".join(label.get_text() for label in ax.get_xticklabels()) == ticks
+
+
+def test_a_logarithmic_axis_has_room_for_whiskers() -> None:
+    times = [*[0.01] * 12, *[1.0] * 76, *[90.0] * 12]
+    ax = charts.latency(pd.DataFrame({"arm": "a", "e2e_s": times}), log=True)
+    low, high = ax.get_xlim()
+    assert low < 0.01
+    assert high > 90 * 2  # the label stands behind the whisker
 
 
 def test_what_is_no_axes_and_no_column_is_said() -> None:

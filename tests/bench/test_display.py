@@ -61,6 +61,19 @@ def test_the_answers_stand_before_the_times() -> None:
     assert columns[:6] == ["arm", "dtype", "load", "speed-up", "same answers", "n"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "n", "loses"),
+    [(2.06, 24, False), (2.4, 24, True), (2.06, 2, False), (2.4, 2, True)],  # two requests have no interval
+)
+def test_slower_is_what_the_interval_says(tmp_path: Path, seconds: float, n: int, loses: bool) -> None:
+    runs = make({"baseline": 2.0, "optimized": seconds}, n=n)
+    report = runs.report(tmp_path / "report.html").read_text()
+    assert runs.summary["speedup_hi"].notna().any() == (n > 2)
+    for text in (repr(runs), runs._repr_html_(), report, words(charts.latency(runs)), runs.compare().to_string()):
+        assert ("slower" in text) == loses
+        assert f"{2.0 / seconds:.2f}x" in text
+
+
 def test_the_notes_say_of_what_speedups_are_and_against_which_arm() -> None:
     plain, ranks = make(TWO), make({"1 rank": 2.0, "2 ranks": 1.0}, run_id="r2")
     replicas = make({"1 replica": 2.0, "2 replicas": 1.0}, run_id="r3")

@@ -3,16 +3,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from miinb.bench import charts, presets
 from miinb.bench.floor import token_bytes
 from miinb.bench.headline import __main__ as command
-from miinb.bench.headline import arms, figures, floors, profile
+from miinb.bench.headline import arms, figures, floors, isolation, profile
 from miinb.bench.headline.book import Book
 from miinb.bench.headline.isolation import Worker
 from miinb.bench.headline.suites import ARMS, DEFAULT_SUITES, TINY, Choice, Job, Sizes, jobs, workload
@@ -207,24 +210,57 @@ def test_what_cannot_be_loaded_is_an_error_of_its_own_process(folders: dict[str,
     missing = dataclasses.replace(job(folders, "optimized", "decode"), folder="/nowhere/llama")
     with pytest.raises(MiinbError, match="/nowhere/llama"):
         list(worker.run(missing, RATES))
-    assert not multiprocessing.active_children()
+    assert not [child for child in psutil.Process().children() if isolation.__name__ in child.cmdline()]
 
 
 REPORTER = """
 import os
+import sys
 
 from miinb.bench.headline.trace import Measured
 
 def run_job(job, rates):
+    if job.model == "ends":
+        sys.exit(3)
     yield Measured(job.model, facts={"spins": os.environ["GOMP_SPINCOUNT"]})
 """
+#: As a user writes it: without `if __name__ == "__main__"`.
+SCRIPT = """
+from miinb.bench.headline.isolation import Worker
+from miinb.bench.headline.suites import ARMS, Job
+from miinb.errors import MiinbError
+
+print("begun")
+worker = Worker("reporter")
+for model in ("m", "ends", "m"):
+    try:
+        print([found.suite for found in worker.run(Job(model, "", ARMS["optimized"], "cpu", "fp32", ()))])
+    except MiinbError as error:
+        print(error)
+worker.close()
+"""
+
+
+def with_reporter(folder: Path) -> str:
+    """A path for modules that has the reporter too."""
+    (folder / "reporter.py").write_text(REPORTER)
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def test_a_script_is_run_once_whatever_ends_in_the_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": with_reporter(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == ["begun", "['m']", "The process died (exit status 3).", "['m']"]
+    assert not done.stderr
 
 
 def test_an_arm_waits_for_its_threads_as_a_rank_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, str]
 ) -> None:
-    (tmp_path / "reporter.py").write_text(REPORTER)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", with_reporter(tmp_path))
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     worker = Worker("reporter")

@@ -219,6 +219,15 @@ def test_nothing_is_measured_that_cannot_be_kept(measured: StandIn, tmp_path: Pa
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_report_is_html(measured: StandIn, tmp_path: Path) -> None:
+    runs = measured.bench(requests=2, new_tokens=2, warmup=0)
+    with pytest.raises(InvalidValue, match=r"x.pdf: the ending '.pdf' is not known") as refused:
+        runs.report(tmp_path / "x.pdf")
+    assert "Use .html or .htm." in refused.value.hint
+    assert not list(tmp_path.iterdir())
+    assert runs.report(tmp_path / "new" / "x.HTM").exists()
+
+
 def test_a_run_that_could_not_be_written_is_shown(
     measured: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,11 @@ def test_verdicts_say_slower_in_words() -> None:
     assert verdict(5.66, 5.1, 6.0) == "5.7x faster"
     assert verdict(0.9, 0.85, 0.95) == "0.90x: slower"
     assert verdict(1.02, 0.97, 1.08) == "1.02x: no difference shown"
+    assert verdict(0.99, 0.89, 1.28) == "0.99x: no difference shown"
+    assert verdict(0.97) == "0.97x: no difference shown"
+    assert verdict(1.04) == "1.04x: no difference shown"
+    assert verdict(0.94) == "0.94x: slower"
+    assert verdict(1.06) == "1.06x faster"
     assert verdict(math.nan) == "not comparable"
     assert ratio_text(41.3) == "41x"
 

@@ -141,6 +141,12 @@ def test_blind_sides_are_unlabeled_until_the_vote(make: Make) -> None:
     assert orders == {"plain", "swift"}
 
 
+def test_an_empty_panel_says_that_there_is_nothing_to_pin(make: Make) -> None:
+    _, _, shown = make()
+    shown.pin()
+    assert "nothing to pin" in shown.status.value
+
+
 def test_votes_are_a_frame(make: Make) -> None:
     _, _, shown = make()
     assert shown.votes.empty

@@ -81,6 +81,12 @@ def test_each_task_shows_its_answer_and_saves_it(make: Make, task: str) -> None:
     assert session.asked
 
 
+def test_an_empty_panel_says_that_there_is_nothing_to_pin(make: Make) -> None:
+    _, shown = make("fill-mask")
+    shown.pin()
+    assert "nothing to pin" in shown.status.value
+
+
 @pytest.mark.parametrize("task", sorted(PREDICTIONS))
 def test_hostile_text_is_no_markup(make: Make, task: str) -> None:
     probe = "<img src=x onerror=alert(1)>"

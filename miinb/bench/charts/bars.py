@@ -48,6 +48,8 @@ def latency(
     rows = bars.rows
     if metric == "e2e_s" and names.encoding(rows):
         bars.notes = {index: f"{number(s * 1e3)} ms in the model" for index, s in rows["model_p50_s"].dropna().items()}
+    if metric == "e2e_s":
+        bars.at_most = rows["speedup_hi"]
     bars.low = rows[f"{short}_p5_s"].fillna(rows[f"{short}_min_s"])
     bars.high = rows[f"{short}_p95_s"].fillna(rows[f"{short}_max_s"])
     alone = rows["n"] == 1  # one request has no spread

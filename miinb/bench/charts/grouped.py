@@ -20,7 +20,7 @@ from miinb.bench.charts.style import (
     plain_numbers,
 )
 from miinb.bench.records import NAN
-from miinb.bench.summary import ratio_text
+from miinb.bench.summary import is_worse, ratio_text
 from miinb.errors import InvalidValue
 from miinb.wording import number
 
@@ -48,6 +48,7 @@ class Bars:
         self.rows, self.values, self.lower_is_better = rows, values.astype(float), lower_is_better
         self.worse = worse
         self.low = self.high = pd.Series(NAN, index=rows.index)
+        self.at_most = self.low  # where the intervals of the ratios end, if they have some
         self.ends = self.values  # where the bars end that labels stand behind
         self.notes: dict[Any, str] = {}  # by index: what the label says after value and ratio
         self.dots = False
@@ -103,7 +104,9 @@ class Bars:
         ax.set_yticks(ticks, texts)
         ax.set_ylim(y - GAP - 1 + 0.6, -0.6 - (0.35 if order != [""] else 0.0))
         if self.dots:
-            plain_log_ticks(ax, float(self.values.min()) * scale / 3, float(self.values.max()) * scale * 12)
+            ends = pd.concat([self.values, self.ends, self.low, self.high])
+            ends = ends[ends > 0] * scale  # a whisker that ends at 0 has no place on the axis
+            plain_log_ticks(ax, float(ends.min()) / 3, float(ends.max()) * 12)
         else:
             leave_room(ax)
         ax.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
@@ -145,7 +148,7 @@ class Bars:
         if not (base > 0 and value > 0):
             return ""
         ratio = base / value if self.lower_is_better else value / base
-        return f"{ratio_text(ratio)}: {self.worse}" if ratio < 0.995 else ratio_text(ratio)
+        return f"{ratio_text(ratio)}: {self.worse}" if is_worse(ratio, self.at_most[index]) else ratio_text(ratio)
 
     def finish(self, ax: Any, title: str, what: str, *, below: float = 0.0) -> Any:
         """Title, caption and footer; `below` as `style.finish` has it."""

@@ -54,6 +54,8 @@ INK, SOFT, GRID = "#1a1a1a", "#4d4d4d", "#dddddd"
 WIDTH_IN = 7.4
 WRAP = 122
 DPI = 144
+#: Of a logarithmic axis: as many as have room in a narrow panel.
+MOST_TICKS = 7
 
 
 class _Shown:
@@ -272,11 +274,15 @@ def unit_word(unit: str) -> str:
 def plain_log_ticks(ax: Any, low: float, high: float) -> None:
     """A logarithmic x axis from `low` to `high` with ticks at 1, 2, 5 times powers of ten, as plain numbers.
 
-    An axis that has not three of these has round numbers at equal steps.
+    Where these are too many they are at 1 and 3 times, or at powers of ten alone. An axis that has not three of them
+    is short: round numbers at equal steps.
     """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low < 100 else (1,)
-    ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
     if len(ticks) < 3:
         ticks = _even_ticks(low, high)
     ax.set_xscale("log")

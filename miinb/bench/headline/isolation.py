@@ -1,13 +1,19 @@
-"""The process that the arms run in: a crash, a hang or memory that is not given back costs one arm, not the run."""
+"""The process that the arms run in: a crash, a hang or memory that is not given back costs one arm, not the run.
+
+It is `python -m` this module: a process of multiprocessing would run the user's script once more.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +21,7 @@ from miinb import hardware
 from miinb.bench.headline.book import Job
 from miinb.bench.headline.trace import Measured, error_text
 from miinb.errors import MiinbError
+from miinb.launching import environment
 from miinb.spinning import openmp_waiting
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ class Worker:
 
     def __init__(self, runner: str = "miinb.bench.headline.arms") -> None:
         self._runner = runner
-        self._process: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
     def rates(self, device: str, dtype: str, *, small: bool) -> Rates:
@@ -66,26 +73,26 @@ class Worker:
         """End the process; its GPU memory is free when this returns."""
         if self._connection is not None:
             self._connection.close()
-        if self._process is not None:
-            self._process.join(5.0)
-            if self._process.exitcode is None:
-                self._process.kill()
-                self._process.join()
+        if self._process is not None and _ended(self._process) is None:
+            self._process.kill()
+            self._process.wait()
         self._process = self._connection = None
 
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = Pipe()
+        with theirs:
+            end = theirs.fileno()
+            command = [sys.executable, "-P", "-m", __name__, str(end), self._runner]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment(), pass_fds=[end])
+        return process, ours
+
     def _ask(self, question: tuple[Any, ...], limit_s: float) -> Iterator[Any]:
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs, self._runner))
-            self._process.start()
-            theirs.close()
-        connection = self._connection
-        if connection is None:  # set together with the process
-            raise MiinbError("The process that runs the arms has no connection.")
+        if self._process is None or self._connection is None:
+            self._process, self._connection = self._start()
+        process, connection = self._process, self._connection
         deadline, healthy = time.monotonic() + limit_s, False
-        connection.send(question)
         try:
+            connection.send(question)
             while True:
                 if not connection.poll(max(deadline - time.monotonic(), 0.0)):
                     raise MiinbError(f"The arm took more than {limit_s:.0f} s and was ended.")
@@ -97,11 +104,17 @@ class Worker:
                     raise MiinbError(value)
                 yield value
         except (EOFError, ConnectionError):
-            self._process.join(5.0)
-            raise MiinbError(f"The process died (exit status {self._process.exitcode}).") from None
+            raise MiinbError(f"The process died (exit status {_ended(process)}).") from None
         finally:
             if not healthy:
                 self.close()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status of a process that is about to end; None while it goes on."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5.0)
+    return process.returncode
 
 
 def serve(connection: Connection, runner: str) -> None:
@@ -118,7 +131,7 @@ def serve(connection: Connection, runner: str) -> None:
     while True:
         try:
             kind, *arguments = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             if kind == "rates":
@@ -132,3 +145,7 @@ def serve(connection: Connection, runner: str) -> None:
             return
         except Exception as error:  # whatever it is, the parent records it and goes on with another process
             connection.send(("error", error_text(error)))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), sys.argv[2])
