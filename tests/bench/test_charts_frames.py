@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from miinb.bench import charts
 from miinb.commands.keeping import CHARTS
 from miinb.errors import InvalidValue
+from tests.bench.test_records import make
 
 FRAMES = {
     "requests": {"arm": ["a", "b"], "e2e_s": [1.0, 2.0]},
@@ -64,3 +65,12 @@ def test_what_is_no_axes_and_no_column_is_said() -> None:
     twice = pd.DataFrame({"arm": ["a", "b", "c"] * 2, "e2e_p50_s": [1.0] * 6, "concurrency": [1] * 3 + [8] * 3})
     with pytest.raises(InvalidValue, match="concurrency == 8"):
         charts.waterfall(twice)
+
+
+def test_a_caption_has_the_share_of_cached_tokens_of_all_loads_together() -> None:
+    from miinb.bench.charts import frames
+
+    summary = make().summary
+    summary = pd.concat([summary.assign(cached_share=0.0, n=30), summary.assign(cached_share=0.8, n=10)])
+    (line,) = [line for line in frames.caption(summary, "") if "prefix cache" in line]
+    assert "20% of the prompt tokens" in line
