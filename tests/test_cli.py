@@ -256,3 +256,43 @@ def test_ctrl_c_says_one_line(
     monkeypatch.setattr(commands, "execute", stopped)
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == f"miinb: {said}\n"
+
+
+@pytest.mark.parametrize("name", ["stop", "restart", "status", "logs", "keep", "reset", "plan", "bench"])
+def test_a_line_names_one_deployment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = commands.Context(prog="%mii")
+    asked: list[str | None] = []
+
+    def session(name: str | None = None) -> None:
+        asked.append(name)
+        raise KeyError(name)
+
+    monkeypatch.setattr(context, "session", session)
+    monkeypatch.setattr(context, "names", lambda: ["a", "b"])
+    command = commands.find(name)
+    placed = ["-s", "a"] if name == "bench" else ["a"]
+
+    def run(*words: str) -> None:
+        commands.execute(context, command, commands.parse(command, list(words), prog="%mii"))
+
+    with pytest.raises(InvalidValue, match=rf"{name}: .*a'? and -d b"):
+        run(*placed, "-d", "b")
+    for words in ([*placed, "-d", "a"], placed, ["-d", "a"]):
+        with pytest.raises(KeyError):
+            run(*words)
+    assert asked == ["a"] * 3
+
+
+def test_a_terminal_is_told_what_lasts_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["use", "a"]) == 2
+    assert "export MIINB_DEFAULT_SESSION=NAME" in capsys.readouterr().err
+    assert cli.main(["reset", "a"]) == 2
+    assert "a terminal's chat is one turn" in capsys.readouterr().err
+    for prog, lasting in (("miinb", "export MIINB_DEFAULT_SESSION=NAME"), ("%mii", "%mii use NAME")):
+        context = commands.Context(prog=prog)
+        monkeypatch.setattr(context, "names", lambda: ["a", "b"])
+        with pytest.raises(InvalidValue, match=lasting):
+            context.session()
+    assert "in a terminal one turn" in commands.help_text("miinb", "chat").replace("\n", " ")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands import picturing
-from miinb.commands.context import STDIN, Context, stdin
+from miinb.commands.context import STDIN, Context, named, stdin
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
 from miinb.errors import InvalidRequest, InvalidValue
 from miinb.tasks import find_task
@@ -102,7 +102,7 @@ def _batch(text: str, how: str | None) -> list[str]:
 
 
 def chat(context: Context, values: Values, body: str | None) -> Result:
-    """The next turn of a conversation; `reset` begins a new one."""
+    """The next turn of a conversation; `reset` begins a new one. Of a terminal each is the first."""
     text = _text(context, values, body, "chat")
     session = _generating(context, values)
     turns = list(context.chats.get(session.name, ()))
@@ -119,6 +119,8 @@ def chat(context: Context, values: Values, body: str | None) -> Result:
 
 def reset(context: Context, values: Values, body: str | None) -> str:
     """Forget the conversation with a deployment."""
-    session = context.session(values["name"] or values["deployment"])
+    if not context.in_notebook:
+        raise InvalidValue("reset: a terminal's chat is one turn, which nothing remembers.")
+    session = context.session(named(values, "reset"))
     context.chats.pop(session.name, None)
     return f"The conversation with {session.name} begins anew."

@@ -38,7 +38,10 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
         raise InvalidValue("bench: --plot needs a notebook.", hint="--report FILE.html has the charts.")
     places = [("save", values["save"] or context.settings.run_dir), ("report", values["report"])]
     _check_places(places)  # a run that cannot be kept is not worth its time
-    sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
+    names, one = values["deployments"] or [values["deployment"]], values.get("deployment")
+    if one and names != [one]:
+        raise InvalidValue(f"bench: -s {','.join(names)} and -d {one}.", hint="Give one of them.")
+    sessions = [context.session(name) for name in names]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
     kept = context.keep_run(fields.get("run"), runs)
     if fields.get("run") not in (None, kept) and not values.get("quiet"):
