@@ -16,6 +16,7 @@ from miinb.bench.checks import Answered, TextAnswer
 from miinb.bench.measures import fill
 from miinb.bench.records import Record
 from miinb.bench.workload import Job, check_texts, generation_params, load_words, tokenizer_offsets
+from miinb.errors import InvalidValue
 
 if TYPE_CHECKING:
     from miinb.config import BenchConfig
@@ -30,12 +31,14 @@ class Texts:
     """See `kinds.Kind`.
 
     Raises:
-        InvalidValue: the prompts are no texts, or do not fit the models.
+        InvalidValue: the prompts are no texts, or do not fit the models; or a field would not act.
     """
 
     make = None
 
     def __init__(self, config: BenchConfig, arms: Sequence[Arm], stop: threading.Event) -> None:
+        if config.temperature != 1.0 and not config.do_sample:
+            raise InvalidValue("temperature: acts only with do_sample=True.")
         check_texts(config, str(arms[0].session.task or "text-generation"))
         self.config = _with_new_prompts(config)
         self.offsets = tokenizer_offsets(arms[0].tokenizer_folder)

@@ -381,3 +381,13 @@ def test_a_run_asks_for_no_prompts_of_an_earlier_one_unless_their_seed_is_given(
     given = bench(session, ["a b c d e f"] * 4, warmup=0, requests=4, new_tokens=2, progress=_quiet)
     (env,) = given.env.values()
     assert env["warnings"] == ["prompts repeat: a prefix cache can help"]
+
+
+def test_a_temperature_without_a_draw_is_refused() -> None:
+    session = StandIn()
+    with pytest.raises(InvalidValue, match="temperature: acts only with do_sample=True"):
+        bench(session, temperature=0.2, progress=_quiet)
+    assert not session.calls
+    runs = bench(session, temperature=0.2, do_sample=True, requests=1, warmup=0, new_tokens=2, progress=_quiet)
+    assert len(runs.requests) == 1
+    assert session.calls[0]["temperature"] == 0.2
