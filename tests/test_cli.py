@@ -13,7 +13,7 @@ import pytest
 
 import miinb
 from miinb import cli, commands, registry
-from miinb.commands import keeping
+from miinb.commands import generating, keeping, measuring
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
@@ -296,3 +296,19 @@ def test_a_terminal_is_told_what_lasts_there(
         with pytest.raises(InvalidValue, match=lasting):
             context.session()
     assert "in a terminal one turn" in commands.help_text("miinb", "chat").replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "text", ["---\none\n\nline\n---\ntwo\n---\n", "one\n\nline\n---\n---\n\ntwo", "\n---\none\n\nline\n---\ntwo"]
+)
+def test_parts_stand_between_lines_of_dashes(text: str) -> None:
+    assert measuring.prompts_in(text) == generating.parts_of(text) == ["one\n\nline", "two"]
+
+
+def test_a_line_of_dashes_is_no_prompt() -> None:
+    assert measuring.prompts_in("---\none\ntwo") == ["one\ntwo"]
+    assert measuring.prompts_in("one --- and\n\ntwo\n") == ["one --- and", "two"]
+
+
+def test_dashes_alone_are_no_prompt() -> None:
+    assert cli.main(["gen", "--batch", "parts", "--", "---"]) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import Context
+from miinb.commands.generating import parts_of
 from miinb.commands.options import BENCH, given
 from miinb.commands.screen import Table
 from miinb.commands.settings import PREFIX, Settings, user_file
@@ -94,8 +95,8 @@ def _write(context: Context, values: Values, runs: Runs, places: Sequence[tuple[
 
 def prompts_in(body: str) -> list[Any]:
     """Parts between lines of "---"; without such a line every line is a prompt. Where all are JSON objects, these."""
-    parts = body.split("\n---\n") if "\n---\n" in body else body.splitlines()
-    texts = [part.strip("\n") for part in parts if part.strip()]
+    lines = body.splitlines()
+    texts = parts_of(body) if "---" in lines else [line for line in lines if line.strip()]
     if not all(text.lstrip().startswith("{") for text in texts):
         return texts
     try:
