@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -312,3 +313,10 @@ def test_a_line_of_dashes_is_no_prompt() -> None:
 
 def test_dashes_alone_are_no_prompt() -> None:
     assert cli.main(["gen", "--batch", "parts", "--", "---"]) == 2
+
+
+def test_what_the_encoding_of_a_terminal_lacks_is_escaped() -> None:
+    code = "import miinb.commands as c, miinb.cli; c.overview = lambda prog: 'a \\u00e4'; miinb.cli.main(['-h'])"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("a \\xe4\n", "")

@@ -74,3 +74,15 @@ def test_a_caption_has_the_share_of_cached_tokens_of_all_loads_together() -> Non
     summary = pd.concat([summary.assign(cached_share=0.0, n=30), summary.assign(cached_share=0.8, n=10)])
     (line,) = [line for line in frames.caption(summary, "") if "prefix cache" in line]
     assert "20% of the prompt tokens" in line
+
+
+def test_a_hint_names_an_option_that_the_chart_has() -> None:
+    with pytest.raises(InvalidValue, match="no option 'foo'") as failure:
+        charts.draw("latency", make(), foo=1)
+    assert failure.value.hint == f"Known: {', '.join(sorted(charts.options_of('latency')))}."
+
+
+@pytest.mark.parametrize("slo_s", [-1, 0, math.nan, math.inf])
+def test_an_objective_is_a_time(slo_s: float) -> None:
+    with pytest.raises(InvalidValue, match=r"slo_s: .* is no time above 0"):
+        charts.frontier(make(), slo_s=slo_s)
