@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: the command line without the program's name; None takes the process's.
     """
     words = list(sys.argv[1:] if words is None else words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown all the same
     try:
         code = _run(words)
         sys.stdout.flush()  # now, that a full disk is told like any other error

@@ -363,6 +363,7 @@ class BenchConfig(PictureFields):
         sweep: "concurrency" (or True) or "rate": doubles the load from 1 (or from the one that is given) until every
             arm is saturated, or past `sweep_limit`.
         slo: limits in seconds, "ttft=0.5,tpot=0.05,e2e=2" or a mapping; what meets all of them is goodput.
+        prompt_seed: of synthetic prompts to generate from; None: `seed` where it is given, else a new one for each run.
         check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none"; of pictures how
             far they differ, unless it is "none".
         price: US dollars per GPU-hour (or per machine-hour without a GPU), the user's; None leaves cost empty.
@@ -382,6 +383,7 @@ class BenchConfig(PictureFields):
     sweep_limit: Annotated[float, Field(gt=0, le=4096)] = 256.0
     slo: Annotated[dict[str, float] | None, BeforeValidator(read_slo)] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    prompt_seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     price: Annotated[float, Field(ge=0)] | None = None
     check: Literal["exact", "close", "none"] = "exact"
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None

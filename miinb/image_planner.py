@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from miinb.calibration import is_given
 from miinb.config import DeploymentConfig
 from miinb.errors import InvalidValue, OutOfMemory, UnsupportedModel
 from miinb.fitting import Place
@@ -26,6 +27,8 @@ def refuse(config: DeploymentConfig, pipeline: Pipeline) -> None:
         "options.compile": options.compile,
         "options.offload": options.offload != "off",
         "options.speculative": options.speculative != "off",
+        "options.calibration": is_given(options.calibration),
+        "options.quantize_head": not options.quantize_head,
     }
     hints = {
         "tensor_parallel": "replicas=N serves copies of it.",

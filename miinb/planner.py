@@ -15,7 +15,7 @@ from miinb.fitting import USABLE, Place, does_not_fit, live_parameters
 from miinb.hardware import Gpu, Hardware
 from miinb.messages import Plan
 from miinb.models import DTYPE_BYTES, FP8_CAPABILITY, ModelInfo
-from miinb.quantized_planner import QUANTIZED, quantized
+from miinb.quantized_planner import QUANTIZED, check_options, quantized
 from miinb.tasks import TASKS
 from miinb.wording import size_words
 
@@ -190,6 +190,7 @@ def _device(choice: Plan, config: DeploymentConfig, hardware: Hardware, groups: 
 def _dtype(
     choice: Plan, config: DeploymentConfig, model: ModelInfo, hardware: Hardware, groups: list[list[Gpu]]
 ) -> Plan:
+    check_options(config)
     asked = config.dtype if config.dtype != "auto" else model.dtype
     origin = "the checkpoint's" if config.dtype == "auto" else "asked for"
     if asked in QUANTIZED:

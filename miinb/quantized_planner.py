@@ -17,6 +17,14 @@ TO_THE_NEAREST = "int4 is rounded to the nearest, which loses more"
 _MOST_ON_CPU = 300_000_000
 
 
+def check_options(config: DeploymentConfig) -> None:
+    """Raise InvalidValue for an option that acts only with another dtype."""
+    if is_given(config.options.calibration) and config.dtype != "int4":
+        raise InvalidValue("options.calibration: acts only with dtype='int4'.", hint="Leave it out.")
+    if not config.options.quantize_head and config.dtype not in QUANTIZED:
+        raise InvalidValue("options.quantize_head: acts only with dtype='int8', 'int4' or 'fp8'.", hint="Leave it out.")
+
+
 def quantized(choice: Plan, config: DeploymentConfig, model: ModelInfo, groups: list[list[Gpu]]) -> Plan:
     """The plan with a quantized dtype, the configuration's, and a line on what is in it.
 

@@ -123,7 +123,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diagnosis": ("registry", "hardware", "wording"),
     "splitting": CORE,
     "encoder_planner": (*CORE, "hardware"),
-    "image_planner": (*CORE, "fitting", "quantized_planner"),
+    "image_planner": (*CORE, "fitting", "quantized_planner", "calibration"),
     "fitting": (*CORE, "hardware", "quantized_planner"),
     "calibration": ("errors", "wording"),
     "offloading": ("errors",),

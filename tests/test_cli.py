@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 import miinb
 from miinb import cli, commands, registry
-from miinb.commands import keeping
+from miinb.commands import generating, keeping, measuring
 from miinb.commands.options import BENCH, DEPLOYMENT, ENGINE, GENERATION
 from miinb.config import BenchConfig, DeploymentConfig, EngineOptions, GenerationParams
 from miinb.demo import tiny_model
@@ -256,3 +257,66 @@ def test_ctrl_c_says_one_line(
     monkeypatch.setattr(commands, "execute", stopped)
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == f"miinb: {said}\n"
+
+
+@pytest.mark.parametrize("name", ["stop", "restart", "status", "logs", "keep", "reset", "plan", "bench"])
+def test_a_line_names_one_deployment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = commands.Context(prog="%mii")
+    asked: list[str | None] = []
+
+    def session(name: str | None = None) -> None:
+        asked.append(name)
+        raise KeyError(name)
+
+    monkeypatch.setattr(context, "session", session)
+    monkeypatch.setattr(context, "names", lambda: ["a", "b"])
+    command = commands.find(name)
+    placed = ["-s", "a"] if name == "bench" else ["a"]
+
+    def run(*words: str) -> None:
+        commands.execute(context, command, commands.parse(command, list(words), prog="%mii"))
+
+    with pytest.raises(InvalidValue, match=rf"{name}: .*a'? and -d b"):
+        run(*placed, "-d", "b")
+    for words in ([*placed, "-d", "a"], placed, ["-d", "a"]):
+        with pytest.raises(KeyError):
+            run(*words)
+    assert asked == ["a"] * 3
+
+
+def test_a_terminal_is_told_what_lasts_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["use", "a"]) == 2
+    assert "export MIINB_DEFAULT_SESSION=NAME" in capsys.readouterr().err
+    assert cli.main(["reset", "a"]) == 2
+    assert "a terminal's chat is one turn" in capsys.readouterr().err
+    for prog, lasting in (("miinb", "export MIINB_DEFAULT_SESSION=NAME"), ("%mii", "%mii use NAME")):
+        context = commands.Context(prog=prog)
+        monkeypatch.setattr(context, "names", lambda: ["a", "b"])
+        with pytest.raises(InvalidValue, match=lasting):
+            context.session()
+    assert "in a terminal one turn" in commands.help_text("miinb", "chat").replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "text", ["---\none\n\nline\n---\ntwo\n---\n", "one\n\nline\n---\n---\n\ntwo", "\n---\none\n\nline\n---\ntwo"]
+)
+def test_parts_stand_between_lines_of_dashes(text: str) -> None:
+    assert measuring.prompts_in(text) == generating.parts_of(text) == ["one\n\nline", "two"]
+
+
+def test_a_line_of_dashes_is_no_prompt() -> None:
+    assert measuring.prompts_in("---\none\ntwo") == ["one\ntwo"]
+    assert measuring.prompts_in("one --- and\n\ntwo\n") == ["one --- and", "two"]
+
+
+def test_dashes_alone_are_no_prompt() -> None:
+    assert cli.main(["gen", "--batch", "parts", "--", "---"]) == 2
+
+
+def test_what_the_encoding_of_a_terminal_lacks_is_escaped() -> None:
+    code = "import miinb.commands as c, miinb.cli; c.overview = lambda prog: 'a \\u00e4'; miinb.cli.main(['-h'])"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("a \\xe4\n", "")

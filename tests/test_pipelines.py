@@ -163,6 +163,8 @@ def test_the_plan_says_what_runs_and_why(made: tuple[Path, Any]) -> None:
         {"engine": "baseline", "options": {"compile": True}},
         {"options": {"offload": "cpu"}},
         {"options": {"speculative": "prompt_lookup"}},
+        {"options": {"calibration": ["Some text."]}},
+        {"dtype": "int8", "options": {"quantize_head": False}},
     ],
     ids=lambda config: next(reversed(config)),
 )

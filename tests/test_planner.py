@@ -536,3 +536,13 @@ def test_quantized_weights_that_cannot_be(tmp_path: Path) -> None:
         planned(TWO_GPUS, encoder(tmp_path), dtype="int4")
     choice = planned(TWO_GPUS, encoder(tmp_path), dtype="int8")
     assert choice.weights_bytes == pytest.approx(85.6e6 * (1 + 2 / 64) + 23.8e6 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
+def test_options_of_quantized_weights_are_refused_without_them(dtype: str) -> None:
+    with pytest.raises(InvalidValue, match=r"options\.calibration: acts only with dtype='int4'"):
+        planned(dtype=dtype, options={"calibration": ["Some text."]})
+    planned(dtype=dtype, options={"calibration": "off"})
+    if dtype != "int8":
+        with pytest.raises(InvalidValue, match=r"options\.quantize_head: acts only with"):
+            planned(dtype=dtype, options={"quantize_head": False})

@@ -16,7 +16,8 @@ from miinb.preparation import prepare
 
 
 def options(**given: Any) -> DeploymentConfig:
-    return DeploymentConfig.parse({"model": str(tiny_model()), "device": "cpu", "options": given})
+    dtype = "int4" if "calibration" in given else "auto"
+    return DeploymentConfig.parse({"model": str(tiny_model()), "device": "cpu", "dtype": dtype, "options": given})
 
 
 def write(file: Path, content: bytes) -> str:

@@ -61,7 +61,7 @@ def narrow(costs: pd.DataFrame) -> pd.DataFrame:
         run_labels(costs) if {"run_id", "name"} <= set(costs) and costs.duplicated(twice).any() else [""] * len(costs)
     )
     rows = [_shown(row, costs, run) for (_, row), run in zip(costs.iterrows(), runs, strict=True)]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).fillna("")
     return frame[[name for name in frame.columns if (frame[name] != "").any()]]
 
 

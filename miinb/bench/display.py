@@ -36,7 +36,7 @@ def narrow(summary: pd.DataFrame) -> pd.DataFrame:
         _row(row, run if many_runs else "", many_models=many_models, many_sizes=many_sizes)
         for (_, row), run in zip(summary.iterrows(), run_labels(summary), strict=True)
     ]
-    return _without_empty(pd.DataFrame(rows).fillna(""))
+    return _without_empty(pd.DataFrame(rows))
 
 
 def run_labels(summary: pd.DataFrame) -> list[str]:
@@ -145,6 +145,8 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that have a text; of rows that lack one it is empty."""
+    frame = frame.fillna("")
     return frame[[name for name in frame.columns if (frame[name] != "").any()]]
 
 

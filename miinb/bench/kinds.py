@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Fields of `BenchConfig` that mean something for some kinds of tasks alone, and what to do instead.
 _OWN: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("text",): ("new_tokens", "do_sample", "temperature"),
+    ("text",): ("new_tokens", "do_sample", "temperature", "prompt_seed"),
     ("text", "encoder"): ("prompt_tokens",),
     ("encoder",): ("batch_size",),
     ("image",): (

@@ -242,9 +242,9 @@ def point_at(
 ) -> Point:
     """One load ("concurrency" or "rate") with its requests, each for so many pictures (None: as configured).
 
-    Synthetic prompts differ from each other and from point to point, so that no prefix cache can help. Prompts that
-    the user gives are used in order, and again when there are more requests. Lengths that are drawn, and the pattern of
-    the arrivals, are those of the seed at every load: loads then differ by the load alone.
+    Synthetic prompts differ from each other and from point to point, so that a prefix cache helps only where an earlier
+    run had the same. Prompts that the user gives are used in order, and again when there are more requests. Lengths
+    that are drawn, and the arrivals, are those of the seed at every load: loads then differ by the load alone.
     """
     concurrency, rate = (int(load), None) if kind == "concurrency" else (None, load)
     source = _Source(config, index, rate, offsets, make, stop or threading.Event())
@@ -295,7 +295,7 @@ class _Source:
     ) -> None:
         self.config, self.index, self.rate = config, index, rate
         self._offsets, self._make, self._stop = offsets, make, stop
-        self._texts = random.Random(f"{config.seed}/{index}")
+        self._texts = random.Random(f"{config.seed if config.prompt_seed is None else config.prompt_seed}/{index}")
         self._lengths = random.Random(f"{config.seed}/lengths")
         self._arrivals = random.Random(f"{config.seed}/arrivals")
         self.images = 1  # of each request

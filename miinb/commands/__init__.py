@@ -25,7 +25,7 @@ from miinb.commands.options import (
 from miinb.commands.parser import Command, build, parse, split, suggest, wants_help
 from miinb.commands.reference import reference
 from miinb.commands.screen import PlainScreen, Screen, Table, as_json, described
-from miinb.commands.settings import Settings
+from miinb.commands.settings import PREFIX, Settings
 from miinb.errors import InvalidValue, did_you_mean
 
 __all__ = [
@@ -51,7 +51,10 @@ __all__ = [
 ]
 
 _WHICH = Option(
-    "deployment", "the deployment (default: the only one, or that of `use`)", short="d", names="deployments"
+    "deployment",
+    "the deployment (default: the only one, or that of `use` (in a notebook) or of the setting default_session)",
+    short="d",
+    names="deployments",
 )
 _NAME = Option("name", "the deployment", positional=True, names="deployments")
 _PROMPT = Option("prompt", "the text", positional=True, many=True)
@@ -112,7 +115,13 @@ COMMANDS: dict[str, Command] = {
         ),
         Command("attach", "join a running deployment", actions.attach, (_NAME,), example="attach chat"),
         Command("list", "show the running deployments", actions.list_deployments, (_JSON,)),
-        Command("use", "choose the deployment for commands without -d", actions.use, (_NAME,), example="use chat"),
+        Command(
+            "use",
+            f"choose the deployment for commands without -d (in a notebook; in a terminal: {PREFIX}DEFAULT_SESSION)",
+            actions.use,
+            (_NAME,),
+            example="use chat",
+        ),
         Command(
             "status",
             "show how a deployment is",
@@ -184,7 +193,7 @@ COMMANDS: dict[str, Command] = {
                 GREEDY,
                 *IMAGES,
                 _BATCH,
-                Option("chat", "ask through the model's chat template; `chat` also remembers", read=None),
+                Option("chat", "ask through the model's chat template; in a notebook `chat` also remembers", read=None),
                 *_ANSWER,
             ),
             body="the prompt",
@@ -193,14 +202,14 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "chat",
-            "talk with a model, turn by turn",
+            "talk with a model, turn by turn (in a terminal one turn, which nothing remembers)",
             generating.chat,
             (_PROMPT, _WHICH, *GENERATION, GREEDY, *_ANSWER),
             body="what you say",
             example='chat "Who wrote Faust?"',
             streams=True,
         ),
-        Command("reset", "forget the conversation of chat", generating.reset, (_NAME, _WHICH)),
+        Command("reset", "forget the conversation of chat (in a notebook)", generating.reset, (_NAME, _WHICH)),
         Command(
             "predict",
             "classify, find entities, answer questions, fill masks, embed",

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.context import ENDED, Context
+from miinb.commands.context import ENDED, Context, named
 from miinb.commands.options import DEPLOYMENT, ENGINE, given
 from miinb.commands.screen import Table
 from miinb.config import DeploymentConfig
@@ -167,7 +167,9 @@ def _duration(seconds: float) -> str:
 
 
 def use(context: Context, values: Values, body: str | None) -> str:
-    """Choose the deployment that commands take without -d."""
+    """Choose the deployment that a notebook's commands take without -d."""
+    if not context.in_notebook:
+        raise InvalidValue("use: holds for a notebook; in a terminal each command begins anew.", hint=context.choice)
     session = context.session(_needed(values, "name", "use"))
     context.default = session.name
     return f"Commands without -d now go to {session.name}."
@@ -178,33 +180,32 @@ def plan(context: Context, values: Values, body: str | None) -> Plan:
     from miinb.preparation import prepare
 
     subject, options = values["subject"], _deployment_options(values)
-    if subject in (None, *context.sessions, *context.names()):
+    deployment = named(values, "plan", "subject")
+    if values["deployment"] or subject in (None, *context.sessions, *context.names()):
         if options:
             raise InvalidValue(
                 f"plan: {next(iter(options))} goes with a model, not with a deployment.",
                 hint="Give a folder or a hub name.",
             )
-        return context.session(subject or values["deployment"]).plan()
-    if values["deployment"]:
-        raise InvalidValue(f"plan: {subject!r} and -d {values['deployment']}.", hint="Give one of them.")
+        return context.session(deployment).plan()
     return prepare(DeploymentConfig.parse({"model": subject, **options})).plan
 
 
 def stop(context: Context, values: Values, body: str | None) -> str:
     """End a deployment (or all of them); all that can be ended is, whatever becomes of the others."""
-    named = values["name"] or values["deployment"]
-    if values["all"] and named:
-        raise InvalidValue(f"stop: {named!r} and --all.", hint="Give one of them.")
-    if values["force"] and not (values["all"] or named):
+    one = named(values, "stop")
+    if values["all"] and one:
+        raise InvalidValue(f"stop: {one!r} and --all.", hint="Give one of them.")
+    if values["force"] and not (values["all"] or one):
         raise InvalidValue("stop: --force takes a name.", hint=f"{context.prog} stop NAME --force")
     done, failed = [], []
-    for name in context.names() if values["all"] else [named]:
+    for name in context.names() if values["all"] else [one]:
         try:
             done.append(_stop(context, name, force=values["force"], drain_s=values["grace"] or 0.0))
         except MiinbError as error:
             if not values["all"]:
                 raise
-            failed.append(error.of(name))
+            failed.append(error.of(name or ""))
     if failed:
         for text in done:
             context.screen.show(text)
@@ -246,7 +247,7 @@ def _gpu_bytes(session: Session) -> int:
 
 def restart(context: Context, values: Values, body: str | None) -> Session:
     """The same configuration again."""
-    name = values["name"] or values["deployment"]
+    name = named(values, "restart")
     ended = context.sessions.get(name or context.default)  # killed, perhaps: its handle begins it anew
     session = ended if ended is not None else context.session(name)
     limits = {} if values["grace"] is None else {"drain_s": values["grace"]}
@@ -256,7 +257,7 @@ def restart(context: Context, values: Values, body: str | None) -> Session:
 
 def keep(context: Context, values: Values, body: str | None) -> str:
     """Let a deployment outlive this notebook."""
-    session = context.session(values["name"] or values["deployment"])
+    session = context.session(named(values, "keep"))
     session.keep()
     return f"{session.name} now outlives this notebook; end it with: {context.prog} stop {session.name}"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from miinb.commands.screen import PlainScreen, Screen
-from miinb.commands.settings import PACKAGE, Settings
+from miinb.commands.settings import PACKAGE, PREFIX, Settings
 from miinb.errors import DeploymentNotFound, InvalidValue, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class Context:
         """Cells, widgets and variables are there."""
         return self.prog.startswith("%")
 
+    @property
+    def choice(self) -> str:
+        """How a deployment is chosen, once and for all that follows: a hint."""
+        lasting = f"{self.prog} use NAME" if self.in_notebook else f"export {PREFIX}DEFAULT_SESSION=NAME"
+        return f"Choose with -d NAME, or for all that follows: {lasting}."
+
     def forget(self, name: str) -> None:
         """Drop what is known of an ended deployment."""
         for kept in (self.sessions, self.configs, self.chats):
@@ -96,7 +103,7 @@ class Context:
         if len(running) > 1:
             raise InvalidValue(
                 f"Several deployments are running: {', '.join(sorted(running))}.",
-                hint=f"Choose with -d NAME, or for all that follows: {self.prog} use NAME.",
+                hint=self.choice,
             )
         return running[0]
 
@@ -118,6 +125,15 @@ class Context:
         if name not in self.runs:
             raise InvalidValue(f"There is no run {name!r}.", hint=did_you_mean(name, self.runs))
         return self.runs[name]
+
+
+def named(values: Mapping[str, Any], command: str, field: str = "name") -> str | None:
+    """The deployment that a line names, by its place or after -d. Raises InvalidValue where these are two."""
+    name: str | None = values[field]
+    deployment: str | None = values["deployment"]
+    if name and deployment and name != deployment:
+        raise InvalidValue(f"{command}: {name!r} and -d {deployment}.", hint="Give one of them.")
+    return name or deployment
 
 
 def stdin(context: Context, command: str) -> TextIO:

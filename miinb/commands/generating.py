@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands import picturing
-from miinb.commands.context import STDIN, Context, stdin
+from miinb.commands.context import STDIN, Context, named, stdin
 from miinb.commands.options import GENERATION, IMAGES, TIMEOUT, given
 from miinb.errors import InvalidRequest, InvalidValue
 from miinb.tasks import find_task
@@ -73,7 +74,8 @@ def _answer(context: Context, values: Values, session: Session, asked: Any, opti
 def gen(context: Context, values: Values, body: str | None) -> Result:
     """New text after a prompt, an answer by the chat template that no conversation remembers, or pictures."""
     text = _text(context, values, body, "gen")
-    prompts = _batch(text, values["batch"])
+    if not (prompts := _batch(text, values["batch"])):
+        raise InvalidValue("gen: the prompt is empty.", hint="It has lines of --- alone.")
     if picturing.makes_images(session := context.session(values["deployment"])):
         return picturing.pictures(context, values, session, prompts)
     session = _generating(context, values)
@@ -95,14 +97,16 @@ def _system(values: Values) -> list[dict[str, str]]:
 def _batch(text: str, how: str | None) -> list[str]:
     if how == "lines":
         return [line for line in text.splitlines() if line.strip()]
-    if how == "parts":
-        parts = ("\n" + text + "\n").split("\n---\n")
-        return [part.strip("\n") for part in parts if part.strip()]
-    return [text]
+    return parts_of(text) if how == "parts" else [text]
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a text between lines of "---"; such lines may be its first and its last."""
+    return [part.strip("\n") for part in re.split(r"^---$", text, flags=re.MULTILINE) if part.strip()]
 
 
 def chat(context: Context, values: Values, body: str | None) -> Result:
-    """The next turn of a conversation; `reset` begins a new one."""
+    """The next turn of a conversation; `reset` begins a new one. Of a terminal each is the first."""
     text = _text(context, values, body, "chat")
     session = _generating(context, values)
     turns = list(context.chats.get(session.name, ()))
@@ -119,6 +123,8 @@ def chat(context: Context, values: Values, body: str | None) -> Result:
 
 def reset(context: Context, values: Values, body: str | None) -> str:
     """Forget the conversation with a deployment."""
-    session = context.session(values["name"] or values["deployment"])
+    if not context.in_notebook:
+        raise InvalidValue("reset: a terminal's chat is one turn, which nothing remembers.")
+    session = context.session(named(values, "reset"))
     context.chats.pop(session.name, None)
     return f"The conversation with {session.name} begins anew."

@@ -108,10 +108,15 @@ def _list(context: Context, folder: str | None) -> Table:
         names = [str(facts.get("name") or run_id) for run_id, facts in saved.env.items()]
         pairs = zip(names, saved.env, strict=True)
         kept = {run_id if names.count(name) > 1 else name: saved.select(run_id) for name, run_id in pairs}
-    rows = [(one_line(key), len(run.requests), _arms(run), _models(run), _created(run)) for key, run in kept.items()]
+    rows = [(one_line(key), _measured(run), _arms(run), _models(run), _created(run)) for key, run in kept.items()]
     note = "" if rows else f"There is no benchmark run yet. Make one: {context.prog} bench"
     columns = ("run", "requests", "arms", "model", "created")
     return Table(columns, rows, title="Benchmark runs" if rows else "", note=note)
+
+
+def _measured(run: Runs) -> int:
+    """How many requests it has, warm-ups not among them."""
+    return int((~run.requests["warmup"]).sum())
 
 
 def _arms(run: Runs) -> str:
@@ -145,8 +150,10 @@ def _show(context: Context, values: Values, run: Runs) -> Runs:
 
 def _drop(context: Context, values: Values, run: Runs) -> str:
     names = values["names"] or [next(reversed(context.runs), "")]
-    if values["load"]:
-        raise InvalidValue("runs drop: only what is in memory.", hint="Remove the run's folder to delete a saved one.")
+    if values["load"] or not context.runs:
+        raise InvalidValue(
+            "runs drop: what is saved is not in memory.", hint="Remove the run's folder to delete a saved one."
+        )
     if unknown := [name for name in names if name not in context.runs]:
         raise InvalidValue(f"runs drop: {unknown[0]!r} is not in memory.", hint=did_you_mean(unknown[0], context.runs))
     for name in names:

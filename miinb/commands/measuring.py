@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miinb.commands.context import Context
+from miinb.commands.generating import parts_of
 from miinb.commands.options import BENCH, given
 from miinb.commands.screen import Table
 from miinb.commands.settings import PREFIX, Settings, user_file
@@ -38,7 +39,10 @@ def bench(context: Context, values: Values, body: str | None) -> Runs:
         raise InvalidValue("bench: --plot needs a notebook.", hint="--report FILE.html has the charts.")
     places = [("save", values["save"] or context.settings.run_dir), ("report", values["report"])]
     _check_places(places)  # a run that cannot be kept is not worth its time
-    sessions = [context.session(name) for name in values["deployments"] or [values["deployment"]]]
+    names, one = values["deployments"] or [values["deployment"]], values.get("deployment")
+    if one and names != [one]:
+        raise InvalidValue(f"bench: -s {','.join(names)} and -d {one}.", hint="Give one of them.")
+    sessions = [context.session(name) for name in names]
     runs: Runs = sessions[0].bench(**fields) if len(sessions) == 1 else miinb.compare(sessions, **fields)
     kept = context.keep_run(fields.get("run"), runs)
     if fields.get("run") not in (None, kept) and not values.get("quiet"):
@@ -91,8 +95,8 @@ def _write(context: Context, values: Values, runs: Runs, places: Sequence[tuple[
 
 def prompts_in(body: str) -> list[Any]:
     """Parts between lines of "---"; without such a line every line is a prompt. Where all are JSON objects, these."""
-    parts = body.split("\n---\n") if "\n---\n" in body else body.splitlines()
-    texts = [part.strip("\n") for part in parts if part.strip()]
+    lines = body.splitlines()
+    texts = parts_of(body) if "---" in lines else [line for line in lines if line.strip()]
     if not all(text.lstrip().startswith("{") for text in texts):
         return texts
     try:

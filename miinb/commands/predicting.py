@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from miinb.commands.context import STDIN, Context, stdin
+from miinb.commands.generating import parts_of
 from miinb.commands.options import PREDICTION, given
 from miinb.errors import InvalidValue
 from miinb.predictions import Predictions
@@ -63,7 +64,7 @@ def _texts(context: Context, values: Values, body: str | None) -> list[Any]:
     if values["batch"] == "lines":
         return _lines(text, "the cell")
     if values["batch"] == "parts":
-        return [part.strip("\n") for part in f"\n{text}\n".split("\n---\n") if part.strip()]
+        return parts_of(text)
     return _json(text) or [text]
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from miinb.commands.context import ENDED, Context
+from miinb.commands.context import ENDED, Context, named
 from miinb.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _CRASH = re.compile(r"Traceback \(most recent call last\)|Fatal Python error|ter
 
 def status(context: Context, values: Values, body: str | None) -> Status:
     """How a deployment is; with --watch again each second, until the user stops it or the deployment has ended."""
-    session = context.session(values["name"] or values["deployment"])
+    session = context.session(named(values, "status"))
     if not values["watch"]:
         return session.status()
     if values["json"]:
@@ -49,7 +49,7 @@ def status(context: Context, values: Values, body: str | None) -> Status:
 
 def logs(context: Context, values: Values, body: str | None) -> str:
     """The end of a deployment's logs: of all lines, or of those that are asked for."""
-    session = context.session(values["name"] or values["deployment"])
+    session = context.session(named(values, "logs"))
     wanted = _filter(values)
     count = 50 if values["lines"] is None else values["lines"]
     if count < 1:

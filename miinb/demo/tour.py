@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miinb.config import parse_generation
+from miinb.config import BenchConfig, parse_generation
 from miinb.demo import MODEL_VARIABLE, default_model, tiny_model
 from miinb.demo.picture_tour import check_folder, picture_tour, title
 from miinb.errors import InvalidValue, MiinbError
@@ -71,7 +71,11 @@ def tour(args: argparse.Namespace) -> None:
     check_folder(args.out)
     prompt = PROMPT if args.prompt is None else args.prompt
     new_tokens = NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-    parse_generation({"max_new_tokens": new_tokens})  # refused now rather than after the start
+    # refused now rather than after the start
+    parse_generation({"max_new_tokens": new_tokens})
+    BenchConfig.parse({"price": args.price})
+    if not prompt:
+        raise InvalidValue("--prompt: it is empty.")
     model = args.model or (tiny_model() if args.tiny else default_model())
     title(1, f"Serving {model}")
     with Session(model, "text-generation", name=None) as optimized:

@@ -106,7 +106,9 @@ class WorkloadControls:
         Raises:
             InvalidValue: a number is none.
         """
-        fields: dict[str, Any] = {"warmup": self.warmup.value, "seed": self.seed.value}
+        fields: dict[str, Any] = {"warmup": self.warmup.value}
+        if self.seed.value:  # else each run has prompts of its own
+            fields["seed"] = self.seed.value
         if self.prompts.value.strip():
             fields["prompts"] = prompts_in(self.prompts.value)
         elif self._kind != "image" and self.prompt_tokens.value.strip() != str(_PROMPT_TOKENS):

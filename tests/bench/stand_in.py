@@ -31,8 +31,8 @@ class Answer:
 
 
 class Stream:
-    def __init__(self, session: StandIn, prompt: str, tokens: list[int]) -> None:
-        self.session, self.prompt, self.tokens = session, prompt, tokens
+    def __init__(self, session: StandIn, prompt: str, tokens: list[int], cached: int = 0) -> None:
+        self.session, self.prompt, self.tokens, self.cached = session, prompt, tokens, cached
         self.cancelled = threading.Event()
         self.result: Answer | None = None
 
@@ -45,7 +45,7 @@ class Stream:
             yield Chunk(f" w{token}", (token,))
         self.result = Answer(
             "".join(f" w{token}" for token in sent),
-            Usage(len(self.prompt.split()), len(sent), 0),
+            Usage(len(self.prompt.split()), len(sent), self.cached),
             Timing(queue_s=self.session.token_s / 10, model_s=len(sent) * self.session.token_s),
             ["cancelled" if self.cancelled.is_set() else "length"],
         )
@@ -57,7 +57,7 @@ class Stream:
 class StandIn:
     """`token_s` seconds a token; from token `differs_from` on answers differ; each `fail_every`-th fails.
 
-    After `dies_after` requests it is gone.
+    After `dies_after` requests it is gone. With `caches` a prompt that was there comes from a prefix cache.
     """
 
     task = "text-generation"
@@ -75,8 +75,9 @@ class StandIn:
         fail_every: int = 0,
         error: MiinbError | None = None,
         dies_after: int | None = None,
+        caches: bool = False,
     ) -> None:
-        self.dies_after = dies_after
+        self.dies_after, self.caches = dies_after, caches
         self.engine, self.name = engine, name or engine
         self.token_s, self.differs_from, self.fail_every, self.error = token_s, differs_from, fail_every, error
         self.config = DeploymentConfig(model=self.model, engine=engine)
@@ -89,6 +90,7 @@ class StandIn:
         parse_generation({name: value for name, value in params.items() if name != "timeout_s"})
         with self.lock:
             self.calls.append(params)
+            cached = len(prompt.split()) if self.caches and prompt in self.prompts else 0
             self.prompts.append(prompt)
             number = len(self.calls)
         if self.dies_after is not None and number > self.dies_after:
@@ -99,7 +101,7 @@ class StandIn:
         tokens = [start + i for i in range(params["max_new_tokens"])]
         if self.differs_from is not None:
             tokens = [t if i < self.differs_from else t + 5000 for i, t in enumerate(tokens)]
-        return Stream(self, prompt, tokens)
+        return Stream(self, prompt, tokens, cached)
 
     def plan(self) -> Plan:
         return Plan(self.engine, "cpu", "bf16", weights_bytes=270 << 20, kv_cache_bytes=90 << 20)

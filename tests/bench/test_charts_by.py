@@ -92,7 +92,7 @@ def test_an_option_that_a_chart_has_not_is_refused_with_those_that_have_it(kind:
         charts.draw(kind, make(TWO), **{option: True})
     assert "latency" in failure.value.hint
     with pytest.raises(InvalidValue, match="no option 'metrik'") as failure:
-        charts.draw(kind, make(TWO), metrik="e2e_s")
+        charts.draw("latency", make(TWO), metrik="e2e_s")
     assert "metric" in failure.value.hint
 
 

@@ -13,6 +13,7 @@ from miinb.bench import charts
 from miinb.bench.charts.style import new_axes, plain_log_ticks
 from miinb.commands.keeping import CHARTS
 from miinb.errors import InvalidValue
+from tests.bench.test_records import make
 
 FRAMES = {
     "requests": {"arm": ["a", "b"], "e2e_s": [1.0, 2.0]},
@@ -89,3 +90,24 @@ def test_what_is_no_axes_and_no_column_is_said() -> None:
     twice = pd.DataFrame({"arm": ["a", "b", "c"] * 2, "e2e_p50_s": [1.0] * 6, "concurrency": [1] * 3 + [8] * 3})
     with pytest.raises(InvalidValue, match="concurrency == 8"):
         charts.waterfall(twice)
+
+
+def test_a_caption_has_the_share_of_cached_tokens_of_all_loads_together() -> None:
+    from miinb.bench.charts import frames
+
+    summary = make().summary
+    summary = pd.concat([summary.assign(cached_share=0.0, n=30), summary.assign(cached_share=0.8, n=10)])
+    (line,) = [line for line in frames.caption(summary, "") if "prefix cache" in line]
+    assert "20% of the prompt tokens" in line
+
+
+def test_a_hint_names_an_option_that_the_chart_has() -> None:
+    with pytest.raises(InvalidValue, match="no option 'foo'") as failure:
+        charts.draw("latency", make(), foo=1)
+    assert failure.value.hint == f"Known: {', '.join(sorted(charts.options_of('latency')))}."
+
+
+@pytest.mark.parametrize("slo_s", [-1, 0, math.nan, math.inf])
+def test_an_objective_is_a_time(slo_s: float) -> None:
+    with pytest.raises(InvalidValue, match=r"slo_s: .* is no time above 0"):
+        charts.frontier(make(), slo_s=slo_s)

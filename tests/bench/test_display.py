@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from stand_in import Painting, StandIn
 from test_charts import TWO, make, words
 
 import miinb
@@ -15,6 +16,7 @@ from miinb.bench import charts
 from miinb.bench.display import narrow, notes
 from miinb.bench.environment import differences
 from miinb.bench.records import Runs
+from miinb.bench.runner import bench
 from miinb.commands.context import Context
 from miinb.errors import InvalidValue
 
@@ -183,3 +185,16 @@ def test_a_run_is_written_below_its_folder_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "stolen").exists()
     assert len(miinb.load_runs(stolen.to_jsonl(tmp_path / "x.jsonl"))) == 1
     assert json.loads((tmp_path / "x.jsonl.meta.json").read_text())["env"]
+
+
+def test_a_text_table_of_several_tasks_is_blank_where_a_task_has_nothing() -> None:
+    text = bench(StandIn(), requests=2, concurrency=[1, 2], warmup=1, new_tokens=2, price=1.0, progress=lambda *_: None)
+    pictures = bench(
+        Painting(), requests=1, num_images_per_prompt=[1, 2], num_inference_steps=2, price=1.0, progress=lambda *_: None
+    )
+    both = text + pictures
+    for shown in (repr(both), repr(both.cost())):
+        assert "nan" not in shown.lower()
+    command = commands.find("runs")
+    table = commands.execute(Context(runs={"text": text}), command, commands.parse(command, ["list"], prog="miinb"))
+    assert table.rows[0][1] == (~text.requests["warmup"]).sum() < len(text.requests), "warm-ups do not count"

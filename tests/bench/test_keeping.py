@@ -13,6 +13,7 @@ import miinb
 from miinb import commands
 from miinb.bench import charts, runner
 from miinb.commands.context import Context
+from miinb.commands.settings import Settings
 from miinb.errors import InvalidValue, MiinbError
 
 
@@ -287,3 +288,11 @@ def test_folders_are_made_and_what_cannot_be_is_said(context: Context, tmp_path:
     with pytest.raises(InvalidValue, match=r"a\.xyz: there are no charts of the kind 'xyz'") as failure:
         do(context, "plot", "latency", "--run", "a", "--save", str(tmp_path / "a.xyz"))
     assert ".svg" in failure.value.hint
+
+
+def test_what_is_kept_in_a_folder_alone_is_not_dropped(context: Context, tmp_path: Path) -> None:
+    context.runs["a"].save(tmp_path)
+    other = Context(settings=Settings(run_dir=str(tmp_path)))
+    for words in ([], ["a"]):
+        with pytest.raises(InvalidValue, match="what is saved is not in memory"):
+            do(other, "runs", "drop", *words)

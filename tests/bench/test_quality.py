@@ -273,3 +273,10 @@ def test_a_job_is_what_the_planner_resolved() -> None:
     (job,) = jobs(["auto"])
     assert isinstance(job.config, DeploymentConfig)
     assert (job.device, job.dtype, job.config.max_batch, job.config.max_length) == ("cpu", "bf16", 1, 64)
+
+
+def test_options_of_all_arms_are_left_out_where_they_do_not_act() -> None:
+    found = jobs(["auto", "int8", "int4"], calibration=["Some text."], quantize_head=False)
+    assert [job.dtype for job in found] == ["bf16", "int8", "int4"]
+    assert [job.config.options.calibration for job in found] == ["auto", "auto", ["Some text."]]
+    assert [job.config.options.quantize_head for job in found] == [True, False, False]

@@ -355,3 +355,39 @@ def test_requests_that_fail_together_are_one_failure() -> None:
 
     assert not any(seen.seen(failed(0.0)) for _ in range(32))
     assert [seen.seen(failed(1.0 + number)) for number in range(8)] == [False] * 7 + [True]
+
+
+def test_a_run_asks_for_no_prompts_of_an_earlier_one_unless_their_seed_is_given() -> None:
+    session = StandIn(caches=True)
+    more = {"concurrency": [1, 2], "requests": 4, "warmup": 0, "new_tokens": 2, "progress": _quiet}
+    first, again = bench(session, prompt_tokens="20-60", **more), bench(session, prompt_tokens="20-60", **more)
+    assert len(set(session.prompts)) == 16
+    lengths = [list(run.requests.sort_values("prompt_id")["prompt_tokens"]) for run in (first, again)]
+    assert lengths[0] == lengths[1], "these are of the seed"
+    assert not [text for runs in (first, again) for env in runs.env.values() for text in env["warnings"]]
+    (env,) = first.env.values()
+    seed = env["workload"]["prompt_seed"]
+    repeated = bench(session, prompt_tokens="20-60", prompt_seed=seed, **more)
+    assert sorted(session.prompts[16:]) == sorted(session.prompts[:8])
+    (env,) = repeated.env.values()
+    assert [text.partition(":")[0] for text in env["warnings"]] == [f"optimized at concurrency {n}" for n in (1, 2)]
+    assert all("100% of the prompt tokens came from the prefix cache" in text for text in env["warnings"])
+    assert "note: optimized at concurrency 1: 100%" in repr(repeated)
+    bench(session, seed=0, **more)
+    bench(session, seed=0, **more)
+    assert sorted(session.prompts[-8:]) == sorted(session.prompts[-16:-8]), (
+        "a seed that is given is that of the prompts too"
+    )
+    given = bench(session, ["a b c d e f"] * 4, warmup=0, requests=4, new_tokens=2, progress=_quiet)
+    (env,) = given.env.values()
+    assert env["warnings"] == ["prompts repeat: a prefix cache can help"]
+
+
+def test_a_temperature_without_a_draw_is_refused() -> None:
+    session = StandIn()
+    with pytest.raises(InvalidValue, match="temperature: acts only with do_sample=True"):
+        bench(session, temperature=0.2, progress=_quiet)
+    assert not session.calls
+    runs = bench(session, temperature=0.2, do_sample=True, requests=1, warmup=0, new_tokens=2, progress=_quiet)
+    assert len(runs.requests) == 1
+    assert session.calls[0]["temperature"] == 0.2

@@ -91,3 +91,13 @@ def test_the_checkout_opens_its_own_notebook() -> None:
 
 def test_pictures_have_a_notebook_of_their_own() -> None:
     assert tour.writable_notebook(tour.IMAGE_NOTEBOOK).is_file()
+
+
+@pytest.mark.parametrize(("option", "value", "words"), [("--price", "-1", "price"), ("--prompt", "", "--prompt")])
+def test_what_cannot_be_is_told_before_a_model_starts(
+    option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--tiny", option, value]) == 1
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert not shown.out

@@ -50,8 +50,8 @@ def draw(kind: str, frame: Any, **options: Any) -> Any:
             if kind not in having:
                 raise InvalidValue(f"charts.{kind} has no {name}.", hint=f"{', '.join(having)} have it.")
         else:
-            known = dict.fromkeys(option for other in KINDS for option in options_of(other))
-            raise InvalidValue(f"charts.{kind}: there is no option {name!r}.", hint=did_you_mean(name, known))
+            hint = did_you_mean(name, options_of(kind))
+            raise InvalidValue(f"charts.{kind}: there is no option {name!r}.", hint=hint)
     return KINDS[kind](frame, **options)
 
 

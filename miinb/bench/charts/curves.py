@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,8 +176,10 @@ def frontier(
         log: the axis of the latency is logarithmic; None where it can be.
 
     Raises:
-        InvalidValue: there is no such metric or group, or no arm has it.
+        InvalidValue: there is no such metric or group, or no arm has it; or the objective is no time.
     """
+    if slo_s is not None and not 0 < slo_s < math.inf:
+        raise InvalidValue(f"slo_s: {slo_s!r} is no time above 0.")
     column = f"{chosen(metric, METRICS, 'latency').removesuffix('_s')}_p50_s"
     rows = frames.require_metric(frames.summary_of(frame, "frontier"), metric, "frontier")
     rate = rate_of(rows, None)

@@ -205,15 +205,23 @@ def caption(frame: pd.DataFrame, what: str) -> list[str]:
     lines += outputs_words(frame)
     lines += frame.attrs.get("notes", [])
     lines += differences(_hosts(frame))
-    cached = frame[frame["cached_share"] > 0.01] if "cached_share" in frame.columns else frame.iloc[:0]
-    shares: dict[str, list[str]] = {}
-    for arm, rows in cached.groupby(cached["arm"].astype(str), sort=False):
-        shares.setdefault(f"{rows['cached_share'].max():.0%}", []).append(names.shown(arm))
-    lines += [f"{', '.join(arms)}: {s} of the prompt tokens came from the prefix cache." for s, arms in shares.items()]
+    lines += _cached_words(frame)
     for run_id in dict.fromkeys(frame["run_id"].dropna()):
         for text in frame.attrs.get("env", {}).get(run_id, {}).get("warnings", ()):
             lines.append(f"Note: {text}.")
     return lines
+
+
+def _cached_words(frame: pd.DataFrame) -> list[str]:
+    """How much of each arm's prompts, of all its loads together, came from the prefix cache."""
+    known = frame[frame["cached_share"].notna()] if "cached_share" in frame.columns else frame.iloc[:0]
+    shares: dict[str, list[str]] = {}
+    for arm, rows in known.groupby(known["arm"].astype(str), sort=False):
+        tokens = rows["n"] * rows.get("prompt_tokens", 1)
+        share = float((rows["cached_share"] * tokens).sum() / tokens.sum())
+        if share > 0.01:
+            shares.setdefault(f"{share:.0%}", []).append(names.shown(arm))
+    return [f"{', '.join(arms)}: {s} of the prompt tokens came from the prefix cache." for s, arms in shares.items()]
 
 
 def outputs_words(frame: pd.DataFrame) -> list[str]:

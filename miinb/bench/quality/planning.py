@@ -43,7 +43,7 @@ def plan_jobs(
     length = max(reading.window, min(longest + 8, info.context_length or longest + 8))
     configs = {}
     for name, fields in _asked(arms).items():
-        own = {**_options(options), **_options(fields.get("options"))}
+        own = {**_shared(options, fields.get("dtype", "auto")), **_options(fields.get("options"))}
         configs[name] = _resolved({**same, "max_length": length, "max_batch": 1, **fields, "options": own}, name)
     return _in_order(configs, reading, str(same["model"]), named=isinstance(arms, Mapping))
 
@@ -53,6 +53,12 @@ def _options(given: object) -> dict[str, Any]:
     if not isinstance(given, (Mapping, NoneType)):
         raise InvalidValue(f"options: {given!r} is no mapping, such as {{'calibration': 'off'}}.")
     return dict(given or {})
+
+
+def _shared(options: Mapping[str, Any], dtype: object) -> dict[str, Any]:
+    """The options of all arms without those that act only with other dtypes. Raises InvalidValue."""
+    left_out = ("calibration",) if dtype in QUANTIZED else ("calibration", "quantize_head")
+    return {name: value for name, value in _options(options).items() if dtype == "int4" or name not in left_out}
 
 
 def _asked(arms: Arms) -> dict[str, Mapping[str, Any]]:
