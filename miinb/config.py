@@ -360,8 +360,7 @@ class BenchConfig(PictureFields):
         warmup: requests before each point that do not count; unless 0, at least one for each one in flight.
         concurrency: closed loop: so many requests are always in flight (one point each).
         rate: open loop: requests a second, Poisson arrivals (one point each); excludes concurrency.
-        sweep: "concurrency" (or True) or "rate": doubles the load from 1 (or from the one that is given) until every
-            arm is saturated, or past `sweep_limit`.
+        sweep: "concurrency" (or True) or "rate": doubles the load, from 1 or as given, to saturation or `sweep_limit`.
         slo: limits in seconds, "ttft=0.5,tpot=0.05,e2e=2" or a mapping; what meets all of them is goodput.
         prompt_seed: of synthetic prompts to generate from; None: `seed` where it is given, else a new one for each run.
         check: compare both arms' outputs: "exact", "close" (share of equal leading tokens) or "none"; of pictures how

@@ -181,7 +181,7 @@ class Optimized(Arm):
         unet = Unet(shape, unet_weights(shape, tensors_of(models.unet, dtype, device), quantizer))
         decoder = vae_spec(models.vae.config)
         self._vae = VaeDecoder(decoder, vae_weights(decoder, tensors_of(models.vae, dtype, device)))
-        if device.type == "cpu" and can_pack():
+        if device.type == "cpu" and can_pack(dtype):
             pack_convolutions([unet.weights, self._vae.weights])
         self._scale = models.vae.config.scaling_factor
         self._unet: Unet | GraphedUnet = unet

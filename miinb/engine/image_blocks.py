@@ -179,9 +179,13 @@ def _in_bands(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tens
     return y
 
 
-def can_pack() -> bool:
-    """Whether this PyTorch has oneDNN's convolutions of weights in its own layout."""
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # type: ignore[no-untyped-call]
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has oneDNN's convolutions of weights in its own layout, and this CPU those of a dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def pack_convolutions(weights: Any) -> None:

@@ -105,8 +105,8 @@ def _described(plan: Plan, pipeline: Pipeline) -> Plan:
 
 def _laid_out(unet: Unet, vae: VaeDecoder) -> str:
     """Lay convolutions out for a CPU; how, in words."""
-    if not can_pack():
-        return "there is no oneDNN to lay convolutions out for"
+    if not can_pack(unet.weights.dtype):
+        return f"oneDNN has no layout for convolutions of {unet.weights.dtype} here"
     pack_convolutions([unet.weights, vae.weights])
     return "convolutions in oneDNN's layout"
 

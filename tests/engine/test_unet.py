@@ -142,7 +142,7 @@ def test_doubling_is_a_convolution_of_neighbors(outputs: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolutions_in_onednns_layout_give_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
-    if not can_pack():
+    if not can_pack(dtype):
         pytest.skip("no oneDNN")
     plain, packed = (load(saved(tiny_images.unet("sd2"), tmp_path), dtype) for _ in range(2))
     pack_convolutions(packed.weights)
