@@ -21,6 +21,7 @@ from miinb.messages import (
     RequestBegin,
     RequestEnd,
     SequenceEnd,
+    StreamEvent,
     Timing,
     TokenLogprob,
     Usage,
@@ -78,12 +79,9 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         while not self._finished:
             try:
-                event = codec.decode_event(next(self._call))
+                event = self._next_event()
             except StopIteration:
                 self._finish(None if self._end or self._cancelled else Unavailable("The answer ended too early."))
-            except grpc.RpcError as failure:
-                if (error := self._again(failure)) is not None:
-                    self._finish(error)
             except KeyboardInterrupt:
                 self.cancel()
                 self._finish(None)
@@ -155,23 +153,26 @@ class Stream(Iterator[Chunk]):
         else:
             self._end = event
 
-    def _again(self, failure: Any) -> MiinbError | None:
-        """Open the call again if the server was away and nothing has been shown yet; else the error."""
+    def _next_event(self) -> StreamEvent:
+        while True:
+            try:
+                return codec.decode_event(next(self._call))
+            except grpc.RpcError as failure:
+                self._open_again(failure)
+
+    def _open_again(self, failure: Any) -> None:
+        """Open the call again if the server was away and nothing has been shown yet; else raise the error."""
         wait_s = RETRY_WAIT_S * 2**self._attempts
         left_s = self._deadline - time.perf_counter() - wait_s
         error = failures.error_of(failure, cancelled=self._cancelled)
         away = failure.code() is grpc.StatusCode.UNAVAILABLE and not failures.final(error)
         if not away or self._cancelled or self._chunks or self._attempts >= RETRIES or left_s <= 0:
-            return error
+            raise error from None
         self._attempts += 1
         time.sleep(wait_s)
-        try:
-            self._call = self._open(self._data, left_s)
-        except MiinbError as error:  # the deployment was stopped meanwhile
-            return error
+        self._call = self._open(self._data, left_s)
         if self.cancelled:  # by another thread, while there was no call
             self._call.cancel()
-        return None
 
     def _finish(self, error: MiinbError | None) -> None:
         with self._finishing:

@@ -239,6 +239,18 @@ def test_a_request_that_waits_for_a_server_hears_of_its_end_and_is_recorded(tmp_
     assert list(client.records["error"]) == ["Unavailable"]
 
 
+def test_a_stop_button_between_two_tries_ends_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("miinb.streams.time.sleep", pressed)
+    client = Client(f"unix:{tmp_path}/none.sock")
+    with pytest.raises(errors.Interrupted, match="stopped after 0 tokens"):
+        client.generate("abc")
+    monkeypatch.undo()
+    assert list(client.records["status"]) == ["cancelled"]
+
+
 def test_a_stop_button_that_hits_the_begin_of_a_call_does_not_keep_a_client_from_closing(
     frontend: FrontendProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
