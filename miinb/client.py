@@ -376,7 +376,7 @@ class Client:
                 try:
                     values = self.description(timeout_s=1.0)
                 except Exception:  # a record is no reason for a request to fail, nor each of many for a wait
-                    self._silent_until = time.monotonic() + 10.0
+                    self._silent_until = time.monotonic() + 1.0
                     return {}
                 info = EngineInfo.from_dict(values["info"])
                 self._columns = {

@@ -105,8 +105,7 @@ class Session:
     def _of(cls, deployment: Deployment) -> Self:
         """A session that joins a running deployment."""
         self = cls.__new__(cls)
-        self._log = RequestLog()
-        self._config = DeploymentConfig.from_json(json.dumps(deployment.entry.config))
+        self._log, self._config = RequestLog(), DeploymentConfig.from_json(json.dumps(deployment.entry.config))
         self._task = self._config.task or ""
         self._connect(deployment)
         return self
@@ -329,11 +328,13 @@ class Session:
         try:
             if limit_s == 0:
                 self._client.close()
-            return self._deployment.stop(drain_s=limit_s)
-        finally:
-            self._client.close(drained=True)
-            if not self._deployment.ending:  # the Stop button came before the order: it lives on
+            last = self._deployment.stop(drain_s=limit_s)
+        except BaseException:
+            if limit_s == 0 and not self._deployment.ending:  # the Stop button came before the order: it lives on
                 self._connect(self._deployment)
+            raise
+        self._client.close(drained=True)
+        return last
 
     def restart(self, *, rolling: bool = False, drain_s: float = 10.0) -> Self:
         """End it and start it again with the same configuration and name; what a start would refuse is refused first.
@@ -342,8 +343,7 @@ class Session:
         Raises ConfigError or ModelError where it cannot (it still runs), StartError where it has ended.
         """
         limit_s = drain_limit(drain_s)
-        kept = self.persist or self.status().persist  # by another process, perhaps
-        config = self._config.model_copy(update={"name": self.name, "persist": kept})
+        config = self._config.model_copy(update={"name": self.name, "persist": self.persist or self.status().persist})
         with contextlib.suppress(OutOfMemory):  # what this deployment holds is free only when it has ended
             prepare(config)
         if rolling:

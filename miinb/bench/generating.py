@@ -112,7 +112,7 @@ class Texts:
 
 def _with_new_prompts(config: BenchConfig) -> BenchConfig:
     """The benchmark with prompts that no earlier run has left in a prefix cache, where no seed was given for them."""
-    if config.prompts is not None or config.model_fields_set & {"seed", "prompt_seed"}:
+    if config.prompts is not None or config.prompt_seed is not None or "seed" in config.model_fields_set:
         return config
     return config.model_copy(update={"prompt_seed": secrets.randbelow(1_000_000)})
 

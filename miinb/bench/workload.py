@@ -142,8 +142,7 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
     values = fields_of(workload) | dict(fields or {})
     if "prompts" in values:
         values["prompts"] = prompts_of(values["prompts"])
-    config = BenchConfig.parse(values)
-    _check_loads(config)
+    _check_loads(config := BenchConfig.parse(values))
     given = config.model_fields_set
     if config.do_sample and "check" in given and config.check != "none":
         raise InvalidValue(
@@ -153,6 +152,8 @@ def configure(workload: Any = None, fields: Mapping[str, Any] | None = None) -> 
         raise InvalidValue("prompts: the list is empty.")
     if config.prompts is not None and "prompt_tokens" in given:
         raise InvalidValue("prompt_tokens: prompts were given and have their own length.")
+    if config.prompts and config.prompt_seed is not None:
+        raise InvalidValue("prompt_seed: prompts were given; none is drawn.")
     in_flight = 1 if config.rate is not None or config.sweep else max(config.concurrency)
     if "requests" not in given:
         all_prompts = math.ceil(len(config.prompts or ()) / config.batch_size)

@@ -128,7 +128,7 @@ def _adds_nothing(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
     for name in _MORE_TOKENS:
         more = config.get(name) or []
         tokens += more if isinstance(more, list) else [more]
-    texts = {token["content"] for token in added.values()}
+    texts = {token["content"] for token in added.values() if token.get("special")}  # as transformers makes them
     return all((token["content"] if isinstance(token, dict) else token) in texts for token in tokens if token)
 
 

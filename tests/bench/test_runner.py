@@ -369,6 +369,10 @@ def test_a_run_asks_for_no_prompts_of_an_earlier_one_unless_their_seed_is_given(
     seed = env["workload"]["prompt_seed"]
     repeated = bench(session, prompt_tokens="20-60", prompt_seed=seed, **more)
     assert sorted(session.prompts[16:]) == sorted(session.prompts[:8])
+    bench(session, prompt_tokens="20-60", prompt_seed=None, **more)
+    assert len(set(session.prompts)) == 24
+    with pytest.raises(InvalidValue, match="prompt_seed: prompts were given"):
+        bench(session, prompts=["a"], prompt_seed=3, requests=1, warmup=0, new_tokens=2, progress=_quiet)
     (env,) = repeated.env.values()
     assert [text.partition(":")[0] for text in env["warnings"]] == [f"optimized at concurrency {n}" for n in (1, 2)]
     assert all("100% of the prompt tokens came from the prefix cache" in text for text in env["warnings"])

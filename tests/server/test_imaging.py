@@ -325,7 +325,7 @@ def test_the_stop_button_keeps_the_pictures_of_a_list_that_are_done(
     monkeypatch.setattr(image_calls, "MAX_CALLS", 1)
 
     def press() -> None:
-        wait_for(lambda: len(client._rows) == 1 and frontend.running() == 1, "the second request")
+        wait_for(lambda: len(client.records) == 1 and frontend.running() == 1, "the second request")
         os.kill(os.getpid(), signal.SIGINT)
 
     gc.collect()  # an interrupt that meets the collector would be lost
