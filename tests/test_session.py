@@ -342,14 +342,24 @@ def test_the_port_of_a_deployment_can_be_had_again_at_once(state: Path) -> None:
             miinb.Session(tiny_model(), port=port, **TINY)
 
 
-def test_a_stop_that_is_interrupted_before_its_order_leaves_all_as_it_was(state: Path) -> None:
-    with miinb.Session(tiny_model(), name="lives", **TINY) as session:
+@pytest.mark.parametrize("drain_s", [0.0, 60.0])
+def test_a_stop_that_is_interrupted_before_its_order_leaves_all_as_it_was(
+    state: Path, monkeypatch: pytest.MonkeyPatch, drain_s: float
+) -> None:
+    monkeypatch.setattr(miinb.client, "MAX_STREAMS", 2)
+    with miinb.Session(tiny_model(), name="lives", **TINY) as session, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(session.generate, [PROMPT] * 8, max_new_tokens=100, ignore_eos=True)
+        until(lambda: session.status().in_flight == 2)
         os.kill(session.pid, signal.SIGSTOP)  # a supervisor that is busy
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            session.stop()
+            session.stop(drain_s=drain_s)
         os.kill(session.pid, signal.SIGCONT)
         until(lambda: session.state == "ready")
+        if drain_s:
+            assert running.result(60).finish_reasons == ("length",) * 8
+        else:  # it was to end at once
+            assert isinstance(running.exception(60), Unavailable)
         assert session.generate(PROMPT, max_new_tokens=3).text
         assert miinb.attach("lives") is session
 

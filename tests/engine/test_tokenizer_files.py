@@ -77,6 +77,11 @@ def named_in_the_configuration_alone(folder: Path) -> None:
     without_added(folder, "<s>", "</s>")
 
 
+def not_special_in_the_file(folder: Path) -> None:
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    edit(folder / "tokenizer.json", added_tokens=[token | {"special": False} for token in added])
+
+
 def more_tokens(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", additional_special_tokens=["<|tool|>", "<|user|>"])
 
@@ -123,7 +128,15 @@ def class_of_the_family(folder: Path) -> None:
 MIXED = "hi <s> x</s> <|user|> y<|tool|> <pad> it's  <|old|>1234 cafe\u0301 ."
 CHANGES = [
     *(named_in_the_configuration_alone, more_tokens, extra_tokens, extra_named_tokens, another_named_token),
-    *(split_special_tokens, other_flags, tokens_of_old_folders, begins_and_ends, pads, class_of_the_family),
+    *(
+        not_special_in_the_file,
+        split_special_tokens,
+        other_flags,
+        tokens_of_old_folders,
+        begins_and_ends,
+        pads,
+        class_of_the_family,
+    ),
 ]
 
 
