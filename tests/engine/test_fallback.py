@@ -38,12 +38,7 @@ def test_a_family_without_a_policy_answers_as_transformers(tmp_path: Path, famil
     torch.manual_seed(3)
     special = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family], **special)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)  # far from ties
-    model.save_pretrained(tmp_path)
-    _stand_in(101, tmp_path)
+    model = saved(config, tmp_path)
     wanted_config = DeploymentConfig.parse({"model": str(tmp_path), "device": "cpu", "options": {"threads": 1}})
     info = models.inspect(tmp_path)
     planned = plan(wanted_config, info, Hardware("A CPU", 2, 8 << 30, 8 << 30, frozenset({"avx2"})))
@@ -58,6 +53,17 @@ def test_a_family_without_a_policy_answers_as_transformers(tmp_path: Path, famil
     assert lines["cache"] == "dynamic cache"
     assert ("batches" in lines) == (family == "rwkv")  # it takes padding for text
     assert answers_of(executor, PROMPTS, 12) == [alone(model, prompt, 12) for prompt in PROMPTS]
+
+
+def saved(config: Any, folder: Path) -> Any:
+    """The model of a configuration, its random weights far from ties, saved with a tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    _stand_in(101, folder)
+    return model
 
 
 def started(folder: Path, **fields: Any) -> Executor:
@@ -103,12 +109,7 @@ def test_rotary_angles_that_change_past_a_length_are_each_row_s_own(tmp_path: Pa
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path)
-    _stand_in(101, tmp_path)
+    model = saved(config, tmp_path)
     prompts = [[7, 8, 9, 10, 11] * 2, [3, 40, 41, 5] * 25, [9, 8, 4, 10, 12] * 2]
     wanted = [alone(model, prompt, 12) for prompt in prompts]
     for parity in ("fallback", "off"):
